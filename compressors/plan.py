@@ -1,0 +1,64 @@
+"""CompressionPlan: what a compressed model is, in the words of a Hugging Face config.
+
+Knows no tensors, no study and no metric.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+DTYPES = ("float32", "float16", "bfloat16")
+SCHEMES = ("W8A8", "FP8_DYNAMIC", "W4A16")  # compressed-tensors preset schemes, round to nearest
+PRECISIONS = DTYPES + SCHEMES
+DROP_FROM = ("importance", "top", "bottom")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressionPlan:
+    """The dimensions and the precision of a compressed model, and how what goes is chosen.
+
+    Widths are global, as stock loaders read them: every layer has the same `num_attention_heads`,
+    `num_key_value_heads` and `intermediate_size`; which heads and channels stay may differ by layer.
+
+    drop_from: how layers are chosen. "importance": those whose input and output differ least on the
+        calibration text (block influence, ShortGPT, https://arxiv.org/abs/2403.03853); "top": the last
+        ones before the final norm; "bottom": the first ones.
+    """
+
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    hidden_size: int
+    intermediate_size: int
+    precision: str
+    drop_from: str = "importance"
+
+    @classmethod
+    def identity(cls, config: Mapping[str, Any]) -> CompressionPlan:
+        """The plan that changes nothing of a model with this config.json."""
+        heads = int(config["num_attention_heads"])
+        return cls(
+            num_hidden_layers=int(config["num_hidden_layers"]),
+            num_attention_heads=heads,
+            num_key_value_heads=int(config.get("num_key_value_heads") or heads),
+            hidden_size=int(config["hidden_size"]),
+            intermediate_size=int(config["intermediate_size"]),
+            precision=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CompressionPlan:
+        """Raises TypeError for an unknown or missing name."""
+        return cls(**values)
+
+    def digest(self, base: str) -> str:
+        """Names what this plan makes of the model whose digest is `base`: 16 hexadecimal digits."""
+        text = json.dumps([base, self.to_dict()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
