@@ -1,0 +1,79 @@
+"""From a trial to a CompressionPlan.
+
+Which plans can be built and served is `compressors.build.check`'s to say; this module only suggests them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import optuna
+
+from compressors.plan import CompressionPlan
+from search.config import Range, Space
+
+DIMENSIONS = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_size",
+    "intermediate_size",
+)
+
+
+def suggest(trial: optuna.Trial, space: Space, base: CompressionPlan) -> CompressionPlan:
+    """The plan that this trial tries. Ordered values are integers, so that their ranges may change later."""
+    values: dict[str, int | str] = {}
+    for name in DIMENSIONS:
+        wanted = getattr(space, name)
+        if isinstance(wanted, Range):
+            values[name] = trial.suggest_int(name, wanted.low, wanted.high, step=wanted.step)
+        else:
+            values[name] = getattr(base, name) if wanted is None else wanted
+    values["drop_from"] = _categorical(trial, "drop_from", space.drop_from)
+    values["precision"] = _categorical(trial, "precision", space.precision or [base.precision])
+    return canonical(CompressionPlan.from_dict(values), base)
+
+
+def canonical(plan: CompressionPlan, base: CompressionPlan) -> CompressionPlan:
+    """Plans that make the same model become equal: how layers go says nothing when none goes."""
+    if plan.num_hidden_layers == base.num_hidden_layers:
+        return dataclasses.replace(plan, drop_from="importance")
+    return plan
+
+
+def identity_params(space: Space, base: CompressionPlan) -> dict[str, int | str] | None:
+    """The parameters of the trial that changes nothing, or None where the space does not hold it."""
+    params: dict[str, int | str] = {}
+    for name in DIMENSIONS:
+        wanted, own = getattr(space, name), getattr(base, name)
+        if isinstance(wanted, Range):
+            if not (wanted.low <= own <= wanted.high and (own - wanted.low) % wanted.step == 0):
+                return None
+            params[name] = own
+        elif wanted is not None and wanted != own:
+            return None
+    if len(space.drop_from) > 1:
+        params["drop_from"] = space.drop_from[0]
+    precisions = space.precision or [base.precision]
+    if base.precision not in precisions:
+        return None
+    if len(precisions) > 1:
+        params["precision"] = base.precision
+    return params
+
+
+def out_of_range(space: Space, base: CompressionPlan) -> str | None:
+    """Why the space does not fit the base model, or None: nothing can grow."""
+    for name in DIMENSIONS:
+        wanted, own = getattr(space, name), getattr(base, name)
+        high = wanted.high if isinstance(wanted, Range) else wanted
+        if high is not None and high > own:
+            return f"space.{name}: {high} exceeds the base model's {own}; compression can only make it smaller"
+    return None
+
+
+def _categorical(trial: optuna.Trial, name: str, choices: list[str]) -> str:
+    if len(choices) == 1:
+        return choices[0]
+    return str(trial.suggest_categorical(name, choices))
