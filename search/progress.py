@@ -1,0 +1,94 @@
+"""The live line of `run`, on standard error: trial, stage, best so far, pruned, time left."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+
+class Live:
+    """A rich progress bar on a terminal; one plain line per ended trial everywhere else."""
+
+    def __init__(self, trials: int, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.fields[what]}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[result]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=trials, what="starting", result="", left="")
+        self._since: float | None = None
+        self._at_start = 0
+        self._said = 0.0
+
+    def __enter__(self) -> Live:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        getattr(self, f"_on_{event['event']}", lambda _: None)(event)
+
+    def say(self, text: str) -> None:
+        self._on_say({"text": text})
+
+    def _on_say(self, event: dict[str, Any]) -> None:
+        self._progress.update(self._task, what=event["text"])
+        if not self._console.is_terminal and time.monotonic() - self._said > 5:
+            self._said = time.monotonic()
+            self._console.print(f"… {event['text']}", markup=False)
+
+    def _on_warn(self, event: dict[str, Any]) -> None:
+        self._console.print(f"warning: {event['text']}", markup=False)
+
+    def _on_stage(self, event: dict[str, Any]) -> None:
+        self._progress.update(self._task, what=f"trial {event['trial']}: {event['stage']}")
+
+    def _on_done(self, event: dict[str, Any]) -> None:
+        finished, trials = event["finished"], event["trials"]
+        if self._since is None:
+            self._since, self._at_start = time.monotonic(), finished
+        result = f"best {event['best']:.4f} (trial {event['best_trial']})" if "best" in event else ""
+        result += f", {event['pruned']} pruned" if event["pruned"] else ""
+        result += f", {event['failed']} failed" if event["failed"] else ""
+        here = finished - self._at_start
+        left = "" if here < 1 else _left((time.monotonic() - self._since) / here * (trials - finished))
+        self._progress.update(self._task, completed=finished, total=trials, result=result.strip(", "), left=left)
+
+    def _on_end(self, event: dict[str, Any]) -> None:
+        self._console.print(line(event), markup=False)
+
+
+def line(event: dict[str, Any]) -> str:
+    """One ended trial."""
+    plan = event["plan"]
+    text = f"trial {event['trial']:>3} "
+    text += f"{short(plan):<44} " if plan else ""
+    if event["score"] is not None:
+        text += f"Score {event['score']:.4f}  {event['seconds']:.0f} s"
+        return text + ("  (measured before)" if "before" in event["reason"] else "")
+    if event["failure"]:
+        return text + f"FAILED at {event['stage']}: {event['reason']}"
+    return text + f"pruned at {event['stage']}  {event['seconds']:.0f} s"
+
+
+def short(plan: dict[str, Any]) -> str:
+    """`28 layers, 9/3 heads, 576, 1344, bfloat16`: layers, query/key-value heads, hidden size, FFN width, precision."""
+    heads = f"{plan['num_attention_heads']}/{plan['num_key_value_heads']}"
+    return f"{plan['num_hidden_layers']}L {heads}H hidden {plan['hidden_size']} FFN {plan['intermediate_size']} {plan['precision']}"
+
+
+def _left(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"

@@ -1,0 +1,52 @@
+"""Where a study stands: progress, best, Pareto front, what was pruned and failed and why. Reads only the storage."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from search import study as studies
+
+
+def of(study: optuna.Study) -> dict[str, Any]:
+    """JSON: numbers of trials by state, the best feasible trial, the Pareto front of PerfNorm against SpeedNorm."""
+    trials = study.get_trials(deepcopy=False)
+    done = studies.finished(trials)
+    complete = [trial for trial in done if trial.state == TrialState.COMPLETE]
+    best = max(complete, key=lambda trial: trial.value or 0.0, default=None)
+    return {
+        "study": study.study_name,
+        "trials": study.user_attrs.get("file", {}).get("trials"),
+        "finished": len(done),
+        "complete": len(complete),
+        "pruned": sum(trial.state == TrialState.PRUNED for trial in done),
+        "failed": sum(trial.state == TrialState.FAIL for trial in done),
+        "running": sum(trial.state == TrialState.RUNNING for trial in trials),
+        "waiting": sum(trial.state == TrialState.WAITING for trial in trials),
+        "baseline": study.user_attrs.get("baseline"),
+        "best": None if best is None else summary(best),
+        "pareto": [summary(trial) for trial in pareto(complete)],
+        "pruned_at": dict(Counter(trial.user_attrs.get("stage", "") for trial in done if trial.state == TrialState.PRUNED)),
+        "ended": [summary(trial) for trial in done if trial.state != TrialState.COMPLETE],
+    }
+
+
+def summary(trial: FrozenTrial) -> dict[str, Any]:
+    attrs = trial.user_attrs
+    wanted = ("perf_norm", "perf_norm_se", "speed_norm", "speed_norm_se", "score_se", "perplexity", "kl_nats_per_token",
+              "time_per_token_ms", "model_size_mb", "total_parameters", "stage", "reason", "failure", "plan")
+    found = {name: attrs[name] for name in wanted if name in attrs}
+    score = trial.value if trial.state == TrialState.COMPLETE else None
+    return {"trial": trial.number, "state": trial.state.name, "score": score, **found}
+
+
+def pareto(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials that no other beats in PerfNorm without losing SpeedNorm, by falling PerfNorm."""
+    front: list[FrozenTrial] = []
+    for trial in sorted(trials, key=lambda t: (-t.user_attrs["perf_norm"], -t.user_attrs["speed_norm"])):
+        if not front or trial.user_attrs["speed_norm"] > front[-1].user_attrs["speed_norm"]:
+            front.append(trial)
+    return front

@@ -1,0 +1,306 @@
+"""Runs a study until it holds N finished trials: one worker in this process, or several, one process per GPU.
+
+The process that was started hands out the trials, so that exactly N are finished whatever the number of
+workers. A worker reads a word per line from standard input (`go`, or the end) and writes an event per line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import optuna
+import torch
+
+from evaluator.measurement import Measurement
+from search import dashboard, space, study, tracking
+from search.config import StudyFile
+from search.errors import StudyStopped
+from search.objective import Bench, Objective, Record, TrialFailed
+from search.setting import Setting, prepare
+
+Event = dict[str, Any]
+Watch = Callable[[Event], None]
+
+
+def run(file: StudyFile, workers: int = 1, watch: Watch = lambda _: None) -> optuna.Study:
+    """Create the study or go on with it until it holds `file.trials` finished trials.
+
+    Raises UsageError and its kin before anything is written, StudyStopped when the study can't go on.
+    KeyboardInterrupt leaves the running trial recorded and queued again.
+    """
+
+    def say(text: str) -> None:
+        watch({"event": "say", "text": text})
+
+    setting = prepare(file, say)
+    storage = study.open_storage(file.storage)
+    the_study = study.create_or_resume(storage, file.study_name, setting.definition)
+    the_study.set_user_attr("file", file.model_dump(mode="json"))
+    with Bench(setting, say) as bench:
+        baseline = bench.baseline()
+        if the_study.user_attrs.get("baseline") != baseline.to_dict():
+            the_study.set_user_attr("baseline", baseline.to_dict())
+        _enqueue_identity(the_study, setting)
+        tracker = tracking.Tracker(file.tracking, the_study, baseline, warn=lambda text: watch({"event": "warn", "text": text}))
+        dashboard.describe_study(the_study, baseline)
+        try:
+            if workers == 1:
+                team: Any = _InProcess(bench, the_study, baseline, watch)
+            else:
+                bench.close()
+                team = _Processes(setting, workers, watch)
+            with team:
+                _until_finished(the_study, file, team, watch, tracker, baseline)
+        finally:
+            tracker.close()
+    return the_study
+
+
+def _until_finished(
+    the_study: optuna.Study, file: StudyFile, team: Any, watch: Watch, tracker: tracking.Tracker, baseline: Measurement
+) -> None:
+    busy = 0
+    for number in study.retry_dead(the_study):
+        watch({"event": "warn", "text": f"trial {number} was killed: it is tried again"})
+    while True:
+        trials = the_study.get_trials(deepcopy=False)
+        done = study.finished(trials)
+        watch({"event": "done", "finished": len(done), "trials": file.trials, **_best(the_study), **_counts(done)})
+        _stop_if_hopeless(done, file)
+        while team.idle and len(done) + busy < file.trials:
+            team.go(len(done) + busy)
+            busy += 1
+        if busy == 0:
+            return
+        team.wait()
+        busy -= 1
+        study.retry_dead(the_study)
+        dashboard.describe_study(the_study, baseline)
+        tracker.trial_ended()
+
+
+def _best(the_study: optuna.Study) -> Event:
+    try:
+        best = the_study.best_trial
+    except ValueError:
+        return {}
+    return {"best": best.value, "best_trial": best.number}
+
+
+def _counts(done: list[optuna.trial.FrozenTrial]) -> Event:
+    states = [trial.state.name for trial in done]
+    return {"pruned": states.count("PRUNED"), "failed": states.count("FAIL")}
+
+
+def _stop_if_hopeless(done: list[optuna.trial.FrozenTrial], file: StudyFile) -> None:
+    last = done[-file.limits.max_consecutive_failures :]
+    if len(last) == file.limits.max_consecutive_failures and all(t.state == optuna.trial.TrialState.FAIL for t in last):
+        reasons = [str(trial.user_attrs.get("reason")) for trial in last]
+        raise StudyStopped(
+            f"study {file.study_name!r}: the last {len(last)} trials failed, lately with: {reasons[-1]}. Nothing is lost: mend "
+            "the cause and run it again, with a higher limits.max_consecutive_failures if these failures are to be expected"
+        )
+
+
+def _enqueue_identity(the_study: optuna.Study, setting: Setting) -> None:
+    """The first trial changes nothing, where the space holds it: what does worse than the base is pruned from the start."""
+    if the_study.get_trials(deepcopy=False):
+        return
+    params = space.identity_params(setting.file.space, setting.identity)
+    if params is not None:
+        the_study.enqueue_trial(params, user_attrs={"identity": True})
+
+
+# -- one trial -----------------------------------------------------------------------------------------------
+
+
+def _one_trial(
+    the_study: optuna.Study, bench: Bench, baseline: Measurement, worker: int, done: int, watch: Watch
+) -> None:
+    """Sampler and pruner are not in the storage, so they are made anew here."""
+    file = bench.setting.file
+    the_study.sampler = study.sampler(file.sampler, file.seed, worker, done)
+    the_study.pruner = study.pruner(file.pruner, len(bench.setting.shards))
+    objective = Objective(
+        bench,
+        baseline,
+        on_stage=lambda record: watch({"event": "stage", "worker": worker, "trial": record.number, "stage": record.stage}),
+        on_end=lambda record: watch(_ended(record, worker)),
+    )
+    try:
+        the_study.optimize(objective, n_trials=1, catch=(TrialFailed,))
+    except KeyboardInterrupt:
+        _queue_interrupted(the_study)
+        raise
+
+
+def _ended(record: Record, worker: int) -> Event:
+    return {
+        "event": "end",
+        "worker": worker,
+        "trial": record.number,
+        "stage": record.stage,
+        "reason": record.reason,
+        "failure": record.failure,
+        "score": record.score.score if record.score else None,
+        "plan": record.plan.to_dict() if record.plan else None,
+        "seconds": round(sum(record.seconds.values()), 1),
+    }
+
+
+def _queue_interrupted(the_study: optuna.Study) -> None:
+    mine = study.identify_worker()
+    trials = the_study.get_trials(deepcopy=True)
+    retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", [])}
+    for trial in trials:
+        attrs = trial.user_attrs
+        if attrs.get("failure") == study.INTERRUPTED and attrs.get("worker") == mine and trial.number not in retried:
+            study.retry(the_study, trial)
+
+
+class _InProcess:
+    """A team of one: `go` remembers, `wait` works."""
+
+    def __init__(self, bench: Bench, the_study: optuna.Study, baseline: Measurement, watch: Watch) -> None:
+        self._work = lambda done: _one_trial(the_study, bench, baseline, 0, done, watch)
+        self._next: int | None = None
+
+    def __enter__(self) -> _InProcess:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    @property
+    def idle(self) -> bool:
+        return self._next is None
+
+    def go(self, done: int) -> None:
+        self._next = done
+
+    def wait(self) -> None:
+        done, self._next = self._next, None
+        self._work(done)
+
+
+class _Processes:
+    """One process per GPU (or a share of the cores), each with its engines."""
+
+    def __init__(self, setting: Setting, workers: int, watch: Watch) -> None:
+        self._watch = watch
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._free: list[int] = []
+        self._processes = [self._start(setting, index, workers) for index in range(workers)]
+        self._free = list(range(workers))
+
+    def _start(self, setting: Setting, index: int, workers: int) -> subprocess.Popen[str]:
+        environment = dict(os.environ)
+        if setting.device == "cuda":
+            visible = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = visible[index % len(visible)]
+        elif setting.device == "cpu":
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "search.workers", str(index)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then closes theirs
+        )
+        assert process.stdin is not None
+        process.stdin.write(setting.file.model_dump_json() + "\n")
+        process.stdin.flush()
+        threading.Thread(target=self._listen, args=(process, index), daemon=True).start()
+        return process
+
+    def _listen(self, process: subprocess.Popen[str], index: int) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            self._events.put({"worker": index, **json.loads(line)})
+        self._events.put({"event": "gone", "worker": index, "status": process.wait()})
+
+    def __enter__(self) -> _Processes:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self._processes:
+            if process.stdin is not None:
+                with contextlib.suppress(OSError):
+                    process.stdin.close()  # the end of input: a worker finishes, records and goes
+            if exception[0] is not None and process.poll() is None:
+                process.terminate()
+        for process in self._processes:
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+    @property
+    def idle(self) -> bool:
+        return bool(self._free)
+
+    def go(self, done: int) -> None:
+        index = self._free.pop(0)
+        stdin = self._processes[index].stdin
+        assert stdin is not None
+        with contextlib.suppress(OSError):  # its death is told by `wait`
+            stdin.write(f"go {done}\n")
+            stdin.flush()
+
+    def wait(self) -> None:
+        """Until one trial has ended. A worker that died is not replaced: its trial is tried again by another."""
+        while True:
+            event = self._events.get()
+            if event["event"] == "idle":
+                self._free.append(event["worker"])
+                return
+            if event["event"] == "gone":
+                if all(process.poll() is not None for process in self._processes):
+                    raise StudyStopped(
+                        f"all workers are gone (the last with exit status {event['status']}); see the messages above, and run it again"
+                    )
+                self._watch({"event": "warn", "text": f"worker {event['worker']} is gone; the others go on"})
+                return
+            self._watch(event)
+
+
+def _lines() -> Iterator[str]:
+    while line := sys.stdin.readline():
+        yield line.strip()
+
+
+def _main(index: int) -> None:
+    """A worker process: the study file on the first line, then `go N` for each trial."""
+    lines = _lines()
+    file = StudyFile.model_validate_json(next(lines))
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print to standard output; events must not be mixed with that
+
+    def watch(event: Event) -> None:
+        print(json.dumps(event), file=out, flush=True)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    study.until_signal(interrupt)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    setting = prepare(file)
+    the_study = study.load(study.open_storage(file.storage), file.study_name)
+    with contextlib.suppress(KeyboardInterrupt), Bench(setting, lambda text: watch({"event": "say", "text": text})) as bench:
+        baseline = bench.baseline()
+        for line in lines:
+            _one_trial(the_study, bench, baseline, index, int(line.split()[1]), watch)
+            watch({"event": "idle"})
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]))
