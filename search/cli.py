@@ -44,6 +44,7 @@ class Commands(click.Group):
 def _status(error: Exception) -> int | None:
     from compressors.errors import CompressionError
     from evaluator.errors import EvaluationError
+
     from search.errors import SearchError
 
     if isinstance(error, SearchError):
@@ -86,16 +87,27 @@ def main(verbose: bool) -> None:
 def study_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."),
-        click.option("--config-dir", type=click.Path(path_type=Path), help="Your study files; ./studies where there is one."),
+        click.option(
+            "--config-dir", type=click.Path(path_type=Path), help="Your study files; ./studies where there is one."
+        ),
         click.option("--study-name", help="The study's name in the storage; the study file says which by default."),
         click.option("--storage", help="sqlite:///FILE or postgresql://USER@HOST/DATABASE."),
-        click.option("--study", default="demo", show_default=True, help="The study file: demo, exaone4-1.2b, or your own."),
+        click.option(
+            "--study", default="demo", show_default=True, help="The study file: demo, exaone4-1.2b, or your own."
+        ),
     ):
         command = option(command)
     return command
 
 
-def _file(study: str, storage: str | None, study_name: str | None, config_dir: Path | None, overrides: tuple[str, ...], **more: Any) -> Any:
+def _file(
+    study: str,
+    storage: str | None,
+    study_name: str | None,
+    config_dir: Path | None,
+    overrides: tuple[str, ...],
+    **more: Any,
+) -> Any:
     from search import config
 
     words = list(overrides)
@@ -119,7 +131,8 @@ def run(as_json: bool, workers: int, trials: int | None, seed: int | None, **whe
     \b
     optuna-search run --trials 50 space.precision=[bfloat16,W8A8] evaluation.backend=vllm
     """
-    from search import progress, status, study, workers as team
+    from search import progress, status, study
+    from search import workers as team
 
     file = _file(**where, trials=trials, seed=seed)
 
@@ -151,7 +164,9 @@ def _existing(storage: str) -> Any:
     from search import errors, study
 
     if storage.startswith("sqlite:///") and not Path(storage.removeprefix("sqlite:///")).is_file():
-        raise errors.StorageError(f"storage {storage}: no such file; `optuna-search run` makes it, or name another with --storage")
+        raise errors.StorageError(
+            f"storage {storage}: no such file; `optuna-search run` makes it, or name another with --storage"
+        )
     return study.open_storage(storage)
 
 
@@ -176,19 +191,24 @@ def dashboard(host: str, port: int, **where: Any) -> None:
 @click.option("--json", "as_json", is_flag=True)
 def export(number: int | None, to: Path, as_json: bool, **where: Any) -> None:
     """Write the best trial's checkpoint, reloaded and compared with what was measured."""
-    from search import config, export as exporting, progress, setting, study
+    from search import config, progress, setting, study
+    from search import export as exporting
 
     file = _file(**where)
     the_study = study.load(_existing(file.storage), file.study_name)
     trial = exporting.choose(the_study, number)
     made_with = config.validate(the_study.user_attrs["file"], f"study {file.study_name!r}")
     with progress.Live(1) as live:
-        prepared = setting.prepare(made_with.model_copy(update={"storage": file.storage, "outputs": file.outputs}), live.say)
+        prepared = setting.prepare(
+            made_with.model_copy(update={"storage": file.storage, "outputs": file.outputs}), live.say
+        )
         exported = exporting.export(prepared, trial, to, live.say)
     if as_json:
         click.echo(json.dumps(exporting.to_json(exported)))
         return
-    click.echo(f"trial {exported.trial}, Score {exported.score:.4f}, perplexity {exported.perplexity:.3f} → {exported.path}")
+    click.echo(
+        f"trial {exported.trial}, Score {exported.score:.4f}, perplexity {exported.perplexity:.3f} → {exported.path}"
+    )
     click.echo(exported.compared)
 
 

@@ -220,7 +220,9 @@ def _forced(override: str, directories: Sequence[Path]) -> str:
 
 def _where(problem: Any) -> str:
     # pydantic puts the members of a union into the location; keys are plain words
-    return ".".join(str(part) for part in problem["loc"] if str(part).replace("_", "").isalnum() and part not in MEMBERS)
+    return ".".join(
+        str(part) for part in problem["loc"] if str(part).replace("_", "").isalnum() and part not in MEMBERS
+    )
 
 
 def _explain(problem: Any) -> str:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import optuna
+from evaluator.measurement import Measurement
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna_dashboard import save_note
-
-from evaluator.measurement import Measurement
 
 if TYPE_CHECKING:
     from search.objective import Record

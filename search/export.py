@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
-
-from compressors.plan import CompressionPlan
 from evaluator.measurement import Measurement
 from evaluator.process import EngineProcess
 from evaluator.score import score_of
+from optuna.trial import FrozenTrial, TrialState
+
+from compressors.plan import CompressionPlan
 from search.errors import SearchError, UsageError
 from search.objective import Bench
 from search.setting import Setting, read_json, require_disk, write_json
@@ -36,14 +36,18 @@ def choose(study: optuna.Study, number: int | None) -> FrozenTrial:
         try:
             return study.best_trial
         except ValueError:
-            raise UsageError(f"study {study.study_name!r} has no measured trial yet; run it until one is complete") from None
+            raise UsageError(
+                f"study {study.study_name!r} has no measured trial yet; run it until one is complete"
+            ) from None
     trials = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
     trial = trials.get(number)
     if trial is None:
         raise UsageError(f"trial {number}: study {study.study_name!r} has trials 0 to {len(trials) - 1}")
     if trial.state != TrialState.COMPLETE:
         why = trial.user_attrs.get("reason", "it has not ended")
-        raise UsageError(f"trial {number} is {trial.state.name}, so it was never measured ({why}); export a complete one, see `optuna-search status`")
+        raise UsageError(
+            f"trial {number} is {trial.state.name}, so it was never measured ({why}); export a complete one, see `optuna-search status`"
+        )
     return trial
 
 
@@ -103,7 +107,9 @@ def export(setting: Setting, trial: FrozenTrial, to: Path, say: Callable[[str], 
 def compare(setting: Setting, path: Path, measurement: Measurement, say: Callable[[str], None]) -> str:
     """Load `path` in a fresh engine and compare the logits of one window with the measured model's."""
     say("loading the export in a fresh engine")
-    with EngineProcess(setting.backend, path, setting.engine_settings, log=setting.outputs / "logs" / "engine-export.log") as engine:
+    with EngineProcess(
+        setting.backend, path, setting.engine_settings, log=setting.outputs / "logs" / "engine-export.log"
+    ) as engine:
         found = engine.logits_sha256(setting.shards[0][0])
     if found != measurement.logits_sha256:
         raise SearchError(

@@ -22,14 +22,14 @@ from typing import Any
 
 import optuna
 import torch
-
-from compressors import build, calibration
 from compressors.errors import CompressionError
-from compressors.plan import CompressionPlan
-from evaluator import measure, quality, score, speed
 from evaluator.errors import EngineOutOfMemory, EvaluationError, NotFinite
 from evaluator.measurement import Measurement, Timing
 from evaluator.process import EngineProcess
+
+from compressors import build, calibration
+from compressors.plan import CompressionPlan
+from evaluator import measure, quality, score, speed
 from search import dashboard, space, study
 from search.setting import Setting, read_json, require_disk, require_memory, write_json
 

@@ -13,8 +13,12 @@ from search.progress import short
 
 def status_table(state: dict[str, Any]) -> RenderableType:
     """A study's state (`search.status.of`): a line, the Pareto table, the reasons."""
-    counts = ", ".join(f"{state[name]} {name}" for name in ("complete", "pruned", "failed", "running", "waiting") if state[name])
-    parts: list[RenderableType] = [Text(f"study {state['study']}: {state['finished']} of {state['trials']} trials finished ({counts})")]
+    counts = ", ".join(
+        f"{state[name]} {name}" for name in ("complete", "pruned", "failed", "running", "waiting") if state[name]
+    )
+    parts: list[RenderableType] = [
+        Text(f"study {state['study']}: {state['finished']} of {state['trials']} trials finished ({counts})")
+    ]
     baseline = state["baseline"]
     if baseline:
         parts.append(
@@ -56,5 +60,7 @@ def _reasons(ended: list[dict[str, Any]], most: int = 12) -> Table:
     table.add_column("why")
     for trial in ended[-most:]:
         plan = short(trial["plan"]) if "plan" in trial else ""
-        table.add_row(str(trial["trial"]), plan, f"{trial.get('failure') or trial['state'].lower()}: {trial.get('reason', '')}")
+        table.add_row(
+            str(trial["trial"]), plan, f"{trial.get('failure') or trial['state'].lower()}: {trial.get('reason', '')}"
+        )
     return table

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressors.errors import CheckpointError
+from evaluator.measurement import Workload
+from evaluator.score import Formula
 from transformers import AutoTokenizer
 
 from compressors import build, calibration, checkpoint, family
-from compressors.errors import CheckpointError
 from compressors.plan import DTYPES, CompressionPlan
 from evaluator import backends, texts
 from evaluator.backends import EngineSettings
-from evaluator.measurement import Workload
-from evaluator.score import Formula
 from search import sources, space
 from search.config import StudyFile
 from search.errors import UsageError
@@ -176,7 +176,9 @@ def prepare(file: StudyFile, say: Say = lambda _: None) -> Setting:
     if misfit:
         raise UsageError(misfit)
     if identity.precision not in DTYPES:
-        raise UsageError(f"model {path}: its dtype is {identity.precision}; optuna-search starts from {', '.join(DTYPES)}")
+        raise UsageError(
+            f"model {path}: its dtype is {identity.precision}; optuna-search starts from {', '.join(DTYPES)}"
+        )
     require_memory(base.total_parameters * (4 if device == "cpu" else 2), device, "the base model")
     shards, windows = _windows(file, path)
     digest = checkpoint.digest_of(path, CACHE / "digests")
@@ -209,7 +211,9 @@ def _engine(file: StudyFile) -> tuple[str, str]:
     if device not in ("cpu", "cuda", "mps"):
         raise UsageError(f"evaluation.device: {device!r} is not one of auto, cpu, cuda, mps")
     if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("evaluation.device: cuda was asked for, and torch sees no CUDA GPU; see `optuna-search doctor`")
+        raise UsageError(
+            "evaluation.device: cuda was asked for, and torch sees no CUDA GPU; see `optuna-search doctor`"
+        )
     return backend, device
 
 

@@ -29,15 +29,31 @@ def of(study: optuna.Study) -> dict[str, Any]:
         "baseline": study.user_attrs.get("baseline"),
         "best": None if best is None else summary(best),
         "pareto": [summary(trial) for trial in pareto(complete)],
-        "pruned_at": dict(Counter(trial.user_attrs.get("stage", "") for trial in done if trial.state == TrialState.PRUNED)),
+        "pruned_at": dict(
+            Counter(trial.user_attrs.get("stage", "") for trial in done if trial.state == TrialState.PRUNED)
+        ),
         "ended": [summary(trial) for trial in done if trial.state != TrialState.COMPLETE],
     }
 
 
 def summary(trial: FrozenTrial) -> dict[str, Any]:
     attrs = trial.user_attrs
-    wanted = ("perf_norm", "perf_norm_se", "speed_norm", "speed_norm_se", "score_se", "perplexity", "kl_nats_per_token",
-              "time_per_token_ms", "model_size_mb", "total_parameters", "stage", "reason", "failure", "plan")
+    wanted = (
+        "perf_norm",
+        "perf_norm_se",
+        "speed_norm",
+        "speed_norm_se",
+        "score_se",
+        "perplexity",
+        "kl_nats_per_token",
+        "time_per_token_ms",
+        "model_size_mb",
+        "total_parameters",
+        "stage",
+        "reason",
+        "failure",
+        "plan",
+    )
     found = {name: attrs[name] for name in wanted if name in attrs}
     score = trial.value if trial.state == TrialState.COMPLETE else None
     return {"trial": trial.number, "state": trial.state.name, "score": score, **found}

@@ -56,7 +56,9 @@ def _safe(url: str) -> str:
     try:
         return make_url(url).render_as_string(hide_password=True)
     except sqlalchemy.exc.ArgumentError:
-        raise StorageError("storage: not a database URL; write sqlite:///FILE or postgresql://USER@HOST/DATABASE") from None
+        raise StorageError(
+            "storage: not a database URL; write sqlite:///FILE or postgresql://USER@HOST/DATABASE"
+        ) from None
 
 
 def _prepared(url: str) -> tuple[str, dict[str, Any]]:
@@ -92,7 +94,9 @@ def create_or_resume(storage: RDBStorage, name: str, definition: Mapping[str, An
     Raises StudyMismatch, which says what differs, when it was made with another. Integer ranges are not part
     of a definition: they may change when a study goes on.
     """
-    if name not in {summary.study_name for summary in optuna.get_all_study_summaries(storage, include_best_trial=False)}:
+    if name not in {
+        summary.study_name for summary in optuna.get_all_study_summaries(storage, include_best_trial=False)
+    }:
         try:
             study = optuna.create_study(storage=storage, study_name=name, direction="maximize")
             study.set_user_attr("definition", dict(definition))
@@ -156,7 +160,9 @@ def pruner(settings: Pruner, shards: int) -> optuna.pruners.BasePruner:
         )
     if settings.name == "hyperband":
         return optuna.pruners.HyperbandPruner(
-            min_resource=max(1, settings.n_startup_steps), max_resource=shards, reduction_factor=settings.reduction_factor
+            min_resource=max(1, settings.n_startup_steps),
+            max_resource=shards,
+            reduction_factor=settings.reduction_factor,
         )
     return optuna.pruners.NopPruner()
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import dotenv
 import optuna
-
 from evaluator.measurement import Measurement
+
 from search import study as studies
 from search.config import Tracking
 
@@ -41,7 +41,9 @@ def load_environment(directory: Path = Path()) -> None:
 class Tracker:
     """Follows a study into MLflow until `close`."""
 
-    def __init__(self, settings: Tracking, study: optuna.Study, baseline: Measurement, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, settings: Tracking, study: optuna.Study, baseline: Measurement, warn: Callable[[str], None]
+    ) -> None:
         self._settings = settings
         self._study_name, self._storage = study.study_name, study._storage
         self._baseline = baseline
@@ -78,7 +80,9 @@ class Tracker:
             runs.end()
         except Exception as error:  # a tracker never takes a study down
             first = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            self._warn(f"MLflow: not tracked from here on: {first}; the study goes on, and running it again later tracks the rest")
+            self._warn(
+                f"MLflow: not tracked from here on: {first}; the study goes on, and running it again later tracks the rest"
+            )
 
 
 class _Runs:
@@ -92,11 +96,22 @@ class _Runs:
             found = self._client.get_experiment_by_name(experiment)
             self._experiment = found.experiment_id if found else self._client.create_experiment(experiment)
         self._parent = self._only_run({PARENT: study_name}, study_name)
-        self._tracked = {int(run.data.tags[TRIAL]) for run in self._search({"mlflow.parentRunId": self._parent}) if TRIAL in run.data.tags}
+        self._tracked = {
+            int(run.data.tags[TRIAL])
+            for run in self._search({"mlflow.parentRunId": self._parent})
+            if TRIAL in run.data.tags
+        }
         tags = {"mlflow.parentRunId": self._parent, "baseline": "true"}
         if not self._search(tags):
             now = int(time.time() * 1000)
-            self._log("baseline", tags, {**measured(baseline), "perf_norm": 1.0, "speed_norm": 0.0, "score": 0.5}, "FINISHED", now, now)
+            self._log(
+                "baseline",
+                tags,
+                {**measured(baseline), "perf_norm": 1.0, "speed_norm": 0.0, "score": 0.5},
+                "FINISHED",
+                now,
+                now,
+            )
 
     def catch_up(self, trials: list[optuna.trial.FrozenTrial]) -> None:
         for trial in trials:
@@ -111,17 +126,31 @@ class _Runs:
                 "hidden_dim": plan.get("hidden_size"),
                 "score": trial.value if trial.state == optuna.trial.TrialState.COMPLETE else None,
             }
-            tags = {"mlflow.parentRunId": self._parent, TRIAL: str(trial.number), "state": trial.state.name, "stage": attrs.get("stage", "")}
+            tags = {
+                "mlflow.parentRunId": self._parent,
+                TRIAL: str(trial.number),
+                "state": trial.state.name,
+                "stage": attrs.get("stage", ""),
+            }
             if "reason" in attrs:
                 tags["reason"] = attrs["reason"]
             status = "FAILED" if trial.state == optuna.trial.TrialState.FAIL else "FINISHED"
-            self._log(f"trial-{trial.number}", tags, {**plan, **values}, status, _ms(trial.datetime_start), _ms(trial.datetime_complete))
+            self._log(
+                f"trial-{trial.number}",
+                tags,
+                {**plan, **values},
+                status,
+                _ms(trial.datetime_start),
+                _ms(trial.datetime_complete),
+            )
             self._tracked.add(trial.number)
 
     def end(self) -> None:
         self._client.set_terminated(self._parent)
 
-    def _log(self, name: str, tags: Mapping[str, str], values: Mapping[str, Any], status: str, start: int, end: int) -> None:
+    def _log(
+        self, name: str, tags: Mapping[str, str], values: Mapping[str, Any], status: str, start: int, end: int
+    ) -> None:
         from mlflow.entities import Metric, Param
 
         run = self._client.create_run(self._experiment, start_time=start, tags=dict(tags), run_name=name)
@@ -139,7 +168,9 @@ class _Runs:
         clause = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         found, token = [], None
         while True:
-            page = self._client.search_runs([self._experiment], filter_string=clause, max_results=1000, page_token=token)
+            page = self._client.search_runs(
+                [self._experiment], filter_string=clause, max_results=1000, page_token=token
+            )
             found += list(page)
             token = page.token
             if not token:

@@ -18,8 +18,8 @@ from typing import Any
 
 import optuna
 import torch
-
 from evaluator.measurement import Measurement
+
 from search import dashboard, space, study, tracking
 from search.config import StudyFile
 from search.errors import StudyStopped
@@ -49,7 +49,9 @@ def run(file: StudyFile, workers: int = 1, watch: Watch = lambda _: None) -> opt
         if the_study.user_attrs.get("baseline") != baseline.to_dict():
             the_study.set_user_attr("baseline", baseline.to_dict())
         _enqueue_identity(the_study, setting)
-        tracker = tracking.Tracker(file.tracking, the_study, baseline, warn=lambda text: watch({"event": "warn", "text": text}))
+        tracker = tracking.Tracker(
+            file.tracking, the_study, baseline, warn=lambda text: watch({"event": "warn", "text": text})
+        )
         dashboard.describe_study(the_study, baseline)
         try:
             if workers == 1:
@@ -132,7 +134,9 @@ def _one_trial(
     objective = Objective(
         bench,
         baseline,
-        on_stage=lambda record: watch({"event": "stage", "worker": worker, "trial": record.number, "stage": record.stage}),
+        on_stage=lambda record: watch(
+            {"event": "stage", "worker": worker, "trial": record.number, "stage": record.stage}
+        ),
         on_end=lambda record: watch(_ended(record, worker)),
     )
     try:
@@ -204,7 +208,9 @@ class _Processes:
     def _start(self, setting: Setting, index: int, workers: int) -> subprocess.Popen[str]:
         environment = dict(os.environ)
         if setting.device == "cuda":
-            visible = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+            visible = environment.get(
+                "CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))
+            ).split(",")
             environment["CUDA_VISIBLE_DEVICES"] = visible[index % len(visible)]
         elif setting.device == "cpu":
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
@@ -295,7 +301,10 @@ def _main(index: int) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     setting = prepare(file)
     the_study = study.load(study.open_storage(file.storage), file.study_name)
-    with contextlib.suppress(KeyboardInterrupt), Bench(setting, lambda text: watch({"event": "say", "text": text})) as bench:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        Bench(setting, lambda text: watch({"event": "say", "text": text})) as bench,
+    ):
         baseline = bench.baseline()
         for line in lines:
             _one_trial(the_study, bench, baseline, index, int(line.split()[1]), watch)

@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from search import config
+from search.config import ConfigError, Range, StudyFile
+
+
+def refused(*overrides: str, study: str = "demo") -> str:
+    with pytest.raises(ConfigError) as caught:
+        config.load(study, overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_base_study_documents_every_default():
+    documented = yaml.safe_load((config.PACKAGED / "_base.yaml").read_text())
+    defaults = StudyFile(study_name="x", model={"source": "y"}).model_dump(mode="json")
+    del defaults["model"]["source"], defaults["study_name"]
+    assert documented == defaults
+
+
+@pytest.mark.parametrize("name", config.studies())
+def test_packaged_studies_load(name):
+    assert config.load(name).study_name == name
+
+
+def test_overrides_reach_every_depth():
+    file = config.load(
+        "demo", ["trials=7", "space.hidden_size=512", "space.intermediate_size={low: 1024, high: 1536, step: 256}",
+                 "evaluation.workload.turns=5", "text.search=[a.txt, b.jsonl]", "limits.max_size_mb=200"]
+    )  # fmt: skip
+    assert file.trials == 7
+    assert file.space.hidden_size == 512
+    assert file.space.intermediate_size == Range(low=1024, high=1536, step=256)
+    assert file.evaluation.workload.turns == 5
+    assert file.text.search == ["a.txt", "b.jsonl"]
+    assert file.limits.max_size_mb == 200
+
+
+def test_model_group_can_be_swapped():
+    assert config.load("demo", ["model=exaone4-1.2b"]).model.source == "LGAI-EXAONE/EXAONE-4.0-1.2B"
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("trails=3", ["trails", "did you mean 'trials'"]),
+        ("space.hiden_size=3", ["space.hiden_size", "did you mean 'hidden_size'"]),
+        ("evaluation.workload.turn=5", ["evaluation.workload.turn", "did you mean 'turns'"]),
+        ("trials=many", ["trials", "'many'"]),
+        ("trials=0", ["trials", "greater than or equal to 1"]),
+        ("space.precision=[W8A9]", ["space.precision", "'W8A9'", "did you mean 'W8A8'"]),
+        ("space.precision=[]", ["space.precision", "at least one"]),
+        ("space.num_hidden_layers.low=40", ["space.num_hidden_layers", "low (40) must not exceed high (30)"]),
+        ("space.intermediate_size={low: 1, high: 10, step: 4}", ["plus a multiple of step (4)"]),
+        ("model=nope", ["model/nope"]),
+        ("trials", ["KEY=VALUE"]),
+        ("score={weight_perf: 0, weight_speed: 0}", ["weight_perf and weight_speed are both 0"]),
+    ],
+)
+def test_bad_overrides_say_what_and_how(override, parts):
+    text = refused(override)
+    for part in parts:
+        assert part in text
+
+
+def test_unknown_study_names_the_nearest():
+    assert "did you mean 'demo'" in refused(study="dmo")
+
+
+def test_own_study_files_come_first_and_build_on_ours(tmp_path: Path, monkeypatch):
+    own = tmp_path / "studies"
+    own.mkdir()
+    (own / "mine.yaml").write_text("defaults: [_base, {model: smollm2-135m}, _self_]\nstudy_name: mine\ntrials: 3\n")
+    monkeypatch.chdir(tmp_path)
+    assert config.studies()[0] == "mine"
+    file = config.load("mine")
+    assert (file.trials, file.model.source, file.pruner.p_threshold) == (3, "smollm2-135m", 0.1)
+    (own / "wrong.yaml").write_text("defaults: [_base, _self_]\nstudy_name: wrong\nmodel: {source: x}\nsapce: {}\n")
+    assert "sapce: unknown key; did you mean 'space'" in refused(study="wrong")

@@ -1,0 +1,70 @@
+import optuna
+import pytest
+
+from compressors.plan import CompressionPlan
+from search import space
+from search.config import Space
+
+BASE = CompressionPlan(30, 32, 8, 2048, 4096, "bfloat16")
+
+
+def test_searched_fixed_and_inherited_dimensions():
+    searched = Space(num_hidden_layers={"low": 24, "high": 30, "step": 2}, hidden_size=1920, precision=["W8A8", "bfloat16"])
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    plans = [space.suggest(study.ask(), searched, BASE) for _ in range(60)]
+    assert {plan.num_hidden_layers for plan in plans} == {24, 26, 28, 30}
+    assert {plan.hidden_size for plan in plans} == {1920}
+    assert {plan.intermediate_size for plan in plans} == {4096}
+    assert {plan.precision for plan in plans} == {"W8A8", "bfloat16"}
+    assert isinstance(study.trials[0].distributions["num_hidden_layers"], optuna.distributions.IntDistribution)
+
+
+def test_integer_ranges_may_change_on_resume_and_categorical_choices_may_not():
+    study = optuna.create_study()
+    study.optimize(lambda t: space.suggest(t, Space(num_hidden_layers={"low": 26, "high": 30}), BASE).num_hidden_layers, 3)
+    wider = Space(num_hidden_layers={"low": 20, "high": 30})
+    study.optimize(lambda t: space.suggest(t, wider, BASE).num_hidden_layers, 3)
+    assert len(study.trials) == 6
+
+
+def test_how_layers_go_says_nothing_when_none_goes():
+    top = CompressionPlan(30, 32, 8, 2048, 4096, "bfloat16", drop_from="top")
+    assert space.canonical(top, BASE) == BASE
+    cut = CompressionPlan(29, 32, 8, 2048, 4096, "bfloat16", drop_from="top")
+    assert space.canonical(cut, BASE) == cut
+
+
+def test_identity_params_give_the_identity_plan():
+    searched = Space(
+        num_hidden_layers={"low": 24, "high": 30}, drop_from=["top", "importance"], precision=["W8A8", "bfloat16"]
+    )
+    params = space.identity_params(searched, BASE)
+    study = optuna.create_study()
+    study.enqueue_trial(params)
+    assert space.suggest(study.ask(), searched, BASE) == BASE
+
+
+@pytest.mark.parametrize(
+    "searched",
+    [
+        Space(num_hidden_layers={"low": 24, "high": 28}),
+        Space(precision=["W8A8"]),
+        Space(hidden_size=1024),
+        Space(num_hidden_layers={"low": 20, "high": 38, "step": 6}),
+    ],
+)
+def test_a_space_without_the_identity_has_no_identity_params(searched):
+    assert space.identity_params(searched, BASE) is None
+
+
+def test_growing_is_refused():
+    assert space.out_of_range(Space(num_hidden_layers={"low": 24, "high": 30}), BASE) is None
+    reason = space.out_of_range(Space(intermediate_size=8192), BASE)
+    assert "8192" in reason
+    assert "4096" in reason
+
+
+def test_digest_depends_on_base_and_plan():
+    other = CompressionPlan(29, 32, 8, 2048, 4096, "bfloat16")
+    assert BASE.digest("a") == CompressionPlan.from_dict(BASE.to_dict()).digest("a")
+    assert len({BASE.digest("a"), BASE.digest("b"), other.digest("a")}) == 3

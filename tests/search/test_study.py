@@ -1,0 +1,191 @@
+"""Storages, resuming and counting, on real databases and with real dead processes."""
+
+import subprocess
+import sys
+import textwrap
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from search import study as studies
+from search.config import Pruner, Sampler
+from search.errors import StorageError, StudyMismatch, UsageError
+
+DEFINITION = {"model": {"digest": "a"}, "space": {"precision": ["bfloat16", "W8A8"]}, "score": {"weight_perf": 0.5}}
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"sqlite:///{tmp_path}/deep/studies.db"
+
+
+def test_sqlite_is_made_with_write_ahead_log_and_heartbeat(url, tmp_path):
+    import sqlite3
+
+    storage = studies.open_storage(url)
+    assert storage.get_heartbeat_interval() == studies.HEARTBEAT_S
+    with sqlite3.connect(tmp_path / "deep/studies.db") as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ("nonsense", "not a database URL"),
+        ("sqlite:///:memory:", "needs a file"),
+        ("postgresql://me:secret@127.0.0.1:9/db", "127.0.0.1"),
+        ("nosuchdb://x", "nosuchdb"),
+    ],
+)
+def test_unusable_storages_say_so_in_one_line_without_the_password(bad, said):
+    with pytest.raises(StorageError) as caught:
+        studies.open_storage(bad)
+    assert said in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "notes.db"
+    path.write_text("these are notes, not a database\n" * 50)
+    with pytest.raises(StorageError, match="not a database"):
+        studies.open_storage(f"sqlite:///{path}")
+    assert path.read_text().startswith("these are notes")
+
+
+def test_another_definition_is_refused_with_what_differs(url):
+    storage = studies.open_storage(url)
+    studies.create_or_resume(storage, "s", DEFINITION)
+    assert studies.create_or_resume(storage, "s", DEFINITION).study_name == "s"
+    changed = {**DEFINITION, "space": {"precision": ["bfloat16", "W4A16"]}}
+    with pytest.raises(StudyMismatch) as caught:
+        studies.create_or_resume(storage, "s", changed)
+    assert 'space.precision is ["bfloat16", "W8A8"] there and ["bfloat16", "W4A16"] here' in str(caught.value)
+    assert "model" not in str(caught.value).replace("precision", "")
+
+
+def test_a_study_of_someone_else_is_refused(url):
+    storage = studies.open_storage(url)
+    optuna.create_study(storage=storage, study_name="foreign")
+    with pytest.raises(StudyMismatch, match="not made by optuna-search"):
+        studies.create_or_resume(storage, "foreign", DEFINITION)
+
+
+def test_unknown_study_lists_those_there_are(url):
+    storage = studies.open_storage(url)
+    studies.create_or_resume(storage, "mine", DEFINITION)
+    with pytest.raises(UsageError, match="holds mine"):
+        studies.load(storage, "yours")
+
+
+WORKER = """
+    import os, sys
+    from search import study as studies
+    study = studies.load(studies.open_storage(sys.argv[1]), "s")
+    trial = study.ask()
+    trial.suggest_int("num_hidden_layers", 1, 30)
+    trial.set_user_attr("worker", studies.identify_worker())
+    trial.report(0.25, 1)
+    print(trial.params["num_hidden_layers"], flush=True)
+    if sys.argv[2] == "die":
+        os.kill(os.getpid(), 9)
+    sys.stdin.read()
+"""
+
+
+def start_worker(url, what):
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(WORKER), url, what],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_a_killed_workers_trial_is_failed_and_queued_again_at_once(url):
+    study = studies.create_or_resume(studies.open_storage(url), "s", DEFINITION)
+    worker = start_worker(url, "die")
+    layers = int(worker.stdout.readline())
+    assert worker.wait() == -9
+    assert studies.retry_dead(study) == [0]
+    assert studies.retry_dead(study) == []
+    dead, again = study.trials
+    assert dead.state == TrialState.FAIL
+    assert again.state == TrialState.WAITING
+    assert again.params == {"num_hidden_layers": layers}
+    assert again.intermediate_values == {}
+    assert again.user_attrs == {}
+    assert studies.finished(study.trials) == []
+
+
+def test_a_living_workers_trial_is_left_alone(url):
+    study = studies.create_or_resume(studies.open_storage(url), "s", DEFINITION)
+    worker = start_worker(url, "wait")
+    worker.stdout.readline()
+    try:
+        assert studies.retry_dead(study) == []
+        assert study.trials[0].state == TrialState.RUNNING
+    finally:
+        worker.communicate()
+
+
+def test_finished_counts_what_ended_by_itself(url):
+    study = studies.create_or_resume(studies.open_storage(url), "s", DEFINITION)
+
+    def end(state, **attrs):
+        trial = study.ask()
+        for name, value in attrs.items():
+            trial.set_user_attr(name, value)
+        study.tell(trial, 0.5 if state == TrialState.COMPLETE else None, state=state)
+
+    end(TrialState.COMPLETE)
+    end(TrialState.PRUNED)
+    end(TrialState.FAIL, failure="NotFinite")
+    end(TrialState.FAIL)  # killed
+    end(TrialState.FAIL, failure=studies.INTERRUPTED)
+    study.ask()
+    assert [trial.number for trial in studies.finished(study.trials)] == [0, 1, 2]
+
+
+def test_a_resumed_sampler_draws_what_an_uninterrupted_one_draws(url):
+    def objective(trial):
+        return -abs(trial.suggest_int("x", 0, 1000) - 300)
+
+    def run(study, trials):
+        while (done := len(studies.finished(study.trials))) < trials:
+            study.sampler = studies.sampler(Sampler(n_startup_trials=4), 7, 0, done)
+            study.optimize(objective, n_trials=1)
+        return [trial.params["x"] for trial in study.trials]
+
+    whole = run(optuna.create_study(direction="maximize"), 12)
+    storage = studies.open_storage(url)
+    run(studies.create_or_resume(storage, "s", DEFINITION), 5)
+    assert run(studies.load(studies.open_storage(url), "s"), 12) == whole
+    other = [studies.sampler(Sampler(), seed, worker, 0) for seed, worker in ((7, 0), (7, 1), (8, 0))]
+    drawn = set()
+    for sampler in other:
+        study = optuna.create_study(sampler=sampler)
+        drawn.add(study.ask().suggest_int("x", 0, 10**9))
+    assert len(drawn) == 3
+
+
+@pytest.mark.parametrize("name", ["wilcoxon", "median", "hyperband"])
+def test_each_pruner_prunes_a_clearly_worse_trial_when_fed_what_it_needs(name):
+    settings = Pruner(name=name, n_startup_steps=2, n_startup_trials=2)
+    running_mean = studies.wants_running_mean(settings)
+    study = optuna.create_study(direction="maximize", pruner=studies.pruner(settings, shards=9))
+    shards = [0.1, 0.5, -0.3, 0.2, -0.1, 0.4, 0.0, -0.2, 0.3]
+
+    def objective(trial, level):
+        values = []
+        for index, shard in enumerate(shards):
+            values.append(level + shard)
+            trial.report(sum(values) / len(values) if running_mean else values[-1], index + 1)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return level
+
+    for _ in range(6):
+        study.optimize(lambda trial: objective(trial, 1.0), n_trials=1)
+    study.optimize(lambda trial: objective(trial, 0.2), n_trials=3)
+    assert TrialState.PRUNED in [trial.state for trial in study.trials[6:]]
+    assert len(study.trials[-1].intermediate_values) < len(shards) or name == "hyperband"
