@@ -74,9 +74,8 @@ class Bench:
         self.say = say
         self._baseline_engine: EngineProcess | None = None
         self._reference: quality.Reference | None = None
-        self._base_screen: Screen | None = None
+        self._base_nll: tuple[float, ...] | None = None
         self._calibration: calibration.Calibration | None = None
-        self._starting: dict[str, float] = {}
 
     def close(self) -> None:
         if self._baseline_engine is not None:
@@ -134,18 +133,27 @@ class Bench:
 
     # -- screen ----------------------------------------------------------------------------------------------
 
-    def base_screen(self) -> Screen:
-        if self._base_screen is None:
+    def base_nll(self) -> tuple[float, ...]:
+        """The base model's mean NLL on each shard, computed in memory as the screen computes every plan's."""
+        if self._base_nll is None:
+            path = self.setting.outputs / "screens" / f"base-{self.setting.key(self.setting.identity)}.json"
+            known = read_json(path)
+            if known is None:
+                write_json(path, {"nll": self._in_memory_reference().nll})
+                known = read_json(path)
+            assert known is not None
+            self._base_nll = tuple(known["nll"])
+        return self._base_nll
+
+    def _in_memory_reference(self) -> quality.Reference:
+        if self._reference is None:
             self.say("screen: the base model")
+            kept = int(self.setting.file.evaluation.kl_max_mb * 1e6)
             with self._model(self.setting.identity) as model:
-                windows = [window for shard in self.setting.shards for window in shard]
-                self._reference = quality.Reference.of(
-                    model, self.setting.shards, max_bytes=int(self.setting.file.evaluation.kl_max_mb * 1e6)
-                )
-                nll = tuple(self._reference.nll) if len(self._reference.nll) == len(self.setting.shards) else ()
-                del windows
-                self._base_screen = Screen(nll=nll, kl=(), agreement=())
-        return self._base_screen
+                self._reference = quality.Reference.of(model, self.setting.shards, max_bytes=kept)
+            if not all(map(math.isfinite, self._reference.nll)):
+                raise NotFinite(f"model {self.setting.base_path}: its loss on the search text is NaN: the weights are broken")
+        return self._reference
 
     def shards(self, plan: CompressionPlan, known: Screen | None) -> Iterator[quality.ShardQuality]:
         """The quality of each shard in turn, from what is known or from the model built in memory."""
@@ -153,10 +161,10 @@ class Bench:
             for nll, kl, agreement in zip(known.nll, known.kl, known.agreement, strict=True):
                 yield quality.ShardQuality(nll=nll, tokens=0, kl=kl, agreement=agreement)
             return
-        self.base_screen()
+        reference = self._in_memory_reference()
         with self._model(plan) as model:
             for index, shard in enumerate(self.setting.shards):
-                yield quality.shard_quality(model, shard, self._reference, index)
+                yield quality.shard_quality(model, shard, reference, index)
 
     @contextlib.contextmanager
     def _model(self, plan: CompressionPlan) -> Iterator[Any]:

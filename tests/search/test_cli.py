@@ -1,0 +1,295 @@
+"""The command line as a person meets it: outputs, exit statuses, and what bad input gets."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STUDY = """
+defaults: [_base, _self_]
+study_name: small
+trials: 5
+outputs: {home}/outputs
+storage: sqlite:///{home}/outputs/studies.db
+model: {{source: {model}}}
+space:
+  num_hidden_layers: {{low: 2, high: {layers}}}
+  num_key_value_heads: {{low: 1, high: {kv}}}
+text: {{window: 32, calibration_windows: 4, shards: 6}}
+evaluation:
+  backend: transformers
+  device: cpu
+  workload: {{prompt_tokens: 8, decode_steps: 4, turns: 4}}
+tracking: {{mlflow: false}}
+"""
+
+
+def optuna_search(*words, cwd, timeout=300):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(
+        [sys.executable, "-m", "search.cli", *map(str, words)],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+def make_home(home, model):
+    config = json.loads((Path(model) / "config.json").read_text())
+    text = STUDY.format(
+        home=home, model=model, layers=config["num_hidden_layers"], kv=config["num_key_value_heads"]
+    )
+    (home / "studies").mkdir(parents=True)
+    (home / "studies" / "small.yaml").write_text(text)
+    return home
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, pico_llama):
+    """A study that has been run to its end, once for all tests that only look at it."""
+    home = make_home(tmp_path_factory.mktemp("cli"), pico_llama)
+    done = optuna_search("run", "--study", "small", "--json", cwd=home)
+    assert done.returncode == 0, done.stderr
+    return home, json.loads(done.stdout)
+
+
+@pytest.fixture
+def home(tmp_path, pico_llama):
+    model = tmp_path / "model"
+    shutil.copytree(pico_llama, model)
+    return make_home(tmp_path / "home", model)
+
+
+def refused(home, *words, status=2):
+    """One clear line on standard error, nothing on standard output, nothing written."""
+    before = sorted(home.rglob("*"))
+    result = optuna_search(*words, cwd=home)
+    assert result.returncode == status, result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    said = [line for line in result.stderr.splitlines() if line and not line.startswith("…")]
+    assert len(said) == 1, result.stderr
+    assert sorted(home.rglob("*")) == before
+    return said[0]
+
+
+def run_refused(home, *words):
+    return refused(home, "run", "--study", "small", *words)
+
+
+def test_run_measures_prunes_and_reports(finished):
+    _, state = finished
+    assert state["finished"] == 5
+    assert state["complete"] >= 1
+    assert state["best"]["score"] == max(trial["score"] for trial in state["pareto"])
+    best = state["best"]
+    assert best["score"] == pytest.approx(max(0.5 * best["perf_norm"] + 0.5 * best["speed_norm"], 0), abs=1e-9)
+
+
+def test_status_says_the_same_as_run_and_a_table_for_people(finished):
+    home, state = finished
+    assert json.loads(optuna_search("status", "--study", "small", "--json", cwd=home).stdout) == state
+    table = optuna_search("status", "--study", "small", cwd=home).stdout
+    assert "5 of 5 trials finished" in table
+    assert f"★{state['best']['trial']}" in table
+
+
+def test_export_writes_a_model_that_stock_transformers_loads_and_that_scores_the_same(finished, tmp_path):
+    import math
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    home, state = finished
+    done = optuna_search("export", "--study", "small", "--to", tmp_path / "out" / "model", "--json", cwd=home)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "out" / "model"
+    names = {file.name for file in path.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "eval_result.json"} <= names
+    assert [name for name in os.listdir(path.parent) if name != "model"] == []
+    result = json.loads((path / "eval_result.json").read_text())
+    assert result["score"] == state["best"]["score"]
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    from search import config, setting
+
+    file = config.load("small", config_dir=home / "studies")
+    shards = setting.prepare(file).shards
+    nll = []
+    for window in (window for shard in shards for window in shard):
+        ids = torch.tensor([window])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, :-1].log_softmax(-1)
+        nll += (-logprobs.gather(1, ids[0, 1:, None])[:, 0]).tolist()
+    assert math.exp(sum(nll) / len(nll)) == pytest.approx(result["measurement"]["perplexity"], rel=1e-3)
+
+
+def test_export_of_a_trial_that_was_not_measured_is_refused(finished, tmp_path):
+    home, state = finished
+    ended = [trial["trial"] for trial in state["ended"]]
+    for number, said in [*((n, "never measured") for n in ended[:1]), (999, "trials 0 to")]:
+        result = optuna_search("export", "--study", "small", "--trial", number, "--to", tmp_path / "m", cwd=home)
+        assert result.returncode == 2
+        assert said in result.stderr
+        assert not (tmp_path / "m").exists()
+
+
+def test_export_does_not_replace_what_is_no_model(finished, tmp_path):
+    home, _ = finished
+    (tmp_path / "notes.txt").write_text("mine")
+    result = optuna_search("export", "--study", "small", "--to", tmp_path, cwd=home)
+    assert result.returncode == 2
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_tampered_checkpoint_is_not_exported(finished, tmp_path, pico_llama):
+    home, state = finished
+    copy = tmp_path / "home"
+    shutil.copytree(home, copy)
+    study = (copy / "studies" / "small.yaml").read_text().replace(str(home), str(copy))
+    (copy / "studies" / "small.yaml").write_text(study)
+    checkpoints = list((copy / "outputs" / "checkpoints").iterdir())
+    for path in checkpoints:  # one weight of each is changed
+        weights = path / "model.safetensors"
+        data = bytearray(weights.read_bytes())
+        data[-2:] = b"\x80\x3f"
+        weights.write_bytes(data)
+    result = optuna_search("export", "--study", "small", "--to", tmp_path / "m", cwd=copy)
+    assert result.returncode == 1, result.stderr
+    assert "not those that were measured" in result.stderr
+    assert not (tmp_path / "m").exists()
+
+
+def test_changing_the_space_or_the_formula_of_a_study_is_refused_with_what_differs(finished):
+    home, _ = finished
+    for override, said in [
+        ("score.weight_perf=0.7", "score.weight_perf is 0.5 there and 0.7 here"),
+        ("space.precision=[W8A8]", "space.precision"),
+        ("text.shards=7", "evaluation.text"),
+    ]:
+        result = optuna_search("run", "--study", "small", override, cwd=home)
+        assert result.returncode == 2
+        assert said in result.stderr
+        assert "--study-name" in result.stderr
+
+
+def test_doctor_names_the_backends():
+    result = optuna_search("doctor", "--json", cwd=Path.cwd())
+    found = json.loads(result.stdout)
+    assert found["backends"]["transformers"] == "ready"
+    assert set(found["backends"]) == {"transformers", "vllm"}
+
+
+def test_status_of_nothing_makes_no_database(tmp_path):
+    result = optuna_search("status", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "no such file" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trails=3"], "did you mean 'trials'"),
+        (["space.precision=[W8A9]"], "did you mean 'W8A8'"),
+        (["space.num_hidden_layers=99"], "exceeds the base model's"),
+        (["model.source=/no/such/model"], "/no/such/model"),
+        (["evaluation.backend=vlm"], "not one of auto"),
+        (["text.search=[/no/such.txt]"], "/no/such.txt"),
+        (["text.window=4096", "text.shards=500"], "text"),
+        (["--storage", "postgresql://u:secret@127.0.0.1:9/x"], "127.0.0.1"),
+        (["--storage", "what"], "not a database URL"),
+    ],
+)
+def test_bad_words(home, words, said):
+    line = run_refused(home, *words)
+    assert said in line
+    assert "secret" not in line
+
+
+def test_cuda_without_a_gpu(home):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert "no CUDA GPU" in run_refused(home, "evaluation.device=cuda")
+
+
+def model_of(home):
+    return home.parent / "model"
+
+
+def test_model_without_weights(home):
+    (model_of(home) / "model.safetensors").unlink()
+    assert "safetensors" in run_refused(home)
+
+
+def test_pickle_only_weights(home):
+    (model_of(home) / "model.safetensors").rename(model_of(home) / "pytorch_model.bin")
+    assert "safetensors" in run_refused(home)
+
+
+def test_truncated_weights(home):
+    path = model_of(home) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert "model.safetensors" in run_refused(home)
+
+
+def test_corrupt_header(home):
+    path = model_of(home) / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 60) + path.read_bytes()[8:])
+    assert "model.safetensors" in run_refused(home)
+
+
+def test_no_tokenizer(home):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model_of(home) / name).unlink()
+    assert "tokenizer" in run_refused(home)
+
+
+def test_unknown_architecture(home):
+    path = model_of(home) / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "model_type": "mamba9", "architectures": ["Mamba9"]}))
+    line = run_refused(home)
+    assert "mamba9" in line
+    assert "exaone4" in line
+
+
+def test_a_model_that_yields_nan_fails_its_trials_and_the_study_goes_on_until_it_is_hopeless(home):
+    """The base is sound; a norm of its last layer is not, so that every plan that keeps that layer fails."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path = model_of(home) / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in sorted(tensors, reverse=True) if "down_proj" in name)
+    tensors[name] = torch.full_like(tensors[name], float("nan"))
+    save_file(tensors, path, metadata={"format": "pt"})
+    result = optuna_search("run", "--study", "small", cwd=home)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "nan" in result.stderr.lower()
+
+
+def test_out_of_disk_fails_the_trial_with_its_reason(home, tmp_path):
+    """outputs/ on a file system too small for a checkpoint."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no tmpfs here")
+    try:
+        result = optuna_search("run", "--study", "small", f"outputs={small}", "--trials", "1", "--json", cwd=home)
+        assert result.returncode == 0, result.stderr
+        ended = json.loads(result.stdout)["ended"]
+        assert [trial["failure"] for trial in ended] == ["CheckpointError"]
+        assert "disk" in ended[0]["reason"]
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
