@@ -44,7 +44,6 @@ class Commands(click.Group):
 def _status(error: Exception) -> int | None:
     from compressors.errors import CompressionError
     from evaluator.errors import EvaluationError
-
     from search.errors import SearchError
 
     if isinstance(error, SearchError):

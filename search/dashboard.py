@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import optuna
-from evaluator.measurement import Measurement
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna_dashboard import save_note
+
+from evaluator.measurement import Measurement
 
 if TYPE_CHECKING:
     from search.objective import Record
@@ -51,7 +52,8 @@ def trial_note(record: Record, baseline: Measurement) -> str:
             "| measured | this trial | baseline |",
             "|---|---|---|",
             f"| perplexity | {measured.perplexity:.3f} | {baseline.perplexity:.3f} |",
-            f"| time per token | {measured.time_per_token_ms:.3f} ms | {measured.base_time_per_token_ms:.3f} ms, in turn |",
+            f"| time per token | {measured.time_per_token_ms:.3f} ms | "
+            f"{measured.base_time_per_token_ms:.3f} ms, in turn |",
             f"| size | {measured.model_size_mb:.1f} MB | {baseline.model_size_mb:.1f} MB |",
             f"| parameters | {measured.total_parameters:,} | {baseline.total_parameters:,} |",
         ]
@@ -59,7 +61,8 @@ def trial_note(record: Record, baseline: Measurement) -> str:
             lines.append(f"| KL to the base | {measured.kl_nats_per_token:.4f} nats per token | 0 |")
         lines += [
             "",
-            f"PerfNorm {score.perf_norm:.3f} ± {score.perf_norm_se:.3f}, SpeedNorm {score.speed_norm:.3f} ± {score.speed_norm_se:.3f}",
+            f"PerfNorm {score.perf_norm:.3f} ± {score.perf_norm_se:.3f}, SpeedNorm "
+            f"{score.speed_norm:.3f} ± {score.speed_norm_se:.3f}",
         ]
         lines += [f"- {note}" for note in measured.notes]
     elif record.predicted_speed_norm is not None:
@@ -82,7 +85,8 @@ def describe_study(study: optuna.Study, baseline: Measurement) -> None:
     """The study's note: the baseline and the best feasible trial."""
     lines = [
         "### Baseline",
-        f"perplexity {baseline.perplexity:.3f} on {baseline.tokens} tokens, {baseline.time_per_token_ms:.3f} ms per token, "
+        f"perplexity {baseline.perplexity:.3f} on {baseline.tokens} tokens, "
+        f"{baseline.time_per_token_ms:.3f} ms per token, "
         f"{baseline.model_size_mb:.1f} MB, {baseline.total_parameters:,} parameters",
         "",
         f"{baseline.backend} ({baseline.engine_version}) on {baseline.device}. Its Score is 0.5 by definition.",
@@ -96,7 +100,8 @@ def describe_study(study: optuna.Study, baseline: Measurement) -> None:
     else:
         attrs = best.user_attrs
         lines.append(
-            f"trial {best.number}: **Score {best.value:.4f}**, PerfNorm {attrs['perf_norm']:.3f}, SpeedNorm {attrs['speed_norm']:.3f}"
+            f"trial {best.number}: **Score {best.value:.4f}**, PerfNorm {attrs['perf_norm']:.3f}, "
+            f"SpeedNorm {attrs['speed_norm']:.3f}"
         )
         lines += ["", "| plan | |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in attrs["plan"].items()]

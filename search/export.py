@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from evaluator.measurement import Measurement
-from evaluator.process import EngineProcess
-from evaluator.score import score_of
 from optuna.trial import FrozenTrial, TrialState
 
 from compressors.plan import CompressionPlan
+from evaluator.measurement import Measurement
+from evaluator.process import EngineProcess
+from evaluator.score import score_of
 from search.errors import SearchError, UsageError
 from search.objective import Bench
 from search.setting import Setting, read_json, require_disk, write_json
@@ -46,7 +46,8 @@ def choose(study: optuna.Study, number: int | None) -> FrozenTrial:
     if trial.state != TrialState.COMPLETE:
         why = trial.user_attrs.get("reason", "it has not ended")
         raise UsageError(
-            f"trial {number} is {trial.state.name}, so it was never measured ({why}); export a complete one, see `optuna-search status`"
+            f"trial {number} is {trial.state.name}, so it was never measured ({why}); export a "
+            "complete one, see `optuna-search status`"
         )
     return trial
 
@@ -62,7 +63,8 @@ def export(setting: Setting, trial: FrozenTrial, to: Path, say: Callable[[str], 
     values = read_json(setting.outputs / "measurements" / f"{setting.key(plan)}.json")
     if values is None:
         raise UsageError(
-            f"trial {trial.number}: its measurement is not under {setting.outputs}/measurements for this engine and text; "
+            f"trial {trial.number}: its measurement is not under {setting.outputs}/measurements for "
+            "this engine and text; "
             "run the study again here, which measures it anew"
         )
     measurement = Measurement.from_dict(values)
@@ -71,7 +73,8 @@ def export(setting: Setting, trial: FrozenTrial, to: Path, say: Callable[[str], 
         built, weights_sha256 = bench.build(plan)
         if weights_sha256 != measurement.weights_sha256:
             raise SearchError(
-                f"export: trial {trial.number}'s weights are {weights_sha256[:12]}… and {measurement.weights_sha256[:12]}… were measured; "
+                f"export: trial {trial.number}'s weights are {weights_sha256[:12]}… and "
+                f"{measurement.weights_sha256[:12]}… were measured; "
                 f"delete {built} and run the study again"
             )
         baseline = bench.baseline()
@@ -113,7 +116,8 @@ def compare(setting: Setting, path: Path, measurement: Measurement, say: Callabl
         found = engine.logits_sha256(setting.shards[0][0])
     if found != measurement.logits_sha256:
         raise SearchError(
-            f"export: the reloaded model's logits ({found[:12]}…) are not those that were measured ({measurement.logits_sha256[:12]}…), "
+            f"export: the reloaded model's logits ({found[:12]}…) are not those that were measured "
+            f"({measurement.logits_sha256[:12]}…), "
             f"on {setting.backend}; nothing was written. Measure the plan again on this machine"
         )
     return f"logits of {len(setting.shards[0][0])} tokens equal the measured ones, bit for bit ({setting.backend})"

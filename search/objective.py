@@ -22,14 +22,14 @@ from typing import Any
 
 import optuna
 import torch
+
+from compressors import build, calibration
 from compressors.errors import CompressionError
+from compressors.plan import CompressionPlan
+from evaluator import measure, quality, score, speed
 from evaluator.errors import EngineOutOfMemory, EvaluationError, NotFinite
 from evaluator.measurement import Measurement, Timing
 from evaluator.process import EngineProcess
-
-from compressors import build, calibration
-from compressors.plan import CompressionPlan
-from evaluator import measure, quality, score, speed
 from search import dashboard, space, study
 from search.setting import Setting, read_json, require_disk, require_memory, write_json
 
@@ -152,7 +152,9 @@ class Bench:
             with self._model(self.setting.identity) as model:
                 self._reference = quality.Reference.of(model, self.setting.shards, max_bytes=kept)
             if not all(map(math.isfinite, self._reference.nll)):
-                raise NotFinite(f"model {self.setting.base_path}: its loss on the search text is NaN: the weights are broken")
+                raise NotFinite(
+                    f"model {self.setting.base_path}: its loss on the search text is NaN: the weights are broken"
+                )
         return self._reference
 
     def shards(self, plan: CompressionPlan, known: Screen | None) -> Iterator[quality.ShardQuality]:
@@ -326,9 +328,9 @@ class Objective:
             self._enter(trial, record, "build")
             path, weights_sha256 = bench.build(plan)
             self._enter(trial, record, "measure")
-            record.measurement = dataclasses.replace(
-                bench.measure(plan, path, weights_sha256), **_mean_kl(record.screen)
-            )
+            kl, agreement = _mean(record.screen.kl), _mean(record.screen.agreement)
+            measured = bench.measure(plan, path, weights_sha256)
+            record.measurement = dataclasses.replace(measured, kl_nats_per_token=kl, top1_agreement=agreement)
             write_json(measurement_path, record.measurement.to_dict())
         else:
             record.measurement = Measurement.from_dict(known)
@@ -436,13 +438,10 @@ def _screen_of(found: list[quality.ShardQuality]) -> Screen:
     )
 
 
-def _mean_kl(screen: Screen) -> dict[str, float | None]:
-    kl = [value for value in screen.kl if value is not None]
-    agreement = [value for value in screen.agreement if value is not None]
-    return {
-        "kl_nats_per_token": sum(kl) / len(kl) if kl else None,
-        "top1_agreement": sum(agreement) / len(agreement) if agreement else None,
-    }
+def _mean(values: tuple[float | None, ...]) -> float | None:
+    """Over the shards that the reference covers."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
 
 
 def _key(circumstances: dict[str, Any]) -> str:

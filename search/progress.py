@@ -87,7 +87,8 @@ def line(event: dict[str, Any]) -> str:
 def short(plan: dict[str, Any]) -> str:
     """`28 layers, 9/3 heads, 576, 1344, bfloat16`: layers, query/key-value heads, hidden size, FFN width, precision."""
     heads = f"{plan['num_attention_heads']}/{plan['num_key_value_heads']}"
-    return f"{plan['num_hidden_layers']}L {heads}H hidden {plan['hidden_size']} FFN {plan['intermediate_size']} {plan['precision']}"
+    widths = f"hidden {plan['hidden_size']} FFN {plan['intermediate_size']}"
+    return f"{plan['num_hidden_layers']}L {heads}H {widths} {plan['precision']}"
 
 
 def _left(seconds: float) -> str:

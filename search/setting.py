@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressors.errors import CheckpointError
-from evaluator.measurement import Workload
-from evaluator.score import Formula
 from transformers import AutoTokenizer
 
 from compressors import build, calibration, checkpoint, family
+from compressors.errors import CheckpointError
 from compressors.plan import DTYPES, CompressionPlan
 from evaluator import backends, texts
 from evaluator.backends import EngineSettings
+from evaluator.measurement import Workload
+from evaluator.score import Formula
 from search import sources, space
 from search.config import StudyFile
 from search.errors import UsageError
@@ -257,7 +257,8 @@ def _windows(file: StudyFile, path: Path) -> tuple[tuple[Shard, ...], tuple[list
     shared = {document.text for document in for_calibration} & {document.text for document in for_search}
     if shared:
         raise UsageError(
-            f"text: {len(shared)} documents are in both text.calibration and text.search; a plan must be judged on text "
+            f"text: {len(shared)} documents are in both text.calibration and text.search; a plan must "
+            "be judged on text "
             "that it was not fitted to: take them out of one"
         )
     windows = texts.windows(tokenizer, for_calibration, text.window, text.calibration_windows)
@@ -292,7 +293,8 @@ def require_memory(needed: int, device: str, what: str) -> None:
     free = free_memory(device)
     if free is not None and needed > free:
         raise CheckpointError(
-            f"memory: {what} needs {needed / 1e9:.1f} GB on {device} and {free / 1e9:.1f} GB are free; free some, or take a smaller model"
+            f"memory: {what} needs {needed / 1e9:.1f} GB on {device} and {free / 1e9:.1f} GB are "
+            "free; free some, or take a smaller model"
         )
 
 
@@ -301,7 +303,8 @@ def require_disk(needed: int, directory: Path, what: str) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise CheckpointError(
-            f"disk: {what} needs {needed / 1e9:.2f} GB and {directory} has {free / 1e9:.2f} GB free; free some, or set outputs="
+            f"disk: {what} needs {needed / 1e9:.2f} GB and {directory} has {free / 1e9:.2f} GB free; "
+            "free some, or set outputs="
         )
 
 

@@ -80,7 +80,9 @@ def embedded(cache: Path) -> Path:
                     shutil.rmtree(place, ignore_errors=True)
                     made.replace(place)
     except OSError as error:
-        raise CheckpointError(f"model {EMBEDDED}: {place}: {error.strerror or error}; set OPTUNA_SEARCH_CACHE") from None
+        raise CheckpointError(
+            f"model {EMBEDDED}: {place}: {error.strerror or error}; set OPTUNA_SEARCH_CACHE"
+        ) from None
     return place
 
 

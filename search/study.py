@@ -111,7 +111,8 @@ def create_or_resume(storage: RDBStorage, name: str, definition: Mapping[str, An
     if there != json.loads(json.dumps(definition)):
         differing = "; ".join(_differences(there, json.loads(json.dumps(definition))))
         raise StudyMismatch(
-            f"study {name!r} exists with other settings: {differing}. Go on with those, or give --study-name another name"
+            f"study {name!r} exists with other settings: {differing}. Go on with those, or give "
+            "--study-name another name"
         )
     return study
 
@@ -122,7 +123,8 @@ def load(storage: RDBStorage, name: str) -> optuna.Study:
     except KeyError:
         names = sorted(s.study_name for s in optuna.get_all_study_summaries(storage, include_best_trial=False))
         raise UsageError(
-            f"study {name!r}: not in this storage, which holds {', '.join(names) or 'none'}; start it with `optuna-search run`"
+            f"study {name!r}: not in this storage, which holds {', '.join(names) or 'none'}; start it "
+            "with `optuna-search run`"
         ) from None
 
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import dotenv
 import optuna
-from evaluator.measurement import Measurement
 
+from evaluator.measurement import Measurement
 from search import study as studies
 from search.config import Tracking
 
@@ -81,7 +81,8 @@ class Tracker:
         except Exception as error:  # a tracker never takes a study down
             first = (str(error).splitlines() or [type(error).__name__])[0][:200]
             self._warn(
-                f"MLflow: not tracked from here on: {first}; the study goes on, and running it again later tracks the rest"
+                f"MLflow: not tracked from here on: {first}; the study goes on, and running it again "
+                "later tracks the rest"
             )
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import optuna
 import torch
-from evaluator.measurement import Measurement
 
+from evaluator.measurement import Measurement
 from search import dashboard, space, study, tracking
 from search.config import StudyFile
 from search.errors import StudyStopped
@@ -107,13 +107,16 @@ def _stop_if_hopeless(done: list[optuna.trial.FrozenTrial], file: StudyFile) -> 
     if len(last) == file.limits.max_consecutive_failures and all(t.state == optuna.trial.TrialState.FAIL for t in last):
         reasons = [str(trial.user_attrs.get("reason")) for trial in last]
         raise StudyStopped(
-            f"study {file.study_name!r}: the last {len(last)} trials failed, lately with: {reasons[-1]}. Nothing is lost: mend "
-            "the cause and run it again, with a higher limits.max_consecutive_failures if these failures are to be expected"
+            f"study {file.study_name!r}: the last {len(last)} trials failed, lately with: "
+            f"{reasons[-1]}. Nothing is lost: mend "
+            "the cause and run it again, with a higher limits.max_consecutive_failures if these "
+            "failures are to be expected"
         )
 
 
 def _enqueue_identity(the_study: optuna.Study, setting: Setting) -> None:
-    """The first trial changes nothing, where the space holds it: what does worse than the base is pruned from the start."""
+    """The first trial changes nothing, where the space holds it: what does worse than the base is "
+    "pruned from the start."""
     if the_study.get_trials(deepcopy=False):
         return
     params = space.identity_params(setting.file.space, setting.identity)
@@ -272,7 +275,8 @@ class _Processes:
             if event["event"] == "gone":
                 if all(process.poll() is not None for process in self._processes):
                     raise StudyStopped(
-                        f"all workers are gone (the last with exit status {event['status']}); see the messages above, and run it again"
+                        f"all workers are gone (the last with exit status {event['status']}); see the "
+                        "messages above, and run it again"
                     )
                 self._watch({"event": "warn", "text": f"worker {event['worker']} is gone; the others go on"})
                 return

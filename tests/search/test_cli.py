@@ -39,9 +39,7 @@ def optuna_search(*words, cwd, timeout=300):
 
 def make_home(home, model):
     config = json.loads((Path(model) / "config.json").read_text())
-    text = STUDY.format(
-        home=home, model=model, layers=config["num_hidden_layers"], kv=config["num_key_value_heads"]
-    )
+    text = STUDY.format(home=home, model=model, layers=config["num_hidden_layers"], kv=config["num_key_value_heads"])
     (home / "studies").mkdir(parents=True)
     (home / "studies" / "small.yaml").write_text(text)
     return home
@@ -109,7 +107,7 @@ def test_export_writes_a_model_that_stock_transformers_loads_and_that_scores_the
     path = tmp_path / "out" / "model"
     names = {file.name for file in path.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "eval_result.json"} <= names
-    assert [name for name in os.listdir(path.parent) if name != "model"] == []
+    assert [name for name in path.parent.iterdir() if name.name != "model"] == []
     result = json.loads((path / "eval_result.json").read_text())
     assert result["score"] == state["best"]["score"]
     model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
@@ -147,7 +145,7 @@ def test_export_does_not_replace_what_is_no_model(finished, tmp_path):
 
 
 def test_a_tampered_checkpoint_is_not_exported(finished, tmp_path, pico_llama):
-    home, state = finished
+    home, _ = finished
     copy = tmp_path / "home"
     shutil.copytree(home, copy)
     study = (copy / "studies" / "small.yaml").read_text().replace(str(home), str(copy))

@@ -9,7 +9,9 @@ BASE = CompressionPlan(30, 32, 8, 2048, 4096, "bfloat16")
 
 
 def test_searched_fixed_and_inherited_dimensions():
-    searched = Space(num_hidden_layers={"low": 24, "high": 30, "step": 2}, hidden_size=1920, precision=["W8A8", "bfloat16"])
+    searched = Space(
+        num_hidden_layers={"low": 24, "high": 30, "step": 2}, hidden_size=1920, precision=["W8A8", "bfloat16"]
+    )
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
     plans = [space.suggest(study.ask(), searched, BASE) for _ in range(60)]
     assert {plan.num_hidden_layers for plan in plans} == {24, 26, 28, 30}
@@ -21,7 +23,9 @@ def test_searched_fixed_and_inherited_dimensions():
 
 def test_integer_ranges_may_change_on_resume_and_categorical_choices_may_not():
     study = optuna.create_study()
-    study.optimize(lambda t: space.suggest(t, Space(num_hidden_layers={"low": 26, "high": 30}), BASE).num_hidden_layers, 3)
+    study.optimize(
+        lambda t: space.suggest(t, Space(num_hidden_layers={"low": 26, "high": 30}), BASE).num_hidden_layers, 3
+    )
     wider = Space(num_hidden_layers={"low": 20, "high": 30})
     study.optimize(lambda t: space.suggest(t, wider, BASE).num_hidden_layers, 3)
     assert len(study.trials) == 6
