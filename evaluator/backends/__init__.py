@@ -1,8 +1,8 @@
 """Inference engines, one a file; the file's name is the engine's name in a study file.
 
 A file holds, and imports nothing heavy to say so:
-    PRELOAD: tuple[str, ...]        modules that the warm process imports before it forks an engine
-    ENVIRONMENT: dict[str, str]     what has to be set before these imports
+    ENVIRONMENT: dict[str, str]     what has to be set before the engine's library is imported
+    preload() -> None               imports it, and opens no device: the warm process runs this and then forks engines
     unavailable() -> str | None     why the engine can't run on this machine
     class Engine                    see `Engine` here
 Engines are run through `evaluator.process.EngineProcess`, each in a process of its own.

@@ -1,0 +1,133 @@
+"""The transformers engine: eager PyTorch on a CPU, a CUDA GPU or MPS. Slow, and exact where it matters.
+
+On a CPU it computes in float32 whatever the checkpoint stores, so that quality is that of the weights; on a GPU in the
+checkpoint's own dtype. Reads safetensors alone and runs no code of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from evaluator import backends, hardware
+from evaluator.backends import EngineSettings
+
+ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false"}
+
+
+def preload() -> None:
+    for name in (
+        "torch",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.exaone4.modeling_exaone4",
+        "evaluator.quality",
+    ):
+        importlib.import_module(name)
+
+
+def unavailable() -> str | None:
+    missing = [package for package in ("torch", "transformers") if not backends.installed(package)]
+    return f"{' and '.join(missing)} can't be imported; run `pip install optuna-search`" if missing else None
+
+
+class Engine:
+    def __init__(self, path: str, settings: EngineSettings) -> None:
+        import torch
+        import transformers
+
+        self.device = _device(settings.device)
+        if self.device == "cpu":
+            torch.set_num_threads(settings.threads or hardware.physical_cores())
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32 if self.device == "cpu" else "auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+        self.model: Any = model.to(self.device).eval().requires_grad_(False)
+        # a compressed-tensors model unpacks its weights in its first forward pass
+        self._next(torch.zeros((1, 1), dtype=torch.long, device=self.device), None)
+
+    def nll(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
+        from evaluator import quality
+
+        return [quality.window_nll(self.model, window).tolist() for window in windows]
+
+    def decode_steps(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> list[float]:
+        """One forward pass per step over a DynamicCache, the likeliest token fed back; EOS means nothing."""
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+        vocabulary = int(self.model.config.vocab_size)
+        ids = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator).to(self.device)
+        ids, cache = self._next(ids, None)
+        seconds = []
+        for _ in range(steps):
+            self._synchronize()
+            start = time.perf_counter()
+            ids, cache = self._next(ids, cache)
+            self._synchronize()
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    def logits_sha256(self, tokens: Sequence[int]) -> str:
+        """Of the raw logits, float32 [T, V]."""
+        import torch
+
+        with torch.inference_mode():
+            ids = torch.tensor([list(tokens)], device=self.device)
+            logits = self.model(input_ids=ids, use_cache=False).logits[0]
+        return hashlib.sha256(logits.float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+    def facts(self) -> dict[str, str]:
+        import torch
+        import transformers
+
+        found = {
+            "backend": "transformers",
+            "engine_version": f"transformers {transformers.__version__}",
+            "transformers_version": transformers.__version__,
+            "torch_version": torch.__version__,
+            "device": torch.cuda.get_device_name()
+            if self.device == "cuda"
+            else f"{self.device} ({hardware.processor()})",
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
+        if self.device == "cpu":
+            found["threads"] = str(torch.get_num_threads())
+        if getattr(self.model.config, "quantization_config", None) is not None:
+            found["quantization_kernel"] = (
+                "none: weights are dequantized, and the time is not that of a quantized kernel"
+            )
+        return found
+
+    def _next(self, ids: Any, cache: Any) -> tuple[Any, Any]:
+        """(the likeliest next ids [batch, 1], the cache) after ids [batch, tokens]."""
+        import torch
+
+        with torch.inference_mode():
+            out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            return out.logits[:, -1].argmax(dim=-1, keepdim=True), out.past_key_values
+
+    def _synchronize(self) -> None:
+        import torch
+
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        elif self.device == "mps":
+            torch.mps.synchronize()
+
+
+def _device(asked: str) -> str:
+    import torch
+
+    if asked != "auto":
+        return asked
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

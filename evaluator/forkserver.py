@@ -1,0 +1,250 @@
+"""The warm process: imports an engine's libraries once and forks a child for each engine.
+
+Started by `evaluator.process` as `python -m evaluator.forkserver BACKEND FD`. Why not multiprocessing's fork server:
+that one imports the caller's __main__ into every child, is one per program, and hides a child's exit status; this one
+is told apart per backend, never sees __main__, and is the lifeline of its engines.
+
+    caller ── control socket (FD) ──> this process ── fork ──> engine, in a process group of its own
+       └───────────── a socket per engine ─────────────────────────┘
+
+- The caller is gone, for whatever reason, in the midst of a call or not: the control socket ends (or the parent process
+  changes), and every engine's process group is killed.
+- This process is gone: the kernel kills the engines (PR_SET_PDEATHSIG), and elsewhere than on Linux they watch for it.
+
+Messages are JSON with a length before it; an engine's socket travels beside the request that asks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
+
+from evaluator import backends, errors
+from evaluator.backends import EngineSettings
+
+PR_SET_PDEATHSIG = 1
+OUT_OF_MEMORY = (  # what libraries say, lower case; the first is also CUDA's
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "no available memory for the cache blocks",
+    "is less than desired gpu memory utilization",
+    "kv cache is needed, which is larger than the available",
+)
+
+
+# -- messages on the control socket --------------------------------------------------------------------------
+
+
+def send(to: socket.socket, message: dict[str, Any], fd: int | None = None) -> None:
+    data = json.dumps(message).encode()
+    header = struct.pack("!I", len(data))
+    if fd is None:
+        to.sendall(header + data)
+    else:
+        socket.send_fds(to, [header], [fd])
+        to.sendall(data)
+
+
+def receive(source: socket.socket) -> tuple[dict[str, Any], int | None]:
+    """A message, and the file descriptor that came with it. Raises EOFError when the other side is gone."""
+    header, fds, _, _ = socket.recv_fds(source, 4, 1)
+    while 0 < len(header) < 4:
+        header += _some(source, 4 - len(header))
+    if not header:
+        raise EOFError
+    (length,) = struct.unpack("!I", header)
+    data = b""
+    while len(data) < length:
+        data += _some(source, length - len(data))
+    message: dict[str, Any] = json.loads(data)
+    return message, fds[0] if fds else None
+
+
+def _some(source: socket.socket, most: int) -> bytes:
+    got = source.recv(most)
+    if not got:
+        raise EOFError
+    return got
+
+
+# -- the warm process ----------------------------------------------------------------------------------------
+
+
+def main(backend: str, fd: int, caller: int) -> int:
+    control = socket.socket(fileno=fd)
+    control.set_inheritable(False)
+    children: set[int] = set()
+    try:
+        module = backends.module_of(backend)
+        started = time.perf_counter()
+        try:
+            module.preload()
+        except Exception as error:
+            traceback.print_exc()
+            send(control, {"error": f"its library can't be imported: {_one_line(error)}"})
+            return 1
+        gc.collect()
+        gc.freeze()  # what is imported stays shared: the collector doesn't touch its pages
+        send(control, {"ready": time.perf_counter() - started})
+        while True:
+            readable, _, _ = select.select([control], [], [], 1.0)
+            if os.getppid() != caller:
+                return 0
+            if readable:
+                message, engine_fd = receive(control)
+                send(control, _answer(message, engine_fd, backend, control, children))
+    except (EOFError, OSError):
+        return 0  # the caller is gone
+    finally:
+        for pid in children:
+            _end(pid)
+
+
+def _answer(
+    message: dict[str, Any], fd: int | None, backend: str, control: socket.socket, children: set[int]
+) -> dict[str, Any]:
+    if fd is not None:
+        pid = os.fork()
+        if pid == 0:
+            _engine(message, fd, backend, control)
+        os.close(fd)
+        with contextlib.suppress(OSError):
+            os.setpgid(pid, pid)  # the child does so too: whoever comes first, a kill right now finds the group
+        children.add(pid)
+        return {"pid": pid}
+    pid = int(message["end"])
+    if pid not in children:
+        return {"status": None}
+    children.discard(pid)
+    return {"status": _end(pid, float(message["grace"]))}
+
+
+def _end(pid: int, grace: float = 0.0) -> int | None:
+    """Kill what is left of the engine's group. Its exit code if it ended by itself within `grace` seconds."""
+    deadline = time.monotonic() + grace
+    status = None
+    while True:
+        try:
+            done, raw = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            break
+        if done:
+            status = os.waitstatus_to_exitcode(raw)
+            break
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.01)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+    if status is None:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+    return status
+
+
+# -- the engine's process ------------------------------------------------------------------------------------
+
+
+def _engine(message: dict[str, Any], fd: int, backend: str, control: socket.socket) -> NoReturn:
+    """Serve calls until the caller closes. Never returns into the warm process's code."""
+    code = 1
+    try:
+        server = os.getppid()
+        control.close()
+        with contextlib.suppress(OSError):
+            os.setpgid(0, 0)
+        _die_with(server)
+        log = os.open(message["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        importable = os.environ["PYTHONPATH"]
+        os.environ.clear()
+        os.environ.update({**message["environ"], **backends.module_of(backend).ENVIRONMENT, "PYTHONPATH": importable})
+        connection = Connection(fd)
+        _serve(connection, backend, message["path"], EngineSettings.from_dict(message["settings"]))
+        code = 0
+    except (EOFError, ConnectionError):
+        code = 0  # the caller closed
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _serve(connection: Connection, backend: str, path: str, settings: EngineSettings) -> None:
+    started = time.perf_counter()
+    try:
+        engine = backends.module_of(backend).Engine(path, settings)
+        facts = engine.facts()
+    except Exception as error:
+        traceback.print_exc()
+        _reply(connection, _described(error))
+        return
+    _reply(connection, {"value": {"load": time.perf_counter() - started, "facts": facts}})
+    while True:
+        call = json.loads(connection.recv_bytes())
+        try:
+            answer = {"value": getattr(engine, call["call"])(*call["arguments"])}
+        except Exception as error:
+            traceback.print_exc()
+            answer = _described(error)
+        _reply(connection, answer)
+
+
+def _reply(connection: Connection, answer: dict[str, Any]) -> None:
+    connection.send_bytes(json.dumps(answer).encode())
+
+
+def _described(error: BaseException) -> dict[str, Any]:
+    """An exception as (kind, text): kind is the name of one of `evaluator.errors`."""
+    if isinstance(error, errors.EvaluationError):
+        return {"kind": type(error).__name__, "text": _one_line(error)}
+    text = _one_line(error)
+    chain = f"{error} {error.__cause__ or ''} {error.__context__ or ''}".lower()
+    if isinstance(error, MemoryError) or any(words in chain for words in OUT_OF_MEMORY):
+        return {"kind": "EngineOutOfMemory", "text": text}
+    return {"kind": "EngineCrashed", "text": text}
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, errors.EvaluationError):
+        return " ".join(lines)
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _die_with(server: int) -> None:
+    """This process is killed when the warm process ends, in whatever way."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != server:  # it ended before the line above
+            os._exit(1)
+        return
+
+    def watch() -> None:
+        while os.getppid() == server:
+            time.sleep(1.0)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

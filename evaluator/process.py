@@ -1,0 +1,322 @@
+"""EngineProcess: an engine in a process of its own, that can hang, crash or run out of memory without harm to us.
+
+Engines are forked from a warm process, one per backend, which has imported torch and the engine's library; see
+`evaluator.forkserver`. Whatever ends this process, SIGKILL too, ends its engines.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from evaluator import backends, errors, forkserver
+from evaluator.backends import EngineSettings
+from evaluator.errors import BackendUnavailable, EngineCrashed, EngineOutOfMemory, EngineTimeout, NotFinite
+
+QUOTED_LINES = 3  # of the log, in an error's text
+GRACE_S = 2.0  # how long an engine whose socket ended may take to leave an exit status
+LESS_MEMORY = "lower the batch sizes, the window or gpu_memory_utilization, or free memory"
+
+
+class EngineProcess:
+    """A started engine. Every method blocks until it is answered, at most `settings.call_timeout_s`.
+
+    log: the engine's standard output and error go there; emptied at the start.
+    seconds: {"start": until it was ready, "warm": of which the warm process's own start, "load": loading alone}.
+
+    Raises BackendUnavailable, EngineTimeout, EngineOutOfMemory, EngineCrashed; after the last three but for an error
+    that the engine survived, the process is gone and `alive` is False.
+    """
+
+    def __init__(self, backend: str, path: str | Path, settings: EngineSettings, log: str | Path) -> None:
+        self.backend = backend
+        self.path = Path(path).resolve()
+        self.settings = settings
+        self.log = Path(log).resolve()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.log.write_bytes(b"")
+        self._lock = threading.Lock()
+        self._connection: Connection | None = None
+        started = time.monotonic()
+        deadline = started + settings.start_timeout_s
+        self._server, warm = _server(backend, deadline)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            request = {
+                "path": str(self.path),
+                "settings": settings.to_dict(),
+                "log": str(self.log),
+                "environ": dict(os.environ),
+            }
+            try:
+                self.pid = int(self._server.ask(request, theirs.fileno(), deadline)["pid"])
+            except BaseException:
+                ours.close()
+                raise
+        self._connection = Connection(ours.detach())
+        answer = self._receive("start", max(deadline - time.monotonic(), 0.0), settings.start_timeout_s)
+        if "kind" in answer:
+            self._end()
+            raise self._error(answer, "start")
+        self._facts: dict[str, str] = answer["value"]["facts"]
+        self.seconds = {
+            "start": time.monotonic() - started,
+            "warm": warm,
+            "load": float(answer["value"]["load"]),
+        }
+
+    # -- what an engine can do -------------------------------------------------------------------------------
+
+    def nll(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Nats of each token but the first: T − 1 numbers per window of T ids. Raises NotFinite for a broken model."""
+        found: list[list[float]] = self._call("nll", [list(window) for window in windows])
+        wrong = sum(not math.isfinite(value) for window in found for value in window)
+        if wrong:
+            total = sum(map(len, found))
+            raise NotFinite(
+                f"{self.backend} engine, {self.path.name}: the loss of {wrong} of {total} tokens is NaN or infinite; "
+                "this model is broken"
+            )
+        return found
+
+    def decode_steps(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> list[float]:
+        """Seconds of each single decode step, after a prefill that is not timed."""
+        found: list[float] = self._call("decode_steps", batch_size, prompt_tokens, steps, seed)
+        return found
+
+    def logits_sha256(self, tokens: Sequence[int]) -> str:
+        return str(self._call("logits_sha256", list(tokens)))
+
+    def facts(self) -> dict[str, str]:
+        return dict(self._facts)
+
+    # -- the process -----------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can still be called."""
+        if self._connection is None:
+            return False
+        try:
+            return not self._connection.poll(0)  # between calls there is nothing to read but the end
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Kill the engine and what it started. Can be called again."""
+        self._end()
+
+    def __enter__(self) -> EngineProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        with self._lock:
+            if self._connection is None:
+                raise EngineCrashed(f"{self.backend} engine, {self.path.name}: {name}: it was closed; start another")
+            try:
+                self._connection.send_bytes(json.dumps({"call": name, "arguments": arguments}).encode())
+            except OSError:
+                raise self._ended(name) from None
+            try:
+                answer = self._receive(name, self.settings.call_timeout_s, self.settings.call_timeout_s)
+            except BaseException:  # KeyboardInterrupt: its answer would be taken for that of the next call
+                self._end()
+                raise
+        if "kind" in answer:
+            raise self._error(answer, name)
+        return answer["value"]
+
+    def _receive(self, what: str, timeout_s: float, allowed_s: float) -> dict[str, Any]:
+        if self._connection is None:
+            raise self._ended(what)
+        try:
+            if not self._connection.poll(timeout_s):
+                self._end()
+                raise EngineTimeout(
+                    f"{self.backend} engine, {self.path.name}: {what} took longer than {allowed_s:g} s and was killed; "
+                    f"raise {'start' if what == 'start' else 'call'}_timeout_s{self._last_lines()}"
+                )
+            answer: dict[str, Any] = json.loads(self._connection.recv_bytes())
+        except (EOFError, ConnectionError):
+            raise self._ended(what) from None
+        except BaseException:
+            self._end()
+            raise
+        return answer
+
+    def _ended(self, what: str) -> EngineCrashed:
+        """The error for an engine that is gone in the midst of `what`."""
+        status = self._end(GRACE_S)
+        where = f"{self.backend} engine, {self.path.name}: {what}:"
+        if status == -signal.SIGKILL:
+            return EngineOutOfMemory(
+                f"{where} the process was killed from outside, as the kernel does when memory runs out; "
+                f"{LESS_MEMORY}{self._last_lines()}"
+            )
+        if status is not None and status < 0:
+            how = f"the process ended with {signal.Signals(-status).name}"
+        else:
+            how = f"the process ended{'' if status is None else f' with status {status}'}"
+        return EngineCrashed(f"{where} {how}; its log is {self.log}{self._last_lines()}")
+
+    def _error(self, answer: dict[str, Any], what: str) -> errors.EvaluationError:
+        kind: type[errors.EvaluationError] = getattr(errors, answer["kind"])
+        text = f"{self.backend} engine, {self.path.name}: {what}: {answer['text']}"
+        return kind(f"{text}; {LESS_MEMORY}" if kind is EngineOutOfMemory else text)
+
+    def _end(self, grace: float = 0.0) -> int | None:
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return None
+        connection.close()
+        return self._server.end(self.pid, grace)
+
+    def _last_lines(self) -> str:
+        try:
+            lines = self.log.read_bytes()[-4000:].decode(errors="replace").split("\n")
+        except OSError:
+            return ""
+        quoted = [line.strip() for line in lines if line.strip()][-QUOTED_LINES:]
+        return f" (its last words: {' | '.join(quoted)})" if quoted else ""
+
+
+# -- the warm processes of this process ----------------------------------------------------------------------
+
+
+class _Server:
+    """A warm process, see `evaluator.forkserver`. It ends with this process."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.owner = os.getpid()
+        self.lock = threading.Lock()
+        self.messages: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 lives as long as the process
+        self.control, theirs = socket.socketpair()
+        with theirs:
+            here = [entry or str(Path.cwd()) for entry in sys.path]  # what this process can import, it can
+            environment = {**os.environ, **backends.module_of(backend).ENVIRONMENT, "PYTHONPATH": os.pathsep.join(here)}
+            arguments = [sys.executable, "-P", "-m", "evaluator.forkserver", backend]
+            self.process = subprocess.Popen(
+                [*arguments, str(theirs.fileno()), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=self.messages,
+                stderr=self.messages,
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the caller, who closes its engines
+            )
+
+    def wait_until_ready(self, deadline: float) -> None:
+        answer = self._receive(deadline)
+        if "error" in answer:
+            raise BackendUnavailable(f"backend {self.backend}: {answer['error']}")
+
+    def ask(self, message: dict[str, Any], fd: int | None, deadline: float) -> dict[str, Any]:
+        with self.lock:
+            try:
+                forkserver.send(self.control, message, fd)
+            except OSError:
+                raise self._gone() from None
+            return self._receive(deadline)
+
+    def end(self, pid: int, grace: float) -> int | None:
+        if self.owner != os.getpid():
+            return None  # a fork of the process that started it has no say
+        try:
+            status = self.ask({"end": pid, "grace": grace}, None, time.monotonic() + grace + 30.0)["status"]
+        except errors.EvaluationError:
+            return None  # the warm process is gone, and its engines with it
+        return None if status is None else int(status)
+
+    def close(self) -> None:
+        self.control.close()
+        try:
+            self.process.wait(timeout=5.0)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.messages.close()
+
+    def _receive(self, deadline: float) -> dict[str, Any]:
+        self.control.settimeout(max(deadline - time.monotonic(), 0.01))
+        try:
+            answer, _ = forkserver.receive(self.control)
+        except TimeoutError:
+            self.process.kill()
+            raise EngineTimeout(
+                f"backend {self.backend}: its libraries were not imported in time; raise start_timeout_s"
+            ) from None
+        except (EOFError, OSError):
+            raise self._gone() from None
+        return answer
+
+    def _gone(self) -> EngineCrashed:
+        self.process.kill()
+        status = self.process.wait()
+        self.messages.seek(0)
+        lines = [line.strip() for line in self.messages.read().decode(errors="replace").split("\n") if line.strip()]
+        return EngineCrashed(
+            f"backend {self.backend}: the process that imports its libraries ended with status {status}: "
+            f"{' | '.join(lines[-QUOTED_LINES:]) or 'it said nothing'}"
+        )
+
+
+_servers: dict[str, _Server] = {}
+_starting = threading.Lock()
+
+
+def _server(backend: str, deadline: float) -> tuple[_Server, float]:
+    """(this process's warm process for the backend, seconds that it took to start: 0 when it was there)."""
+    with _starting:
+        there = _servers.get(backend)
+        if there is not None and there.owner == os.getpid() and there.process.poll() is None:
+            return there, 0.0
+        reason = backends.unavailable(backend)
+        if reason:
+            raise BackendUnavailable(f"backend {backend}: {reason}")
+        started = time.monotonic()
+        made = _Server(backend)
+        try:
+            made.wait_until_ready(deadline)
+        except BaseException:
+            made.close()
+            raise
+        _servers[backend] = made
+        return made, time.monotonic() - started
+
+
+def warm(backend: str, timeout_s: float = 300.0) -> float:
+    """Start the backend's warm process ahead of its first engine; seconds that it took."""
+    return _server(backend, time.monotonic() + timeout_s)[1]
+
+
+@atexit.register
+def _close_servers() -> None:
+    for server in _servers.values():
+        if server.owner == os.getpid():
+            server.close()
+    _servers.clear()
