@@ -115,8 +115,7 @@ def _stop_if_hopeless(done: list[optuna.trial.FrozenTrial], file: StudyFile) -> 
 
 
 def _enqueue_identity(the_study: optuna.Study, setting: Setting) -> None:
-    """The first trial changes nothing, where the space holds it: what does worse than the base is "
-    "pruned from the start."""
+    """The first trial changes nothing, where the space holds it: what is worse than the base is pruned from then on."""
     if the_study.get_trials(deepcopy=False):
         return
     params = space.identity_params(setting.file.space, setting.identity)
