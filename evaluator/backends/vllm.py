@@ -28,6 +28,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 BATCHED_TOKENS = 2048  # prompt log-probabilities hold float32 logits of so many tokens, outside vLLM's memory budget
+WINDOWS = 8  # of text that may be scored together
 NOT_TIMED = 3  # steps at the end of a run, when the last requests end one after the other
 SPARE_BYTES = 64 << 20
 
@@ -185,7 +186,7 @@ def _arguments(config: dict[str, Any], settings: EngineSettings, *, on_cpu: bool
         "trust_remote_code": False,
         "skip_tokenizer_init": True,  # token ids in, numbers out
         "max_model_len": settings.max_model_len,
-        "max_num_seqs": max(settings.batch_sizes),
+        "max_num_seqs": max(*settings.batch_sizes, WINDOWS),
         "max_num_batched_tokens": max(BATCHED_TOKENS, max(settings.batch_sizes)),
         "enable_prefix_caching": False,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
@@ -204,10 +205,11 @@ def _arguments(config: dict[str, Any], settings: EngineSettings, *, on_cpu: bool
 
 
 def _kv_cache_bytes(config: dict[str, Any], settings: EngineSettings) -> int:
-    """Room for the timed sequences or two windows of text, whichever is more, in blocks of 128 tokens."""
+    """Room for the timed sequences or WINDOWS windows of text, whichever is more, in blocks of 128 tokens."""
     heads = int(config["num_attention_heads"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
     width = int(config.get("num_key_value_heads") or heads) * head_dim
-    sequences = max(*settings.batch_sizes, 2)
+    sequences = max(*settings.batch_sizes, WINDOWS)
     tokens = sequences * (settings.max_model_len + 128)
-    return tokens * int(config["num_hidden_layers"]) * width * 2 * 4 + SPARE_BYTES  # keys and values, float32 at most
+    size = 4 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2
+    return tokens * int(config["num_hidden_layers"]) * width * 2 * size + SPARE_BYTES  # keys and values
