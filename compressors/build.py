@@ -1,0 +1,150 @@
+"""A plan and a base model → a checkpoint; and which plans can be built and served, before anything is built."""
+
+from __future__ import annotations
+
+import transformers
+
+from compressors.calibration import Calibration
+from compressors.checkpoint import Checkpoint
+from compressors.errors import InfeasiblePlan
+from compressors.family import Family
+from compressors.methods import depth, ffn, heads, hidden, precision
+from compressors.plan import DTYPES, SCHEMES, CompressionPlan
+
+
+def apply(
+    plan: CompressionPlan,
+    base: Checkpoint,
+    family: Family,
+    calibration: Calibration | None,
+    *,
+    simulate: bool = False,
+) -> Checkpoint:
+    """The compressed checkpoint: depth, then heads, FFN and hidden size, then precision. Nothing is read until used.
+
+    What stays is chosen by `calibration`; without one only shapes are right. simulate: quantised plans as a model of
+    plain tensors that computes the same, for scoring in memory. Raises InfeasiblePlan.
+    """
+    own = CompressionPlan.identity(base.config)
+    drop_from = plan.drop_from if calibration is not None else "top"
+    layers = depth.choose(own.num_hidden_layers, plan.num_hidden_layers, drop_from, calibration)
+    made = depth.cut(base, family, layers)
+    if calibration is not None:
+        calibration = of_layers(calibration, family, layers)
+    if (plan.num_attention_heads, plan.num_key_value_heads) != (own.num_attention_heads, own.num_key_value_heads):
+        kept = heads.choose_all(made, plan.num_attention_heads, plan.num_key_value_heads, calibration)
+        made = heads.cut(made, family, kept)
+    if plan.intermediate_size != own.intermediate_size:
+        made = ffn.cut(made, family, ffn.choose_all(made, plan.intermediate_size, calibration))
+    if plan.hidden_size != own.hidden_size:
+        squares = None
+        if calibration is not None:
+            squares = [calibration.norm_mean_square[name] for name in family.residual_norms(len(layers))]
+        made = hidden.cut(made, family, hidden.choose(own.hidden_size, plan.hidden_size, calibration), squares)
+    if plan.precision in DTYPES:
+        made = precision.cast(made, plan.precision)
+    elif plan.precision in SCHEMES:
+        made = (precision.simulate if simulate else precision.quantize)(made, family, plan.precision)
+    else:
+        raise InfeasiblePlan(f"precision: {plan.precision!r} is not one of {', '.join((*DTYPES, *SCHEMES))}")
+    made.config.setdefault("head_dim", own.hidden_size // own.num_attention_heads)
+    made.config["transformers_version"] = transformers.__version__
+    return made
+
+
+def of_layers(calibration: Calibration, family: Family, layers: tuple[int, ...]) -> Calibration:
+    """The statistics of the layers that stay, renumbered as they are in the cut model."""
+    index = list(layers)
+    norms = {family.final_norm: calibration.norm_mean_square[family.final_norm]}
+    for new, old in enumerate(layers):
+        for norm in family.block_norms:
+            norms[family.in_layer(new, norm)] = calibration.norm_mean_square[family.in_layer(old, norm)]
+    return Calibration(
+        block_influence=calibration.block_influence[index],
+        ffn_activity=calibration.ffn_activity[index],
+        head_activity=calibration.head_activity[index],
+        hidden_activity=calibration.hidden_activity,
+        norm_mean_square=norms,
+    )
+
+
+def predicted_bytes(plan: CompressionPlan, base: Checkpoint, family: Family) -> int:
+    """Of model.safetensors, header included, before anything is built. Raises InfeasiblePlan."""
+    return apply(plan, base, family, None).file_bytes
+
+
+def check(
+    plan: CompressionPlan, base: Checkpoint, family: Family, *, kernel_alignment: bool, max_bytes: int | None
+) -> str | None:
+    """Why the plan can't be built, loaded or served fast, or None.
+
+    kernel_alignment: also what vLLM's GPU kernels ask for; where they don't get it, it falls back to slow ones silently.
+    max_bytes: of model.safetensors.
+    """
+    own = CompressionPlan.identity(base.config)
+    reason = heads.infeasible(
+        own.num_attention_heads, own.num_key_value_heads, plan.num_attention_heads, plan.num_key_value_heads
+    )
+    if reason:
+        return reason
+    for name in ("num_hidden_layers", "hidden_size", "intermediate_size"):
+        wanted, there = getattr(plan, name), getattr(own, name)
+        if not 1 <= wanted <= there:
+            return f"{name}: {wanted} must be from 1 to the model's {there}"
+    try:
+        made = apply(plan, base, family, None)
+    except InfeasiblePlan as error:
+        return str(error)
+    reason = _refused_by_transformers(made)
+    if reason:
+        return reason
+    if kernel_alignment:
+        reason = _misaligned(plan, made, family)
+        if reason:
+            return reason
+    if max_bytes is not None and made.file_bytes > max_bytes:
+        return (
+            f"size: {made.file_bytes / 1e6:.1f} MB exceeds the limit of {max_bytes / 1e6:.1f} MB (limits.max_size_mb)"
+        )
+    return None
+
+
+def _refused_by_transformers(made: Checkpoint) -> str | None:
+    """What the stock config class says of these dimensions: Llama's wants hidden_size % num_attention_heads == 0."""
+    try:
+        transformers.AutoConfig.for_model(**made.config)
+    except Exception as error:  # the config classes raise their own mixture
+        cause = error.__cause__ or error
+        return f"transformers refuses the config: {' '.join(str(cause).split())}"
+    return None
+
+
+def _misaligned(plan: CompressionPlan, made: Checkpoint, family: Family) -> str | None:
+    """The rules of vLLM's kernels: Marlin (W4A16) N % 64 and K % 128, CUTLASS (INT8, FP8) both % 16, attention D % 8.
+
+    N of projections that vLLM fuses (q, k, v; gate, up) is the fused matrix's.
+    """
+    head_dim = int(made.config["head_dim"])
+    if head_dim % 8:
+        return f"head_dim: {head_dim} is no multiple of 8, which the attention kernels want"
+    if plan.precision not in SCHEMES:
+        return None
+    n_multiple, k_multiple, kernel = (64, 128, "Marlin") if plan.precision == "W4A16" else (16, 16, "CUTLASS")
+    for parts in family.fused:
+        shapes = [_linear_shape(made, family.in_layer(0, part)) for part in parts]
+        n, k = sum(shape[0] for shape in shapes), shapes[0][1]
+        if n % n_multiple or k % k_multiple:
+            names = "+".join(part.rpartition(".")[2] for part in parts)
+            return (
+                f"{plan.precision}: {names} is {n} × {k}, and vLLM's {kernel} kernel wants multiples of {n_multiple} × "
+                f"{k_multiple}; choose sizes that give them"
+            )
+    return None
+
+
+def _linear_shape(made: Checkpoint, module: str) -> tuple[int, int]:
+    weight = made.tensors.get(f"{module}.weight")
+    if weight is None:  # packed: 8 values in an int32
+        rows, words = made.tensors[f"{module}.weight_packed"].shape
+        return rows, words * 8
+    return weight.shape[0], weight.shape[1]

@@ -1,0 +1,263 @@
+"""Checkpoint: config + lazily mapped tensors + tokenizer files. Read, write, put into a stock transformers model.
+
+Knows no family and no method. Tensors are read when they are asked for, so that a compressed checkpoint costs no
+memory until it is written or put into a model, and then one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressors import safetensors_file
+from compressors.errors import CheckpointError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+CARRIED = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template*",
+    "LICENSE*",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is known by its shape and dtype until `load` makes it, on the CPU."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def take(self, dim: int, index: torch.Tensor) -> LazyTensor:
+        """Those rows (dim 0) or columns (dim 1) whose numbers are in `index` [kept], in that order."""
+        shape = (*self.shape[:dim], len(index), *self.shape[dim + 1 :])
+        return LazyTensor(shape, self.dtype, lambda: self.load().index_select(dim, index))
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype | None = None) -> LazyTensor:
+        """The same shape, computed from the tensor."""
+        return LazyTensor(self.shape, dtype or self.dtype, lambda: function(self.load()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """
+    config: config.json. tensors: by their names in the weights. files: what is carried along, by file name.
+    parameters: of the model before quantization packed it; None: count the tensors.
+    activations: the scheme whose activation quantization an in-memory model is to imitate, by module name.
+    """
+
+    config: dict[str, Any]
+    tensors: Mapping[str, LazyTensor]
+    files: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    parameters: int | None = None
+    activations: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Checkpoint:
+        """A directory as the hub has them; nothing but headers is read. Raises CheckpointError, one line."""
+        path = Path(path)
+        config = _read_json(path / "config.json", "a model's directory holds config.json")
+        if "quantization_config" in config:
+            raise CheckpointError(
+                f"model {path}: is quantised already ({config['quantization_config'].get('quant_method')}); "
+                "start from the unquantised model"
+            )
+        tensors: dict[str, LazyTensor] = {}
+        for file in _weight_files(path):
+            for name, (shape, dtype) in safetensors_file.shapes(file).items():
+                tensors[name] = LazyTensor(shape, dtype, safetensors_file.loader(file, name))
+        if not any((path / name).is_file() for name in TOKENIZER_FILES):
+            raise CheckpointError(
+                f"model {path}: has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy its files there"
+            )
+        files = {file.name: file for pattern in CARRIED for file in sorted(path.glob(pattern)) if file.is_file()}
+        return cls(config, tensors, files)
+
+    @property
+    def total_parameters(self) -> int:
+        if self.parameters is not None:
+            return self.parameters
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the tensors, without the file's header."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def file_bytes(self) -> int:
+        """Of model.safetensors."""
+        return 8 + len(safetensors_file.header_of(self.tensors)) + self.size_bytes
+
+    @property
+    def decode_bytes(self) -> int:
+        """Of the weights that one decode step reads: all of them, but of an untied embedding only a row."""
+        tied = self.config.get("tie_word_embeddings", False)
+        skipped = (
+            0 if tied else sum(t.nbytes for name, t in self.tensors.items() if name.endswith("embed_tokens.weight"))
+        )
+        return self.size_bytes - skipped
+
+    def digest(self) -> str:
+        """sha256 over config and tensors: 32 hexadecimal digits."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name].load().contiguous()
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        return digest.hexdigest()[:32]
+
+    def write(self, path: str | Path) -> str:
+        """Write config.json, one model.safetensors and the carried files, beside `path` and then renamed into it.
+
+        Returns the weights' sha256. What was at `path` is replaced. Raises CheckpointError when it can't be written.
+        """
+        path = Path(path)
+        scratch = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+            scratch.chmod(0o755)
+            for name, source in self.files.items():
+                shutil.copyfile(source, scratch / name)
+            (scratch / "config.json").write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
+            sha256 = safetensors_file.write(scratch / WEIGHTS, self.tensors)
+            if path.exists():
+                shutil.rmtree(path)
+            scratch.replace(path)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {path}: {error.strerror or error}; nothing was left there") from None
+        finally:
+            if scratch is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
+        return sha256
+
+    def to_model(self, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
+        """The stock transformers model with these tensors, in eval mode.
+
+        dtype: of the weights; None: the config's. Raises CheckpointError when tensors are missing or
+        left over.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.for_model(**self.config)
+        wanted = dtype or _dtype(self.config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
+        state = {name: lazy.load().to(device, wanted) for name, lazy in self.tensors.items()}
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+        model.tie_weights()
+        missing = [name for name in missing if model.get_parameter(name).is_meta]
+        if missing or unexpected:
+            raise CheckpointError(
+                f"weights: {len(missing)} tensors missing, {len(unexpected)} left over: {[*missing, *unexpected][:3]}"
+            )
+        _make_buffers(model, config, device)
+        for name, scheme in self.activations.items():
+            _imitate_activations(model.get_submodule(name), scheme)
+        return model.to(device).eval().requires_grad_(False)
+
+
+def digest_of(path: Path, cache: Path) -> str:
+    """`Checkpoint.digest` of a directory, remembered by its files' sizes and times so that it is hashed once."""
+    path = Path(path).resolve()
+    stamps = [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted([path / "config.json", *path.glob("*.safetensors")])
+    ]
+    key = hashlib.sha256(json.dumps([str(path), stamps]).encode()).hexdigest()[:32]
+    known = cache / key
+    if known.is_file():
+        return known.read_text().strip()
+    digest = Checkpoint.read(path).digest()
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as out:
+        out.write(digest)
+    os.replace(out.name, known)
+    return digest
+
+
+def _make_buffers(model: Any, config: Any, device: str) -> None:
+    """Rotary frequencies are no weights: they are computed, and a model made on `meta` has none yet."""
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], type(module)(config).to(device))
+
+
+def _imitate_activations(linear: torch.nn.Module, scheme: str) -> None:
+    """Round a Linear's input as the scheme's dynamic per-token quantization does, x [..., tokens, K]."""
+
+    def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x = args[0]
+        largest = x.abs().amax(dim=-1, keepdim=True).float()
+        if scheme == "W8A8":
+            scale = (largest / 127.5).clamp_min(torch.finfo(torch.float32).tiny)
+            rounded = (x / scale).round().clamp(-128, 127) * scale
+        else:  # FP8_DYNAMIC
+            scale = (largest / 448.0).clamp_min(torch.finfo(torch.float32).tiny)
+            rounded = (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        return (rounded.to(x.dtype), *args[1:])
+
+    linear.register_forward_pre_hook(hook)
+
+
+def _dtype(config: Mapping[str, Any]) -> torch.dtype:
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return getattr(torch, name)  # type: ignore[no-any-return]
+
+
+def _read_json(path: Path, rule: str) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"model {path.parent}: has no {path.name}; {rule}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"model {path.parent}: {path.name} can't be read ({' '.join(str(error).split())})"
+        ) from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"model {path.parent}: {path.name} is no JSON object")
+    return values
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if (path / WEIGHTS).is_file():
+        return [path / WEIGHTS]
+    if (path / INDEX).is_file():
+        index = _read_json(path / INDEX, "")
+        files = sorted({path / Path(name).name for name in index.get("weight_map", {}).values()})
+        missing = [file.name for file in files if not file.is_file()]
+        if missing or not files:
+            raise CheckpointError(
+                f"model {path}: shards named in {INDEX} are missing: {', '.join(missing) or 'all'}; copy them there"
+            )
+        return files
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"model {path}: has only pickled weights ({pickles[0]}), which can run code when they are "
+            "read; convert them "
+            "to safetensors"
+        )
+    raise CheckpointError(f"model {path}: has no weights; put {WEIGHTS} there, or its shards with {INDEX}")

@@ -1,0 +1,56 @@
+"""Depth: fewer layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from compressors.calibration import Calibration
+from compressors.checkpoint import Checkpoint
+from compressors.errors import InfeasiblePlan
+from compressors.family import Family
+
+
+def choose(layers: int, keep: int, drop_from: str, calibration: Calibration | None) -> tuple[int, ...]:
+    """Which `keep` of `layers` stay, ascending.
+
+    drop_from: "top" drops the last, "bottom" the first; "importance" those of least block influence, 1 − cos of a
+    layer's input and output on the calibration text (ShortGPT, https://arxiv.org/abs/2403.03853).
+    """
+    if not 1 <= keep <= layers:
+        raise InfeasiblePlan(f"num_hidden_layers: {keep} of {layers} can't stay; choose from 1 to {layers}")
+    if keep == layers or drop_from == "top":
+        return tuple(range(keep))
+    if drop_from == "bottom":
+        return tuple(range(layers - keep, layers))
+    if drop_from != "importance":
+        raise InfeasiblePlan(f"drop_from: {drop_from!r} is not importance, top or bottom")
+    if calibration is None:
+        raise InfeasiblePlan(
+            "drop_from: importance is measured on calibration text, and there is none; calibrate first"
+        )
+    influence = calibration.block_influence.tolist()
+    by_influence = sorted(range(layers), key=lambda index: (-influence[index], index))
+    return tuple(sorted(by_influence[:keep]))
+
+
+def cut(checkpoint: Checkpoint, family: Family, kept: Sequence[int]) -> Checkpoint:
+    """Keep these layers of the checkpoint (ascending numbers), renumbered from 0."""
+    config = dict(checkpoint.config)
+    layers = int(config["num_hidden_layers"])
+    if list(kept) == list(range(layers)):
+        return checkpoint
+    tensors = {}
+    new_number = {f"{family.layer(old)}.": f"{family.layer(new)}." for new, old in enumerate(kept)}
+    for name, tensor in checkpoint.tensors.items():
+        if not name.startswith(f"{family.layers}."):
+            tensors[name] = tensor
+            continue
+        prefix = ".".join(name.split(".")[: family.layers.count(".") + 2]) + "."
+        if prefix in new_number:
+            tensors[new_number[prefix] + name.removeprefix(prefix)] = tensor
+    config["num_hidden_layers"] = len(kept)
+    for key in family.per_layer:
+        if isinstance(config.get(key), list):
+            config[key] = [config[key][old] for old in kept]
+    return dataclasses.replace(checkpoint, config=config, tensors=tensors)

@@ -1,0 +1,103 @@
+"""Attention heads: fewer key/value groups, and fewer query heads in each.
+
+Query head h reads key/value head h // (H / G), for H query and G key/value heads, so that every group keeps the same
+number of query heads, in their order. Which ones stay may differ by layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from compressors.calibration import Calibration
+from compressors.checkpoint import Checkpoint
+from compressors.errors import InfeasiblePlan
+from compressors.family import Family
+
+Kept = tuple[tuple[int, tuple[int, ...]], ...]  # of a layer: (key/value head, its query heads), ascending
+
+
+def choose(heads: int, groups: int, keep_heads: int, keep_groups: int, activity: Sequence[float]) -> Kept:
+    """What stays in a layer with this activity of its query heads [heads].
+
+    The groups with the largest energy (sum of squared activity) stay, and in each its most active query heads:
+    Minitron's head importance, https://arxiv.org/abs/2407.14679.
+    """
+    reason = infeasible(heads, groups, keep_heads, keep_groups)
+    if reason:
+        raise InfeasiblePlan(reason)
+    per_group, keep_each = heads // groups, keep_heads // keep_groups
+
+    def members(group: int) -> list[int]:
+        return list(range(group * per_group, (group + 1) * per_group))
+
+    kept = []
+    for group in _largest([sum(activity[h] ** 2 for h in members(group)) for group in range(groups)], keep_groups):
+        best = _largest([activity[h] for h in members(group)], keep_each)
+        kept.append((group, tuple(group * per_group + place for place in best)))
+    return tuple(kept)
+
+
+def infeasible(heads: int, groups: int, keep_heads: int, keep_groups: int) -> str | None:
+    """Why `keep_heads` query and `keep_groups` key/value heads can't be kept of these, or None."""
+    if not 1 <= keep_groups <= groups:
+        return f"heads: {keep_groups} key/value heads can't be kept of {groups}; choose from 1 to {groups}"
+    if not 1 <= keep_heads <= heads:
+        return f"heads: {keep_heads} query heads can't be kept of {heads}; choose from 1 to {heads}"
+    if keep_heads % keep_groups:
+        return (
+            f"heads: {keep_heads} query heads can't be shared by {keep_groups} key/value heads; "
+            f"choose a multiple of {keep_groups}"
+        )
+    if keep_heads // keep_groups > heads // groups:
+        return (
+            f"heads: {keep_heads} query heads on {keep_groups} key/value heads are "
+            f"{keep_heads // keep_groups} each, and "
+            f"the model has {heads // groups}; choose at most {keep_groups * (heads // groups)} query heads"
+        )
+    return None
+
+
+def choose_all(
+    checkpoint: Checkpoint, keep_heads: int, keep_groups: int, calibration: Calibration | None
+) -> list[Kept]:
+    """`choose` for each layer of the checkpoint; without a calibration the first heads stay (shapes "
+    "alone are right)."""
+    heads = int(checkpoint.config["num_attention_heads"])
+    groups = int(checkpoint.config.get("num_key_value_heads") or heads)
+    layers = int(checkpoint.config["num_hidden_layers"])
+    activity = [[0.0] * heads] * layers if calibration is None else calibration.head_activity.tolist()
+    return [choose(heads, groups, keep_heads, keep_groups, activity[layer]) for layer in range(layers)]
+
+
+def cut(checkpoint: Checkpoint, family: Family, kept: Sequence[Kept]) -> Checkpoint:
+    """Keep these heads of each layer: rows of q, k and v, columns of o."""
+    config = dict(checkpoint.config)
+    size = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    tensors = dict(checkpoint.tensors)
+    for layer, groups in enumerate(kept):
+        queries = _rows([head for _, heads in groups for head in heads], size)
+        keys = _rows([group for group, _ in groups], size)
+        for part, dim, index in (
+            (family.q, 0, queries),
+            (family.k, 0, keys),
+            (family.v, 0, keys),
+            (family.o, 1, queries),
+        ):
+            name = f"{family.in_layer(layer, part)}.weight"
+            tensors[name] = tensors[name].take(dim, index)
+    config["num_key_value_heads"] = len(kept[0])
+    config["num_attention_heads"] = sum(len(heads) for _, heads in kept[0])
+    config["head_dim"] = size  # no longer hidden_size / num_attention_heads
+    return dataclasses.replace(checkpoint, config=config, tensors=tensors)
+
+
+def _rows(heads: Sequence[int], size: int) -> torch.Tensor:
+    return (torch.tensor(heads)[:, None] * size + torch.arange(size)).flatten()
+
+
+def _largest(values: Sequence[float], count: int) -> list[int]:
+    """The places of the `count` largest, ascending; of equals the first."""
+    return sorted(sorted(range(len(values)), key=lambda place: (-values[place], place))[:count])
