@@ -29,6 +29,7 @@ from evaluator.backends import EngineSettings
 from evaluator.errors import BackendUnavailable, EngineCrashed, EngineOutOfMemory, EngineTimeout, NotFinite
 
 QUOTED_LINES = 3  # of the log, in an error's text
+ANSWER_S = 30.0  # forking and killing are answered at once: after this the warm process itself hangs
 GRACE_S = 2.0  # how long an engine whose socket ended may take to leave an exit status
 LESS_MEMORY = "lower the batch sizes, the window or gpu_memory_utilization, or free memory"
 
@@ -64,7 +65,7 @@ class EngineProcess:
                 "environ": dict(os.environ),
             }
             try:
-                self.pid = int(self._server.ask(request, theirs.fileno(), deadline)["pid"])
+                self.pid = int(self._server.ask(request, theirs.fileno())["pid"])
             except BaseException:
                 ours.close()
                 raise
@@ -213,6 +214,7 @@ class _Server:
     def __init__(self, backend: str) -> None:
         self.backend = backend
         self.owner = os.getpid()
+        self.usable = True
         self.lock = threading.Lock()
         self.messages: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 lives as long as the process
         self.control, theirs = socket.socketpair()
@@ -235,19 +237,19 @@ class _Server:
         if "error" in answer:
             raise BackendUnavailable(f"backend {self.backend}: {answer['error']}")
 
-    def ask(self, message: dict[str, Any], fd: int | None, deadline: float) -> dict[str, Any]:
+    def ask(self, message: dict[str, Any], fd: int | None = None, takes_s: float = 0.0) -> dict[str, Any]:
         with self.lock:
             try:
                 forkserver.send(self.control, message, fd)
             except OSError:
                 raise self._gone() from None
-            return self._receive(deadline)
+            return self._receive(time.monotonic() + takes_s + ANSWER_S)
 
     def end(self, pid: int, grace: float) -> int | None:
         if self.owner != os.getpid():
             return None  # a fork of the process that started it has no say
         try:
-            status = self.ask({"end": pid, "grace": grace}, None, time.monotonic() + grace + 30.0)["status"]
+            status = self.ask({"end": pid, "grace": grace}, takes_s=grace)["status"]
         except errors.EvaluationError:
             return None  # the warm process is gone, and its engines with it
         return None if status is None else int(status)
@@ -266,15 +268,18 @@ class _Server:
         try:
             answer, _ = forkserver.receive(self.control)
         except TimeoutError:
+            self.usable = False
             self.process.kill()
             raise EngineTimeout(
-                f"backend {self.backend}: its libraries were not imported in time; raise start_timeout_s"
+                f"backend {self.backend}: the process that imports its libraries did not answer in time and was "
+                "killed; raise start_timeout_s"
             ) from None
         except (EOFError, OSError):
             raise self._gone() from None
         return answer
 
     def _gone(self) -> EngineCrashed:
+        self.usable = False
         self.process.kill()
         status = self.process.wait()
         self.messages.seek(0)
@@ -293,7 +298,7 @@ def _server(backend: str, deadline: float) -> tuple[_Server, float]:
     """(this process's warm process for the backend, seconds that it took to start: 0 when it was there)."""
     with _starting:
         there = _servers.get(backend)
-        if there is not None and there.owner == os.getpid() and there.process.poll() is None:
+        if there is not None and there.owner == os.getpid() and there.usable and there.process.poll() is None:
             return there, 0.0
         reason = backends.unavailable(backend)
         if reason:

@@ -1,0 +1,133 @@
+import hashlib
+import json
+import math
+import os
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from evaluator import measure, texts
+from evaluator.errors import EvaluationError, NotFinite
+from evaluator.measurement import Measurement, Workload
+from evaluator.score import score_of
+
+QUICK = Workload(batch_sizes=(1, 2), prompt_tokens=4, decode_steps=3, turns=2)
+
+
+def plain_perplexity(model, windows):
+    """Shares no code with what is tested: growing prefixes, float64."""
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for window in windows:
+            for t in range(1, len(window)):
+                logits = model(torch.tensor([window[:t]])).logits[0, -1].double()
+                total += float(logits.logsumexp(0) - logits[window[t]])
+                tokens += 1
+    return math.exp(total / tokens), tokens
+
+
+def test_perplexity_is_that_of_a_plain_loop(tiny, tiny_model, engine, shards):
+    found = measure.measure(tiny, engine, None, shards, QUICK, time_it=False)
+    perplexity, tokens = plain_perplexity(tiny_model, [window for shard in shards for window in shard])
+    assert found.perplexity == pytest.approx(perplexity, rel=1e-3)
+    assert found.tokens == tokens
+    assert math.fsum(found.shard_nll) / 4 == pytest.approx(found.nll_nats_per_token)
+
+
+def test_what_a_measurement_says(tiny, tiny_model, engine, shards):
+    said = []
+    found = measure.measure(tiny, engine, None, shards, QUICK, progress=said.append)
+    assert found.time_ratio == 1.0
+    assert found.time_per_token_ms == found.base_time_per_token_ms > 0
+    assert found.tokens_per_sec == pytest.approx(1e3 / found.time_per_token_ms)
+    assert found.total_parameters == sum(p.numel() for p in tiny_model.parameters())
+    assert (found.number_of_layers, found.number_of_heads, found.hidden_dim) == (2, 4, 64)
+    assert found.weights_sha256 == hashlib.sha256((tiny / "model.safetensors").read_bytes()).hexdigest()
+    assert found.model_size_mb == (tiny / "model.safetensors").stat().st_size / 1e6
+    assert found.text_digest == texts.text_digest([window for shard in shards for window in shard])
+    assert {"start", "load", "time", "nll", "digest"} <= set(found.seconds)
+    assert Measurement.from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False))) == found
+    assert score_of(found, found).score == 0.5
+    assert "timing, turn 8 of 8" in said
+    assert said[-1] == "digests"
+
+
+def test_a_candidate_is_timed_against_the_baseline(tiny, engine, start, shards):
+    found = measure.measure(tiny, start(), engine, shards, QUICK, weights_sha256="known")
+    assert found.weights_sha256 == "known"
+    assert found.timing_samples == 2 * 2 * 3
+    assert found.time_ratio == pytest.approx(found.time_per_token_ms / found.base_time_per_token_ms)
+
+
+def test_another_timing_can_be_put_in(tiny, engine, shards):
+    found = measure.measure(tiny, engine, None, shards, QUICK, time_it=False)
+    assert found.timing_samples == 0
+    assert any("nothing was timed" in note for note in found.notes)
+    timing = measure.Timing(0.5, 0.0, 1.0, 0.0, 0.5, 0.0, samples=0)
+    assert measure.with_timing(found, timing).tokens_per_sec == 2000.0
+
+
+def test_no_finite_perplexity(tiny, shards):
+    class Confident:
+        seconds = types.MappingProxyType({"start": 0.0})
+
+        def nll(self, windows):
+            return [[1e5] * (len(window) - 1) for window in windows]
+
+    with pytest.raises(NotFinite, match="no finite perplexity"):
+        measure.measure(tiny, Confident(), None, shards, QUICK, time_it=False)
+
+
+def write_safetensors(path, shapes):
+    path.mkdir(exist_ok=True)
+    header = {name: {"dtype": "I32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
+    data = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    (path / "model.safetensors").write_bytes(len(data).to_bytes(8, "little") + data)
+
+
+def test_parameters_are_those_of_the_dequantized_model(tmp_path):
+    config = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 64, "tie_word_embeddings": True}
+    quantization = {"config_groups": {"group_0": {"weights": {"num_bits": 4}}}}
+    write_safetensors(
+        tmp_path / "m",
+        {
+            "model.embed_tokens.weight": [10, 64],
+            "lm_head.weight": [10, 64],
+            "q.weight_packed": [32, 8],
+            "q.weight_scale": [32, 2],
+            "q.weight_shape": [2],
+            "norm.weight": [64],
+        },
+    )
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    assert measure.describe(tmp_path / "m").parameters == 10 * 64 + 32 * 64 + 64
+
+
+@pytest.mark.parametrize("damage", ["config.json", "model.safetensors"])
+def test_what_is_no_checkpoint_is_refused(tiny, tmp_path, damage):
+    (tmp_path / "config.json").write_text((tiny / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes())
+    (tmp_path / damage).write_bytes(b"\xff" * 9)
+    with pytest.raises(EvaluationError, match="not a readable checkpoint"):
+        measure.describe(tmp_path)
+    (tmp_path / damage).unlink()
+    with pytest.raises(EvaluationError):
+        measure.describe(tmp_path)
+
+
+EXAONE = os.environ.get("OPTUNA_SEARCH_EXAONE4")
+
+
+@pytest.mark.skipif(not EXAONE, reason="OPTUNA_SEARCH_EXAONE4 names no EXAONE-4.0 checkpoint")
+def test_exaone4(start):
+    """Stored in bfloat16, computed in float32."""
+    path = Path(EXAONE)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    windows = texts.windows(tokenizer, texts.embedded_documents(), 48, 2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    found = measure.measure(path, start(path), None, [[window] for window in windows], QUICK)
+    assert found.perplexity == pytest.approx(plain_perplexity(model, windows)[0], rel=1e-3)
+    assert found.total_parameters == sum(p.numel() for p in model.parameters())

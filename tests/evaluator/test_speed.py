@@ -1,0 +1,86 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from evaluator import speed
+from evaluator.measurement import Workload
+
+
+def disturbed(random, step_s, turns=12, steps=16):
+    """Steps of one true duration, a little jitter, and delays that only ever add: some last for a whole turn."""
+    times = step_s * (1 + 0.01 * random.random((turns, steps)))
+    times += (random.random((turns, steps)) < 0.3) * random.exponential(0.5 * step_s, (turns, steps))
+    times += ((random.random(turns) < 0.4) * random.exponential(step_s, turns))[:, None]
+    return times.tolist()
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.95, 0.6])
+def test_one_sided_delays_do_not_move_the_ratio(ratio):
+    random = np.random.default_rng(1)
+    found = [speed.estimate({1: disturbed(random, ratio * 2e-3)}, {1: disturbed(random, 2e-3)}) for _ in range(50)]
+    errors = [timing.time_ratio / ratio - 1 for timing in found]
+    assert np.abs(errors).max() < 0.01
+    assert all(timing.time_per_token_ms == pytest.approx(2 * ratio, rel=0.02) for timing in found)
+    assert {timing.samples for timing in found} == {192}
+
+
+def test_the_standard_error_is_about_the_error():
+    """Turns that drift by 2% either way, which is what resampling turns is for."""
+    random = np.random.default_rng(2)
+
+    def drifting():
+        return (2e-3 * (1 + 0.02 * random.standard_normal((12, 1)) + 0.01 * random.random((12, 16)))).tolist()
+
+    found = [speed.estimate({1: drifting()}, {1: drifting()}) for _ in range(200)]
+    z = [(timing.time_ratio - 1) / timing.time_ratio_se for timing in found]
+    assert 0.6 < np.sqrt(np.mean(np.square(z))) < 1.6
+
+
+def test_the_standard_error_is_not_too_small_where_delays_are_large():
+    random = np.random.default_rng(2)
+    found = [speed.estimate({1: disturbed(random, 2e-3)}, {1: disturbed(random, 2e-3)}) for _ in range(200)]
+    z = [(timing.time_ratio - 1) / timing.time_ratio_se for timing in found]
+    assert np.sqrt(np.mean(np.square(z))) < 1.5
+
+
+def test_a_step_of_a_batch_makes_a_token_per_sequence_and_batch_sizes_are_averaged():
+    candidate = {1: [[2e-3] * 4] * 3, 4: [[4e-3] * 4] * 3}
+    baseline = {1: [[4e-3] * 4] * 3, 4: [[16e-3] * 4] * 3}
+    timing = speed.estimate(candidate, baseline)
+    assert timing.time_per_token_ms == pytest.approx((2 + 1) / 2)
+    assert timing.base_time_per_token_ms == pytest.approx((4 + 4) / 2)
+    assert timing.time_ratio == pytest.approx(1.5 / 4)
+    assert timing.time_ratio_se == pytest.approx(0.0, abs=1e-12)
+    assert timing.samples == 24
+
+
+class Clock:
+    """An engine whose first steps after every switch are slow."""
+
+    def __init__(self, name, step_s, calls):
+        self.name, self.step_s, self.calls = name, step_s, calls
+
+    def decode_steps(self, batch_size, prompt_tokens, steps, seed):
+        self.calls.append((self.name, batch_size, prompt_tokens, steps, seed))
+        return [1.0] * speed.DISCARDED + [self.step_s] * (steps - speed.DISCARDED)
+
+
+def test_engines_take_turns():
+    calls, told = [], []
+    workload = Workload(batch_sizes=(2,), prompt_tokens=9, decode_steps=5, turns=4, seed=7)
+    timing = speed.time_in_turn(
+        Clock("c", 1e-3, calls), Clock("b", 2e-3, calls), workload, lambda *progress: told.append(progress)
+    )
+    assert "".join(name for name, *_ in calls) == "cb" + "cbbccbbc"  # a warm-up each, then in turn
+    assert {rest for _, *rest_list in calls for rest in [tuple(rest_list)]} == {(2, 9, 5 + speed.DISCARDED, 7)}
+    assert timing.time_ratio == pytest.approx(0.5)
+    assert timing.time_per_token_ms == pytest.approx(0.5)
+    assert told == [(n, 8) for n in range(1, 9)]
+
+
+def test_the_prediction_is_one_for_the_base_and_grows():
+    assert speed.predicted_time_ratio(100, 100, 30, 30) == 1.0
+    grid = [[speed.predicted_time_ratio(b, 100, n, 30) for n in (10, 20, 30)] for b in (25, 50, 100)]
+    assert all(x < y for row in grid for x, y in itertools.pairwise(row))
+    assert all(x < y for column in zip(*grid, strict=True) for x, y in itertools.pairwise(column))

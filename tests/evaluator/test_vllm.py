@@ -1,0 +1,64 @@
+"""The vLLM engine for real: `make test-vllm` on a CPU."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from evaluator import backends, measure, quality, texts
+from evaluator.measurement import Workload
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(backends.unavailable("vllm") is not None, reason=str(backends.unavailable("vllm"))),
+]
+
+EXAONE = os.environ.get("OPTUNA_SEARCH_EXAONE4")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny, tmp_path_factory):
+    """In bfloat16: EXAONE-4.0 if there is one, else the tiny model."""
+    if EXAONE:
+        return Path(EXAONE)
+    path = tmp_path_factory.mktemp("bfloat16") / "model"
+    transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def windows(checkpoint, shards):
+    if not EXAONE:
+        return [window for shard in shards for window in shard]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    return texts.windows(tokenizer, texts.embedded_documents(), 128, 8)
+
+
+def test_vllm_agrees_with_transformers(checkpoint, windows, start):
+    settings = {"device": DEVICE, "backend": "vllm", "batch_sizes": (1, 3), "threads": None}
+    first = start(checkpoint, **settings)
+    second = start(checkpoint, **settings)
+    assert second.seconds["warm"] == 0.0
+    assert second.seconds["start"] < first.seconds["start"] / 2
+
+    exact = start(checkpoint)
+    ours, theirs = first.nll(windows), exact.nll(windows)
+    assert [len(window) for window in ours] == [len(window) - 1 for window in windows]
+    perplexity = [quality.perplexity(sum(map(sum, nll)) / sum(map(len, nll))) for nll in (ours, theirs)]
+    assert perplexity[0] == pytest.approx(perplexity[1], rel=0.01)  # bfloat16 against float32
+
+    for batch_size in (1, 3):
+        seconds = first.decode_steps(batch_size, 16, 12, 0)
+        assert len(seconds) == 12
+        assert all(0 < s < 30 for s in seconds)
+    assert first.logits_sha256(windows[0]) == second.logits_sha256(windows[0])
+
+    workload = Workload(batch_sizes=(1, 3), prompt_tokens=16, decode_steps=8, turns=2)
+    measured = measure.measure(checkpoint, second, first, [[window] for window in windows], workload)
+    assert measured.perplexity == pytest.approx(perplexity[0], rel=0.01)
+    assert measured.engine_version.startswith("vllm ")
+    assert measured.dtype == "bfloat16"
+    assert 0.2 < measured.time_ratio < 5.0
