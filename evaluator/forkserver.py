@@ -97,6 +97,9 @@ def main(backend: str, fd: int, caller: int) -> int:
             traceback.print_exc()
             send(control, {"error": f"its library can't be imported: {_one_line(error)}"})
             return 1
+        if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
+            send(control, {"error": "importing its library opened the GPU, which no forked engine could use then"})
+            return 1
         gc.collect()
         gc.freeze()  # what is imported stays shared: the collector doesn't touch its pages
         send(control, {"ready": time.perf_counter() - started})

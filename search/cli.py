@@ -238,7 +238,10 @@ def _print_status(state: dict[str, Any], as_json: bool) -> None:
 
     from search import report
 
-    Console(highlight=False).print(report.status_table(state))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 140)  # a file is not wrapped as a small window is
+    console.print(report.status_table(state))
 
 
 if __name__ == "__main__":

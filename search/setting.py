@@ -170,7 +170,7 @@ def prepare(file: StudyFile, say: Say = lambda _: None) -> Setting:
     say(f"model {file.model.source}")
     path = sources.resolve(file.model.source, CACHE, revision=file.model.revision)
     base = checkpoint.Checkpoint.read(path)
-    its_family = family.family_of(base.config)
+    its_family = family.family_of(base)
     identity = CompressionPlan.identity(base.config)
     misfit = space.out_of_range(file.space, identity)
     if misfit:

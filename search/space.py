@@ -30,9 +30,20 @@ def suggest(trial: optuna.Trial, space: Space, base: CompressionPlan) -> Compres
             values[name] = trial.suggest_int(name, wanted.low, wanted.high, step=wanted.step)
         else:
             values[name] = getattr(base, name) if wanted is None else wanted
+    heads, groups = int(values["num_attention_heads"]), int(values["num_key_value_heads"])
+    if isinstance(space.num_attention_heads, Range) or space.num_attention_heads is None:
+        values["num_attention_heads"] = shareable(heads, groups, base)
     values["drop_from"] = _categorical(trial, "drop_from", space.drop_from)
     values["precision"] = _categorical(trial, "precision", space.precision or [base.precision])
     return canonical(CompressionPlan.from_dict(values), base)
+
+
+def shareable(heads: int, groups: int, base: CompressionPlan) -> int:
+    """The most query heads, at most `heads`, that `groups` key/value heads can share as the base model's do.
+
+    A sampler draws both numbers apart, and most pairs could not be built; a number that a study fixes is left alone.
+    """
+    return min(max(heads // groups, 1), base.num_attention_heads // base.num_key_value_heads) * groups
 
 
 def canonical(plan: CompressionPlan, base: CompressionPlan) -> CompressionPlan:

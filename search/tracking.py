@@ -35,7 +35,7 @@ def load_environment(directory: Path = Path()) -> None:
     dotenv.load_dotenv(directory / ".env", override=False)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the defaults block for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-    os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
 
 
 class Tracker:

@@ -1,7 +1,7 @@
 """The transformers engine: eager PyTorch on a CPU, a CUDA GPU or MPS. Slow, and exact where it matters.
 
-On a CPU it computes in float32 whatever the checkpoint stores, so that quality is that of the weights; on a GPU in the
-checkpoint's own dtype. Reads safetensors alone and runs no code of the checkpoint.
+Times in the checkpoint's own dtype. Quality is computed in it too on a GPU; on a CPU in float32, from a second copy, so
+that it is that of the weights: arithmetic in bfloat16 has a KL of 0.001 to itself in float32. Reads safetensors alone and runs no code of the checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from typing import Any
 from evaluator import backends, hardware
 from evaluator.backends import EngineSettings
 
-ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asking for a GPU opens none: a forked engine still can
+}
 
 
 def preload() -> None:
@@ -24,6 +27,8 @@ def preload() -> None:
         "transformers.models.auto.modeling_auto",
         "transformers.models.llama.modeling_llama",
         "transformers.models.exaone4.modeling_exaone4",
+        "transformers.quantizers.quantizer_compressed_tensors",
+        "compressed_tensors.compressors",
         "evaluator.quality",
     ):
         importlib.import_module(name)
@@ -37,26 +42,37 @@ def unavailable() -> str | None:
 class Engine:
     def __init__(self, path: str, settings: EngineSettings) -> None:
         import torch
-        import transformers
 
-        self.device = _device(settings.device)
+        self.path, self.device = path, _device(settings.device)
         if self.device == "cpu":
             torch.set_num_threads(settings.threads or hardware.physical_cores())
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.float32 if self.device == "cpu" else "auto",
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
-        self.model: Any = model.to(self.device).eval().requires_grad_(False)
+        self.model = self._load("auto")
+        self._exact: Any = None
         # a compressed-tensors model unpacks its weights in its first forward pass
         self._next(torch.zeros((1, 1), dtype=torch.long, device=self.device), None)
+
+    def _load(self, dtype: Any) -> Any:
+        import transformers
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            self.path, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
+        return model.to(self.device).eval().requires_grad_(False)
+
+    @property
+    def exact(self) -> Any:
+        """The model that quality is computed with; loaded when it is first asked for, after the timing."""
+        import torch
+
+        if self._exact is None:
+            half = self.device == "cpu" and self.model.dtype != torch.float32
+            self._exact = self._load(torch.float32) if half else self.model
+        return self._exact
 
     def nll(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
         from evaluator import quality
 
-        return [quality.window_nll(self.model, window).tolist() for window in windows]
+        return [quality.window_nll(self.exact, window).tolist() for window in windows]
 
     def decode_steps(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> list[float]:
         """One forward pass per step over a DynamicCache, the likeliest token fed back; EOS means nothing."""
@@ -81,7 +97,7 @@ class Engine:
 
         with torch.inference_mode():
             ids = torch.tensor([list(tokens)], device=self.device)
-            logits = self.model(input_ids=ids, use_cache=False).logits[0]
+            logits = self.exact(input_ids=ids, use_cache=False).logits[0]
         return hashlib.sha256(logits.float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
     def facts(self) -> dict[str, str]:

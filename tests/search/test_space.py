@@ -72,3 +72,14 @@ def test_digest_depends_on_base_and_plan():
     other = CompressionPlan(29, 32, 8, 2048, 4096, "bfloat16")
     assert BASE.digest("a") == CompressionPlan.from_dict(BASE.to_dict()).digest("a")
     assert len({BASE.digest("a"), BASE.digest("b"), other.digest("a")}) == 3
+
+
+def test_query_heads_are_rounded_down_to_what_the_key_value_heads_can_share():
+    assert space.shareable(32, 8, BASE) == 32
+    assert space.shareable(32, 7, BASE) == 28  # four each, as in the base
+    assert space.shareable(20, 6, BASE) == 18
+    assert space.shareable(3, 8, BASE) == 8
+    only_groups = Space(num_key_value_heads=6)
+    assert space.suggest(optuna.create_study().ask(), only_groups, BASE).num_attention_heads == 24
+    fixed = Space(num_key_value_heads=6, num_attention_heads=20)
+    assert space.suggest(optuna.create_study().ask(), fixed, BASE).num_attention_heads == 20
