@@ -207,8 +207,10 @@ def _serve(connection: Connection, backend: str, path: str, settings: EngineSett
             answer = {"value": getattr(engine, call["call"])(*call["arguments"])}
         except Exception as error:
             traceback.print_exc()
-            answer = _described(error)
+            answer = {**_described(error), "ended": not engine.survives_errors}
         _reply(connection, answer)
+        if answer.get("ended"):
+            return
 
 
 def _reply(connection: Connection, answer: dict[str, Any]) -> None:

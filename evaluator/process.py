@@ -148,6 +148,8 @@ class EngineProcess:
                 self._end()
                 raise
         if "kind" in answer:
+            if answer["ended"]:
+                self._end()
             raise self._error(answer, name)
         return answer["value"]
 

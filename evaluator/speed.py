@@ -4,8 +4,8 @@ A machine's disturbances come and go over seconds, and only ever add time. So th
 baseline, baseline, candidate, …), what counts is each engine's fastest fifth of its single decode steps, and the
 standard error comes from resampling turns, in pairs of neighbours, since steps of one turn are not independent.
 
-Why the fastest fifth: twelve A/A runs of a 31M-parameter model on the transformers backend, two cores that others were
-loading at times up to twofold, 12 turns of 16 steps; the true ratio is 1:
+Why the fastest fifth: twelve A/A runs of a 31M-parameter model in float32 on the transformers backend, two cores
+that others were loading at times up to twofold, 12 turns of 16 steps; the true ratio is 1:
 
     of the steps' times, per engine      spread (standard deviation) of the ratio
     mean                                 4.7%

@@ -48,7 +48,12 @@ class EngineSettings:
 
 
 class Engine(Protocol):
-    """A checkpoint directory that is loaded and ready."""
+    """A checkpoint directory that is loaded and ready.
+
+    survives_errors: whether it can be called again after a call raised; if not, its process ends then.
+    """
+
+    survives_errors: bool
 
     def __init__(self, path: str, settings: EngineSettings) -> None: ...
 

@@ -1,7 +1,8 @@
 """The transformers engine: eager PyTorch on a CPU, a CUDA GPU or MPS. Slow, and exact where it matters.
 
 Times in the checkpoint's own dtype. Quality is computed in it too on a GPU; on a CPU in float32, from a second copy, so
-that it is that of the weights: arithmetic in bfloat16 has a KL of 0.001 to itself in float32. Reads safetensors alone and runs no code of the checkpoint.
+that it is that of the weights: arithmetic in bfloat16 has a KL of 0.001 to itself in float32. Reads safetensors alone
+and runs no code of the checkpoint.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ def preload() -> None:
         "transformers.models.llama.modeling_llama",
         "transformers.models.exaone4.modeling_exaone4",
         "transformers.quantizers.quantizer_compressed_tensors",
-        "compressed_tensors.compressors",
         "evaluator.quality",
     ):
         importlib.import_module(name)
+    if backends.installed("compressed_tensors"):
+        importlib.import_module("compressed_tensors.compressors")
 
 
 def unavailable() -> str | None:
@@ -40,6 +42,8 @@ def unavailable() -> str | None:
 
 
 class Engine:
+    survives_errors = True
+
     def __init__(self, path: str, settings: EngineSettings) -> None:
         import torch
 

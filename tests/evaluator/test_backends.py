@@ -19,6 +19,7 @@ def test_every_backend_file_holds_what_is_asked_of_it(name):
     assert callable(module.preload)
     reason = module.unavailable()
     assert reason is None or (reason and "\n" not in reason)
+    assert isinstance(module.Engine.survives_errors, bool)
     for method in ("nll", "decode_steps", "logits_sha256", "facts"):
         assert callable(getattr(module.Engine, method))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from evaluator import forkserver, process, quality
@@ -48,6 +49,18 @@ def test_an_engine_computes_what_the_model_computes(engine, tiny_model, shards):
     expected = [quality.window_nll(tiny_model, window).tolist() for window in shards[0]]
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     assert [len(window) for window in found] == [23, 23]
+
+
+def test_quality_is_computed_in_float32_and_timing_is_not(tiny, start, tmp_path, shards):
+    """Of a checkpoint in bfloat16, on a CPU."""
+    path = tmp_path / "bfloat16"
+    transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).save_pretrained(path)
+    engine = start(path)
+    assert engine.facts()["dtype"] == "bfloat16"
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    found = engine.nll(shards[0])
+    for window, nll in zip(shards[0], found, strict=True):
+        assert nll == pytest.approx(quality.window_nll(model, window).tolist(), rel=1e-5)
 
 
 def test_decode_steps_are_single_steps(engine):

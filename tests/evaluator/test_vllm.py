@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from evaluator import backends, measure, quality, texts
+from evaluator.errors import EngineCrashed
 from evaluator.measurement import Workload
 
 pytestmark = [
@@ -55,6 +56,11 @@ def test_vllm_agrees_with_transformers(checkpoint, windows, start):
         assert len(seconds) == 12
         assert all(0 < s < 30 for s in seconds)
     assert first.logits_sha256(windows[0]) == second.logits_sha256(windows[0])
+
+    with pytest.raises(EngineCrashed, match="needs a max_model_len of"):
+        first.decode_steps(1, 252, 12, 0)
+    assert not first.alive
+    first = start(checkpoint, **settings)
 
     workload = Workload(batch_sizes=(1, 3), prompt_tokens=16, decode_steps=8, turns=2)
     measured = measure.measure(checkpoint, second, first, [[window] for window in windows], workload)
