@@ -78,7 +78,7 @@ def check(
 ) -> str | None:
     """Why the plan can't be built, loaded or served fast, or None.
 
-    kernel_alignment: also what vLLM's GPU kernels ask for; where they don't get it, it falls back to slow ones silently.
+    kernel_alignment: also what vLLM's GPU kernels ask for; without it vLLM falls back to slow ones silently.
     max_bytes: of model.safetensors.
     """
     own = CompressionPlan.identity(base.config)

@@ -27,7 +27,7 @@ FIELDS = ("block_influence", "ffn_activity", "head_activity", "hidden_activity")
 @dataclasses.dataclass(frozen=True)
 class Calibration:
     """
-    block_influence [L]: 1 − cos(x, y) of a layer's input x and output y, mean over tokens; small: the layer does little.
+    block_influence [L]: 1 − cos(x, y) of a layer's input x and output y, mean over tokens; small: it does little.
         ShortGPT, https://arxiv.org/abs/2403.03853.
     ffn_activity [L, F], head_activity [L, H]: L2 over the windows of the mean over tokens of |input of down_proj|, and
         of the L2 norm of a head's slice of o_proj's input. Minitron, https://arxiv.org/abs/2407.14679, section 2.2.

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -124,7 +123,7 @@ class Checkpoint:
         for name in sorted(self.tensors):
             tensor = self.tensors[name].load().contiguous()
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:32]
 
     def write(self, path: str | Path) -> str:
@@ -193,7 +192,7 @@ def digest_of(path: Path, cache: Path) -> str:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as out:
         out.write(digest)
-    os.replace(out.name, known)
+    Path(out.name).replace(known)
     return digest
 
 

@@ -17,7 +17,7 @@ from compressors.errors import CheckpointError
 class Family:
     """Names are those of the modules in the stock transformers class; a weight is its module's name + `.weight`.
 
-    block_norms: norms of a layer over the residual width, whose gain has hidden_size entries. head_norms: over head_dim.
+    block_norms: norms of a layer over the residual width, with hidden_size gains. head_norms: over head_dim.
     required: values that a config key must have where it is there, since another would mean another architecture.
     per_layer: config keys that hold a list with one entry per layer.
     """

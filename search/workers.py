@@ -176,7 +176,7 @@ class _InProcess:
     """A team of one: `go` remembers, `wait` works."""
 
     def __init__(self, bench: Bench, the_study: optuna.Study, baseline: Measurement, watch: Watch) -> None:
-        self._work = lambda done: _one_trial(the_study, bench, baseline, 0, done, watch)
+        self._work: Callable[[int], None] = lambda done: _one_trial(the_study, bench, baseline, 0, done, watch)
         self._next: int | None = None
 
     def __enter__(self) -> _InProcess:
@@ -194,6 +194,7 @@ class _InProcess:
 
     def wait(self) -> None:
         done, self._next = self._next, None
+        assert done is not None
         self._work(done)
 
 

@@ -31,8 +31,9 @@ def cut(
 ) -> Checkpoint:
     """Keep these dimensions S in every weight that reads from or writes to the residual stream.
 
-    An RMSNorm divides by the root mean square of what it sees, which is another one over S than over all dimensions. Its
-    gain is corrected by √(mean(x_S²) / mean(x²)), x² from the calibration text, before a layer (Llama) as after it (EXAONE).
+    An RMSNorm divides by the root mean square of what it sees, which is another over S than over all dimensions. Its
+    gain is corrected by √(mean(x_S²) / mean(x²)), x² from the calibration text, before a block (Llama) as after it
+    (EXAONE).
 
     mean_square: of the inputs of `family.residual_norms`, in that order, [E] each; None: gains are cut uncorrected.
     """

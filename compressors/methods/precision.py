@@ -93,8 +93,8 @@ def simulate(checkpoint: Checkpoint, family: Family, scheme: str) -> Checkpoint:
 def round_weight(weight: torch.Tensor, scheme: str, size: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """(integers or float8 values as float32 [N, K], scales in the weight's dtype [N, K/g]; g = K but for W4A16).
 
-    The scale is the largest magnitude over half the range (127.5, 7.5, 448), as compressed-tensors has it. It is rounded
-    to its 16-bit dtype first, so that the values are the nearest to what is multiplied out.
+    The scale is the largest magnitude over half the range (127.5, 7.5, 448), as compressed-tensors has it, rounded to
+    its 16-bit dtype first, so that the values are the nearest to what is multiplied out.
     """
     rows, columns = weight.shape
     groups = weight.float().reshape(rows, -1, size or columns)  # (N, K/g, g)

@@ -1,0 +1,288 @@
+"""What every family and every method must keep to, on models on disk; a new family is tested by being one of `pico`."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from compressors import build, calibration, family
+from compressors.checkpoint import Checkpoint
+from compressors.methods import depth, ffn, heads, hidden, precision
+from compressors.plan import CompressionPlan
+
+F32 = torch.float32
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return torch.randint(3, 320, (3, 40), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@pytest.fixture(scope="module")
+def base(pico):
+    return Checkpoint.read(pico)
+
+
+@pytest.fixture(scope="module")
+def its_family(base):
+    return family.family_of(base)
+
+
+@pytest.fixture(scope="module")
+def statistics(base, windows):
+    return calibration.calibrate(base, windows)
+
+
+@pytest.fixture(scope="module")
+def own(base):
+    return CompressionPlan.identity(base.config)
+
+
+def stock(path, **options):
+    """The model as stock transformers loads it, which must find every weight and miss none."""
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    return model.eval()
+
+
+def logits(model, windows):
+    with torch.inference_mode():
+        return model(torch.tensor(windows), use_cache=False).logits
+
+
+PLANS = {
+    "identity": {},
+    "depth": {"num_hidden_layers": 3},
+    "depth from the top": {"num_hidden_layers": 3, "drop_from": "top"},
+    "depth from the bottom": {"num_hidden_layers": 4, "drop_from": "bottom"},
+    "key/value groups": {"num_key_value_heads": 2, "num_attention_heads": 4},
+    "query heads": {"num_attention_heads": 3},
+    "ffn": {"intermediate_size": 96},
+    "hidden": {"hidden_size": 72},
+    "float16": {"precision": "float16"},
+    "float32": {"precision": "float32"},
+    "everything": {
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "hidden_size": 64,
+        "precision": "float32",
+    },
+}
+QUANTISED = {
+    "W8A8": {"precision": "W8A8"},
+    "FP8_DYNAMIC": {"precision": "FP8_DYNAMIC"},
+    "W4A16": {"precision": "W4A16", "num_key_value_heads": 2, "num_attention_heads": 4},  # 96 = 4 · 24 = 3 · 32
+    "W8A8 of a smaller model": {
+        "precision": "W8A8",
+        "num_hidden_layers": 3,
+        "hidden_size": 72,
+        "intermediate_size": 96,
+    },
+}
+
+
+@pytest.fixture(params=PLANS)
+def plan(request, own):
+    return dataclasses.replace(own, **PLANS[request.param])
+
+
+@pytest.fixture(params=QUANTISED)
+def quantised(request, own):
+    return dataclasses.replace(own, **QUANTISED[request.param])
+
+
+def test_an_identity_plan_changes_no_bit(base, its_family, statistics, own, pico, tmp_path, windows):
+    assert build.check(own, base, its_family, kernel_alignment=False, max_bytes=None) is None
+    made = build.apply(own, base, its_family, statistics)
+    made.write(tmp_path / "m")
+    again = Checkpoint.read(tmp_path / "m")
+    assert set(again.tensors) == set(base.tensors)
+    assert all(torch.equal(again.tensors[name].load(), base.tensors[name].load()) for name in base.tensors)
+    assert torch.equal(logits(stock(tmp_path / "m"), windows), logits(stock(pico), windows))
+
+
+def test_stock_transformers_loads_it_and_computes_what_the_screen_computed(
+    base, its_family, statistics, plan, tmp_path, windows
+):
+    assert build.check(plan, base, its_family, kernel_alignment=False, max_bytes=None) is None
+    in_memory = build.apply(plan, base, its_family, statistics, simulate=True).to_model("cpu", F32)
+    build.apply(plan, base, its_family, statistics).write(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size"):
+        assert config[name] == getattr(plan, name)
+    assert config["head_dim"] == base.config["head_dim"]
+    assert config["dtype"] == plan.precision
+    assert len(config.get("layer_types") or [0] * plan.num_hidden_layers) == plan.num_hidden_layers
+    assert torch.equal(logits(in_memory, windows), logits(stock(tmp_path / "m", dtype=F32), windows))
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {
+        path.name for path in (tmp_path / "m").iterdir()
+    }
+
+
+def test_quantised_checkpoints_load_and_agree_with_the_simulation(
+    base, its_family, statistics, quantised, tmp_path, windows
+):
+    assert build.check(quantised, base, its_family, kernel_alignment=False, max_bytes=None) is None
+    plain = dataclasses.replace(quantised, precision="float32")
+    unrounded = logits(build.apply(plain, base, its_family, statistics).to_model("cpu", F32), windows)
+    simulated = build.apply(quantised, base, its_family, statistics, simulate=True)
+    build.apply(quantised, base, its_family, statistics).write(tmp_path / "m")
+    served = logits(stock(tmp_path / "m", dtype=F32), windows)
+    assert (unrounded - served).abs().max() > 0.01, "nothing was rounded"
+    torch.testing.assert_close(logits(simulated.to_model("cpu", F32), windows), served, atol=1e-4, rtol=1e-4)
+    if quantised.precision != "W4A16":  # activations are rounded too, by transformers as in the simulation
+        weights_alone = dataclasses.replace(simulated, activations={}).to_model("cpu", F32)
+        assert (logits(weights_alone, windows) - served).abs().max() > 0.01
+
+
+def test_predicted_bytes_are_those_written_and_parameters_those_of_the_model(
+    base, its_family, statistics, own, tmp_path
+):
+    for index, changes in enumerate([*PLANS.values(), *QUANTISED.values()]):
+        plan = dataclasses.replace(own, **changes)
+        made = build.apply(plan, base, its_family, statistics)
+        made.write(tmp_path / str(index))
+        written = (tmp_path / str(index) / "model.safetensors").stat().st_size
+        assert build.predicted_bytes(plan, base, its_family) == written
+        plain = build.apply(dataclasses.replace(plan, precision="float32"), base, its_family, statistics)
+        assert made.total_parameters == sum(p.numel() for p in plain.to_model("cpu").parameters())
+
+
+def test_a_plan_over_the_size_limit_is_infeasible_by_its_exact_size(base, its_family, own):
+    size = build.predicted_bytes(own, base, its_family)
+    assert build.check(own, base, its_family, kernel_alignment=False, max_bytes=size) is None
+    reason = build.check(own, base, its_family, kernel_alignment=False, max_bytes=size - 1)
+    assert "exceeds the limit" in reason
+
+
+# -- each cut equals the original with the cut parts masked ---------------------------------------------------
+
+
+def masked(base, edit):
+    """The base model in float32 after `edit(model)` has zeroed what a cut would remove."""
+    model = base.to_model("cpu", F32)
+    edit(model)
+    return model
+
+
+def test_a_depth_cut_is_the_model_without_these_layers(base, its_family, windows):
+    cut = depth.cut(base, its_family, (0, 2, 3)).to_model("cpu", F32)
+
+    def edit(model):
+        model.model.layers = torch.nn.ModuleList(model.model.layers[index] for index in (0, 2, 3))
+        model.config.num_hidden_layers = 3
+
+    assert torch.equal(logits(cut, windows), logits(masked(base, edit), windows))
+
+
+def test_an_ffn_cut_is_the_model_with_these_channels_silent(base, its_family, statistics, windows):
+    kept = ffn.choose_all(base, 96, statistics)
+    assert len({tuple(index.tolist()) for index in kept}) > 1, "which channels stay must differ by layer"
+
+    def edit(model):
+        for layer, index in zip(model.model.layers, kept, strict=True):
+            gone = torch.ones(160, dtype=torch.bool)
+            gone[index] = False
+            layer.mlp.down_proj.weight.data[:, gone] = 0
+
+    cut = ffn.cut(base, its_family, kept).to_model("cpu", F32)
+    torch.testing.assert_close(logits(cut, windows), logits(masked(base, edit), windows), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("keep_heads", "keep_groups"), [(4, 2), (3, 3), (2, 2), (1, 1)])
+def test_a_head_cut_is_the_model_with_these_heads_silent(
+    base, its_family, statistics, windows, keep_heads, keep_groups
+):
+    kept = heads.choose_all(base, keep_heads, keep_groups, statistics)
+
+    def edit(model):
+        for layer, groups in zip(model.model.layers, kept, strict=True):
+            stay = {head for _, members in groups for head in members}
+            for head in set(range(6)) - stay:
+                layer.self_attn.o_proj.weight.data[:, head * 24 : (head + 1) * 24] = 0
+
+    cut = heads.cut(base, its_family, kept).to_model("cpu", F32)
+    torch.testing.assert_close(logits(cut, windows), logits(masked(base, edit), windows), atol=2e-4, rtol=1e-4)
+
+
+def test_a_hidden_cut_is_the_model_with_these_dimensions_silent(base, its_family, statistics, windows):
+    """Zeroed dimensions count in the original's norms, so the mean over fewer of them is corrected by √(E'/E)."""
+    kept = hidden.choose(96, 72, statistics)
+    gone = torch.ones(96, dtype=torch.bool)
+    gone[kept] = False
+    layers = int(base.config["num_hidden_layers"])
+    as_if_silent = torch.zeros(96)
+    as_if_silent[kept] = 1.0  # mean over S: 1; mean over all: 72/96
+
+    def edit(model):
+        model.model.embed_tokens.weight.data[:, gone] = 0
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.data[gone] = 0
+            layer.mlp.down_proj.weight.data[gone] = 0
+        for name in its_family.residual_norms(layers):
+            model.get_submodule(name).weight.data[gone] = 0
+        model.tie_weights()
+
+    squares = [as_if_silent] * len(its_family.residual_norms(layers))
+    cut = hidden.cut(precision.cast(base, "float32"), its_family, kept, squares).to_model("cpu", F32)
+    torch.testing.assert_close(logits(cut, windows), logits(masked(base, edit), windows), atol=2e-3, rtol=1e-3)
+
+
+# -- what stays ----------------------------------------------------------------------------------------------
+
+
+def test_statistics_are_those_of_a_plain_computation(base, its_family, windows, statistics):
+    model = base.to_model("cpu", F32)
+    seen = {}
+
+    def keep(name):
+        def hook(module, args, kwargs, output):
+            x = args[0] if args else kwargs["hidden_states"]
+            seen.setdefault(name, []).append(
+                (x[0], (output[0] if isinstance(output, tuple) else output).reshape(-1, 96))
+            )
+
+        return hook
+
+    layer, head, norm = 2, 4, its_family.residual_norms(5)[3]
+    o, down = its_family.in_layer(layer, its_family.o), its_family.in_layer(layer, its_family.down)
+    for name in (its_family.layer(layer), o, down, norm):
+        model.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True)
+    for window in windows:
+        logits(model, [window])
+    x = torch.cat([pair[0] for pair in seen[its_family.layer(layer)]])
+    y = torch.cat([pair[1] for pair in seen[its_family.layer(layer)]])
+    cos = (x * y).sum(1) / x.norm(dim=1) / y.norm(dim=1)
+    torch.testing.assert_close(statistics.block_influence[layer], (1 - cos).mean(), atol=1e-5, rtol=1e-4)
+    by_window = torch.stack([z.abs().mean(0) for z, _ in seen[down]])
+    torch.testing.assert_close(statistics.ffn_activity[layer], by_window.norm(dim=0), atol=1e-5, rtol=1e-4)
+    by_window = torch.stack([z[:, head * 24 : (head + 1) * 24].norm(dim=1).mean() for z, _ in seen[o]])
+    torch.testing.assert_close(statistics.head_activity[layer, head], by_window.norm(), atol=1e-5, rtol=1e-4)
+    squares = torch.cat([pair[0] for pair in seen[norm]]).square().mean(0)
+    torch.testing.assert_close(statistics.norm_mean_square[norm], squares, atol=1e-5, rtol=1e-4)
+
+
+def test_statistics_survive_the_disk(statistics, tmp_path):
+    statistics.save(tmp_path / "s.safetensors")
+    again = calibration.Calibration.load(tmp_path / "s.safetensors")
+    assert torch.equal(again.ffn_activity, statistics.ffn_activity)
+    assert again.norm_mean_square.keys() == statistics.norm_mean_square.keys()
+
+
+def test_statistics_follow_the_layers_that_stay(base, its_family, statistics, own, windows):
+    """Depth is cut first: channel 7's choice in the new layer 1 must be made by the old layer's activity."""
+    plan = dataclasses.replace(own, num_hidden_layers=3, intermediate_size=96)
+    kept_layers = depth.choose(5, 3, "importance", statistics)
+    made = build.apply(plan, base, its_family, statistics)
+    for new, old in enumerate(kept_layers):
+        channels = torch.topk(statistics.ffn_activity[old], 96).indices.sort().values
+        name = f"{its_family.in_layer(old, its_family.up)}.weight"
+        expected = base.tensors[name].load()[channels]
+        found = made.tensors[f"{its_family.in_layer(new, its_family.up)}.weight"].load()
+        assert torch.equal(found, expected)

@@ -1,0 +1,120 @@
+"""Pico models written to disk: small enough for any test, every dimension different so that no transpose can pass."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from evaluator import texts
+
+VOCABULARY = 320
+
+SHARED = {
+    "vocab_size": VOCABULARY,
+    "num_hidden_layers": 5,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 24,  # 6 · 24 = 144 ≠ 96
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "initializer_range": 0.15,  # far from uniform: a mistake shows in the logits
+}
+
+
+def write_pico(path: Path, family: str, dtype: str = "bfloat16", **changes: Any) -> Path:
+    """A model of `family` with random weights and a byte-level tokenizer in `path`."""
+    torch.manual_seed(7)
+    values = {**SHARED, "dtype": dtype, **changes}
+    if family == "llama":
+        config: Any = transformers.LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 5e3}, **values)
+    else:
+        config = transformers.Exaone4Config(
+            sliding_window=None,
+            sliding_window_pattern=0,
+            layer_types=["full_attention"] * values["num_hidden_layers"],
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+            **values,
+        )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # gains of 1 would hide one that is cut wrongly
+                parameter.uniform_(0.5, 1.5)
+    model.to(getattr(torch, dtype)).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Byte-level BPE trained on the embedded prose; real, and 320 tokens small."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["[BOS]", "[EOS]", "[PAD]"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator((document.text for document in texts.embedded_documents()[:20]), trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="[BOS]", eos_token="[EOS]", pad_token="[PAD]", model_max_length=512
+    )
+
+
+@pytest.fixture(scope="session")
+def write_pico_model() -> Callable[..., Path]:
+    return write_pico
+
+
+@pytest.fixture(scope="session")
+def pico_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pico(tmp_path_factory.mktemp("pico") / "llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def pico_exaone4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pico(tmp_path_factory.mktemp("pico") / "exaone4", "exaone4")
+
+
+@pytest.fixture(scope="session", params=["llama", "exaone4"])
+def pico(request: pytest.FixtureRequest) -> Path:
+    """Each family in turn: what a test says of it holds for all."""
+    path: Path = request.getfixturevalue(f"pico_{request.param}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The embedded model, converted once and kept in the user's cache."""
+    from search import setting, sources
+
+    return sources.resolve(sources.EMBEDDED, setting.CACHE)
+
+
+@pytest.fixture(scope="session")
+def exaone4_mini() -> Path:
+    """A real EXAONE-4.0 checkpoint, where the environment names one."""
+    path = os.environ.get("OPTUNA_SEARCH_EXAONE4")
+    if path is None:
+        pytest.skip("OPTUNA_SEARCH_EXAONE4 names no EXAONE-4.0 checkpoint")
+    return Path(path)
