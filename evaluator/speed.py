@@ -50,6 +50,13 @@ def time_in_turn(
 
     progress: called with (turns done, turns in all) of both engines.
     """
+    return estimate(*collect(candidate, baseline, workload, progress))
+
+
+def collect(
+    candidate: Timed, baseline: Timed, workload: Workload, progress: Callable[[int, int], None] | None = None
+) -> tuple[dict[int, Turns], dict[int, Turns]]:
+    """The raw step times of both engines, in turn: batch size → turns of seconds."""
     timed_candidate: dict[int, Turns] = {}
     timed_baseline: dict[int, Turns] = {}
     total, done = len(workload.batch_sizes) * workload.turns * 2, 0
@@ -72,7 +79,7 @@ def time_in_turn(
                     progress(done, total)
         timed_candidate[batch_size] = of_candidate
         timed_baseline[batch_size] = of_baseline
-    return estimate(timed_candidate, timed_baseline)
+    return timed_candidate, timed_baseline
 
 
 def estimate(candidate: Mapping[int, Turns], baseline: Mapping[int, Turns]) -> Timing:

@@ -53,25 +53,21 @@ def canonical(plan: CompressionPlan, base: CompressionPlan) -> CompressionPlan:
     return plan
 
 
-def identity_params(space: Space, base: CompressionPlan) -> dict[str, int | str] | None:
-    """The parameters of the trial that changes nothing, or None where the space does not hold it."""
+def uncut(space: Space, base: CompressionPlan) -> list[dict[str, int | str]]:
+    """The parameters of the trials that cut nothing, one per precision, the base model's own first."""
     params: dict[str, int | str] = {}
     for name in DIMENSIONS:
         wanted, own = getattr(space, name), getattr(base, name)
         if isinstance(wanted, Range):
             if not (wanted.low <= own <= wanted.high and (own - wanted.low) % wanted.step == 0):
-                return None
+                return []
             params[name] = own
         elif wanted is not None and wanted != own:
-            return None
+            return []
     if len(space.drop_from) > 1:
         params["drop_from"] = space.drop_from[0]
-    precisions = space.precision or [base.precision]
-    if base.precision not in precisions:
-        return None
-    if len(precisions) > 1:
-        params["precision"] = base.precision
-    return params
+    precisions = sorted(space.precision or [base.precision], key=lambda name: name != base.precision)
+    return [params | ({"precision": name} if len(precisions) > 1 else {}) for name in precisions]
 
 
 def out_of_range(space: Space, base: CompressionPlan) -> str | None:

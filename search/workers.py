@@ -48,7 +48,7 @@ def run(file: StudyFile, workers: int = 1, watch: Watch = lambda _: None) -> opt
         baseline = bench.baseline()
         if the_study.user_attrs.get("baseline") != baseline.to_dict():
             the_study.set_user_attr("baseline", baseline.to_dict())
-        _enqueue_identity(the_study, setting)
+        _enqueue_uncut(the_study, setting)
         tracker = tracking.Tracker(
             file.tracking, the_study, baseline, warn=lambda text: watch({"event": "warn", "text": text})
         )
@@ -114,13 +114,15 @@ def _stop_if_hopeless(done: list[optuna.trial.FrozenTrial], file: StudyFile) -> 
         )
 
 
-def _enqueue_identity(the_study: optuna.Study, setting: Setting) -> None:
-    """The first trial changes nothing, where the space holds it: what is worse than the base is pruned from then on."""
+def _enqueue_uncut(the_study: optuna.Study, setting: Setting) -> None:
+    """The first trials cut nothing, one per precision, where the space holds them: the base model before the others.
+
+    These are what people try by hand, and what is worse than the best of them is pruned from then on.
+    """
     if the_study.get_trials(deepcopy=False):
         return
-    params = space.identity_params(setting.file.space, setting.identity)
-    if params is not None:
-        the_study.enqueue_trial(params, user_attrs={"identity": True})
+    for params in space.uncut(setting.file.space, setting.identity):
+        the_study.enqueue_trial(params)
 
 
 # -- one trial -----------------------------------------------------------------------------------------------

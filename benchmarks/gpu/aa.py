@@ -63,9 +63,10 @@ def main() -> None:
         print(f"{'run':>4} {'candidate ms':>13} {'baseline ms':>12} {'ratio':>8} {'se':>7} {'SpeedNorm':>10} {'s':>6}")
         for run in range(arguments.repeats):
             started = time.monotonic()
-            timing = speed.time_in_turn(candidate, baseline, workload)
+            raw = speed.collect(candidate, baseline, workload)
+            timing = speed.estimate(*raw)
             spent = time.monotonic() - started
-            found["runs"].append({**vars(timing), "speed_norm": 1 - timing.time_ratio, "seconds": spent})
+            found["runs"].append({**vars(timing), "speed_norm": 1 - timing.time_ratio, "seconds": spent, "steps_s": raw})
             print(
                 f"{run:4d} {timing.time_per_token_ms:13.4f} {timing.base_time_per_token_ms:12.4f} "
                 f"{timing.time_ratio:8.4f} {timing.time_ratio_se:7.4f} {1 - timing.time_ratio:10.4f} {spent:6.1f}",

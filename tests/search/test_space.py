@@ -1,3 +1,5 @@
+import dataclasses
+
 import optuna
 import pytest
 
@@ -38,27 +40,28 @@ def test_how_layers_go_says_nothing_when_none_goes():
     assert space.canonical(cut, BASE) == cut
 
 
-def test_identity_params_give_the_identity_plan():
+def test_the_uncut_trials_start_with_the_base_model_and_try_each_precision():
     searched = Space(
         num_hidden_layers={"low": 24, "high": 30}, drop_from=["top", "importance"], precision=["W8A8", "bfloat16"]
     )
-    params = space.identity_params(searched, BASE)
     study = optuna.create_study()
-    study.enqueue_trial(params)
+    for params in space.uncut(searched, BASE):
+        study.enqueue_trial(params)
     assert space.suggest(study.ask(), searched, BASE) == BASE
+    assert space.suggest(study.ask(), searched, BASE) == dataclasses.replace(BASE, precision="W8A8")
+    assert space.uncut(Space(), BASE) == [{}]
 
 
 @pytest.mark.parametrize(
     "searched",
     [
         Space(num_hidden_layers={"low": 24, "high": 28}),
-        Space(precision=["W8A8"]),
         Space(hidden_size=1024),
         Space(num_hidden_layers={"low": 20, "high": 38, "step": 6}),
     ],
 )
-def test_a_space_without_the_identity_has_no_identity_params(searched):
-    assert space.identity_params(searched, BASE) is None
+def test_a_space_that_always_cuts_has_no_uncut_trial(searched):
+    assert space.uncut(searched, BASE) == []
 
 
 def test_growing_is_refused():
