@@ -66,7 +66,9 @@ def main() -> None:
             raw = speed.collect(candidate, baseline, workload)
             timing = speed.estimate(*raw)
             spent = time.monotonic() - started
-            found["runs"].append({**vars(timing), "speed_norm": 1 - timing.time_ratio, "seconds": spent, "steps_s": raw})
+            found["runs"].append(
+                {**vars(timing), "speed_norm": 1 - timing.time_ratio, "seconds": spent, "steps_s": raw}
+            )
             print(
                 f"{run:4d} {timing.time_per_token_ms:13.4f} {timing.base_time_per_token_ms:12.4f} "
                 f"{timing.time_ratio:8.4f} {timing.time_ratio_se:7.4f} {1 - timing.time_ratio:10.4f} {spent:6.1f}",
