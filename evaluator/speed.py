@@ -1,10 +1,11 @@
 """Time per token of a candidate and of the baseline, timed in turn on one machine.
 
 A machine's disturbances come and go over seconds, and only ever add time. So the two engines take turns (candidate,
-baseline, baseline, candidate, …), what counts is each engine's fastest twentieth of its decode steps, and the standard
-error comes from half-samples of the turns, in pairs of neighbours, since steps of one turn are not independent.
+baseline, baseline, candidate, …), what counts is each engine's fastest twentieth of its decode steps, and the
+standard error comes from half-samples of the turns, in pairs of neighbours, since steps of one turn are not
+independent.
 
-The spread (standard deviation) of the ratio in A/A runs, where the true ratio is 1, by what is made of the steps' times:
+The spread (standard deviation) of the ratio in A/A runs, whose true ratio is 1, by what is made of the step times:
 
                               H100, vLLM, 1.28B parameters      2 cores, transformers, 31M
                               single steps    means of a turn   single steps
@@ -15,10 +16,10 @@ The spread (standard deviation) of the ratio in A/A runs, where the true ratio i
     fastest twentieth, mean   4.0%            0.6%
     minimum                   4.6%            0.6%              1.0%
 
-(H100: ten runs of 40 turns of 24 steps, host-bound at 2 ms a step. Cores: twelve runs of 12 turns of 16 steps, in float32,
-with other work beside them.) vLLM schedules a step ahead, so that the time between two of its steps says little; what a
-turn took says all, and the vLLM engine reports a turn's mean for each of its steps. Half-samples, since the bootstrap and
-the delete-one jackknife are too small for what is so near a minimum (Politis and Romano 1994,
+(H100: ten runs of 40 turns of 24 steps, host-bound at 2 ms a step. Cores: twelve runs of 12 turns of 16 steps, in
+float32, with other work beside them.) vLLM schedules a step ahead, so that the time between two of its steps says
+little; what a turn took says all, and the vLLM engine reports a turn's mean for each of its steps. Half-samples, since
+the bootstrap and the delete-one jackknife are too small for what is so near a minimum (Politis and Romano 1994,
 https://doi.org/10.1214/aos/1176325770).
 """
 

@@ -43,7 +43,7 @@ def run(file: StudyFile, workers: int = 1, watch: Watch = lambda _: None) -> opt
     setting = prepare(file, say)
     storage = study.open_storage(file.storage)
     the_study = study.create_or_resume(storage, file.study_name, setting.definition)
-    the_study.set_user_attr("file", file.model_dump(mode="json"))
+    the_study.set_user_attr("file", file.model_dump(mode="json", exclude={"storage"}))  # its URL may hold a password
     with Bench(setting, say) as bench:
         baseline = bench.baseline()
         if the_study.user_attrs.get("baseline") != baseline.to_dict():
