@@ -22,6 +22,7 @@ from compressors import safetensors_file
 from compressors.errors import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 CARRIED = (
     "tokenizer*",
@@ -76,11 +77,13 @@ class Checkpoint:
         """A directory as the hub has them; nothing but headers is read. Raises CheckpointError, one line."""
         path = Path(path)
         config = _read_json(path / "config.json", "a model's directory holds config.json")
-        if "quantization_config" in config:
-            raise CheckpointError(
-                f"model {path}: is quantised already ({config['quantization_config'].get('quant_method')}); "
-                "start from the unquantised model"
-            )
+        quantized = config.get("quantization_config")
+        if quantized:
+            how = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+            raise CheckpointError(f"model {path}: is quantised already ({how}); start from the unquantised model")
+        for key in SIZES:
+            if not isinstance(config.get(key), int) or config[key] < 1:
+                raise CheckpointError(f"model {path}: config.json says {key}: {config.get(key)!r}; it must be a number")
         tensors: dict[str, LazyTensor] = {}
         for file in _weight_files(path):
             for name, (shape, dtype) in safetensors_file.shapes(file).items():

@@ -15,6 +15,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 SCHEMES = ("W8A8", "FP8_DYNAMIC", "W4A16")  # compressed-tensors preset schemes, round to nearest
 PRECISIONS = DTYPES + SCHEMES
 DROP_FROM = ("importance", "top", "bottom")
+RECIPE = 1  # raised whenever the same plan would be built otherwise: what was cached before is then built anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,5 +61,5 @@ class CompressionPlan:
 
     def digest(self, base: str) -> str:
         """Names what this plan makes of the model whose digest is `base`: 16 hexadecimal digits."""
-        text = json.dumps([base, self.to_dict()], sort_keys=True)
+        text = json.dumps([RECIPE, base, self.to_dict()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -33,6 +33,7 @@ def measure(
     *,
     weights_sha256: str | None = None,
     time_it: bool = True,
+    expected_base_ms: float | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Measurement:
     """Measure the checkpoint in `path`, which `engine` has loaded.
@@ -40,6 +41,7 @@ def measure(
     baseline: the base model's engine, timed in turn with it; None: this is the base model, its ratio is 1 and the error
         that of timing it against itself.
     shards: of windows of token ids, all of them used. weights_sha256: of model.safetensors, if it is known.
+    expected_base_ms: the baseline's time per token as it was measured alone; see `speed.time_in_turn`.
     progress: told what is being done.
 
     Raises NotFinite for a broken model, and what the engines raise.
@@ -54,6 +56,7 @@ def measure(
             engine if baseline is None else baseline,
             workload,
             lambda done, total: say(f"timing, turn {done} of {total}"),
+            expected_base_ms=expected_base_ms,
         )
         if baseline is None:
             timing = dataclasses.replace(

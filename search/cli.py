@@ -50,7 +50,7 @@ def _status(error: Exception) -> int | None:
         return error.exit_status
     if isinstance(error, CompressionError | EvaluationError):
         return 2
-    if isinstance(error, _database_errors()):
+    if isinstance(error, (OSError, *_database_errors())):
         return 2
     return None
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -138,7 +139,7 @@ class Tracking(Section):
 
 
 class StudyFile(Section):
-    study_name: str
+    study_name: Annotated[str, Field(pattern=r"^[^'\"`]+$")]
     trials: Annotated[int, Field(ge=1)] = 20
     seed: Annotated[int, Field(ge=0)] = 0
     storage: str = "sqlite:///outputs/studies.db"
@@ -188,7 +189,7 @@ def load(study: str, overrides: Sequence[str] = (), config_dir: Path | None = No
             plain = [_forced(override, directories) for override in overrides]
             composed = compose(config_name=study, overrides=[*search_path, *plain])
         values = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"study {study!r}: {_first_lines(error)}{_near_key(error)}") from None
     return validate(values, where=f"study {study!r}")
 

@@ -81,7 +81,7 @@ def _verdict(record: Record) -> str:
     return f"pruned at {record.stage}"
 
 
-def describe_study(study: optuna.Study, baseline: Measurement) -> None:
+def describe_study(study: optuna.Study, baseline: Measurement, baseline_score: float) -> None:
     """The study's note: the baseline and the best feasible trial."""
     lines = [
         "### Baseline",
@@ -89,7 +89,7 @@ def describe_study(study: optuna.Study, baseline: Measurement) -> None:
         f"{baseline.time_per_token_ms:.3f} ms per token, "
         f"{baseline.model_size_mb:.1f} MB, {baseline.total_parameters:,} parameters",
         "",
-        f"{baseline.backend} ({baseline.engine_version}) on {baseline.device}. Its Score is 0.5 by definition.",
+        f"{baseline.backend} ({baseline.engine_version}) on {baseline.device}. Its Score is {baseline_score:g}.",
         "",
         "### Best feasible trial",
     ]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from evaluator import backends
-from search import setting
+from search import setting, tracking
 
 PACKAGES = (
     "optuna",
@@ -28,6 +28,7 @@ PACKAGES = (
 
 
 def examine(outputs: Path = Path("outputs")) -> dict[str, Any]:
+    tracking.load_environment()
     device = setting.best_device()
     memory = setting.free_memory(device)
     place = outputs if outputs.exists() else Path()

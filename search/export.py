@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,13 @@ def export(setting: Setting, trial: FrozenTrial, to: Path, say: Callable[[str], 
     """
     _refuse_foreign(to)
     plan = CompressionPlan.from_dict(trial.user_attrs["plan"])
-    values = read_json(setting.outputs / "measurements" / f"{setting.key(plan)}.json")
+    name = trial.user_attrs.get("measurement", setting.key(plan))
+    values = read_json(setting.outputs / "measurements" / f"{name}.json")
     if values is None:
         raise UsageError(
-            f"trial {trial.number}: its measurement is not under {setting.outputs}/measurements for "
-            "this engine and text; "
-            "run the study again here, which measures it anew"
+            f"trial {trial.number}: its measurement {setting.outputs}/measurements/{name}.json is "
+            "gone; name the directory "
+            "that the study ran with (outputs=DIRECTORY)"
         )
     measurement = Measurement.from_dict(values)
     with Bench(setting, say) as bench:
@@ -80,7 +81,9 @@ def export(setting: Setting, trial: FrozenTrial, to: Path, say: Callable[[str], 
         baseline = bench.baseline()
     to.parent.mkdir(parents=True, exist_ok=True)
     require_disk(int(measurement.model_size_mb * 1e6) + 50_000_000, to.parent, "the export")
-    scratch = to.with_name(f".{to.name}.{time.monotonic_ns()}")
+    for left in to.parent.glob(f".{to.name}.export-*"):  # of an export that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    scratch = to.with_name(f".{to.name}.export-{os.getpid()}")
     try:
         say("copying")
         shutil.copytree(built, scratch)
@@ -95,7 +98,7 @@ def export(setting: Setting, trial: FrozenTrial, to: Path, say: Callable[[str], 
         }
         write_json(scratch / "eval_result.json", result)
         compared = compare(setting, scratch, measurement, say)
-        old = to.with_name(f".{to.name}.old.{time.monotonic_ns()}")
+        old = to.with_name(f".{to.name}.export-{os.getpid()}-old")
         if to.exists():
             to.replace(old)
         scratch.replace(to)

@@ -14,6 +14,7 @@ import gc
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from search import dashboard, space, study
 from search.setting import Setting, read_json, require_disk, require_memory, write_json
 
 STAGES = ("plan", "screen", "build", "measure", "done")
+BUILDING = ".building-"  # + the worker's pid: where a checkpoint is until it is whole
 
 
 class TrialFailed(Exception):
@@ -206,7 +208,8 @@ class Bench:
         needed = build.predicted_bytes(plan, setting.base, setting.family)
         require_disk(needed + 50_000_000, path.parent, "this plan's checkpoint")
         made = build.apply(plan, setting.base, setting.family, self.calibration())
-        scratch = path.with_name(f".{path.name}.{time.monotonic_ns()}")
+        building = path.with_name(f"{BUILDING}{os.getpid()}")
+        scratch = building / path.name
         try:
             weights_sha256 = made.write(scratch)
             described = {
@@ -215,13 +218,12 @@ class Bench:
                 "weights_sha256": weights_sha256,
             }
             write_json(scratch / "compression.json", described)
-            if path.exists():  # left by a run that was killed between writing and describing
-                shutil.rmtree(path)
-            scratch.replace(path)
+            if not path.exists():  # else another worker has built the same meanwhile
+                scratch.replace(path)
         except OSError as error:
             raise CompressionError(f"build: {path}: {error.strerror or error}; nothing was left there") from None
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(building, ignore_errors=True)
         return path, weights_sha256
 
     def measure(self, plan: CompressionPlan, path: Path, weights_sha256: str) -> Measurement:
@@ -237,6 +239,7 @@ class Bench:
                 setting.workload,
                 weights_sha256=weights_sha256,
                 time_it=measured,
+                expected_base_ms=self.baseline().time_per_token_ms,
                 progress=self.say,
             )
         if not measured:
@@ -302,7 +305,8 @@ class Objective:
         finally:
             self._enter(trial, record, None)
             self._describe(trial, record)
-            self.on_end(record)
+            with contextlib.suppress(OSError):  # a closed terminal is no reason to lose a trial
+                self.on_end(record)
 
     def _run(self, trial: optuna.Trial, record: Record) -> float:
         setting, bench = self.setting, self.bench
@@ -320,6 +324,8 @@ class Objective:
         screen_path = setting.outputs / "screens" / f"{setting.key(plan)}.json"
         known = read_json(measurement_path)
         record.reused = known is not None
+        trial.set_user_attr("checkpoint", setting.plan_digest(plan))
+        trial.set_user_attr("measurement", measurement_path.stem)
 
         self._enter(trial, record, "screen")
         record.screen = self._screen(trial, record, plan, screen_path, prune=known is None)
@@ -397,7 +403,10 @@ class Objective:
         """The numbers as trial attributes, the note and the measurement file for the dashboard."""
         for name, value in attributes(record).items():
             trial.set_user_attr(name, value)
-        dashboard.describe_trial(trial, record, self.baseline, self.setting.outputs / "artifacts")
+        try:
+            dashboard.describe_trial(trial, record, self.baseline, self.setting.outputs / "artifacts")
+        except OSError as error:  # a full disk: the numbers are in the storage, only the file is missing
+            self.bench.say(f"trial {record.number}: no artifact: {error.strerror or error}")
 
 
 def attributes(record: Record) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -23,10 +24,10 @@ from transformers import AutoTokenizer
 
 from compressors import build, calibration, checkpoint, family
 from compressors.errors import CheckpointError
-from compressors.plan import DTYPES, CompressionPlan
+from compressors.plan import DTYPES, RECIPE, CompressionPlan
 from evaluator import backends, texts
 from evaluator.backends import EngineSettings
-from evaluator.measurement import Workload
+from evaluator.measurement import METHOD, Workload
 from evaluator.score import Formula
 from search import sources, space
 from search.config import StudyFile
@@ -53,6 +54,7 @@ class Setting:
     device: str  # cpu | cuda | mps
     device_name: str
     engine_version: str
+    threads: int | None = None  # of each engine on a CPU, where several workers share it
 
     @property
     def outputs(self) -> Path:
@@ -86,13 +88,17 @@ class Setting:
     @property
     def engine_settings(self) -> EngineSettings:
         evaluation, workload = self.file.evaluation, self.workload
-        steps = workload.prompt_tokens + workload.decode_steps + 16
+        prefills = math.ceil(
+            max(workload.batch_sizes) * workload.prompt_tokens / 2048
+        )  # vLLM's largest batch of tokens
+        steps = workload.prompt_tokens + workload.decode_steps + prefills + 16
         return EngineSettings(
             device=self.device,
             max_model_len=max(self.file.text.window + 8, steps),
             batch_sizes=workload.batch_sizes,
             gpu_memory_utilization=evaluation.gpu_memory_utilization,
             compile=evaluation.compile,
+            threads=self.threads,
             start_timeout_s=evaluation.start_timeout_s,
             call_timeout_s=evaluation.call_timeout_s,
         )
@@ -101,6 +107,8 @@ class Setting:
     def circumstances(self) -> dict[str, Any]:
         """What a measurement depends on beside the model: the key of every cached number."""
         return {
+            "method": METHOD,
+            "threads": self.threads,
             "text": self.text_digest,
             "workload": dataclasses.asdict(self.workload),
             "speed": self.file.evaluation.speed,
@@ -121,6 +129,8 @@ class Setting:
         return {
             "model": {"source": self.file.model.source, "digest": self.base_digest},
             "space": searched,
+            "calibration": self._calibration_key,
+            "max_size_mb": self.file.limits.max_size_mb,
             "score": self.file.score.model_dump(),
             "evaluation": circumstances,
             "pruner": self.file.pruner.name,  # decides what is reported: raw shards, or running means
@@ -141,7 +151,8 @@ class Setting:
 
     @property
     def _calibration_key(self) -> str:
-        text = json.dumps([self.base_digest, [list(window) for window in self.calibration_windows]])
+        exact = "float32" if self.device == "cpu" else self.identity.precision
+        text = json.dumps([RECIPE, exact, self.base_digest, [list(window) for window in self.calibration_windows]])
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def calibrate(self, say: Say = lambda _: None) -> calibration.Calibration:
@@ -248,7 +259,11 @@ def engine_version(backend: str) -> str:
 
 def _windows(file: StudyFile, path: Path) -> tuple[tuple[Shard, ...], tuple[list[int], ...]]:
     text = file.text
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # whatever its readers raise: it is a file from outside
+        first = (" ".join(str(error).split()) or type(error).__name__)[:160]
+        raise CheckpointError(f"model {path}: its tokenizer can't be read ({first}); copy its files again") from None
     embedded_calibration, embedded_search = _embedded()
     for_calibration = (
         embedded_calibration if text.calibration == "embedded" else texts.read_documents(map(Path, text.calibration))

@@ -30,6 +30,7 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 
 HEARTBEAT_S = 10
 GRACE_S = 60
+MAX_RETRIES = 5
 INTERRUPTED = "Interrupted"  # the kind of failure that is tried again
 
 
@@ -86,6 +87,20 @@ def _write_ahead(url: str) -> None:
             connection.close()
     except (sqlite3.Error, OSError) as error:
         raise StorageError(f"storage sqlite:///{path}: {error}; choose a writable place and a SQLite file") from None
+
+
+def exists(url: str) -> bool:
+    """Whether opening the storage would find a database rather than make one."""
+    return not url.startswith("sqlite:///") or Path(url.removeprefix("sqlite:///")).is_file()
+
+
+def find(storage: RDBStorage, name: str, definition: Mapping[str, Any]) -> optuna.Study | None:
+    """The study `name`, or None. Raises StudyMismatch, as `create_or_resume` does."""
+    if name not in {
+        summary.study_name for summary in optuna.get_all_study_summaries(storage, include_best_trial=False)
+    }:
+        return None
+    return create_or_resume(storage, name, definition)
 
 
 def create_or_resume(storage: RDBStorage, name: str, definition: Mapping[str, Any]) -> optuna.Study:
@@ -182,18 +197,31 @@ def finished(trials: list[FrozenTrial]) -> list[FrozenTrial]:
 
     One that was killed or interrupted is FAIL too, but its successor counts in its place.
     """
-    return [
-        trial
-        for trial in trials
-        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
-        or (trial.state == TrialState.FAIL and trial.user_attrs.get("failure", INTERRUPTED) != INTERRUPTED)
-    ]
+    return [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or _failed(trial)]
+
+
+def _failed(trial: FrozenTrial) -> bool:
+    if trial.state != TrialState.FAIL or trial.user_attrs.get("failure") == INTERRUPTED:
+        return False
+    return "failure" in trial.user_attrs or _given_up(trial)
+
+
+def _given_up(trial: FrozenTrial) -> bool:
+    """A trial whose plan has killed its worker so often would kill the study for ever."""
+    return len(RetryHeartbeatStaleTrialCallback.retry_history(trial)) >= MAX_RETRIES
 
 
 def retry(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Queue the same parameters again. What the dead trial had said of itself is not carried over."""
-    trial.user_attrs = {}
-    RetryHeartbeatStaleTrialCallback()(study, trial)
+    """Queue a killed trial's parameters again, up to MAX_RETRIES times; what it said of itself is not carried over."""
+    if not _given_up(trial):
+        trial.user_attrs = {}
+        RetryHeartbeatStaleTrialCallback()(study, trial)
+
+
+def retry_interrupted(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Queue the parameters of a trial that a person stopped; that says nothing against its plan."""
+    trial.system_attrs = {name: value for name, value in trial.system_attrs.items() if name != "retry_history"}
+    retry(study, trial)
 
 
 def identify_worker() -> dict[str, Any]:
@@ -231,15 +259,34 @@ def retry_dead(study: optuna.Study) -> list[int]:
             started = trial.datetime_start
             gone = started is None or datetime.datetime.now() - started > datetime.timedelta(seconds=GRACE_S)
         else:
-            gone = worker["host"] == socket.gethostname() and _started(worker["pid"]) != worker["started"]
+            gone = not alive(worker)
         if gone:
             try:
+                if _given_up(trial):
+                    _explain_death(study, trial)
                 study.tell(trial.number, state=TrialState.FAIL)
             except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
                 continue  # another worker was faster
             retry(study, trial)
             dead.append(trial.number)
     return dead
+
+
+def _explain_death(study: optuna.Study, trial: FrozenTrial) -> None:
+    reason = (
+        f"its worker was killed {MAX_RETRIES + 1} times, as by the kernel when memory runs out; it is not tried again"
+    )
+    for name, value in {"failure": "Killed", "reason": reason}.items():
+        study._storage.set_trial_user_attr(trial._trial_id, name, value)
+
+
+def alive(worker: dict[str, Any]) -> bool:
+    """Whether the process that `identify_worker` named runs; one of another machine is taken to."""
+    return bool(worker["host"] != socket.gethostname() or _started(worker["pid"]) == worker["started"])
+
+
+def process_alive(pid: int) -> bool:
+    return _started(pid) is not None
 
 
 def until_signal(handler: Callable[[], None]) -> Callable[[], None]:

@@ -42,11 +42,16 @@ class Tracker:
     """Follows a study into MLflow until `close`."""
 
     def __init__(
-        self, settings: Tracking, study: optuna.Study, baseline: Measurement, warn: Callable[[str], None]
+        self,
+        settings: Tracking,
+        study: optuna.Study,
+        baseline: Measurement,
+        baseline_score: float,
+        warn: Callable[[str], None],
     ) -> None:
         self._settings = settings
         self._study_name, self._storage = study.study_name, study._storage
-        self._baseline = baseline
+        self._baseline, self._baseline_score = baseline, baseline_score
         self._warn = warn
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._follow, name="mlflow", daemon=True)
@@ -67,7 +72,7 @@ class Tracker:
 
     def _follow(self) -> None:
         try:
-            runs = _Runs(self._settings.experiment, self._study_name, self._baseline)
+            runs = _Runs(self._settings.experiment, self._study_name, self._baseline, self._baseline_score)
             study = optuna.load_study(storage=self._storage, study_name=self._study_name)
             going_on = True
             while going_on:
@@ -87,7 +92,7 @@ class Tracker:
 
 
 class _Runs:
-    def __init__(self, experiment: str, study_name: str, baseline: Measurement) -> None:
+    def __init__(self, experiment: str, study_name: str, baseline: Measurement, baseline_score: float) -> None:
         with _quiet():
             import mlflow
 
@@ -97,18 +102,21 @@ class _Runs:
             found = self._client.get_experiment_by_name(experiment)
             self._experiment = found.experiment_id if found else self._client.create_experiment(experiment)
         self._parent = self._only_run({PARENT: study_name}, study_name)
-        self._tracked = {
-            int(run.data.tags[TRIAL])
-            for run in self._search({"mlflow.parentRunId": self._parent})
-            if TRIAL in run.data.tags
-        }
+        self._tracked = set()
+        baseline_there = False
+        for run in self._search({"mlflow.parentRunId": self._parent}):
+            if run.info.status == "RUNNING":  # begun when the study was killed: it is written again
+                self._client.set_terminated(run.info.run_id, status="KILLED")
+            elif run.info.status != "KILLED":
+                baseline_there |= "baseline" in run.data.tags
+                self._tracked |= {int(run.data.tags[TRIAL])} if TRIAL in run.data.tags else set()
         tags = {"mlflow.parentRunId": self._parent, "baseline": "true"}
-        if not self._search(tags):
+        if not baseline_there:
             now = int(time.time() * 1000)
             self._log(
                 "baseline",
                 tags,
-                {**measured(baseline), "perf_norm": 1.0, "speed_norm": 0.0, "score": 0.5},
+                {**measured(baseline), "perf_norm": 1.0, "speed_norm": 0.0, "score": baseline_score},
                 "FINISHED",
                 now,
                 now,

@@ -7,13 +7,18 @@ workers. A worker reads a word per line from standard input (`go`, or the end) a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import queue
+import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -22,8 +27,8 @@ import torch
 from evaluator.measurement import Measurement
 from search import dashboard, space, study, tracking
 from search.config import StudyFile
-from search.errors import StudyStopped
-from search.objective import Bench, Objective, Record, TrialFailed
+from search.errors import StudyStopped, UsageError
+from search.objective import BUILDING, Bench, Objective, Record, TrialFailed
 from search.setting import Setting, prepare
 
 Event = dict[str, Any]
@@ -40,19 +45,29 @@ def run(file: StudyFile, workers: int = 1, watch: Watch = lambda _: None) -> opt
     def say(text: str) -> None:
         watch({"event": "say", "text": text})
 
-    setting = prepare(file, say)
-    storage = study.open_storage(file.storage)
-    the_study = study.create_or_resume(storage, file.study_name, setting.definition)
-    the_study.set_user_attr("file", file.model_dump(mode="json", exclude={"storage"}))  # its URL may hold a password
+    setting = _shared(prepare(file, say), workers)
+    storage = study.open_storage(file.storage) if study.exists(file.storage) else None
+    if storage is not None:
+        study.find(storage, file.study_name, setting.definition)  # a mismatch is told before the baseline is measured
+    sweep(setting.outputs / "checkpoints")
     with Bench(setting, say) as bench:
         baseline = bench.baseline()
+        storage = storage or study.open_storage(file.storage)
+        the_study = study.create_or_resume(storage, file.study_name, setting.definition)
+        the_study.set_user_attr(
+            "file", file.model_dump(mode="json", exclude={"storage"})
+        )  # its URL may hold a password
         if the_study.user_attrs.get("baseline") != baseline.to_dict():
             the_study.set_user_attr("baseline", baseline.to_dict())
         _enqueue_uncut(the_study, setting)
         tracker = tracking.Tracker(
-            file.tracking, the_study, baseline, warn=lambda text: watch({"event": "warn", "text": text})
+            file.tracking,
+            the_study,
+            baseline,
+            file.score.weight_perf,
+            warn=lambda text: watch({"event": "warn", "text": text}),
         )
-        dashboard.describe_study(the_study, baseline)
+        dashboard.describe_study(the_study, baseline, file.score.weight_perf)
         try:
             if workers == 1:
                 team: Any = _InProcess(bench, the_study, baseline, watch)
@@ -60,33 +75,81 @@ def run(file: StudyFile, workers: int = 1, watch: Watch = lambda _: None) -> opt
                 bench.close()
                 team = _Processes(setting, workers, watch)
             with team:
-                _until_finished(the_study, file, team, watch, tracker, baseline)
+                _until_finished(the_study, setting, team, watch, tracker, baseline)
         finally:
             tracker.close()
     return the_study
 
 
 def _until_finished(
-    the_study: optuna.Study, file: StudyFile, team: Any, watch: Watch, tracker: tracking.Tracker, baseline: Measurement
+    the_study: optuna.Study, setting: Setting, team: Any, watch: Watch, tracker: tracking.Tracker, baseline: Measurement
 ) -> None:
-    busy = 0
+    file, busy, at_start = setting.file, 0, -1
     for number in study.retry_dead(the_study):
         watch({"event": "warn", "text": f"trial {number} was killed: it is tried again"})
     while True:
         trials = the_study.get_trials(deepcopy=False)
         done = study.finished(trials)
         watch({"event": "done", "finished": len(done), "trials": file.trials, **_best(the_study), **_counts(done)})
-        _stop_if_hopeless(done, file)
-        while team.idle and len(done) + busy < file.trials:
+        at_start = len(done) if at_start < 0 else at_start
+        if len(done) < file.trials:
+            _stop_if_hopeless(done[at_start:], file)
+        elsewhere = _running_elsewhere(trials, team.pids)
+        while team.idle and len(done) + busy + elsewhere < file.trials:
             team.go(len(done) + busy)
             busy += 1
+        if busy == 0 and elsewhere:
+            time.sleep(2)  # another `run` is at the last trials; should it die, they are taken over
+            study.retry_dead(the_study)
+            continue
         if busy == 0:
             return
         team.wait()
         busy -= 1
         study.retry_dead(the_study)
-        dashboard.describe_study(the_study, baseline)
+        dashboard.describe_study(the_study, baseline, file.score.weight_perf)
+        keep_best_checkpoints(the_study, setting)
         tracker.trial_ended()
+
+
+def _running_elsewhere(trials: list[optuna.trial.FrozenTrial], pids: set[int]) -> int:
+    """Trials that the workers of another `run` have in hand."""
+    running = [trial for trial in trials if trial.state == optuna.trial.TrialState.RUNNING]
+    return sum(trial.user_attrs.get("worker", {"pid": None})["pid"] not in pids for trial in running)
+
+
+def _shared(setting: Setting, workers: int) -> Setting:
+    """The setting of one of several workers here. Raises UsageError where their timings would disturb each other."""
+    if workers == 1:
+        return setting
+    if setting.device == "cuda" and workers > torch.cuda.device_count():
+        raise UsageError(
+            f"--workers {workers}: there are {torch.cuda.device_count()} GPUs, and engines that share one disturb each "
+            "other's timings; give each worker a GPU of its own"
+        )
+    threads = max(1, (os.cpu_count() or 1) // workers) if setting.device == "cpu" else None
+    return dataclasses.replace(setting, threads=threads)
+
+
+def sweep(directory: Path) -> None:
+    """Remove what builds that were killed left half-written."""
+    for scratch in directory.glob(f"{BUILDING}*"):
+        pid = scratch.name.rpartition("-")[2]
+        if not (pid.isdigit() and study.process_alive(int(pid))):
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def keep_best_checkpoints(the_study: optuna.Study, setting: Setting) -> None:
+    """Delete this study's checkpoints but those of its best trials; `export` builds any of them again, bit for bit."""
+    trials = the_study.get_trials(deepcopy=False)
+    complete = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    best = sorted(complete, key=lambda trial: -(trial.value or 0.0))[: setting.file.limits.keep_checkpoints]
+    running = [trial for trial in trials if trial.state == optuna.trial.TrialState.RUNNING]
+    kept = {trial.user_attrs.get("checkpoint") for trial in (*best, *running)}
+    for trial in complete:
+        name = trial.user_attrs.get("checkpoint")
+        if name is not None and name not in kept:
+            shutil.rmtree(setting.outputs / "checkpoints" / name, ignore_errors=True)
 
 
 def _best(the_study: optuna.Study) -> Event:
@@ -171,7 +234,7 @@ def _queue_interrupted(the_study: optuna.Study) -> None:
     for trial in trials:
         attrs = trial.user_attrs
         if attrs.get("failure") == study.INTERRUPTED and attrs.get("worker") == mine and trial.number not in retried:
-            study.retry(the_study, trial)
+            study.retry_interrupted(the_study, trial)
 
 
 class _InProcess:
@@ -186,6 +249,10 @@ class _InProcess:
 
     def __exit__(self, *exception: object) -> None:
         pass
+
+    @property
+    def pids(self) -> set[int]:
+        return {os.getpid()}
 
     @property
     def idle(self) -> bool:
@@ -217,10 +284,8 @@ class _Processes:
                 "CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))
             ).split(",")
             environment["CUDA_VISIBLE_DEVICES"] = visible[index % len(visible)]
-        elif setting.device == "cpu":
-            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
         process = subprocess.Popen(
-            [sys.executable, "-m", "search.workers", str(index)],
+            [sys.executable, "-m", "search.workers", str(index), str(setting.threads or 0)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -256,6 +321,10 @@ class _Processes:
                 process.kill()
 
     @property
+    def pids(self) -> set[int]:
+        return {process.pid for process in self._processes}
+
+    @property
     def idle(self) -> bool:
         return bool(self._free)
 
@@ -281,7 +350,10 @@ class _Processes:
                         "messages above, and run it again"
                     )
                 self._watch({"event": "warn", "text": f"worker {event['worker']} is gone; the others go on"})
-                return
+                if event["worker"] not in self._free:
+                    return  # with the trial that it had in hand
+                self._free.remove(event["worker"])
+                continue
             self._watch(event)
 
 
@@ -290,7 +362,15 @@ def _lines() -> Iterator[str]:
         yield line.strip()
 
 
-def _main(index: int) -> None:
+def _end_with_parent() -> None:
+    """Stop as by Ctrl-C when the process that hands out the trials is gone."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _main(index: int, threads: int) -> None:
     """A worker process: the study file on the first line, then `go N` for each trial."""
     lines = _lines()
     file = StudyFile.model_validate_json(next(lines))
@@ -298,14 +378,21 @@ def _main(index: int) -> None:
     os.dup2(2, 1)  # libraries print to standard output; events must not be mixed with that
 
     def watch(event: Event) -> None:
-        print(json.dumps(event), file=out, flush=True)
+        try:
+            print(json.dumps(event), file=out, flush=True)
+        except OSError:
+            raise KeyboardInterrupt from None  # nobody listens any more
 
     def interrupt() -> None:
         raise KeyboardInterrupt
 
     study.until_signal(interrupt)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     setting = prepare(file)
+    if threads:
+        torch.set_num_threads(threads)
+        setting = dataclasses.replace(setting, threads=threads)
     the_study = study.load(study.open_storage(file.storage), file.study_name)
     with (
         contextlib.suppress(KeyboardInterrupt),
@@ -318,4 +405,4 @@ def _main(index: int) -> None:
 
 
 if __name__ == "__main__":
-    _main(int(sys.argv[1]))
+    _main(int(sys.argv[1]), int(sys.argv[2]))

@@ -79,6 +79,28 @@ def test_engines_take_turns():
     assert told == [(n, 8) for n in range(1, 9)]
 
 
+class SlowAtFirst:
+    """An engine that is slow for its first `turns` turns, all of a measurement, and then as fast as it can be."""
+
+    def __init__(self, step_s, turns):
+        self.step_s, self.turns = step_s, turns
+
+    def decode_steps(self, batch_size, prompt_tokens, steps, seed):
+        self.turns -= 1
+        return [self.step_s * (1.2 if self.turns >= 0 else 1.0)] * steps
+
+
+def test_a_baseline_that_is_slow_throughout_is_timed_again():
+    workload = Workload(decode_steps=4, turns=4)
+    misled = speed.time_in_turn(SlowAtFirst(1e-3, 0), SlowAtFirst(2e-3, 5), workload)
+    assert misled.time_ratio == pytest.approx(0.5 / 1.2)
+    timing = speed.time_in_turn(SlowAtFirst(1e-3, 0), SlowAtFirst(2e-3, 5), workload, expected_base_ms=2.0)
+    assert timing.time_ratio == pytest.approx(0.5)
+    assert timing.samples == 32
+    for_ever = speed.time_in_turn(SlowAtFirst(1e-3, 0), SlowAtFirst(2e-3, 10**6), workload, expected_base_ms=2.0)
+    assert for_ever.samples == 48
+
+
 def test_the_prediction_is_one_for_the_base_and_grows():
     assert speed.predicted_time_ratio(100, 100, 30, 30) == 1.0
     grid = [[speed.predicted_time_ratio(b, 100, n, 30) for n in (10, 20, 30)] for b in (25, 50, 100)]
