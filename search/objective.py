@@ -364,11 +364,10 @@ class Objective:
             trial.report(reported, step=index + 1)
             self.on_stage(record)
             if prune and trial.should_prune():
-                mean = sum(values) / len(values)
                 record.screen = _screen_of(found)
                 record.reason = (
-                    f"screen: after {len(values)} of {len(setting.shards)} shards a Score of {mean:.3f} is expected, "
-                    f"which {setting.file.pruner.name} finds worse than {self._best(trial)}"
+                    f"screen: {sum(values) / len(values):.3f} on {len(values)} of {len(setting.shards)} shards"
+                    f"{self._best_there(trial, len(values))}: {setting.file.pruner.name} gives it up"
                 )
                 raise optuna.TrialPruned(record.reason)
         screen = _screen_of(found)
@@ -376,12 +375,17 @@ class Objective:
             write_json(path, dataclasses.asdict(screen))
         return screen
 
-    def _best(self, trial: optuna.Trial) -> str:
+    def _best_there(self, trial: optuna.Trial, shards: int) -> str:
+        """What the best trial had on the same shards, in the same screen: its Score itself was measured later."""
         try:
             best = trial.study.best_trial
         except ValueError:
-            return "the others"
-        return f"trial {best.number} (Score {best.value:.3f})"
+            return ""
+        there = [best.intermediate_values[step] for step in range(1, shards + 1) if step in best.intermediate_values]
+        if not there:
+            return ""
+        mean = there[-1] if study.wants_running_mean(self.setting.file.pruner) else sum(there) / len(there)
+        return f", where trial {best.number} (Score {best.value:.3f}) had {mean:.3f}"
 
     def _constrain(self, trial: optuna.Trial, infeasible: str | None) -> None:
         value = 1.0 if infeasible else 0.0

@@ -13,7 +13,7 @@ class Live:
     """A rich progress bar on a terminal; one plain line per ended trial everywhere else."""
 
     def __init__(self, trials: int, quiet: bool = False) -> None:
-        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.fields[what]}"),

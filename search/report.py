@@ -56,7 +56,7 @@ def _pareto(state: dict[str, Any]) -> Table:
 def _reasons(ended: list[dict[str, Any]], most: int = 12) -> Table:
     table = Table(title="Pruned and failed", title_justify="left", box=None, pad_edge=False)
     table.add_column("trial", justify="right")
-    table.add_column("plan")
+    table.add_column("plan", no_wrap=True)
     table.add_column("why")
     for trial in ended[-most:]:
         plan = short(trial["plan"]) if "plan" in trial else ""

@@ -126,6 +126,60 @@ def test_export_writes_a_model_that_stock_transformers_loads_and_that_scores_the
     assert math.exp(sum(nll) / len(nll)) == pytest.approx(result["measurement"]["perplexity"], rel=1e-3)
 
 
+def test_only_the_best_checkpoints_stay_and_another_can_be_exported_all_the_same(finished, tmp_path):
+    home, state = finished
+    complete = [trial["trial"] for trial in state["pareto"]]
+    assert len(list((home / "outputs" / "checkpoints").iterdir())) <= 2
+    for number in complete:
+        done = optuna_search("export", "--study", "small", "--trial", number, "--to", tmp_path / str(number), cwd=home)
+        assert done.returncode == 0, done.stderr
+        assert "bit for bit" in done.stdout
+
+
+def test_the_dashboard_serves_notes_numbers_and_measurement_files(finished):
+    import socket
+    import time
+    import urllib.request
+
+    home, state = finished
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    server = subprocess.Popen(
+        [sys.executable, "-m", "search.cli", "dashboard", "--study", "small", "--port", str(port)],
+        cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+    def get(path):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+            return answer.read()
+
+    try:
+        for _ in range(120):
+            try:
+                summaries = json.loads(get("/api/studies"))["study_summaries"]
+                break
+            except OSError:
+                assert server.poll() is None
+                time.sleep(0.5)
+        (study,) = [s for s in summaries if s["study_name"] == "small"]
+        detail = json.loads(get(f"/api/studies/{study['study_id']}"))
+        best = next(t for t in detail["trials"] if t["number"] == state["best"]["trial"])
+        assert f"Score {state['best']['score']:.4f}" in best["note"]["body"]
+        assert "Best feasible trial" in detail["note"]["body"]
+        assert f"trial {state['best']['trial']}" in detail["note"]["body"]
+        (artifact,) = best["artifacts"]
+        assert artifact["mimetype"] == "application/json"
+        path = f"/artifacts/{study['study_id']}/{best['trial_id']}/{artifact['artifact_id']}"
+        assert json.loads(get(path))["perplexity"] == state["best"]["perplexity"]
+        for trial in detail["trials"]:
+            assert trial["note"]["body"].startswith(("**Score", "**pruned", "**failed"))
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
 def test_export_of_a_trial_that_was_not_measured_is_refused(finished, tmp_path):
     home, state = finished
     ended = [trial["trial"] for trial in state["ended"]]

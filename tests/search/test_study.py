@@ -117,6 +117,18 @@ def test_a_killed_workers_trial_is_failed_and_queued_again_at_once(url):
     assert studies.finished(study.trials) == []
 
 
+def test_a_trial_that_kills_its_worker_every_time_is_given_up(url):
+    study = studies.create_or_resume(studies.open_storage(url), "s", DEFINITION)
+    for _ in range(studies.MAX_RETRIES + 1):
+        worker = start_worker(url, "die")
+        worker.communicate()
+        assert len(studies.retry_dead(study)) == 1
+    assert not study.get_trials(states=(TrialState.WAITING,))
+    (given_up,) = studies.finished(study.trials)
+    assert given_up.user_attrs["failure"] == "Killed"
+    assert len({trial.params["num_hidden_layers"] for trial in study.trials}) == 1
+
+
 def test_a_living_workers_trial_is_left_alone(url):
     study = studies.create_or_resume(studies.open_storage(url), "s", DEFINITION)
     worker = start_worker(url, "wait")

@@ -1,0 +1,63 @@
+import importlib.metadata
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from compressors.errors import CheckpointError
+from evaluator import quality, texts
+from search import sources
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2):
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="module")
+def model(smollm2):
+    return AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+
+
+def test_the_embedded_models_tokenizer_is_smollm2s_own(tokenizer):
+    assert tokenizer.convert_ids_to_tokens(tokenizer("In 2026")["input_ids"]) == ["In", "Ġ", "2", "0", "2", "6"]
+    text = "def f(x):\n\treturn x ** 2  # naïve 한국어"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert "<|im_start|>user\nhi<|im_end|>" in chat
+
+
+def test_the_embedded_model_reads_english(model, tokenizer):
+    """About 15 on prose; transformers' own conversion of the tokenizer gives 20 and nonsense."""
+    prose = "\n\n".join(document.text for document in texts.embedded_documents()[:20])
+    ids = tokenizer(prose)["input_ids"]
+    nll = torch.cat([quality.window_nll(model, ids[start : start + 1024]) for start in (0, 1024, 2048)])
+    assert 12 < math.exp(nll.mean()) < 17
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert "Paris" in tokenizer.decode(model.generate(ids, max_new_tokens=3, do_sample=False)[0])
+
+
+def test_a_model_that_is_nowhere(tmp_path):
+    for source in ("/no/such", "not a model", "nosuchname"):
+        with pytest.raises(CheckpointError, match="no such directory"):
+            sources.resolve(source, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        sources.resolve(str(tmp_path / "file"), tmp_path)
+
+
+def test_a_hub_that_can_not_be_reached_is_one_line(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError) as caught:
+        sources.resolve("LGAI-EXAONE/EXAONE-4.0-1.2B", tmp_path)
+    assert "can't be had from the hub" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_other_distribution_owns_our_package_names():
+    owners = importlib.metadata.packages_distributions()
+    for name in ("search", "compressors", "evaluator", "studies"):
+        assert set(owners.get(name, ["optuna-search"])) == {"optuna-search"}
