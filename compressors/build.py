@@ -5,11 +5,11 @@ from __future__ import annotations
 import transformers
 
 from compressors.calibration import Calibration
-from compressors.checkpoint import Checkpoint
-from compressors.errors import InfeasiblePlan
-from compressors.family import Family
+from compressors.checkpoint import Checkpoint, stock_config
+from compressors.errors import CheckpointError, InfeasiblePlan
+from compressors.family import Family, head_dim
 from compressors.methods import depth, ffn, heads, hidden, precision
-from compressors.plan import DTYPES, SCHEMES, CompressionPlan
+from compressors.plan import DROP_FROM, DTYPES, SCHEMES, CompressionPlan
 
 
 def apply(
@@ -47,7 +47,8 @@ def apply(
         made = (precision.simulate if simulate else precision.quantize)(made, family, plan.precision)
     else:
         raise InfeasiblePlan(f"precision: {plan.precision!r} is not one of {', '.join((*DTYPES, *SCHEMES))}")
-    made.config.setdefault("head_dim", own.hidden_size // own.num_attention_heads)
+    made.config["head_dim"] = head_dim(base.config)
+    made.config.setdefault("architectures", [family.architecture])
     made.config["transformers_version"] = transformers.__version__
     return made
 
@@ -91,13 +92,13 @@ def check(
         wanted, there = getattr(plan, name), getattr(own, name)
         if not 1 <= wanted <= there:
             return f"{name}: {wanted} must be from 1 to the model's {there}"
+    if plan.drop_from not in DROP_FROM:
+        return f"drop_from: {plan.drop_from!r} is not one of {', '.join(DROP_FROM)}"
     try:
         made = apply(plan, base, family, None)
-    except InfeasiblePlan as error:
+        stock_config(made.config)
+    except (InfeasiblePlan, CheckpointError) as error:
         return str(error)
-    reason = _refused_by_transformers(made)
-    if reason:
-        return reason
     if kernel_alignment:
         reason = _misaligned(plan, made, family)
         if reason:
@@ -109,24 +110,14 @@ def check(
     return None
 
 
-def _refused_by_transformers(made: Checkpoint) -> str | None:
-    """What the stock config class says of these dimensions: Llama's wants hidden_size % num_attention_heads == 0."""
-    try:
-        transformers.AutoConfig.for_model(**made.config)
-    except Exception as error:  # the config classes raise their own mixture
-        cause = error.__cause__ or error
-        return f"transformers refuses the config: {' '.join(str(cause).split())}"
-    return None
-
-
 def _misaligned(plan: CompressionPlan, made: Checkpoint, family: Family) -> str | None:
     """The rules of vLLM's kernels: Marlin (W4A16) N % 64 and K % 128, CUTLASS (INT8, FP8) both % 16, attention D % 8.
 
     N of projections that vLLM fuses (q, k, v; gate, up) is the fused matrix's.
     """
-    head_dim = int(made.config["head_dim"])
-    if head_dim % 8:
-        return f"head_dim: {head_dim} is no multiple of 8, which the attention kernels want"
+    size = head_dim(made.config)
+    if size % 8:
+        return f"head_dim: {size} is no multiple of 8, which the attention kernels want"
     if plan.precision not in SCHEMES:
         return None
     n_multiple, k_multiple, kernel = (64, 128, "Marlin") if plan.precision == "W4A16" else (16, 16, "CUTLASS")

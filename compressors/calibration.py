@@ -74,6 +74,12 @@ def calibrate(
     if not windows:
         raise CheckpointError("calibration: no text; give at least one window of token ids")
     family = family_of(base)
+    largest, vocabulary = max(map(max, windows)), int(base.config["vocab_size"])
+    if largest >= vocabulary:
+        raise CheckpointError(
+            f"calibration: the text holds token {largest}, and the model has {vocabulary}; its tokenizer is another "
+            "model's, copy its own"
+        )
     model = base.to_model(device, dtype=torch.float32 if device == "cpu" else None)
     sums = _Sums(int(base.config["num_hidden_layers"]), int(base.config["num_attention_heads"]))
     hooks = sums.attach(dict(model.named_modules()), family)

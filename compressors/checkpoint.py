@@ -22,6 +22,7 @@ from compressors import safetensors_file
 from compressors.errors import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 CARRIED = (
@@ -74,7 +75,11 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: str | Path) -> Checkpoint:
-        """A directory as the hub has them; nothing but headers is read. Raises CheckpointError, one line."""
+        """A directory as the hub has them; nothing but headers is read. Raises CheckpointError, one line.
+
+        A config that names no dtype gets that of the weights, as stock transformers loads them, and a tied head that is
+        stored beside the embedding is left out.
+        """
         path = Path(path)
         config = _read_json(path / "config.json", "a model's directory holds config.json")
         quantized = config.get("quantization_config")
@@ -88,6 +93,15 @@ class Checkpoint:
         for file in _weight_files(path):
             for name, (shape, dtype) in safetensors_file.shapes(file).items():
                 tensors[name] = LazyTensor(shape, dtype, safetensors_file.loader(file, name))
+        if config["num_hidden_layers"] > len(tensors):  # or a mere number would fill the memory with names
+            raise CheckpointError(
+                f"model {path}: config.json says num_hidden_layers: {config['num_hidden_layers']}, and the weights "
+                f"hold {len(tensors)} tensors in all; they belong to different models"
+            )
+        if config.get("tie_word_embeddings", False) and HEAD in tensors:
+            tensors = _without_head(path, tensors)
+        if not (config.get("dtype") or config.get("torch_dtype")):
+            config["dtype"] = _stored_dtype(tensors)
         if not any((path / name).is_file() for name in TOKENIZER_FILES):
             raise CheckpointError(
                 f"model {path}: has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy its files there"
@@ -115,10 +129,8 @@ class Checkpoint:
     def decode_bytes(self) -> int:
         """Of the weights that one decode step reads: all of them, but of an untied embedding only a row."""
         tied = self.config.get("tie_word_embeddings", False)
-        skipped = (
-            0 if tied else sum(t.nbytes for name, t in self.tensors.items() if name.endswith("embed_tokens.weight"))
-        )
-        return self.size_bytes - skipped
+        embedding = sum(tensor.nbytes for name, tensor in self.tensors.items() if name.endswith(EMBEDDING))
+        return self.size_bytes - (0 if tied else embedding)
 
     def digest(self) -> str:
         """sha256 over config and tensors: 32 hexadecimal digits."""
@@ -135,7 +147,7 @@ class Checkpoint:
         Returns the weights' sha256. What was at `path` is replaced. Raises CheckpointError when it can't be written.
         """
         path = Path(path)
-        scratch = None
+        scratch = old = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -144,14 +156,16 @@ class Checkpoint:
                 shutil.copyfile(source, scratch / name)
             (scratch / "config.json").write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
             sha256 = safetensors_file.write(scratch / WEIGHTS, self.tensors)
-            if path.exists():
-                shutil.rmtree(path)
+            if path.exists():  # out of the way first: the place is never half of one and half of the other
+                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+                path.replace(old)
             scratch.replace(path)
         except OSError as error:
-            raise CheckpointError(f"checkpoint {path}: {error.strerror or error}; nothing was left there") from None
+            raise CheckpointError(f"checkpoint {path}: {error.strerror or error}; nothing was changed there") from None
         finally:
-            if scratch is not None:
-                shutil.rmtree(scratch, ignore_errors=True)
+            for left in (scratch, old):
+                if left is not None:
+                    shutil.rmtree(left, ignore_errors=True)
         return sha256
 
     def to_model(self, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
@@ -160,9 +174,9 @@ class Checkpoint:
         dtype: of the weights; None: the config's. Raises CheckpointError when tensors are missing or
         left over.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        config = AutoConfig.for_model(**self.config)
+        config = stock_config(self.config)
         wanted = dtype or _dtype(self.config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
@@ -180,9 +194,26 @@ class Checkpoint:
         return model.to(device).eval().requires_grad_(False)
 
 
+def stock_config(config: Mapping[str, Any]) -> Any:
+    """The stock transformers config. Raises CheckpointError with its reason, such as Llama's that hidden_size must be a
+    multiple of num_attention_heads.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**config)
+    except Exception as error:  # the config classes raise their own mixture
+        cause = error.__cause__ or error
+        raise CheckpointError(f"transformers refuses the config: {' '.join(str(cause).split())}") from None
+
+
 def digest_of(path: Path, cache: Path) -> str:
-    """`Checkpoint.digest` of a directory, remembered by its files' sizes and times so that it is hashed once."""
+    """`Checkpoint.digest` of a directory, remembered by its files' sizes and times so that it is hashed once.
+
+    Raises CheckpointError.
+    """
     path = Path(path).resolve()
+    _read_json(path / "config.json", "a model's directory holds config.json")
     stamps = [
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
         for file in sorted([path / "config.json", *path.glob("*.safetensors")])
@@ -229,12 +260,27 @@ def _dtype(config: Mapping[str, Any]) -> torch.dtype:
     return getattr(torch, name)  # type: ignore[no-any-return]
 
 
+def _without_head(path: Path, tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Stock transformers doesn't tie a head that differs from the embedding, and vLLM ties it all the same."""
+    embedding = next((tensor for name, tensor in tensors.items() if name.endswith(EMBEDDING)), None)
+    if embedding is None or not torch.equal(tensors[HEAD].load(), embedding.load()):
+        raise CheckpointError(
+            f"model {path}: config.json says tie_word_embeddings, and {HEAD} is not the embedding; say false there, or "
+            "remove the tensor"
+        )
+    return {name: tensor for name, tensor in tensors.items() if name != HEAD}
+
+
+def _stored_dtype(tensors: Mapping[str, LazyTensor]) -> str:
+    return str(max(tensors.values(), key=lambda tensor: tensor.nbytes).dtype).removeprefix("torch.")
+
+
 def _read_json(path: Path, rule: str) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"model {path.parent}: has no {path.name}; {rule}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"model {path.parent}: {path.name} can't be read ({' '.join(str(error).split())})"
         ) from None
@@ -247,8 +293,10 @@ def _weight_files(path: Path) -> list[Path]:
     if (path / WEIGHTS).is_file():
         return [path / WEIGHTS]
     if (path / INDEX).is_file():
-        index = _read_json(path / INDEX, "")
-        files = sorted({path / Path(name).name for name in index.get("weight_map", {}).values()})
+        named = _read_json(path / INDEX, "").get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+            raise CheckpointError(f"model {path}: {INDEX} has no weight_map of names to files; copy it again")
+        files = sorted({path / Path(name).name for name in named.values()})
         missing = [file.name for file in files if not file.is_file()]
         if missing or not files:
             raise CheckpointError(
@@ -258,8 +306,7 @@ def _weight_files(path: Path) -> list[Path]:
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern))
     if pickles:
         raise CheckpointError(
-            f"model {path}: has only pickled weights ({pickles[0]}), which can run code when they are "
-            "read; convert them "
-            "to safetensors"
+            f"model {path}: has only pickled weights ({pickles[0]}), which can run code when they are read; convert "
+            "them to safetensors"
         )
     raise CheckpointError(f"model {path}: has no weights; put {WEIGHTS} there, or its shards with {INDEX}")

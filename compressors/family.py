@@ -8,9 +8,14 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from compressors import families
-from compressors.checkpoint import Checkpoint
+from compressors.checkpoint import Checkpoint, stock_config
 from compressors.errors import CheckpointError
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DENSE = {"num_local_experts": (None, 0), "num_experts": (None, 0), "n_routed_experts": (None, 0)}  # no experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +23,8 @@ class Family:
     """Names are those of the modules in the stock transformers class; a weight is its module's name + `.weight`.
 
     block_norms: norms of a layer over the residual width, with hidden_size gains. head_norms: over head_dim.
-    required: values that a config key must have where it is there, since another would mean another architecture.
+    required: values that a config key must have, given or by the stock config's default, since another would mean
+        another architecture; of a list, each entry. A key that the stock config doesn't know counts where it is there.
     per_layer: config keys that hold a list with one entry per layer.
     """
 
@@ -60,12 +66,31 @@ class Family:
         """Every norm over the residual width, the final one too."""
         return [self.in_layer(i, norm) for i in range(layers) for norm in self.block_norms] + [self.final_norm]
 
-    def weights(self, layers: int, tied: bool) -> set[str]:
-        """The names of all weights that a model of this family has."""
-        parts = (*self.linears, *self.block_norms, *self.head_norms)
-        names = {self.in_layer(index, part) for index in range(layers) for part in parts}
-        names |= {self.embedding, self.final_norm} | (set() if tied else {self.lm_head})
-        return {f"{name}.weight" for name in names}
+    def shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        """All weights that a model of this family with this stock config has: name → shape.
+
+        E hidden size, H query heads, G key/value heads, D head_dim, F FFN width, V vocabulary.
+        """
+        E, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
+        H, G = config.num_attention_heads, config.num_key_value_heads
+        D = head_dim(config.to_dict())
+        of_layer: dict[str, tuple[int, ...]] = {
+            self.q: (H * D, E),
+            self.k: (G * D, E),
+            self.v: (G * D, E),
+            self.o: (E, H * D),
+            self.gate: (F, E),
+            self.up: (F, E),
+            self.down: (E, F),
+            **dict.fromkeys(self.block_norms, (E,)),
+            **dict.fromkeys(self.head_norms, (D,)),
+        }
+        layers = range(config.num_hidden_layers)
+        found = {self.in_layer(layer, part): shape for layer in layers for part, shape in of_layer.items()}
+        found |= {self.embedding: (V, E), self.final_norm: (E,)}
+        if not config.tie_word_embeddings:
+            found[self.lm_head] = (V, E)
+        return {f"{name}.weight": shape for name, shape in found.items()}
 
 
 def names() -> list[str]:
@@ -73,8 +98,16 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(families.__path__))
 
 
+def head_dim(config: Mapping[str, Any]) -> int:
+    """Of a config.json, which need not say it."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
 def family_of(checkpoint: Checkpoint) -> Family:
-    """The family of a checkpoint. Raises CheckpointError for one that is unknown, or not quite what its name says."""
+    """The family of a checkpoint.
+
+    Raises CheckpointError for one that is unknown, or whose config or weights aren't quite what its name says.
+    """
     config = checkpoint.config
     model_type = str(config.get("model_type"))
     if model_type not in names():
@@ -83,22 +116,46 @@ def family_of(checkpoint: Checkpoint) -> Family:
             "(a family is one file in compressors/families)"
         )
     family: Family = importlib.import_module(f"compressors.families.{model_type}").FAMILY
-    for key, allowed in family.required.items():
-        if key in config and config[key] not in allowed:
-            said = " or ".join(map(repr, allowed))
+    stock = stock_config(config)
+    for architecture in config.get("architectures") or [family.architecture]:
+        if architecture != family.architecture:
             raise CheckpointError(
-                f"architecture: {key} is {config[key]!r}, and {model_type} is understood with {said} alone; this model "
-                "can't be compressed without loss of meaning"
+                f"architecture: config.json says {architecture}, and {model_type} is understood as "
+                f"{family.architecture} alone; vLLM would load another model than transformers"
             )
-    layers, tied = int(config["num_hidden_layers"]), bool(config.get("tie_word_embeddings", False))
-    expected, found = family.weights(layers, tied), set(checkpoint.tensors)
-    found.discard(f"{family.lm_head}.weight" if tied else "")
-    missing, unknown = sorted(expected - found), sorted(found - expected)
+    values = {**config, **stock.to_dict()}
+    for key, allowed in {**DENSE, **family.required}.items():
+        if key not in values:
+            continue
+        if any(value not in allowed for value in (values[key] if isinstance(values[key], list) else [values[key]])):
+            said = " or ".join(map(repr, allowed))
+            by_default = "" if key in config else " (config.json doesn't say, and it is transformers' default)"
+            raise CheckpointError(
+                f"architecture: {key} is {values[key]!r}{by_default}, and {model_type} is understood with {said} "
+                "alone; this model can't be compressed without loss of meaning"
+            )
+    _check_weights(checkpoint, model_type, family.shapes(stock))
+    return family
+
+
+def _check_weights(checkpoint: Checkpoint, model_type: str, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Whether these weights are there, and no others: a plan is cut from shapes, before any weight is read."""
+    missing, unknown = sorted(expected.keys() - checkpoint.tensors), sorted(checkpoint.tensors.keys() - expected)
     if missing:
         raise CheckpointError(f"weights: {len(missing)} are missing, {missing[0]} first; the checkpoint is incomplete")
     if unknown:
         raise CheckpointError(
-            f"weights: {len(unknown)} are not known to {model_type}, {unknown[0]} first; they would "
-            "be lost, so this model is refused"
+            f"weights: {len(unknown)} are not known to {model_type}, {unknown[0]} first; they would be lost, so this "
+            "model is refused"
         )
-    return family
+    for name, shape in expected.items():
+        tensor = checkpoint.tensors[name]
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"weights: {name} is {' × '.join(map(str, tensor.shape))}, and config.json makes it "
+                f"{' × '.join(map(str, shape))}; they belong to different models"
+            )
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(
+                f"weights: {name} is {str(tensor.dtype).removeprefix('torch.')}; start from the unquantised model"
+            )

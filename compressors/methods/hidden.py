@@ -10,7 +10,7 @@ import torch
 from compressors.calibration import Calibration
 from compressors.checkpoint import Checkpoint, LazyTensor
 from compressors.errors import InfeasiblePlan
-from compressors.family import Family
+from compressors.family import Family, head_dim
 
 
 def choose(hidden_size: int, keep: int, calibration: Calibration | None) -> torch.Tensor:
@@ -51,12 +51,13 @@ def cut(
         _take(tensors, name, 0, kept)
         if mean_square is not None:
             squares = mean_square[place].double()  # (E)
-            factor = float((squares[kept].mean() / squares.mean()).sqrt())
-            tensors[f"{name}.weight"] = tensors[f"{name}.weight"].map(_scaled(factor))
+            if squares.any():  # a block that puts out nothing has nothing to correct
+                factor = float((squares[kept].mean() / squares.mean()).sqrt())
+                tensors[f"{name}.weight"] = tensors[f"{name}.weight"].map(_scaled(factor))
     _take(tensors, family.embedding, 1, kept)
     if f"{family.lm_head}.weight" in tensors:
         _take(tensors, family.lm_head, 1, kept)
-    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    config["head_dim"] = head_dim(config)  # no longer hidden_size / num_attention_heads
     config["hidden_size"] = len(kept)
     return dataclasses.replace(checkpoint, config=config, tensors=tensors)
 

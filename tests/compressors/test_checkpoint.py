@@ -109,11 +109,105 @@ def test_a_config_that_is_no_json(copy):
         ({"num_hidden_layers": 6}, "9 are missing, model.layers.5"),
         ({"num_hidden_layers": 4}, "9 are not known to llama, model.layers.4"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantised already (awq)"),
+        ({"num_local_experts": 8}, "num_local_experts is 8"),
+        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+        ({"hidden_size": 48}, "self_attn.q_proj.weight is 144 × 96, and config.json makes it 144 × 48"),
+        ({"vocab_size": 300}, "model.embed_tokens.weight is 320 × 96, and config.json makes it 300 × 96"),
+        ({"head_dim": None}, "q_proj.weight is 144 × 96, and config.json makes it 96 × 96"),
+        ({"num_key_value_heads": None}, "k_proj.weight is 72 × 96, and config.json makes it 144 × 96"),
+        ({"num_key_value_heads": "three"}, "transformers refuses the config"),
+        ({"num_attention_heads": 7}, "not a multiple of the number of attention heads (7)"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000, and the weights hold 47 tensors"),
+        ({"dtype": "foo16"}, "transformers refuses the config"),
     ],
 )
 def test_architectures_that_are_not_understood_are_refused_by_name(copy, changes, said):
     edit_config(copy, **changes)
     assert said in refused(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "dropped", "said"),
+    [
+        ({}, "sliding_window", "sliding_window is 4096 (config.json doesn't say, and it is transformers' default)"),
+        ({"sliding_window": 64}, None, "sliding_window is 64, and exaone4 is understood with None alone"),
+        ({"layer_types": ["sliding_attention", *["full_attention"] * 4]}, None, "layer_types is ['sliding_attention'"),
+        ({"layer_types": ["full_attention"] * 4}, None, "number of `layer_types` (4)"),
+    ],
+)
+def test_exaone_with_windows_is_refused_also_where_they_are_a_default(pico_exaone4, tmp_path, changes, dropped, said):
+    shutil.copytree(pico_exaone4, tmp_path / "model")
+    edit_config(tmp_path / "model", **changes)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config.pop(dropped, None)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert said in refused(tmp_path / "model")
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {}, {"model.norm.weight": 3}, {"model.norm.weight": "../x"}])
+def test_an_index_that_names_no_files(copy, weight_map):
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert "model.safetensors.index.json" in refused(copy)
+
+
+def test_weights_of_no_floating_point_dtype(copy):
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    assert "model.norm.weight is int8" in refused(copy)
+
+
+def test_a_tied_head_that_is_stored_too_is_counted_and_written_once(pico_llama, copy):
+    """transformers unties one that differs from the embedding, vLLM does not: they would serve different models."""
+    tensors = load_file(copy / "model.safetensors")
+    for factor in (1, 2):
+        both = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] * factor}
+        save_file(both, copy / "model.safetensors", metadata={"format": "pt"})
+        if factor == 1:
+            found, plain = Checkpoint.read(copy), Checkpoint.read(pico_llama)
+            assert found.total_parameters == plain.total_parameters
+            assert found.file_bytes == plain.file_bytes
+            assert found.decode_bytes == plain.decode_bytes
+            family.family_of(found)
+        else:
+            assert "lm_head.weight is not the embedding" in refused(copy)
+
+
+def test_a_config_that_names_no_dtype_gets_the_weights(copy):
+    from compressors.plan import CompressionPlan
+
+    config = json.loads((copy / "config.json").read_text())
+    del config["dtype"]
+    (copy / "config.json").write_text(json.dumps(config))
+    assert CompressionPlan.identity(Checkpoint.read(copy).config).precision == "bfloat16"
+
+
+def test_writing_replaces_what_was_there_and_leaves_nothing_beside(pico_llama, tmp_path):
+    base = Checkpoint.read(pico_llama)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "stale.safetensors").write_text("")
+    first = base.write(tmp_path / "out")
+    assert "stale.safetensors" not in os.listdir(tmp_path / "out")
+    again = Checkpoint.read(tmp_path / "out")
+    assert again.write(tmp_path / "out") == first  # onto its own source
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_write_that_fails_keeps_what_was_there(pico_llama, tmp_path):
+    base = Checkpoint.read(pico_llama)
+    base.write(tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    wrong = checkpoint.LazyTensor((2, 2), torch.float32, lambda: torch.zeros(3, 2))
+    with pytest.raises(CheckpointError, match="announced as"):
+        Checkpoint(base.config, {**base.tensors, "wrong": wrong}, base.files).write(tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_the_digest_of_no_model_is_one_line(tmp_path):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        checkpoint.digest_of(tmp_path, tmp_path / "cache")
 
 
 def test_an_untied_head_is_kept_cut_and_counted(tmp_path, write_pico_model):

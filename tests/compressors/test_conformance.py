@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from compressors import build, calibration, family
 from compressors.checkpoint import Checkpoint
+from compressors.errors import CheckpointError
 from compressors.methods import depth, ffn, heads, hidden, precision
 from compressors.plan import CompressionPlan
 
@@ -118,6 +121,10 @@ def test_stock_transformers_loads_it_and_computes_what_the_screen_computed(
         assert config[name] == getattr(plan, name)
     assert config["head_dim"] == base.config["head_dim"]
     assert config["dtype"] == plan.precision
+    for name in ("architectures", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id", "vocab_size"):
+        assert config[name] == base.config[name]
+    assert config["transformers_version"] == transformers.__version__
+    assert "quantization_config" not in config
     assert len(config.get("layer_types") or [0] * plan.num_hidden_layers) == plan.num_hidden_layers
     assert torch.equal(logits(in_memory, windows), logits(stock(tmp_path / "m", dtype=F32), windows))
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {
@@ -139,6 +146,19 @@ def test_quantised_checkpoints_load_and_agree_with_the_simulation(
     if quantised.precision != "W4A16":  # activations are rounded too, by transformers as in the simulation
         weights_alone = dataclasses.replace(simulated, activations={}).to_model("cpu", F32)
         assert (logits(weights_alone, windows) - served).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("stored", "unquantised"), [("float32", torch.bfloat16), ("bfloat16", torch.bfloat16), ("float16", torch.float16)]
+)
+def test_quantised_checkpoints_keep_the_rest_in_16_bits(base, its_family, own, stored, unquantised):
+    given = precision.cast(base, stored)
+    for scheme in ("W8A8", "FP8_DYNAMIC"):
+        made = build.apply(dataclasses.replace(own, precision=scheme), given, its_family, None)
+        assert made.config["dtype"] == str(unquantised).removeprefix("torch.")
+        kept = {name: tensor for name, tensor in made.tensors.items() if not name.endswith("_proj.weight")}
+        assert {tensor.dtype for tensor in kept.values()} == {unquantised}
+        assert any(name.endswith("weight_scale") for name in kept)
 
 
 def test_predicted_bytes_are_those_written_and_parameters_those_of_the_model(
@@ -234,6 +254,31 @@ def test_a_hidden_cut_is_the_model_with_these_dimensions_silent(base, its_family
     torch.testing.assert_close(logits(cut, windows), logits(masked(base, edit), windows), atol=2e-3, rtol=1e-3)
 
 
+def test_a_hidden_cut_keeps_each_norms_output_where_the_text_puts_it(base, its_family, statistics, own):
+    """The gain that stays, over the root mean square that is left, is as large as it was in the whole model."""
+    plan = dataclasses.replace(own, num_hidden_layers=3, hidden_size=72, precision="float32")
+    made = build.apply(plan, precision.cast(base, "float32"), its_family, statistics)
+    layers = depth.choose(5, 3, "importance", statistics)
+    kept = torch.topk(statistics.hidden_activity, 72).indices.sort().values
+    old_names = its_family.residual_norms(5)
+    per_layer = len(its_family.block_norms)
+    old_names = [old_names[layer * per_layer + norm] for layer in layers for norm in range(per_layer)] + old_names[-1:]
+    factors = set()
+    for new, old in zip(its_family.residual_norms(3), old_names, strict=True):
+        squares = statistics.norm_mean_square[old]
+        whole = base.tensors[f"{old}.weight"].load().float()[kept] / squares.mean().sqrt()
+        left = made.tensors[f"{new}.weight"].load() / squares[kept].mean().sqrt()
+        torch.testing.assert_close(left, whole, rtol=1e-5, atol=0)
+        factors.add(round(float(squares[kept].mean() / squares.mean()), 4))
+    assert len(factors) == len(old_names), "each norm has a correction of its own"
+
+
+def test_a_block_that_puts_out_nothing_gives_no_nan(base, its_family, statistics):
+    silent = [torch.zeros(96)] * len(its_family.residual_norms(5))
+    cut = hidden.cut(base, its_family, torch.arange(72), silent)
+    assert all(torch.isfinite(tensor.load()).all() for tensor in cut.tensors.values())
+
+
 # -- what stays ----------------------------------------------------------------------------------------------
 
 
@@ -268,6 +313,41 @@ def test_statistics_are_those_of_a_plain_computation(base, its_family, windows, 
     torch.testing.assert_close(statistics.norm_mean_square[norm], squares, atol=1e-5, rtol=1e-4)
 
 
+def test_hidden_activity_is_the_mean_over_layers_that_count_alike(base, its_family, windows, statistics):
+    model = base.to_model("cpu", F32)
+    streams = [[] for _ in range(5)]
+    for layer, stream in zip(model.model.layers, streams, strict=True):
+        layer.register_forward_hook(lambda module, args, output, stream=stream: stream.append(output.reshape(-1, 96)))
+    for window in windows:
+        logits(model, [window])
+    means = [torch.cat(stream).abs().mean(0) for stream in streams]
+    expected = sum(mean / mean.mean() for mean in means)
+    torch.testing.assert_close(statistics.hidden_activity, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_windows_of_different_lengths_weigh_by_their_tokens(base, its_family, windows):
+    short, long = windows[0][:10], windows[1]
+    both = calibration.calibrate(base, [short, long])
+    alone = [calibration.calibrate(base, [window]) for window in (short, long)]
+    expected = (10 * alone[0].block_influence + 40 * alone[1].block_influence) / 50
+    torch.testing.assert_close(both.block_influence, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_text_of_another_tokenizer_and_no_text_are_refused(base):
+    with pytest.raises(CheckpointError, match="token 320, and the model has 320"):
+        calibration.calibrate(base, [[3, 320]])
+    with pytest.raises(CheckpointError, match="no text"):
+        calibration.calibrate(base, [])
+
+
+def test_activations_that_are_not_finite_are_refused(base, windows):
+    broken = dict(base.tensors)
+    name = "model.layers.2.mlp.up_proj.weight"
+    broken[name] = broken[name].map(lambda weight: torch.full_like(weight, torch.nan))
+    with pytest.raises(CheckpointError, match="NaN"):
+        calibration.calibrate(dataclasses.replace(base, tensors=broken), windows)
+
+
 def test_statistics_survive_the_disk(statistics, tmp_path):
     statistics.save(tmp_path / "s.safetensors")
     again = calibration.Calibration.load(tmp_path / "s.safetensors")
@@ -286,3 +366,35 @@ def test_statistics_follow_the_layers_that_stay(base, its_family, statistics, ow
         expected = base.tensors[name].load()[channels]
         found = made.tensors[f"{its_family.in_layer(new, its_family.up)}.weight"].load()
         assert torch.equal(found, expected)
+
+
+def test_a_config_of_transformers_4_is_understood(base, its_family, statistics, own, pico, tmp_path, windows):
+    """The hub's own files say rope_theta, rope_scaling and torch_dtype: misread, they would give other logits."""
+    shutil.copytree(pico, tmp_path / "old")
+    config = dict(base.config)
+    rope = dict(config.pop("rope_parameters"))
+    config |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": config.pop("dtype")}
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    old = Checkpoint.read(tmp_path / "old")
+    family.family_of(old)
+    assert CompressionPlan.identity(old.config) == own
+    assert torch.equal(logits(old.to_model("cpu", F32), windows), logits(base.to_model("cpu", F32), windows))
+    plan = dataclasses.replace(own, num_hidden_layers=3, intermediate_size=96)
+    for name, given in (("from old", old), ("from new", base)):
+        build.apply(plan, given, its_family, statistics).write(tmp_path / name)
+    written = [logits(stock(tmp_path / name, dtype=F32), windows) for name in ("from old", "from new")]
+    assert torch.equal(*written)
+
+
+def test_a_real_exaone4_agrees_with_stock_transformers(exaone4_mini, tmp_path):
+    real = Checkpoint.read(exaone4_mini)
+    real_family, plan = family.family_of(real), CompressionPlan.identity(real.config)
+    text = torch.randint(3, 8000, (2, 64), generator=torch.Generator().manual_seed(2)).tolist()
+    found = calibration.calibrate(real, text)
+    plan = dataclasses.replace(plan, num_hidden_layers=plan.num_hidden_layers - 1, precision="W8A8")
+    build.apply(plan, real, real_family, found).write(tmp_path / "m")
+    simulated = build.apply(plan, real, real_family, found, simulate=True).to_model("cpu", F32)
+    torch.testing.assert_close(
+        logits(simulated, text), logits(stock(tmp_path / "m", dtype=F32), text), atol=1e-3, rtol=1e-3
+    )

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -96,7 +97,52 @@ def test_infeasible_plans_say_why(pico_llama):
     assert "num_hidden_layers: 6" in check(base, num_hidden_layers=6)
     assert "multiple of 2" in check(base, num_attention_heads=5, num_key_value_heads=2)
     assert "input width" in check(base, precision="W4A16")
-    assert "CUTLASS" in check(base, precision="W8A8", intermediate_size=150)
+    assert "hidden_size: 0" in check(base, hidden_size=0)
+    assert "intermediate_size: 161" in check(base, intermediate_size=161)
+    assert "drop_from: 'middle'" in check(base, num_hidden_layers=3, drop_from="middle")
+    assert "precision: 'INT2'" in check(base, precision="INT2")
+    for scheme in ("W8A8", "FP8_DYNAMIC"):
+        assert check(base, precision=scheme) is None
+        reason = check(base, precision=scheme, intermediate_size=150)  # gate+up: 300 × 96
+        assert "gate_proj+up_proj is 300 × 96" in reason
+        assert "CUTLASS" in reason
     assert check(base, alignment=False, precision="W8A8", intermediate_size=150) is None
     assert "Marlin" in check(base, precision="W4A16", num_attention_heads=4, num_key_value_heads=2)
     assert "transformers refuses" in check(base, alignment=False, hidden_size=64)  # Llama: 64 % 6
+
+
+def test_a_head_size_that_attention_kernels_refuse(tmp_path, write_pico_model):
+    base = Checkpoint.read(write_pico_model(tmp_path / "m", "llama", head_dim=20))
+    assert "head_dim: 20 is no multiple of 8" in check(base)
+    assert check(base, alignment=False) is None
+
+
+def test_a_config_without_head_dim_keeps_it_when_the_width_is_cut(tmp_path, write_pico_model):
+    path = write_pico_model(tmp_path / "m", "llama", head_dim=16)  # 96 / 6
+    config = json.loads((path / "config.json").read_text())
+    for said in ({}, {"head_dim": None}):
+        (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "head_dim"} | said))
+        base = Checkpoint.read(path)
+        its_family = family.family_of(base)
+        for changes in ({"hidden_size": 72}, {"num_attention_heads": 3}, {"num_hidden_layers": 3}):
+            plan = dataclasses.replace(CompressionPlan.identity(base.config), **changes)
+            assert check(base, **changes) is None
+            made = build.apply(plan, base, its_family, None)
+            assert made.config["head_dim"] == 16
+            made.to_model("cpu")
+            assert "head_dim" not in base.config or base.config["head_dim"] is None, "the base is not changed"
+
+
+@pytest.mark.parametrize(("width", "expected"), [(128, 128), (192, 64), (160, 32)])
+def test_w4a16_takes_the_largest_group_that_divides_every_width(tmp_path, write_pico_model, width, expected):
+    sizes = {"hidden_size": 384, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64}
+    base = Checkpoint.read(write_pico_model(tmp_path / "m", "llama", intermediate_size=width, **sizes))
+    its_family = family.family_of(base)
+    assert precision.group_size(base, its_family) == expected
+    made = precision.quantize(base, its_family, "W4A16")
+    weights = made.config["quantization_config"]["config_groups"]["group_0"]["weights"]
+    assert weights["group_size"] == expected
+    down = "model.layers.0.mlp.down_proj"
+    assert made.tensors[f"{down}.weight_packed"].load().shape == (384, width // 8)
+    assert made.tensors[f"{down}.weight_scale"].load().shape == (384, width // expected)
+    assert made.tensors[f"{down}.weight_shape"].load().tolist() == [384, width]

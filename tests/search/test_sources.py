@@ -57,6 +57,17 @@ def test_a_hub_that_can_not_be_reached_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def test_a_damaged_demo_package_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    whole = sources._gguf_file()
+    monkeypatch.setattr(sources, "_gguf_file", lambda: tmp_path / "damaged.gguf")
+    for data in (b"", b"GGUF" + bytes(50), whole.open("rb").read(200_000)):
+        (tmp_path / "damaged.gguf").write_bytes(data)
+        with pytest.raises(CheckpointError, match="can't be converted") as caught:
+            sources.resolve(sources.EMBEDDED, tmp_path / "cache")
+        assert "\n" not in str(caught.value)
+        assert not list((tmp_path / "cache" / "models").iterdir())
+
+
 def test_no_other_distribution_owns_our_package_names():
     owners = importlib.metadata.packages_distributions()
     for name in ("search", "compressors", "evaluator", "studies"):
