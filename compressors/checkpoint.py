@@ -159,7 +159,12 @@ class Checkpoint:
             if path.exists():  # out of the way first: the place is never half of one and half of the other
                 old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
                 path.replace(old)
-            scratch.replace(path)
+            try:
+                scratch.replace(path)
+            except OSError:
+                if old is not None:
+                    old.replace(path)
+                raise
         except OSError as error:
             raise CheckpointError(f"checkpoint {path}: {error.strerror or error}; nothing was changed there") from None
         finally:

@@ -135,15 +135,8 @@ def run(as_json: bool, workers: int, trials: int | None, seed: int | None, **whe
     from search import progress, status, study
     from search import workers as team
 
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    restore = study.until_signal(interrupt)
-    try:
-        with progress.Live(file.trials, quiet=False) as live:
-            the_study = team.run(file, workers, live)
-    finally:
-        restore()
+    with study.Stop() as stop, progress.Live(file.trials) as live:
+        the_study = team.run(file, workers, live, stop)
     _print_status(status.of(the_study), as_json)
 
 

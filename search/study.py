@@ -12,7 +12,7 @@ import signal
 import socket
 import sqlite3
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -289,11 +289,28 @@ def process_alive(pid: int) -> bool:
     return _started(pid) is not None
 
 
-def until_signal(handler: Callable[[], None]) -> Callable[[], None]:
-    """Treat SIGTERM as Ctrl-C; returns a function that restores the old handler."""
+class Stop:
+    """Within it, SIGINT and SIGTERM raise KeyboardInterrupt and are remembered: a library that swallows the exception,
+    as some do while they are being imported, does not swallow the wish. Asked for a second time, it is only raised.
+    """
 
-    def on_signal(number: int, frame: object) -> None:
-        handler()
+    def __init__(self) -> None:
+        self.asked = False
+        self._old: dict[int, Any] = {}
 
-    old = signal.signal(signal.SIGTERM, on_signal)
-    return lambda: (signal.signal(signal.SIGTERM, old), None)[1]
+    def __enter__(self) -> Stop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._old[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self.asked = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        if self.asked:
+            raise KeyboardInterrupt

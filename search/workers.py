@@ -35,14 +35,19 @@ Event = dict[str, Any]
 Watch = Callable[[Event], None]
 
 
-def run(file: StudyFile, workers: int = 1, watch: Watch = lambda _: None) -> optuna.Study:
+def run(
+    file: StudyFile, workers: int = 1, watch: Watch = lambda _: None, stop: study.Stop | None = None
+) -> optuna.Study:
     """Create the study or go on with it until it holds `file.trials` finished trials.
 
     Raises UsageError and its kin before anything is written, StudyStopped when the study can't go on.
     KeyboardInterrupt leaves the running trial recorded and queued again.
     """
 
+    stop = stop or study.Stop()
+
     def say(text: str) -> None:
+        stop.check()
         watch({"event": "say", "text": text})
 
     setting = _shared(prepare(file, say), workers)
@@ -70,24 +75,31 @@ def run(file: StudyFile, workers: int = 1, watch: Watch = lambda _: None) -> opt
         dashboard.describe_study(the_study, baseline, file.score.weight_perf)
         try:
             if workers == 1:
-                team: Any = _InProcess(bench, the_study, baseline, watch)
+                team: Any = _InProcess(bench, the_study, baseline, watch, stop)
             else:
                 bench.close()
                 team = _Processes(setting, workers, watch)
             with team:
-                _until_finished(the_study, setting, team, watch, tracker, baseline)
+                _until_finished(the_study, setting, team, watch, tracker, baseline, stop)
         finally:
             tracker.close()
     return the_study
 
 
 def _until_finished(
-    the_study: optuna.Study, setting: Setting, team: Any, watch: Watch, tracker: tracking.Tracker, baseline: Measurement
+    the_study: optuna.Study,
+    setting: Setting,
+    team: Any,
+    watch: Watch,
+    tracker: tracking.Tracker,
+    baseline: Measurement,
+    stop: study.Stop,
 ) -> None:
     file, busy, at_start = setting.file, 0, -1
     for number in study.retry_dead(the_study):
         watch({"event": "warn", "text": f"trial {number} was killed: it is tried again"})
     while True:
+        stop.check()
         trials = the_study.get_trials(deepcopy=False)
         done = study.finished(trials)
         watch({"event": "done", "finished": len(done), "trials": file.trials, **_best(the_study), **_counts(done)})
@@ -192,18 +204,21 @@ def _enqueue_uncut(the_study: optuna.Study, setting: Setting) -> None:
 
 
 def _one_trial(
-    the_study: optuna.Study, bench: Bench, baseline: Measurement, worker: int, done: int, watch: Watch
+    the_study: optuna.Study, bench: Bench, baseline: Measurement, worker: int, done: int, watch: Watch, stop: study.Stop
 ) -> None:
     """Sampler and pruner are not in the storage, so they are made anew here."""
     file = bench.setting.file
     the_study.sampler = study.sampler(file.sampler, file.seed, worker, done)
     the_study.pruner = study.pruner(file.pruner, len(bench.setting.shards))
+
+    def on_stage(record: Record) -> None:
+        stop.check()
+        watch({"event": "stage", "worker": worker, "trial": record.number, "stage": record.stage})
+
     objective = Objective(
         bench,
         baseline,
-        on_stage=lambda record: watch(
-            {"event": "stage", "worker": worker, "trial": record.number, "stage": record.stage}
-        ),
+        on_stage=on_stage,
         on_end=lambda record: watch(_ended(record, worker)),
     )
     try:
@@ -240,8 +255,10 @@ def _queue_interrupted(the_study: optuna.Study) -> None:
 class _InProcess:
     """A team of one: `go` remembers, `wait` works."""
 
-    def __init__(self, bench: Bench, the_study: optuna.Study, baseline: Measurement, watch: Watch) -> None:
-        self._work: Callable[[int], None] = lambda done: _one_trial(the_study, bench, baseline, 0, done, watch)
+    def __init__(
+        self, bench: Bench, the_study: optuna.Study, baseline: Measurement, watch: Watch, stop: study.Stop
+    ) -> None:
+        self._work: Callable[[int], None] = lambda done: _one_trial(the_study, bench, baseline, 0, done, watch, stop)
         self._next: int | None = None
 
     def __enter__(self) -> _InProcess:
@@ -383,10 +400,6 @@ def _main(index: int, threads: int) -> None:
         except OSError:
             raise KeyboardInterrupt from None  # nobody listens any more
 
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    study.until_signal(interrupt)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     setting = prepare(file)
@@ -396,11 +409,12 @@ def _main(index: int, threads: int) -> None:
     the_study = study.load(study.open_storage(file.storage), file.study_name)
     with (
         contextlib.suppress(KeyboardInterrupt),
+        study.Stop() as stop,
         Bench(setting, lambda text: watch({"event": "say", "text": text})) as bench,
     ):
         baseline = bench.baseline()
         for line in lines:
-            _one_trial(the_study, bench, baseline, index, int(line.split()[1]), watch)
+            _one_trial(the_study, bench, baseline, index, int(line.split()[1]), watch, stop)
             watch({"event": "idle"})
 
 

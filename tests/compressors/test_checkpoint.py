@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import pathlib
 import shutil
 import struct
 
@@ -202,6 +203,27 @@ def test_a_write_that_fails_keeps_what_was_there(pico_llama, tmp_path):
     with pytest.raises(CheckpointError, match="announced as"):
         Checkpoint(base.config, {**base.tensors, "wrong": wrong}, base.files).write(tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_rename_that_fails_puts_back_what_was_there(pico_llama, tmp_path, monkeypatch):
+    base = Checkpoint.read(pico_llama)
+    base.write(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    replace = pathlib.Path.replace
+
+    def fails(self, target):
+        if (self / "config.json").is_file() and target == tmp_path / "out" and not moved:
+            moved.append(self)
+            raise OSError(5, "Input/output error")
+        return replace(self, target)
+
+    moved = []
+    monkeypatch.setattr(pathlib.Path, "replace", fails)
+    with pytest.raises(CheckpointError, match="Input/output error; nothing was changed there"):
+        Checkpoint({**base.config, "vocab_size": 1}, base.tensors).write(tmp_path / "out")
+    assert moved
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert os.listdir(tmp_path) == ["out"]
 
 

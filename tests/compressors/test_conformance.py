@@ -256,9 +256,9 @@ def test_a_hidden_cut_is_the_model_with_these_dimensions_silent(base, its_family
 
 def test_a_hidden_cut_keeps_each_norms_output_where_the_text_puts_it(base, its_family, statistics, own):
     """The gain that stays, over the root mean square that is left, is as large as it was in the whole model."""
-    plan = dataclasses.replace(own, num_hidden_layers=3, hidden_size=72, precision="float32")
+    plan = dataclasses.replace(own, num_hidden_layers=3, hidden_size=72, precision="float32", drop_from="bottom")
     made = build.apply(plan, precision.cast(base, "float32"), its_family, statistics)
-    layers = depth.choose(5, 3, "importance", statistics)
+    layers = (2, 3, 4)  # none keeps its number
     kept = torch.topk(statistics.hidden_activity, 72).indices.sort().values
     old_names = its_family.residual_norms(5)
     per_layer = len(its_family.block_norms)
@@ -355,12 +355,18 @@ def test_statistics_survive_the_disk(statistics, tmp_path):
     assert again.norm_mean_square.keys() == statistics.norm_mean_square.keys()
 
 
-def test_statistics_follow_the_layers_that_stay(base, its_family, statistics, own, windows):
-    """Depth is cut first: channel 7's choice in the new layer 1 must be made by the old layer's activity."""
-    plan = dataclasses.replace(own, num_hidden_layers=3, intermediate_size=96)
-    kept_layers = depth.choose(5, 3, "importance", statistics)
+def test_statistics_follow_the_layers_that_stay(base, its_family, statistics, own):
+    """Depth is cut first: what stays of the new layer 0 must be chosen by the activity of the old layer 2."""
+    plan = dataclasses.replace(
+        own, num_hidden_layers=3, intermediate_size=96, num_attention_heads=3, drop_from="bottom"
+    )
     made = build.apply(plan, base, its_family, statistics)
-    for new, old in enumerate(kept_layers):
+    for new, old in enumerate((2, 3, 4)):
+        by_group = statistics.head_activity[old].reshape(3, 2)  # one of two query heads stays in each group
+        heads_kept = by_group.argmax(1) + 2 * torch.arange(3)
+        rows = (heads_kept[:, None] * 24 + torch.arange(24)).flatten()
+        query = base.tensors[f"{its_family.in_layer(old, its_family.q)}.weight"].load()
+        assert torch.equal(made.tensors[f"{its_family.in_layer(new, its_family.q)}.weight"].load(), query[rows])
         channels = torch.topk(statistics.ffn_activity[old], 96).indices.sort().values
         name = f"{its_family.in_layer(old, its_family.up)}.weight"
         expected = base.tensors[name].load()[channels]

@@ -103,12 +103,40 @@ def test_infeasible_plans_say_why(pico_llama):
     assert "precision: 'INT2'" in check(base, precision="INT2")
     for scheme in ("W8A8", "FP8_DYNAMIC"):
         assert check(base, precision=scheme) is None
+        assert "q_proj+k_proj+v_proj is 288 × 72" in check(base, precision=scheme, hidden_size=72)
         reason = check(base, precision=scheme, intermediate_size=150)  # gate+up: 300 × 96
         assert "gate_proj+up_proj is 300 × 96" in reason
         assert "CUTLASS" in reason
     assert check(base, alignment=False, precision="W8A8", intermediate_size=150) is None
     assert "Marlin" in check(base, precision="W4A16", num_attention_heads=4, num_key_value_heads=2)
     assert "transformers refuses" in check(base, alignment=False, hidden_size=64)  # Llama: 64 % 6
+
+
+@pytest.mark.parametrize(("width", "said"), [(192, "down_proj is 256 × 192"), (128, None), (256, None)])
+def test_marlin_wants_inputs_by_128(tmp_path, write_pico_model, width, said):
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    base = Checkpoint.read(write_pico_model(tmp_path / "m", "llama", intermediate_size=width, **sizes))
+    reason = check(base, precision="W4A16")
+    assert reason is None if said is None else said in reason
+    assert check(base, alignment=False, precision="W4A16") is None
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC", "W4A16"])
+def test_scales_and_values_are_those_of_compressed_tensors(scheme):
+    from compressed_tensors.quantization import preset_name_to_scheme
+    from compressed_tensors.quantization.lifecycle.forward import quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    args = preset_name_to_scheme(scheme, ["Linear"]).weights
+    size = 32 if scheme == "W4A16" else None
+    args.group_size = size
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    groups = weight.reshape(6, -1, size or 64)
+    scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    values, own_scale = precision.round_weight(weight, scheme, size)
+    torch.testing.assert_close(own_scale, scale, rtol=1e-6, atol=0)
+    expected = quantize(weight, own_scale, zero_point, args).float()
+    assert torch.equal(values, expected)
 
 
 def test_a_head_size_that_attention_kernels_refuse(tmp_path, write_pico_model):

