@@ -37,6 +37,8 @@ def test_write_gives_what_safetensors_reads_and_the_sha256_of_the_file(pico, tmp
     sha256 = base.write(tmp_path / "out")
     weights = tmp_path / "out" / "model.safetensors"
     assert sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
+    (header,) = struct.unpack("<Q", weights.read_bytes()[:8])
+    assert header % 8 == 0, "the tensors begin where a memory-mapped reader may want them"
     there, original = load_file(weights), load_file(pico / "model.safetensors")
     assert there.keys() == original.keys()
     assert all(torch.equal(there[name], original[name]) for name in there)
