@@ -156,7 +156,7 @@ def _existing(storage: str) -> Any:
     """Looking at a study must not make an empty database."""
     from search import errors, study
 
-    if storage.startswith("sqlite:///") and not Path(storage.removeprefix("sqlite:///")).is_file():
+    if not study.exists(storage):
         raise errors.StorageError(
             f"storage {storage}: no such file; `optuna-search run` makes it, or name another with --storage"
         )

@@ -34,7 +34,6 @@ from evaluator.process import EngineProcess
 from search import dashboard, space, study
 from search.setting import Setting, read_json, require_disk, require_memory, write_json
 
-STAGES = ("plan", "screen", "build", "measure", "done")
 BUILDING = ".building-"  # + the worker's pid: where a checkpoint is until it is whole
 
 
@@ -77,6 +76,7 @@ class Bench:
         self._baseline_engine: EngineProcess | None = None
         self._reference: quality.Reference | None = None
         self._base_nll: tuple[float, ...] | None = None
+        self._baseline_measured: Measurement | None = None
         self._calibration: calibration.Calibration | None = None
 
     def close(self) -> None:
@@ -99,6 +99,8 @@ class Bench:
 
     def baseline(self) -> Measurement:
         """The base model's measurement: made once, kept under what it depends on."""
+        if self._baseline_measured is not None:
+            return self._baseline_measured
         setting = self.setting
         path = setting.outputs / "baseline" / f"{setting.base_digest[:12]}-{_key(setting.circumstances)}.json"
         known = read_json(path)
@@ -118,6 +120,7 @@ class Bench:
             )
             write_json(path, measurement.to_dict())
         write_json(setting.outputs / "baseline_result.json", measurement.to_dict())
+        self._baseline_measured = measurement
         return measurement
 
     def _baseline(self) -> EngineProcess:
