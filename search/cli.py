@@ -32,6 +32,9 @@ class Commands(click.Group):
             raise
         except KeyboardInterrupt:
             click.echo("stopped; run the same command again to go on", err=True)
+            # CPython ends `python -m` with the signal, whatever its exit status, once a KeyboardInterrupt has passed
+            # through an exec() of text, as dataclasses do while they are imported; the next exec() makes it forget.
+            exec("")  # noqa: S102
             context.exit(130)
         except Exception as error:
             status = _status(error)
