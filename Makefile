@@ -8,11 +8,27 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup demo test test-slow test-vllm lint format clean
+# By hand: make train RUN=drop_layers MODEL=submit/model_drop26 STUDY=exaone4-1.2b ARGS='compression.keep_layers=24'
+RUN    ?=
+MODEL  ?= submit/model
+STUDY  ?= demo
+ARGS   ?=
+SEARCH := $(BIN)/optuna-search
+
+.PHONY: help setup demo analyze train eval eval-model report submit test test-slow test-vllm lint format clean
 
 help:
 	@echo 'make setup      a virtual environment in $(VENV) with optuna-search in it (EXTRAS=demo,dev,vllm on a GPU machine)'
 	@echo 'make demo       the main job on the embedded model: baseline, 20 trials, export to submit/model'
+	@echo
+	@echo 'By hand, of STUDY=$(STUDY) (or exaone4-1.2b, or your own), with more KEY=VALUE words in ARGS:'
+	@echo "make analyze    the model's structure"
+	@echo 'make train      compress by an experiment: RUN=drop_layers MODEL=submit/model_drop26'
+	@echo 'make eval       the baseline'
+	@echo 'make eval-model MODEL=$(MODEL) against the baseline; RUN=drop26 names it'
+	@echo 'make report     of MODEL, called RUN; without RUN all evaluated models in one table'
+	@echo 'make submit     submit.zip of MODEL'
+	@echo
 	@echo 'make test       the tests'
 	@echo 'make test-slow  the long ones too'
 	@echo 'make test-vllm  those with a real vLLM engine on the CPU, in an environment of its own'
@@ -32,6 +48,25 @@ $(READY): pyproject.toml Makefile
 demo: $(READY)
 	$(BIN)/optuna-search run --study demo
 	$(BIN)/optuna-search export --study demo
+
+analyze: $(READY)
+	$(SEARCH) analyze --study $(STUDY) $(ARGS)
+
+train: $(READY)
+	$(if $(RUN),,$(error make train needs an experiment: RUN=drop_layers, or another file of studies/experiments))
+	$(SEARCH) compress --study $(STUDY) experiments=$(RUN) --save-path $(MODEL) $(ARGS)
+
+eval: $(READY)
+	$(SEARCH) baseline --study $(STUDY) $(ARGS)
+
+eval-model: $(READY)
+	$(SEARCH) evaluate --study $(STUDY) --model $(MODEL) $(if $(RUN),--run-name $(RUN)) $(ARGS)
+
+report: $(READY)
+	$(SEARCH) report $(if $(RUN),-e $(RUN) -m $(MODEL)) $(ARGS)
+
+submit: $(READY)
+	./create_submit.sh $(MODEL)
 
 test: $(READY)
 	$(BIN)/python -m pytest

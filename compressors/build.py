@@ -26,7 +26,8 @@ def apply(
     plain tensors that computes the same, for scoring in memory. Raises InfeasiblePlan.
     """
     own = CompressionPlan.identity(base.config)
-    drop_from = plan.drop_from if calibration is not None else "top"
+    by_importance = plan.drop_from == "importance"
+    drop_from = "top" if by_importance and calibration is None else plan.drop_from
     layers = depth.choose(own.num_hidden_layers, plan.num_hidden_layers, drop_from, calibration)
     made = depth.cut(base, family, layers)
     if calibration is not None:
@@ -51,6 +52,13 @@ def apply(
     made.config.setdefault("architectures", [family.architecture])
     made.config["transformers_version"] = transformers.__version__
     return made
+
+
+def needs_calibration(plan: CompressionPlan, base: CompressionPlan) -> bool:
+    """Whether anything of `base` is chosen by statistics of its activations."""
+    depth_by_importance = plan.num_hidden_layers != base.num_hidden_layers and plan.drop_from == "importance"
+    widths = ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
+    return depth_by_importance or any(getattr(plan, width) != getattr(base, width) for width in widths)
 
 
 def of_layers(calibration: Calibration, family: Family, layers: tuple[int, ...]) -> Calibration:
@@ -92,8 +100,8 @@ def check(
         wanted, there = getattr(plan, name), getattr(own, name)
         if not 1 <= wanted <= there:
             return f"{name}: {wanted} must be from 1 to the model's {there}"
-    if plan.drop_from not in DROP_FROM:
-        return f"drop_from: {plan.drop_from!r} is not one of {', '.join(DROP_FROM)}"
+    if plan.drop_from not in DROP_FROM and plan.dropped_layers is None:
+        return f"drop_from: {plan.drop_from!r} is not one of {', '.join(DROP_FROM)}, nor a list of layers"
     try:
         made = apply(plan, base, family, None)
         stock_config(made.config)

@@ -6,6 +6,7 @@ memory until it is written or put into a model, and then one tensor at a time.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -81,7 +82,7 @@ class Checkpoint:
         stored beside the embedding is left out.
         """
         path = Path(path)
-        config = _read_json(path / "config.json", "a model's directory holds config.json")
+        config = read_json(path / "config.json", "a model's directory holds config.json")
         quantized = config.get("quantization_config")
         if quantized:
             how = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
@@ -90,7 +91,7 @@ class Checkpoint:
             if not isinstance(config.get(key), int) or config[key] < 1:
                 raise CheckpointError(f"model {path}: config.json says {key}: {config.get(key)!r}; it must be a number")
         tensors: dict[str, LazyTensor] = {}
-        for file in _weight_files(path):
+        for file in weight_files(path):
             for name, (shape, dtype) in safetensors_file.shapes(file).items():
                 tensors[name] = LazyTensor(shape, dtype, safetensors_file.loader(file, name))
         if config["num_hidden_layers"] > len(tensors):  # or a mere number would fill the memory with names
@@ -206,7 +207,7 @@ def stock_config(config: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.for_model(**config)
+        return AutoConfig.for_model(**copy.deepcopy(dict(config)))  # it writes into a nested rope_scaling
     except Exception as error:  # the config classes raise their own mixture
         cause = error.__cause__ or error
         raise CheckpointError(f"transformers refuses the config: {' '.join(str(cause).split())}") from None
@@ -218,7 +219,7 @@ def digest_of(path: Path, cache: Path) -> str:
     Raises CheckpointError.
     """
     path = Path(path).resolve()
-    _read_json(path / "config.json", "a model's directory holds config.json")
+    read_json(path / "config.json", "a model's directory holds config.json")
     stamps = [
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
         for file in sorted([path / "config.json", *path.glob("*.safetensors")])
@@ -280,7 +281,7 @@ def _stored_dtype(tensors: Mapping[str, LazyTensor]) -> str:
     return str(max(tensors.values(), key=lambda tensor: tensor.nbytes).dtype).removeprefix("torch.")
 
 
-def _read_json(path: Path, rule: str) -> dict[str, Any]:
+def read_json(path: Path, rule: str) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
@@ -294,11 +295,11 @@ def _read_json(path: Path, rule: str) -> dict[str, Any]:
     return values
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     if (path / WEIGHTS).is_file():
         return [path / WEIGHTS]
     if (path / INDEX).is_file():
-        named = _read_json(path / INDEX, "").get("weight_map")
+        named = read_json(path / INDEX, "").get("weight_map")
         if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
             raise CheckpointError(f"model {path}: {INDEX} has no weight_map of names to files; copy it again")
         files = sorted({path / Path(name).name for name in named.values()})

@@ -27,7 +27,7 @@ class CompressionPlan:
 
     drop_from: how layers are chosen. "importance": those whose input and output differ least on the
         calibration text (block influence, ShortGPT, https://arxiv.org/abs/2403.03853); "top": the last
-        ones before the final norm; "bottom": the first ones.
+        ones before the final norm; "bottom": the first ones; "3,7": just these go, numbered from 0.
     """
 
     num_hidden_layers: int
@@ -51,6 +51,11 @@ class CompressionPlan:
             precision=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
         )
 
+    @property
+    def dropped_layers(self) -> tuple[int, ...] | None:
+        """The layers that `drop_from` names one by one, ascending; None where it says how they are chosen."""
+        return layers_named(self.drop_from)
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -63,3 +68,11 @@ class CompressionPlan:
         """Names what this plan makes of the model whose digest is `base`: 16 hexadecimal digits."""
         text = json.dumps([RECIPE, base, self.to_dict()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def layers_named(drop_from: str) -> tuple[int, ...] | None:
+    """`"7,3"` → (3, 7); None for what is no list of layers."""
+    words = drop_from.split(",")
+    if not all(word.strip().isascii() and word.strip().isdigit() for word in words):
+        return None
+    return tuple(sorted({int(word) for word in words}))

@@ -14,9 +14,10 @@ from typing import Any
 
 from evaluator import quality, speed, texts
 from evaluator.errors import EvaluationError, NotFinite
-from evaluator.measurement import Measurement, Timing, Workload
+from evaluator.measurement import Measurement, TaskResult, Timing, Workload
 from evaluator.process import EngineProcess
-from evaluator.score import standard_error
+from evaluator.score import PERPLEXITY, standard_error
+from evaluator.tasks import Task
 
 UNTIMED = Timing(1.0, 0.0, 1.0, 0.0, 1.0, 0.0, samples=0)
 UNTIMED_NOTE = "nothing was timed: time_per_token_ms and tokens_per_sec are relative to the baseline's 1"
@@ -35,6 +36,7 @@ def measure(
     time_it: bool = True,
     expected_base_ms: float | None = None,
     progress: Callable[[str], None] | None = None,
+    tasks: Sequence[Task] = (),
 ) -> Measurement:
     """Measure the checkpoint in `path`, which `engine` has loaded.
 
@@ -42,11 +44,16 @@ def measure(
         that of timing it against itself.
     shards: of windows of token ids, all of them used. weights_sha256: of model.safetensors, if it is known.
     expected_base_ms: the baseline's time per token as it was measured alone; see `speed.time_in_turn`.
-    progress: told what is being done.
+    progress: told what is being done. tasks: run after the perplexity; each has a name of its own.
 
     Raises NotFinite for a broken model, and what the engines raise.
     """
     say = progress or (lambda _: None)
+    named = [task.name for task in tasks]
+    if len({*named, PERPLEXITY}) <= len(named):
+        raise EvaluationError(
+            f"tasks: {', '.join(named)}: each needs a name of its own, and {PERPLEXITY} is the text's; rename one"
+        )
     seconds = dict(engine.seconds)
     timing = UNTIMED
     if time_it:
@@ -80,6 +87,13 @@ def measure(
         raise NotFinite(
             f"{Path(path).name}: its loss of {total:g} nats per token has no finite perplexity; it is broken"
         )
+    results: dict[str, TaskResult] = {}
+    if tasks:
+        started = time.monotonic()
+        for task in tasks:
+            say(f"task {task.name}")
+            results[task.name] = task.run(engine, say)
+        seconds["tasks"] = time.monotonic() - started
     started = time.monotonic()
     say("digests")
     logits_sha256 = engine.logits_sha256(shards[0][0])
@@ -112,6 +126,7 @@ def measure(
         weights_sha256=weights,
         seconds={stage: round(spent, 3) for stage, spent in seconds.items()},
         notes=notes if time_it else (*notes, UNTIMED_NOTE),
+        tasks=results,
     )
     return measured
 

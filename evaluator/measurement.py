@@ -49,6 +49,21 @@ class Timing:
 
 
 @dataclasses.dataclass(frozen=True)
+class TaskResult:
+    """Accuracy on a task.
+
+    value: mean of correct, 0 to 1; se: its standard error. correct: of each item, 0 to 1, in the task's order, so that
+    two models' errors can be paired. digest: of the items as the model read them.
+    """
+
+    value: float
+    se: float
+    items: int
+    correct: tuple[float, ...]
+    digest: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Measurement:
     """One checkpoint, measured. Units are in the names; MB = 1e6 bytes.
 
@@ -57,6 +72,7 @@ class Measurement:
     kl_nats_per_token, top1_agreement: against the base model, where they were computed.
     logits_sha256: of the raw logits (vLLM: log-probabilities) on the first window, as the backend computes them.
     seconds: by stage. notes: for instance which kernel an engine chose.
+    tasks: by name, those that were asked for.
     """
 
     perplexity: float
@@ -91,12 +107,15 @@ class Measurement:
     top1_agreement: float | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    tasks: dict[str, TaskResult] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         values = dataclasses.asdict(self)
         values["shard_nll"] = list(self.shard_nll)
         values["notes"] = list(self.notes)
+        for result in values["tasks"].values():
+            result["correct"] = list(result["correct"])
         values["workload"]["batch_sizes"] = list(self.workload.batch_sizes)
         return values
 
@@ -107,4 +126,8 @@ class Measurement:
         found["shard_nll"] = tuple(found["shard_nll"])
         found["notes"] = tuple(found.get("notes", ()))
         found["workload"] = Workload(**found["workload"])
+        found["tasks"] = {
+            name: TaskResult(**{**result, "correct": tuple(result["correct"])})
+            for name, result in found.get("tasks", {}).items()
+        }
         return cls(**found)

@@ -1,6 +1,7 @@
 """PerfNorm, SpeedNorm and Score: pure functions of a measurement and the baseline's.
 
-PerfNorm  = Perf / Perf_base, Perf = 1 / perplexity         1 for the base model
+PerfNorm  = Σ wᵢ · Perfᵢ / Perfᵢ_base / Σ wᵢ                  1 for the base model
+            Perf = 1 / perplexity of the text, or the accuracy on a task
 SpeedNorm = 1 − time per token / time per token of the base   0 for the base model
 Score     = max(w_perf · PerfNorm + w_speed · SpeedNorm, 0)
 """
@@ -14,11 +15,26 @@ from collections.abc import Sequence
 from evaluator.errors import NotFinite
 from evaluator.measurement import Measurement
 
+PERPLEXITY = "perplexity"  # the part of Perf that is no task's name
+
 
 @dataclasses.dataclass(frozen=True)
 class Formula:
+    """perf: what Perf is, by name and weight: "perplexity", or a task of the measurement. Raises ValueError."""
+
     weight_perf: float = 0.5
     weight_speed: float = 0.5
+    perf: tuple[tuple[str, float], ...] = ((PERPLEXITY, 1.0),)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "perf", tuple((str(name), float(weight)) for name, weight in self.perf))
+        weights = [weight for _, weight in self.perf]
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not sum(weights) > 0:
+            raise ValueError(
+                f"score: the weights of perf are {weights}; take numbers of 0 or more, one of them above 0"
+            )
+        if len({name for name, _ in self.perf}) < len(self.perf):
+            raise ValueError(f"score: perf names {', '.join(name for name, _ in self.perf)}; name each once")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,21 +52,13 @@ class Score:
 def score_of(measurement: Measurement, baseline: Measurement, formula: Formula = Formula()) -> Score:
     """The score of a measurement.
 
-    PerfNorm's error is paired: that of the mean difference of the shards' NLL, by the delta method; it is far
-    smaller than either perplexity's own. Raises NotFinite; ValueError when the two were measured on other text.
+    PerfNorm's error is that of its parts, see `perf_ratio`, taken as independent. Raises NotFinite; ValueError when the
+    two were not measured on the same text and tasks.
     """
-    if len(measurement.shard_nll) != len(baseline.shard_nll) or measurement.text_digest != baseline.text_digest:
-        raise ValueError(
-            f"score: measured on text {measurement.text_digest} ({len(measurement.shard_nll)} shards) and the baseline "
-            f"on {baseline.text_digest} ({len(baseline.shard_nll)}): measure both on the same text"
-        )
-    gain = baseline.nll_nats_per_token - measurement.nll_nats_per_token
-    try:
-        perf_norm = math.exp(gain)
-    except OverflowError:
-        perf_norm = math.inf
-    differences = [b - m for b, m in zip(baseline.shard_nll, measurement.shard_nll, strict=True)]
-    perf_norm_se = perf_norm * standard_error(differences)
+    total = math.fsum(weight for _, weight in formula.perf)
+    parts = [(weight, *perf_ratio(name, measurement, baseline)) for name, weight in formula.perf]
+    perf_norm = math.fsum(weight * ratio for weight, ratio, _ in parts) / total
+    perf_norm_se = math.hypot(*(weight * error for weight, _, error in parts)) / total
     speed_norm = 1.0 - measurement.time_ratio
     score = max(formula.weight_perf * perf_norm + formula.weight_speed * speed_norm, 0.0)
     score_se = math.hypot(formula.weight_perf * perf_norm_se, formula.weight_speed * measurement.time_ratio_se)
@@ -60,6 +68,53 @@ def score_of(measurement: Measurement, baseline: Measurement, formula: Formula =
             f"{baseline.nll_nats_per_token}, time ratio {measurement.time_ratio}): the model is broken or was not timed"
         )
     return Score(perf_norm, perf_norm_se, speed_norm, measurement.time_ratio_se, score, score_se)
+
+
+def perf_ratio(name: str, measurement: Measurement, baseline: Measurement) -> tuple[float, float]:
+    """(Perf / Perf_base, its standard error) of one part of Perf: "perplexity", or a task's name.
+
+    Both errors are paired, and far smaller than either measurement's own. Perplexity: that of the mean difference of
+    the shards' NLL, by the delta method. A task: that of the mean of (c − ratio · b) / mean(b) over its items, for c
+    and b of the model and the base model, which is the delta method for a ratio of means (Cochran, Sampling
+    Techniques, section 2.11). Raises ValueError.
+    """
+    if name != PERPLEXITY:
+        return _task_ratio(name, measurement, baseline)
+    if len(measurement.shard_nll) != len(baseline.shard_nll) or measurement.text_digest != baseline.text_digest:
+        raise ValueError(
+            f"score: measured on text {measurement.text_digest} ({len(measurement.shard_nll)} shards) and the baseline "
+            f"on {baseline.text_digest} ({len(baseline.shard_nll)}): measure both on the same text"
+        )
+    gain = baseline.nll_nats_per_token - measurement.nll_nats_per_token
+    try:
+        ratio = math.exp(gain)
+    except OverflowError:
+        ratio = math.inf
+    differences = [b - m for b, m in zip(baseline.shard_nll, measurement.shard_nll, strict=True)]
+    return ratio, ratio * standard_error(differences)
+
+
+def _task_ratio(name: str, measurement: Measurement, baseline: Measurement) -> tuple[float, float]:
+    for whose, of in (("the model's", measurement), ("the baseline's", baseline)):
+        if name not in of.tasks:
+            raise ValueError(
+                f"score: perf names the task {name}, and {whose} measurement holds {', '.join(of.tasks) or 'no task'}: "
+                "measure it with that task, or take it out of perf"
+            )
+    model, base = measurement.tasks[name], baseline.tasks[name]
+    if model.digest != base.digest or len(model.correct) != len(base.correct):
+        raise ValueError(
+            f"score: task {name}: {model.items} items ({model.digest}) and the baseline's {base.items} "
+            f"({base.digest}) are not the same: measure both on the same items"
+        )
+    if not base.value > 0:
+        raise ValueError(
+            f"score: task {name}: the base model answers none of its {base.items} items, and nothing can be compared "
+            "with that: take an easier task, or take it out of perf"
+        )
+    ratio = model.value / base.value
+    residuals = [(c - ratio * b) / base.value for c, b in zip(model.correct, base.correct, strict=True)]
+    return ratio, standard_error(residuals)
 
 
 def standard_error(values: Sequence[float]) -> float:

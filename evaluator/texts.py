@@ -1,14 +1,22 @@
 """Documents in, fixed windows of token ids out. Knows no model.
 
-Text is split by document, so that what a compression is fitted to and what it is judged on share nothing.
+Text is split by document, so that what a compression is fitted to and what it is judged on share nothing; `overlap`
+finds what texts from elsewhere share.
 """
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
+import functools
 import hashlib
+import importlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +24,14 @@ from evaluator.errors import TextError
 
 GROUPED_CHARACTERS = 2000  # paragraphs of a .txt file are grouped into documents of at least so many
 MOST_TEXT = 32  # a text is read up to this multiple of the tokens that are asked for
+HUB = "hub:"  # begins the name of a Hugging Face dataset among the paths of a text
+MOST_ROWS = 5000  # of a dataset, read unless more are asked for
+PASSAGE_CHARACTERS = 80  # of a paragraph or a line, from which on sharing it is no accident
+EXAMPLES = 3  # of an overlap, quoted
+REPORT_CHARACTERS = 200_000  # of the embedded report text
+NOT_EVERYWHERE = {  # of the standard library: what distributions leave out or change
+    *("distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tkinter", "turtle", "turtledemo", "venv")
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +62,77 @@ def embedded_documents() -> list[Document]:
     return found
 
 
-def read_documents(paths: Iterable[str | Path]) -> list[Document]:
-    """UTF-8 files. `.txt`: neighbouring paragraphs (split by blank lines) grouped; `.jsonl`: "text" of each line.
+def embedded_report_documents() -> list[Document]:
+    """English prose for reports, apart from `embedded_documents`: docstrings of the standard library's modules.
 
+    Those of modules and of their classes, sorted by module; paragraphs of prose alone, each once; read from the
+    sources, none of which is imported. About 200 kB, dependent on Python's version. Raises TextError where no sources
+    are.
+    """
+    return list(_embedded_report())
+
+
+@functools.cache
+def _embedded_report() -> tuple[Document, ...]:
+    library = Path(sysconfig.get_path("stdlib"))
+    seen = {passage for document in embedded_documents() for passage in _passages(document.text)}
+    found = []
+    size = 0
+    for name, file in _library_files(library):
+        kept = []
+        for paragraph in _docstring_paragraphs(file):
+            passages = set(_passages(paragraph))
+            if passages and not passages & seen and _is_prose(paragraph):
+                seen |= passages
+                kept.append(paragraph)
+        if kept:
+            found.append(Document(name, "\n\n".join(kept)))
+            size += len(found[-1].text)
+        if size >= REPORT_CHARACTERS:
+            break
+    if not found:
+        raise TextError(f"text: {library} holds no sources of the standard library; name .txt or .jsonl files instead")
+    return tuple(found)
+
+
+def _library_files(library: Path) -> Iterator[tuple[str, Path]]:
+    """(module, its source), sorted by top-level module and path."""
+    for name in sorted(sys.stdlib_module_names - NOT_EVERYWHERE):
+        files = [library / f"{name}.py"] if (library / f"{name}.py").is_file() else (library / name).rglob("*.py")
+        for file in sorted(files):
+            parts = file.relative_to(library).with_suffix("").parts
+            if not {"test", "tests"} & set(parts):
+                yield ".".join(parts).removesuffix(".__init__"), file
+
+
+def _docstring_paragraphs(file: Path) -> Iterator[str]:
+    with contextlib.suppress(OSError, SyntaxError, ValueError):  # a damaged file is not worth failing for
+        tree = ast.parse(file.read_bytes())
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        for docstring in (ast.get_docstring(tree), *map(ast.get_docstring, classes)):
+            for paragraph in _paragraphs(docstring or ""):
+                yield paragraph.strip("\n")
+
+
+def _is_prose(paragraph: str) -> bool:
+    """Sentences: mostly letters, from a capital to a full stop, and no interpreter session."""
+    flat = " ".join(paragraph.split())
+    letters = sum(character.isalpha() or character == " " for character in flat)
+    return flat[0].isupper() and flat[-1] in ".:!?" and letters >= 0.9 * len(flat) and ">>>" not in flat
+
+
+def read_documents(paths: Iterable[str | Path]) -> list[Document]:
+    """UTF-8 files, and datasets.
+
+    `.txt`: neighbouring paragraphs (split by blank lines) grouped; `.jsonl`: "text" of each line. `hub:ORG/NAME`,
+    `hub:ORG/NAME:CONFIG`, `hub:ORG/NAME:CONFIG:SPLIT:COLUMN`: see `dataset_documents`; an empty part is its default.
     Raises TextError.
     """
     found: list[Document] = []
     for path in map(Path, paths):
+        if str(path).startswith(HUB):
+            found += _from_hub(str(path))
+            continue
         try:
             content = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -81,17 +161,152 @@ def _from_txt(path: Path, content: str) -> list[Document]:
 
 def _from_jsonl(path: Path, content: str) -> list[Document]:
     found = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):  # splitlines would break a string at U+2028
         if not line.strip():
             continue
         try:
             text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             text = None
         if not isinstance(text, str):
             raise TextError(f'text {path}, line {number}: is not a JSON object with a string "text"; mend the line')
         found.append(Document(f"{path.name}:{number}", text))
     return found
+
+
+def _from_hub(path: str) -> list[Document]:
+    parts = path.removeprefix(HUB).split(":")
+    if not parts[0] or len(parts) > 4:
+        raise TextError(f"text {path}: is no dataset's name; write {HUB}ORG/NAME or {HUB}ORG/NAME:CONFIG:SPLIT:COLUMN")
+    name, config, of, column = (*parts, "", "", "")[:4]
+    return dataset_documents(name, config=config or None, split=of or "train", column=column or "text")
+
+
+def dataset_documents(
+    name: str, *, config: str | None = None, split: str = "train", column: str = "text", limit: int = MOST_ROWS
+) -> list[Document]:
+    """The first `limit` rows with text of a Hugging Face dataset, streamed: no more is fetched.
+
+    name: ORG/NAME on the hub, or a directory that `datasets` can read. Neighbouring rows are grouped as the paragraphs
+    of a .txt file are: in many datasets a row is a line. No code of a dataset is run. Needs the library `datasets`.
+    Raises TextError.
+    """
+    where = f"text {HUB}{name}"
+    if limit < 1:
+        raise TextError(f"{where}: a limit of {limit} rows leaves none; take 1 or more")
+    try:
+        datasets: Any = importlib.import_module("datasets")
+    except ImportError:
+        raise TextError(
+            f"{where}: the library datasets is not installed; run `pip install 'optuna-search[hub]'`, or name .txt or "
+            ".jsonl files"
+        ) from None
+    try:
+        if not Path(name).is_dir():
+            _require_hub(name)
+        rows = datasets.load_dataset(name, config, split=split, streaming=True, trust_remote_code=False)
+        columns = rows.column_names or list(next(iter(rows)))
+        if column not in columns:
+            raise TextError(f"{where}: it has no column {column!r}; its columns are {', '.join(columns)}")
+        texts = []
+        for number, row in enumerate(rows.select_columns(column)):
+            if not isinstance(row[column], str):
+                raise TextError(f"{where}, row {number}: its {column!r} is no text; name another column")
+            if row[column].strip():
+                texts.append((number, row[column].strip("\n")))
+            if len(texts) == limit:
+                break
+    except TextError:
+        raise
+    except Exception as error:  # whatever its readers raise: it is data from outside
+        first = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        raise TextError(
+            f"{where}: can't be read ({first}); check its name, config and split, or where the hub can't be reached "
+            "name .txt or .jsonl files, or a directory with a copy"
+        ) from None
+    if not texts:
+        raise TextError(f"{where}: its column {column!r} holds no text in split {split}; name another")
+    return _grouped(f"{HUB}{name}:{split}", texts)
+
+
+def _require_hub(name: str) -> None:
+    """One question, asked once: `load_dataset` would ask for half a minute before it gives up."""
+    import huggingface_hub
+
+    if not huggingface_hub.constants.HF_HUB_OFFLINE:  # else it is a copy in the hub's cache that is asked for
+        huggingface_hub.HfApi().dataset_info(name, timeout=10.0)
+
+
+def _grouped(name: str, numbered: Iterable[tuple[int, str]]) -> list[Document]:
+    """Neighbours joined to documents of at least GROUPED_CHARACTERS, named by their first number."""
+    found: list[Document] = []
+    group: list[str] = []
+    first = 0
+    for number, text in numbered:
+        first = first if group else number
+        group.append(text)
+        if sum(map(len, group)) >= GROUPED_CHARACTERS:
+            found.append(Document(f"{name}:{first}", "\n\n".join(group)))
+            group = []
+    if group:
+        found.append(Document(f"{name}:{first}", "\n\n".join(group)))
+    return found
+
+
+def overlap(first: Sequence[Document], second: Sequence[Document]) -> list[str]:
+    """What both hold, as a few quoted examples that name the documents; empty when they are apart.
+
+    Held by both is a whole document, or one of its paragraphs or lines of at least 80 characters. Case and white space
+    make no difference.
+    """
+    whole, passages = _index(first)
+    found: dict[str, str] = {}
+    for document in second:
+        text = _normal(document.text)
+        shared = [(text, f"{whole[text]} and {document.name} are the same")] if text in whole else []
+        shared += [
+            (passage, f"{passages[passage]} and {document.name} both hold")
+            for passage in _passages(document.text)
+            if passage in passages
+        ]
+        for passage, where in shared:
+            if not any(passage in known for known in found):  # the lines of a paragraph that is quoted already
+                quoted = passage if len(passage) <= PASSAGE_CHARACTERS else f"{passage[: PASSAGE_CHARACTERS - 1]}…"
+                found[passage] = f'{where}: "{quoted}"'
+            if len(found) == EXAMPLES:
+                return list(found.values())
+    return list(found.values())
+
+
+def _index(documents: Sequence[Document]) -> tuple[dict[str, str], dict[str, str]]:
+    """(whole documents, passages), each normalised, with the name of the document that holds it first."""
+    whole: dict[str, str] = {}
+    passages: dict[str, str] = {}
+    for document in documents:
+        text = _normal(document.text)
+        if text:
+            whole.setdefault(text, document.name)
+        for passage in _passages(document.text):
+            passages.setdefault(passage, document.name)
+    return whole, passages
+
+
+def _passages(text: str) -> Iterator[str]:
+    """Paragraphs, and the lines of those that have several, normalised, of PASSAGE_CHARACTERS or more."""
+    for paragraph in _paragraphs(text):
+        lines = paragraph.split("\n")
+        for part in (paragraph, *(lines if len(lines) > 1 else ())):
+            passage = _normal(part)
+            if len(passage) >= PASSAGE_CHARACTERS:
+                yield passage
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [paragraph for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.split()).casefold()
 
 
 def split(documents: Sequence[Document], calibration_share: float = 0.6) -> tuple[list[Document], list[Document]]:

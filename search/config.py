@@ -6,25 +6,40 @@ and the nearest right spelling.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from compressors.plan import DROP_FROM, PRECISIONS
+from compressors.plan import DROP_FROM, DTYPES, PRECISIONS, SCHEMES
 from search.errors import ConfigError
 
 PACKAGED = Path(__file__).resolve().parent.parent / "studies"
 USER_DIR = Path("studies")
-
+EXPERIMENTS = "experiments"
+PRIMARY = "__study__"  # names the study file, so that it too is looked for along the whole search path
+METHODS = {  # of `compress`, and the keys that each takes; it needs one of those but drop_from
+    "drop_layers": ("keep_layers", "drop_from"),
+    "prune_heads": ("keep_heads", "keep_kv_heads"),
+    "reduce_hidden": ("hidden_size", "target_dim"),
+    "reduce_ffn": ("intermediate_size", "target_dim"),
+    "quantize": ("scheme",),
+    "cast": ("dtype",),
+}
 
 MEMBERS = ("Range", "int")
 
@@ -76,13 +91,118 @@ class Space(Section):
 class Model(Section):
     source: str  # a local directory, a hub id, or the name of the embedded model
     revision: str | None = None
+    num_layers: Annotated[int, Field(ge=1)] | None = None  # of the compressed model: a remark, compression decides
+
+
+class Compression(Section):
+    """What `compress` makes of the model by hand; what is null stays as in the base model."""
+
+    method: str | list[str] | None = None
+    keep_layers: Annotated[int, Field(ge=1)] | None = None
+    drop_from: str | list[Annotated[int, Field(ge=0)]] = "importance"  # or the numbers of the layers that go, from 0
+    keep_heads: Annotated[int, Field(ge=1)] | None = None
+    keep_kv_heads: Annotated[int, Field(ge=1)] | None = None
+    target_dim: Annotated[int, Field(ge=1)] | None = None  # of the one method that is named, reduce_hidden or _ffn
+    hidden_size: Annotated[int, Field(ge=1)] | None = None
+    intermediate_size: Annotated[int, Field(ge=1)] | None = None
+    scheme: str | None = None
+    dtype: str | None = None
+
+    @field_validator("method", "scheme", "dtype")
+    @classmethod
+    def _known(cls, value: str | list[str] | None, info: Any) -> str | list[str] | None:
+        allowed: Sequence[str] = {"method": tuple(METHODS), "scheme": SCHEMES, "dtype": DTYPES}[info.field_name]
+        for name in [value] if isinstance(value, str) else value or ():
+            if name not in allowed:
+                raise ValueError(f"{name!r} is not one of {', '.join(allowed)}{_nearest(name, allowed)}")
+        return value
+
+    @field_validator("drop_from")
+    @classmethod
+    def _drop_from(cls, value: str | list[int]) -> str | list[int]:
+        if isinstance(value, list):
+            if not value or len(set(value)) != len(value):
+                raise ValueError("needs the number of at least one layer, and none twice")
+        elif value not in DROP_FROM:
+            raise ValueError(
+                f"{value!r} is not one of {', '.join(DROP_FROM)}{_nearest(value, DROP_FROM)}, nor a list of layers"
+            )
+        return value
+
+    @property
+    def methods(self) -> list[str]:
+        return [self.method] if isinstance(self.method, str) else list(self.method or ())
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.scheme and self.dtype:
+            raise ValueError(f"scheme is {self.scheme} and dtype {self.dtype}: a model is quantized or cast, not both")
+        if not self.methods:
+            if self.target_dim is not None:
+                raise ValueError("target_dim needs a method, reduce_hidden or reduce_ffn; or say hidden_size")
+            return self
+        if self.target_dim is not None and {"reduce_hidden", "reduce_ffn"} <= set(self.methods):
+            raise ValueError("target_dim is of one of two methods here; say hidden_size and intermediate_size")
+        given = {name for name in type(self).model_fields if getattr(self, name) is not None} - {"method", "drop_from"}
+        if isinstance(self.drop_from, list):
+            given.add("keep_layers")
+        for method in self.methods:
+            wanted = [key for key in METHODS[method] if key != "drop_from"]
+            if not given & set(wanted):
+                raise ValueError(f"method {method} needs {' or '.join(wanted)}")
+        for key in sorted(given - {key for method in self.methods for key in METHODS[method]}):
+            owner = next(method for method, keys in METHODS.items() if key in keys)
+            raise ValueError(
+                f"{key} belongs to {owner}, and method is {', '.join(self.methods)}; add it there: "
+                f"method=[{','.join([*self.methods, owner])}]"
+            )
+        return self
+
+
+class PerfPart(Section):
+    """A part of Perf: 1/perplexity on the search text, or the accuracy of a task."""
+
+    metric: str = "perplexity"
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    name: str | None = None  # in tables; by default the file's or the task's
+    files: list[str] = []  # multiple_choice: JSONL with question, choices, answer
+    task: str | None = None  # lm_eval
+    include_path: str | None = None  # lm_eval: the folder of the task's YAML
+    limit: Annotated[int, Field(ge=1)] | None = None  # items
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        allowed = ("perplexity", *task_names())
+        if value not in allowed:
+            raise ValueError(f"{value!r} is not one of {', '.join(allowed)}{_nearest(value, allowed)}")
+        return value
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.metric == "multiple_choice" and not self.files:
+            raise ValueError("multiple_choice needs files: JSONL with question, choices and answer")
+        if self.metric == "lm_eval" and not self.task:
+            raise ValueError("lm_eval needs task: a task's name")
+        return self
+
+
+def task_names() -> list[str]:
+    """The kinds of task there are: the files of evaluator/tasks."""
+    from evaluator import tasks
+
+    return tasks.names()
+
+
+Texts = list[str] | Literal["embedded"]
 
 
 class Text(Section):
-    """`embedded` is English prose that every CPython ships; otherwise text or JSONL files."""
+    """`embedded` is prose that every CPython ships; otherwise .txt and .jsonl files, or hub:ORGANISATION/NAME."""
 
-    calibration: list[str] | Literal["embedded"] = "embedded"
-    search: list[str] | Literal["embedded"] = "embedded"
+    calibration: Texts = "embedded"
+    search: Texts = "embedded"
+    report: Texts | None = "embedded"  # confirms what was found on text that no search saw; null: nothing
     window: Annotated[int, Field(ge=16)] = 256  # tokens
     calibration_windows: Annotated[int, Field(ge=1)] = 16
     shards: Annotated[int, Field(ge=2)] = 16
@@ -107,6 +227,7 @@ class Evaluation(Section):
     start_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     call_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     kl_max_mb: Annotated[float, Field(ge=0)] = 1024.0  # of the base model's log-probabilities kept for KL
+    perf: Annotated[list[PerfPart], Field(min_length=1)] = [PerfPart()]
 
 
 class ScoreSection(Section):
@@ -130,7 +251,12 @@ class Pruner(Section):
 class Limits(Section):
     max_size_mb: Annotated[float, Field(gt=0)] | None = None  # of model.safetensors, 1 MB = 1e6 bytes
     max_consecutive_failures: Annotated[int, Field(ge=1)] = 5
+    max_zip_mb: Annotated[float, Field(gt=0)] | None = None  # of submit.zip
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2  # the best so many stay on disk
+
+
+class Export(Section):
+    for_transformers: str | None = None  # the version that is to read what export and compress write; null: this one
 
 
 class Tracking(Section):
@@ -140,11 +266,14 @@ class Tracking(Section):
 
 class StudyFile(Section):
     study_name: Annotated[str, Field(pattern=r"^[^'\"`]+$")]
+    experiment_name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None  # of what is made by hand
+    description: str | None = None
     trials: Annotated[int, Field(ge=1)] = 20
     seed: Annotated[int, Field(ge=0)] = 0
     storage: str = "sqlite:///outputs/studies.db"
     outputs: Path = Path("outputs")
     model: Model
+    compression: Compression = Compression()
     space: Space = Space()
     text: Text = Text()
     evaluation: Evaluation = Evaluation()
@@ -152,6 +281,7 @@ class StudyFile(Section):
     sampler: Sampler = Sampler()
     pruner: Pruner = Pruner()
     limits: Limits = Limits()
+    export: Export = Export()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
@@ -161,46 +291,148 @@ class StudyFile(Section):
         return self
 
 
+# -- composing ------------------------------------------------------------------------------------------------
+
+
 def studies(config_dir: Path | None = None) -> list[str]:
     """The names that `--study` takes: the user's own first, then those that come with optuna-search."""
+    return _files("*.yaml", config_dir)
+
+
+def groups(config_dir: Path | None = None) -> dict[str, list[str]]:
+    """The config groups along the search path and what each offers, the user's own first."""
     found: dict[str, None] = {}
     for directory in _search_path(config_dir):
-        for path in sorted(directory.glob("*.yaml")):
-            if not path.name.startswith("_"):
-                found.setdefault(path.stem)
-    return list(found)
+        found |= dict.fromkeys(path.name for path in sorted(directory.iterdir()) if path.is_dir())
+    return {group: names for group in found if (names := _files(f"{group}/*.yaml", config_dir))}
 
 
 def load(study: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> StudyFile:
-    """The study file `study` with Hydra `overrides` (KEY=VALUE). Raises ConfigError."""
+    """The study file `study` with Hydra `overrides` (KEY=VALUE, GROUP=NAME). Raises ConfigError."""
+    with _composed(study, overrides, config_dir) as (composed, sources):
+        values = OmegaConf.to_container(composed, resolve=True)
+    return validate(values, f"study {study!r}", sources)
+
+
+def sweep(overrides: Sequence[str], config_dir: Path | None = None) -> list[list[str]]:
+    """The overrides of each job of a multirun, by Hydra's own parser: a=1,2 · range(22,30,2) · choice(x,y) · glob(*).
+
+    Raises ConfigError.
+    """
+    for override in overrides:
+        _require_key_and_value(override)
+    try:
+        axes = []
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            if not override.is_sweep_override():
+                axes.append([override.input_line or ""])
+                continue
+            if not override.is_discrete_sweep():
+                raise ConfigError(f"multirun: {override.input_line}: name the values: a list, range(…) or choice(…)")
+            value = override.value()
+            if isinstance(value, Glob):
+                values = value.filter(_files(f"{override.key_or_group}/*.yaml", config_dir))
+            else:
+                values = list(override.sweep_string_iterator())
+            if not values:
+                raise ConfigError(f"multirun: {override.input_line}: stands for no value")
+            axes.append([f"{override.get_key_element()}={text}" for text in values])
+    except HydraException as error:
+        raise ConfigError(f"multirun: {_first_lines(error)}") from None
+    return [list(words) for words in itertools.product(*axes)]
+
+
+def as_yaml(study: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> str:
+    """The composed study file, every key of it, checked. Raises ConfigError."""
+    values = load(study, overrides, config_dir).model_dump(mode="json")
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+@contextlib.contextmanager
+def _composed(
+    study: str, overrides: Sequence[str], config_dir: Path | None
+) -> Iterator[tuple[DictConfig, list[tuple[str, Any]]]]:
+    """The composition, and where its keys come from: (a file's name or an override, its values), last one first."""
     directories = _search_path(config_dir)
-    home = next((d for d in directories if (d / f"{study}.yaml").is_file()), None)
-    if home is None:
-        names = studies(config_dir)
+    names = studies(config_dir)
+    if study not in names and not any((directory / f"{study}.yaml").is_file() for directory in directories):
         raise ConfigError(f"study {study!r}: no such study file; there are {', '.join(names)}{_nearest(study, names)}")
     for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"override {override!r}: must be KEY=VALUE, for instance trials=50")
-    others = [d.as_uri() for d in directories if d != home]
+        _require_key_and_value(override)
     GlobalHydra.instance().clear()
+    ConfigStore.instance().store(name=PRIMARY, node={"defaults": [study, "_self_"]})
+    first, *others = directories
+    words = [f"hydra.searchpath=[{','.join(directory.as_uri() for directory in others)}]"] if others else []
+    words += [_plain(override, directories, config_dir) for override in overrides]
     try:
-        with initialize_config_dir(config_dir=str(home), version_base="1.3", job_name="optuna-search"):
-            search_path = [f"hydra.searchpath=[{','.join(others)}]"] if others else []
-            plain = [_forced(override, directories) for override in overrides]
-            composed = compose(config_name=study, overrides=[*search_path, *plain])
-        values = OmegaConf.to_container(composed, resolve=True)
+        with initialize_config_dir(config_dir=str(first), version_base="1.3", job_name="optuna-search"):
+            try:
+                composed = compose(config_name=PRIMARY, overrides=words)
+            except HydraException as error:
+                if "Could not override" not in str(error):
+                    raise
+                # a group that the study file has no default for is added to it, as `+group=` would
+                words = [f"+{word}" if _group_of(word, directories) else word for word in words]
+                composed = compose(config_name=PRIMARY, overrides=words)
+            loader = GlobalHydra.instance().config_loader()
+            used = loader.compute_defaults_list(PRIMARY, words, RunMode.RUN).defaults
+        yield composed, [*_overridden(overrides), *_read(used, directories)]
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        if "Ambiguous value" in str(error):
+            word = next((word for word in overrides if "," in word), "")
+            raise ConfigError(
+                f"override {word!r}: names several values; write key=[a,b] for a list, or run a job for each with "
+                "`compress --multirun`"
+            ) from None
         raise ConfigError(f"study {study!r}: {_first_lines(error)}{_near_key(error)}") from None
-    return validate(values, where=f"study {study!r}")
 
 
-def validate(values: Any, where: str) -> StudyFile:
+def _overridden(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    return [("", OmegaConf.to_container(OmegaConf.from_dotlist([word.lstrip("+~")]))) for word in reversed(overrides)]
+
+
+def _read(used: Sequence[Any], directories: Sequence[Path]) -> list[tuple[str, Any]]:
+    """The files that were composed and their values, each in its package."""
+    found: list[tuple[str, Any]] = []
+    for entry in reversed(used):
+        path = next(
+            (d / f"{entry.config_path}.yaml" for d in directories if (d / f"{entry.config_path}.yaml").is_file()), None
+        )
+        if path is None:
+            continue
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+        group = entry.config_path.rpartition("/")[0]
+        if group and "@package _global_" not in text:
+            values = {group: values}
+        found.append((str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path), values))
+    return found
+
+
+def _source_of(location: Sequence[Any], sources: Sequence[tuple[str, Any]]) -> str:
+    """The file that gave the value at this place, or "" for an override and a default."""
+    for name, values in sources:
+        at = values
+        for part in location:
+            if (isinstance(at, dict) and part in at) or (isinstance(at, list) and part in range(len(at))):
+                at = at[part]
+            elif part not in MEMBERS:
+                break
+        else:
+            return name
+    return ""
+
+
+def validate(values: Any, where: str, sources: Sequence[tuple[str, Any]] = ()) -> StudyFile:
+    """sources: (a file's name, its values) of what was composed, the last one first: a problem then names its file."""
     try:
         return StudyFile.model_validate(values)
     except ValidationError as error:
         problems: dict[str, str] = {}  # a union reports one problem per member: the first says enough
         for problem in error.errors():
-            problems.setdefault(_where(problem), _explain(problem))
+            if _where(problem) not in problems:
+                file = _source_of(problem["loc"], sources)
+                problems[_where(problem)] = f"{file + ': ' if file else ''}{_explain(problem)}"
         raise ConfigError(f"{where}: " + "; ".join(problems.values())) from None
 
 
@@ -212,11 +444,63 @@ def _search_path(config_dir: Path | None) -> list[Path]:
     return directories if PACKAGED in directories else [*directories, PACKAGED]
 
 
-def _forced(override: str, directories: Sequence[Path]) -> str:
+def _files(pattern: str, config_dir: Path | None) -> list[str]:
+    found: dict[str, None] = {}
+    for directory in _search_path(config_dir):
+        for path in sorted(directory.glob(pattern)):
+            if not path.name.startswith("_"):
+                found.setdefault(path.stem)
+    return list(found)
+
+
+def _require_key_and_value(override: str) -> None:
+    if "=" not in override:
+        raise ConfigError(f"override {override!r}: must be KEY=VALUE, for instance trials=50")
+
+
+def _plain(override: str, directories: Sequence[Path], config_dir: Path | None) -> str:
     """Lets any key be set without Hydra's `+`: a wrong one is then refused by name, with the nearest spelling."""
-    key = override.partition("=")[0]
-    is_group = any((directory / key.partition("@")[0]).is_dir() for directory in directories)
-    return override if override[0] in "+~" or is_group else f"++{override}"
+    key, _, value = override.partition("=")
+    if key.lstrip("+") == EXPERIMENTS:
+        return f"+{EXPERIMENTS}={experiment(value, config_dir)}"
+    group = _group_of(override, directories)
+    if group and value.replace("-", "").replace("_", "").replace(".", "").isalnum() and value != "null":
+        there = _files(f"{group}/*.yaml", config_dir)
+        if value not in there:
+            raise ConfigError(f"{override}: no such file; there are {', '.join(there)}{_nearest(value, there)}")
+    return override if override[0] in "+~" or group else f"++{override}"
+
+
+def _group_of(override: str, directories: Sequence[Path]) -> str | None:
+    group = override.partition("=")[0].partition("@")[0]
+    return group if any((directory / group).is_dir() for directory in directories) else None
+
+
+def experiment(name: str, config_dir: Path | None = None) -> str:
+    """The experiment file that `name` means: `02-05_drop-layers-26` is also `drop-layers-26`, `drop_layers_26`, and
+    `drop_layers` where no other begins so. Raises ConfigError.
+    """
+    there = _files(f"{EXPERIMENTS}/*.yaml", config_dir)
+    if name in there:
+        return name
+    wanted = _strategy(name)
+    for found in (
+        [file for file in there if _strategy(file) == wanted],
+        [file for file in there if _strategy(file).startswith(f"{wanted}-")],
+    ):
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ConfigError(f"experiments={name}: could be {' or '.join(found)}; say which")
+    near = difflib.get_close_matches(wanted, map(_strategy, there), n=1, cutoff=0.5)
+    hint = f"; did you mean {next(file for file in there if _strategy(file) == near[0])!r}?" if near else ""
+    raise ConfigError(f"experiments={name}: no such file; there are {', '.join(there) or 'none'}{hint}")
+
+
+def _strategy(name: str) -> str:
+    """`02-05_drop_layers-26` → `drop-layers-26`: a file is named MM-DD_strategy."""
+    date, _, rest = name.partition("_")
+    return (rest if rest and date.replace("-", "").isdigit() else name).replace("_", "-")
 
 
 def _where(problem: Any) -> str:
@@ -230,7 +514,7 @@ def _explain(problem: Any) -> str:
     where = _where(problem)
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key{_nearest(where.rpartition('.')[2], _keys_beside(problem['loc']))}"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "missing":
         message = "is required"
     found = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +12,11 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from compressors.plan import CompressionPlan
+from compressors.target import retarget
 from evaluator.measurement import Measurement
 from evaluator.process import EngineProcess
 from evaluator.score import score_of
+from search import compress, evaluation, places
 from search.errors import SearchError, UsageError
 from search.objective import Bench
 from search.setting import Setting, read_json, require_disk, write_json
@@ -52,13 +53,20 @@ def choose(study: optuna.Study, number: int | None) -> FrozenTrial:
     return trial
 
 
-def export(setting: Setting, trial: FrozenTrial, to: Path, say: Callable[[str], None] = lambda _: None) -> Exported:
+def export(
+    setting: Setting,
+    trial: FrozenTrial,
+    to: Path,
+    say: Callable[[str], None] = lambda _: None,
+    target: str | None = None,
+) -> Exported:
     """Write `trial`'s checkpoint to `to`, beside its place and then renamed; what was there before is replaced.
 
     Before that it is loaded in a fresh engine and must give the logits of the measurement, bit for bit.
+    target: the version of transformers that is to read it; None: the running one.
     Raises UsageError when `to` holds something that is not a model, SearchError when the comparison fails.
     """
-    _refuse_foreign(to)
+    places.refuse_foreign(to, "export")
     plan = CompressionPlan.from_dict(trial.user_attrs["plan"])
     name = trial.user_attrs.get("measurement", setting.key(plan))
     values = read_json(setting.outputs / "measurements" / f"{name}.json")
@@ -79,34 +87,24 @@ def export(setting: Setting, trial: FrozenTrial, to: Path, say: Callable[[str], 
                 f"delete {built} and run the study again"
             )
         baseline = bench.baseline()
-    to.parent.mkdir(parents=True, exist_ok=True)
     require_disk(int(measurement.model_size_mb * 1e6) + 50_000_000, to.parent, "the export")
-    for left in to.parent.glob(f".{to.name}.export-*"):  # of an export that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    scratch = to.with_name(f".{to.name}.export-{os.getpid()}")
-    try:
+    with places.beside(to, "export") as scratch:
         say("copying")
         shutil.copytree(built, scratch)
-        score = score_of(measurement, baseline, setting.formula)
+        described = read_json(scratch / compress.DESCRIPTION) or {}
         result = {
+            "name": f"{setting.file.study_name}-{trial.number}",
             "study": setting.file.study_name,
             "trial": trial.number,
-            **dataclasses.asdict(score),
-            "plan": plan.to_dict(),
-            "measurement": measurement.to_dict(),
-            "baseline": baseline.to_dict(),
+            **evaluation.result(setting, measurement, baseline, plan),
         }
-        write_json(scratch / "eval_result.json", result)
+        write_json(scratch / evaluation.RESULT, result)
+        write_json(scratch / compress.DESCRIPTION, {**described, "for_transformers": target})
+        if target is not None:
+            for change in retarget(scratch, target):
+                say(change)
         compared = compare(setting, scratch, measurement, say)
-        old = to.with_name(f".{to.name}.export-{os.getpid()}-old")
-        if to.exists():
-            to.replace(old)
-        scratch.replace(to)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UsageError(f"export to {to}: {error.strerror or error}; nothing was changed there") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        score = score_of(measurement, baseline, setting.formula)
     return Exported(trial.number, to, score.score, measurement.perplexity, compared)
 
 
@@ -124,13 +122,6 @@ def compare(setting: Setting, path: Path, measurement: Measurement, say: Callabl
             f"on {setting.backend}; nothing was written. Measure the plan again on this machine"
         )
     return f"logits of {len(setting.shards[0][0])} tokens equal the measured ones, bit for bit ({setting.backend})"
-
-
-def _refuse_foreign(to: Path) -> None:
-    if to.exists() and not to.is_dir():
-        raise UsageError(f"export to {to}: is a file; name a directory")
-    if to.is_dir() and any(to.iterdir()) and not (to / "config.json").is_file():
-        raise UsageError(f"export to {to}: holds files that are no model; name an empty or a new directory")
 
 
 def to_json(exported: Exported) -> dict[str, Any]:

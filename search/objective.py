@@ -31,9 +31,11 @@ from evaluator import measure, quality, score, speed
 from evaluator.errors import EngineOutOfMemory, EvaluationError, NotFinite
 from evaluator.measurement import Measurement, Timing
 from evaluator.process import EngineProcess
-from search import dashboard, space, study
+from search import compress, dashboard, space, study
+from search.errors import UsageError
 from search.setting import Setting, read_json, require_disk, require_memory, write_json
 
+BASELINE_RESULT = "baseline_result.json"
 BUILDING = ".building-"  # + the worker's pid: where a checkpoint is until it is whole
 
 
@@ -70,9 +72,11 @@ class Record:
 class Bench:
     """A worker's engines and the base model's screen, kept warm from trial to trial. Close it."""
 
-    def __init__(self, setting: Setting, say: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, setting: Setting, say: Callable[[str], None] = lambda _: None, *, again: bool = False) -> None:
+        """again: measure the baseline though its measurement is known."""
         self.setting = setting
         self.say = say
+        self.again = again
         self._baseline_engine: EngineProcess | None = None
         self._reference: quality.Reference | None = None
         self._base_nll: tuple[float, ...] | None = None
@@ -102,13 +106,13 @@ class Bench:
         if self._baseline_measured is not None:
             return self._baseline_measured
         setting = self.setting
-        path = setting.outputs / "baseline" / f"{setting.base_digest[:12]}-{_key(setting.circumstances)}.json"
-        known = read_json(path)
+        path = self.baseline_path
+        known = None if self.again else read_json(path)
         if known is not None:
             measurement = Measurement.from_dict(known)
         else:
             self.say("baseline: starting the engine")
-            engine = self._baseline()
+            engine = self.baseline_engine()
             measurement = measure.measure(
                 setting.base_path,
                 engine,
@@ -117,13 +121,31 @@ class Bench:
                 setting.workload,
                 time_it=setting.file.evaluation.speed == "measured",
                 progress=lambda what: self.say(f"baseline: {what}"),
+                tasks=setting.tasks,
             )
             write_json(path, measurement.to_dict())
-        write_json(setting.outputs / "baseline_result.json", measurement.to_dict())
+        write_json(
+            setting.outputs / BASELINE_RESULT,
+            {
+                **measurement.to_dict(),
+                "model": {"source": setting.file.model.source, "digest": setting.base_digest},
+                "circumstances": setting.circumstances,
+            },
+        )
+        try:
+            score.score_of(measurement, measurement, setting.formula)
+        except ValueError as error:  # a task of which the base model solves nothing
+            raise UsageError(str(error)) from None
         self._baseline_measured = measurement
         return measurement
 
-    def _baseline(self) -> EngineProcess:
+    @property
+    def baseline_path(self) -> Path:
+        name = f"{self.setting.base_digest[:12]}-{_key(self.setting.circumstances)}"
+        return self.setting.outputs / "baseline" / f"{name}.json"
+
+    def baseline_engine(self) -> EngineProcess:
+        """The base model's engine, started when it is first wanted."""
         if self._baseline_engine is None or not self._baseline_engine.alive:
             if self._baseline_engine is not None:
                 self._baseline_engine.close()
@@ -173,6 +195,22 @@ class Bench:
             for index, shard in enumerate(self.setting.shards):
                 yield quality.shard_quality(model, shard, reference, index)
 
+    def screen(self, plan: CompressionPlan) -> Screen:
+        """Quality on all shards, kept under the plan's key: the numbers that a trial of this plan has."""
+        path = self.setting.outputs / "screens" / f"{self.setting.key(plan)}.json"
+        known = read_screen(path)
+        if known is None:
+            self.say("quality in memory")
+            known = _screen_of(list(self.shards(plan, None)))
+            write_json(path, dataclasses.asdict(known))
+        return known
+
+    def screen_of(self, model: Any) -> Screen:
+        """The same of a model in memory, on the setting's device, that no plan made."""
+        reference = self._in_memory_reference()
+        shards = enumerate(self.setting.shards)
+        return _screen_of([quality.shard_quality(model, shard, reference, index) for index, shard in shards])
+
     @contextlib.contextmanager
     def _model(self, plan: CompressionPlan) -> Iterator[Any]:
         setting = self.setting
@@ -205,7 +243,7 @@ class Bench:
         """The checkpoint directory of this plan, and its weights' sha256."""
         setting = self.setting
         path = setting.outputs / "checkpoints" / setting.plan_digest(plan)
-        known = read_json(path / "compression.json")
+        known = read_json(path / compress.DESCRIPTION)
         if known is not None:
             return path, str(known["weights_sha256"])
         needed = build.predicted_bytes(plan, setting.base, setting.family)
@@ -215,12 +253,8 @@ class Bench:
         scratch = building / path.name
         try:
             weights_sha256 = made.write(scratch)
-            described = {
-                "plan": plan.to_dict(),
-                "base": {"source": setting.file.model.source, "digest": setting.base_digest},
-                "weights_sha256": weights_sha256,
-            }
-            write_json(scratch / "compression.json", described)
+            described = {**compress.description(plan, setting), "weights_sha256": weights_sha256}
+            write_json(scratch / compress.DESCRIPTION, described)
             if not path.exists():  # else another worker has built the same meanwhile
                 scratch.replace(path)
         except OSError as error:
@@ -229,10 +263,21 @@ class Bench:
             shutil.rmtree(building, ignore_errors=True)
         return path, weights_sha256
 
-    def measure(self, plan: CompressionPlan, path: Path, weights_sha256: str) -> Measurement:
+    def measure(
+        self,
+        plan: CompressionPlan | None,
+        path: Path,
+        weights_sha256: str,
+        then: Callable[[EngineProcess], None] = lambda _: None,
+    ) -> Measurement:
+        """The checkpoint in `path`, by the plan that made it or, None, by none that is known here.
+
+        then: called with the candidate's engine before it is closed.
+        """
         setting = self.setting
         measured = setting.file.evaluation.speed == "measured"
-        baseline = self._baseline() if measured else None
+        baseline = self.baseline_engine() if measured else None
+        self.say("starting the engine")
         with self._start(path, "candidate") as engine:
             found = measure.measure(
                 path,
@@ -244,10 +289,22 @@ class Bench:
                 time_it=measured,
                 expected_base_ms=self.baseline().time_per_token_ms,
                 progress=self.say,
+                tasks=setting.tasks,
             )
+            then(engine)
         if not measured:
-            found = with_predicted_time(found, self.predicted_time_ratio(plan))
+            ratio = self._ratio_by_size(path) if plan is None else self.predicted_time_ratio(plan)
+            found = with_predicted_time(found, ratio)
         return found
+
+    def _ratio_by_size(self, path: Path) -> float:
+        described = measure.describe(path)
+        return speed.predicted_time_ratio(
+            candidate_bytes=described.bytes,
+            base_bytes=self.setting.base.file_bytes,
+            layers=described.layers,
+            base_layers=self.setting.identity.num_hidden_layers,
+        )
 
 
 def with_predicted_time(measurement: Measurement, ratio: float) -> Measurement:
@@ -337,7 +394,7 @@ class Objective:
             self._enter(trial, record, "build")
             path, weights_sha256 = bench.build(plan)
             self._enter(trial, record, "measure")
-            kl, agreement = _mean(record.screen.kl), _mean(record.screen.agreement)
+            kl, agreement = mean_known(record.screen.kl), mean_known(record.screen.agreement)
             measured = bench.measure(plan, path, weights_sha256)
             record.measurement = dataclasses.replace(measured, kl_nats_per_token=kl, top1_agreement=agreement)
             write_json(measurement_path, record.measurement.to_dict())
@@ -351,8 +408,7 @@ class Objective:
     def _screen(self, trial: optuna.Trial, record: Record, plan: CompressionPlan, path: Path, *, prune: bool) -> Screen:
         setting, formula = self.setting, self.setting.formula
         record.predicted_speed_norm = 1.0 - self.bench.predicted_time_ratio(plan)
-        saved = read_json(path)
-        known = None if saved is None else Screen(**{name: tuple(values) for name, values in saved.items()})
+        known = read_screen(path)
         base = self.bench.base_nll()
         running_mean = study.wants_running_mean(setting.file.pruner)
         found: list[quality.ShardQuality] = []
@@ -446,6 +502,11 @@ def attributes(record: Record) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def read_screen(path: Path) -> Screen | None:
+    saved = read_json(path)
+    return None if saved is None else Screen(**{name: tuple(values) for name, values in saved.items()})
+
+
 def _screen_of(found: list[quality.ShardQuality]) -> Screen:
     return Screen(
         nll=tuple(shard.nll for shard in found),
@@ -454,7 +515,7 @@ def _screen_of(found: list[quality.ShardQuality]) -> Screen:
     )
 
 
-def _mean(values: tuple[float | None, ...]) -> float | None:
+def mean_known(values: tuple[float | None, ...]) -> float | None:
     """Over the shards that the reference covers."""
     there = [value for value in values if value is not None]
     return sum(there) / len(there) if there else None

@@ -44,6 +44,25 @@ class Live:
     def say(self, text: str) -> None:
         self._on_say({"text": text})
 
+    def warn(self, text: str) -> None:
+        self._on_warn({"text": text})
+
+    def print(self, table: Any) -> None:
+        """Something for people, above the live line."""
+        self._console.print(table)
+
+    def bytes(self, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done / 1e6, total=total / 1e6, what="packing, MB")
+
+    def job_ended(self, number: int, row: dict[str, Any]) -> None:
+        """One job of a multirun (`search.jobs.row`)."""
+        if "failure" in row:
+            text = f"FAILED: {row['reason']}"
+        else:
+            text = f"Score {row['score']:.4f}" + ("  (measured before)" if row.get("before") else "")
+        self._console.print(f"job {number:>3} {row['name']:<28} {text}", markup=False)
+        self._progress.update(self._task, completed=number + 1)
+
     def _on_say(self, event: dict[str, Any]) -> None:
         self._progress.update(self._task, what=event["text"])
         if not self._console.is_terminal and time.monotonic() - self._said > 5:

@@ -35,6 +35,61 @@ def status_table(state: dict[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
+def comparison(rows: list[dict[str, Any]]) -> Table:
+    """Evaluated models (`search.jobs.row`), the best Score first; those that failed last, with their reasons."""
+    table = Table(box=None, pad_edge=False)
+    for name in COMPARED:
+        table.add_column(name, justify="left" if name in ("experiment", "remark") else "right")
+    for row in by_score(rows):
+        if "failure" in row:
+            table.add_row(row["name"], *[""] * 8, f"{row['failure']}: {row['reason']}")
+            continue
+        table.add_row(*cells(row), row.get("remark") or ("measured before" if row.get("before") else ""))
+    return table
+
+
+COMPARED = ("experiment", "params", "perplexity", "KL", "ms/token", "PerfNorm", "SpeedNorm", "Score", "MB", "remark")
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """The cells of a row of the comparison, but its remark."""
+    kl = row.get("kl_nats_per_token")
+    return [
+        row["name"],
+        parameters(row["total_parameters"]),
+        f"{row['perplexity']:,.3f}",
+        "–" if kl is None else f"{kl:.4f}",
+        f"{row['time_per_token_ms']:.3f}",
+        f"{row['perf_norm']:.3f}±{row['perf_norm_se']:.3f}",
+        f"{row['speed_norm']:.3f}±{row['speed_norm_se']:.3f}",
+        f"{row['score']:.4f}±{row['score_se']:.4f}",
+        f"{row['model_size_mb']:.1f}",
+    ]
+
+
+def by_score(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: -row.get("score", -1.0))
+
+
+def parameters(count: int) -> str:
+    """1.28B, 134.5M."""
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
+def outcome_table(outcome: dict[str, Any], base: dict[str, Any]) -> Table:
+    """What `compress` will make (`search.compress.Outcome`, as a dict), beside the base model's plan."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "base", "result"):
+        table.add_column(name, justify="left" if not name else "right")
+    plan = outcome["plan"]
+    for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size"):
+        table.add_row(key, str(base[key]), str(plan[key]), style="bold" if base[key] != plan[key] else "")
+    table.add_row("precision", base["precision"], plan["precision"])
+    table.add_row("parameters", parameters(outcome["base_parameters"]), parameters(outcome["parameters"]))
+    table.add_row("MB", f"{outcome['base_bytes'] / 1e6:.1f}", f"{outcome['bytes'] / 1e6:.1f}")
+    return table
+
+
 def _pareto(state: dict[str, Any]) -> Table:
     table = Table(title="Pareto front (★ the best Score)", title_justify="left", box=None, pad_edge=False)
     for name in ("trial", "plan", "perplexity", "PerfNorm", "SpeedNorm", "Score", "MB"):

@@ -25,10 +25,12 @@ from transformers import AutoTokenizer
 from compressors import build, calibration, checkpoint, family
 from compressors.errors import CheckpointError
 from compressors.plan import DTYPES, RECIPE, CompressionPlan
-from evaluator import backends, texts
+from evaluator import backends, tasks, texts
 from evaluator.backends import EngineSettings
+from evaluator.errors import BackendUnavailable
 from evaluator.measurement import METHOD, Workload
 from evaluator.score import Formula
+from evaluator.tasks import lm_eval, multiple_choice
 from search import sources, space
 from search.config import StudyFile
 from search.errors import UsageError
@@ -54,6 +56,7 @@ class Setting:
     device: str  # cpu | cuda | mps
     device_name: str
     engine_version: str
+    tasks: tuple[tasks.Task, ...] = ()  # the parts of Perf that are no perplexity
     threads: int | None = None  # of each engine on a CPU, where several workers share it
 
     @property
@@ -73,7 +76,12 @@ class Setting:
 
     @property
     def formula(self) -> Formula:
-        return Formula(weight_perf=self.file.score.weight_perf, weight_speed=self.file.score.weight_speed)
+        score, named = self.file.score, iter(self.tasks)
+        parts = [
+            ("perplexity" if part.metric == "perplexity" else next(named).name, part.weight)
+            for part in self.file.evaluation.perf
+        ]
+        return Formula(weight_perf=score.weight_perf, weight_speed=score.weight_speed, perf=tuple(parts))
 
     @property
     def max_bytes(self) -> int | None:
@@ -94,7 +102,7 @@ class Setting:
         steps = workload.prompt_tokens + workload.decode_steps + prefills + 16
         return EngineSettings(
             device=self.device,
-            max_model_len=max(self.file.text.window + 8, steps),
+            max_model_len=max(self.file.text.window + 8, steps, *(task.longest + 8 for task in self.tasks)),
             batch_sizes=workload.batch_sizes,
             gpu_memory_utilization=evaluation.gpu_memory_utilization,
             compile=evaluation.compile,
@@ -106,7 +114,9 @@ class Setting:
     @property
     def circumstances(self) -> dict[str, Any]:
         """What a measurement depends on beside the model: the key of every cached number."""
+        asked = {"tasks": {task.name: task.digest for task in self.tasks}} if self.tasks else {}
         return {
+            **asked,
             "method": METHOD,
             "threads": self.threads,
             "text": self.text_digest,
@@ -131,10 +141,15 @@ class Setting:
             "space": searched,
             "calibration": self._calibration_key,
             "max_size_mb": self.file.limits.max_size_mb,
-            "score": self.file.score.model_dump(),
+            "score": self._score_definition,
             "evaluation": circumstances,
             "pruner": self.file.pruner.name,  # decides what is reported: raw shards, or running means
         }
+
+    @property
+    def _score_definition(self) -> dict[str, Any]:
+        parts = {"perf": dict(self.formula.perf)} if self.tasks else {}
+        return {**self.file.score.model_dump(), **parts}
 
     def plan_digest(self, plan: CompressionPlan) -> str:
         return plan.digest(f"{self.base_digest} {self._calibration_key}")
@@ -155,9 +170,13 @@ class Setting:
         text = json.dumps([RECIPE, exact, self.base_digest, [list(window) for window in self.calibration_windows]])
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
+    @property
+    def calibration_path(self) -> Path:
+        return self.outputs / "calibration" / f"{self._calibration_key}.safetensors"
+
     def calibrate(self, say: Say = lambda _: None) -> calibration.Calibration:
         """The base model's activation statistics, collected once and kept."""
-        path = self.outputs / "calibration" / f"{self._calibration_key}.safetensors"
+        path = self.calibration_path
         if path.is_file():
             return calibration.Calibration.load(path)
         say("calibrating")
@@ -172,12 +191,13 @@ class Setting:
         return collected
 
 
-def prepare(file: StudyFile, say: Say = lambda _: None) -> Setting:
+def prepare(file: StudyFile, say: Say = lambda _: None, *, engine: bool = True) -> Setting:
     """Everything checked, nothing written but the embedded model's cache.
 
+    engine: False where nothing is to be served or scored: then it need not be able to run here.
     Raises UsageError, CheckpointError, EvaluationError (a backend or a text): one line each.
     """
-    backend, device = _engine(file)
+    backend, device = _engine(file, engine)
     say(f"model {file.model.source}")
     path = sources.resolve(file.model.source, CACHE, revision=file.model.revision)
     base = checkpoint.Checkpoint.read(path)
@@ -191,7 +211,8 @@ def prepare(file: StudyFile, say: Say = lambda _: None) -> Setting:
             f"model {path}: its dtype is {identity.precision}; optuna-search starts from {', '.join(DTYPES)}"
         )
     require_memory(base.total_parameters * (4 if device == "cpu" else 2), device, "the base model")
-    shards, windows = _windows(file, path)
+    tokenizer = tokenizer_of(path)
+    shards, windows = _windows(file, tokenizer)
     digest = checkpoint.digest_of(path, CACHE / "digests")
     return Setting(
         file=file,
@@ -207,15 +228,37 @@ def prepare(file: StudyFile, say: Say = lambda _: None) -> Setting:
         device=device,
         device_name=device_name(device),
         engine_version=engine_version(backend),
+        tasks=_tasks(file, tokenizer) if engine else (),
     )
 
 
-def _engine(file: StudyFile) -> tuple[str, str]:
+def _tasks(file: StudyFile, tokenizer: Any) -> tuple[tasks.Task, ...]:
+    found: list[tasks.Task] = []
+    for part in file.evaluation.perf:
+        if part.metric == "multiple_choice":
+            files = [Path(name) for name in part.files]
+            found.append(multiple_choice.load(files, tokenizer, name=part.name, limit=part.limit))
+        elif part.metric == "lm_eval":
+            include = None if part.include_path is None else Path(part.include_path)
+            task = lm_eval.load(str(part.task), include, tokenizer, limit=part.limit)
+            found.append(task)
+    names = [task.name for task in found]
+    if len({*names, "perplexity"}) <= len(names):
+        raise UsageError(f"evaluation.perf: two parts are called {', '.join(names)}; give each a name of its own")
+    return tuple(found)
+
+
+def _engine(file: StudyFile, needed: bool) -> tuple[str, str]:
     evaluation = file.evaluation
     names = backends.names()
     if evaluation.backend != "auto" and evaluation.backend not in names:
         raise UsageError(f"evaluation.backend: {evaluation.backend!r} is not one of auto, {', '.join(names)}")
-    backend = backends.choose(evaluation.backend)
+    try:
+        backend = backends.choose(evaluation.backend)
+    except BackendUnavailable:
+        if needed:
+            raise
+        backend = backends.choose("auto")
     device = evaluation.device
     if device == "auto":
         device = best_device()
@@ -257,35 +300,69 @@ def engine_version(backend: str) -> str:
     return ", ".join(found)
 
 
-def _windows(file: StudyFile, path: Path) -> tuple[tuple[Shard, ...], tuple[list[int], ...]]:
-    text = file.text
+def tokenizer_of(path: Path) -> Any:
+    """Of a model's directory. Raises CheckpointError."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever its readers raise: it is a file from outside
         first = (" ".join(str(error).split()) or type(error).__name__)[:160]
         raise CheckpointError(f"model {path}: its tokenizer can't be read ({first}); copy its files again") from None
-    embedded_calibration, embedded_search = _embedded()
-    for_calibration = (
-        embedded_calibration if text.calibration == "embedded" else texts.read_documents(map(Path, text.calibration))
-    )
-    for_search = embedded_search if text.search == "embedded" else texts.read_documents(map(Path, text.search))
-    shared = {document.text for document in for_calibration} & {document.text for document in for_search}
+
+
+def _windows(file: StudyFile, tokenizer: Any) -> tuple[tuple[Shard, ...], tuple[list[int], ...]]:
+    text = file.text
+    for_calibration, for_search = _documents(text.calibration, "calibration"), _documents(text.search, "search")
+    _require_apart({"text.calibration": for_calibration, "text.search": for_search})
+    windows = texts.windows(tokenizer, for_calibration, text.window, text.calibration_windows)
+    return _shards(file, tokenizer, for_search), tuple(windows)
+
+
+def report_shards(setting: Setting) -> tuple[Shard, ...]:
+    """Text that neither the calibration nor the search saw, cut as the search text is; () where there is to be none.
+
+    Raises UsageError when it shares text with one of them, TextError when it can't be read.
+    """
+    text = setting.file.text
+    if text.report is None:
+        return ()
+    documents = _documents(text.report, "report")
+    others = {f"text.{name}": _documents(getattr(text, name), name) for name in ("calibration", "search")}
+    for name, those in others.items():
+        _require_apart({name: those, "text.report": documents})
+    return _shards(setting.file, tokenizer_of(setting.base_path), documents)
+
+
+def _shards(file: StudyFile, tokenizer: Any, documents: Sequence[texts.Document]) -> tuple[Shard, ...]:
+    each = file.text.windows_per_shard
+    flat = texts.windows(tokenizer, documents, file.text.window, file.text.shards * each)
+    return tuple(flat[start : start + each] for start in range(0, len(flat), each))
+
+
+def _documents(named: Sequence[str] | str, part: str) -> Sequence[texts.Document]:
+    if isinstance(named, str):  # "embedded"
+        return _embedded_report() if part == "report" else _embedded()[0 if part == "calibration" else 1]
+    return texts.read_documents(named)
+
+
+def _require_apart(parts: Mapping[str, Sequence[texts.Document]]) -> None:
+    """A plan must be judged on text that it was not fitted to. Raises UsageError."""
+    (first, one), (second, other) = parts.items()
+    shared = texts.overlap(one, other)
     if shared:
         raise UsageError(
-            f"text: {len(shared)} documents are in both text.calibration and text.search; a plan must "
-            "be judged on text "
-            "that it was not fitted to: take them out of one"
+            f"text: {first} and {second} share text: {shared[0]}; a plan must be judged on text that it was not "
+            "fitted to: take it out of one"
         )
-    windows = texts.windows(tokenizer, for_calibration, text.window, text.calibration_windows)
-    flat = texts.windows(tokenizer, for_search, text.window, text.shards * text.windows_per_shard)
-    each = text.windows_per_shard
-    shards = tuple(flat[start : start + each] for start in range(0, len(flat), each))
-    return shards, tuple(windows)
 
 
 @functools.cache
 def _embedded() -> tuple[Sequence[texts.Document], Sequence[texts.Document]]:
     return texts.split(texts.embedded_documents())
+
+
+@functools.cache
+def _embedded_report() -> Sequence[texts.Document]:
+    return texts.embedded_report_documents()
 
 
 # -- room ----------------------------------------------------------------------------------------------------
@@ -314,8 +391,8 @@ def require_memory(needed: int, device: str, what: str) -> None:
 
 
 def require_disk(needed: int, directory: Path, what: str) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(directory).free
+    there = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free
     if needed > free:
         raise CheckpointError(
             f"disk: {what} needs {needed / 1e9:.2f} GB and {directory} has {free / 1e9:.2f} GB free; "

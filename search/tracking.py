@@ -91,16 +91,60 @@ class Tracker:
             )
 
 
+def log_by_hand(
+    settings: Tracking,
+    name: str,
+    values: Mapping[str, Any],
+    tags: Mapping[str, str],
+    warn: Callable[[str], None],
+) -> None:
+    """One finished run: what `baseline` and `evaluate` measured. A server that can't be reached costs one warning."""
+    if not settings.mlflow:
+        return
+    load_environment()
+    try:
+        client, experiment = _client(settings.experiment)
+        now = int(time.time() * 1000)
+        _log(client, experiment, name, tags, values, "FINISHED", now, now)
+    except Exception as error:  # a tracker never takes a measurement down
+        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        warn(f"MLflow: {name} is not tracked: {first}")
+
+
+def _client(experiment: str) -> tuple[Any, str]:
+    """MLflow's client, and the experiment's id: made where there is none."""
+    with _quiet():
+        import mlflow
+
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            mlflow.set_tracking_uri("sqlite:///mlflow.db")
+        client = mlflow.MlflowClient()
+        found = client.get_experiment_by_name(experiment)
+        return client, str(found.experiment_id if found else client.create_experiment(experiment))
+
+
+def _log(
+    client: Any,
+    experiment: str,
+    name: str,
+    tags: Mapping[str, str],
+    values: Mapping[str, Any],
+    status: str,
+    start: int,
+    end: int,
+) -> None:
+    from mlflow.entities import Metric, Param
+
+    run = client.create_run(experiment, start_time=start, tags=dict(tags), run_name=name)
+    metrics = [Metric(key, float(values[key]), end, 0) for key in METRICS if values.get(key) is not None]
+    params = [Param(key, str(value)) for key, value in values.items() if key not in METRICS and value is not None]
+    client.log_batch(run.info.run_id, metrics=metrics, params=params)
+    client.set_terminated(run.info.run_id, status=status, end_time=end)
+
+
 class _Runs:
     def __init__(self, experiment: str, study_name: str, baseline: Measurement, baseline_score: float) -> None:
-        with _quiet():
-            import mlflow
-
-            if "MLFLOW_TRACKING_URI" not in os.environ:
-                mlflow.set_tracking_uri("sqlite:///mlflow.db")
-            self._client = mlflow.MlflowClient()
-            found = self._client.get_experiment_by_name(experiment)
-            self._experiment = found.experiment_id if found else self._client.create_experiment(experiment)
+        self._client, self._experiment = _client(experiment)
         self._parent = self._only_run({PARENT: study_name}, study_name)
         self._tracked = set()
         baseline_there = False
@@ -113,7 +157,9 @@ class _Runs:
         tags = {"mlflow.parentRunId": self._parent, "baseline": "true"}
         if not baseline_there:
             now = int(time.time() * 1000)
-            self._log(
+            _log(
+                self._client,
+                self._experiment,
                 "baseline",
                 tags,
                 {**measured(baseline), "perf_norm": 1.0, "speed_norm": 0.0, "score": baseline_score},
@@ -144,7 +190,9 @@ class _Runs:
             if "reason" in attrs:
                 tags["reason"] = attrs["reason"]
             status = "FAILED" if trial.state == optuna.trial.TrialState.FAIL else "FINISHED"
-            self._log(
+            _log(
+                self._client,
+                self._experiment,
                 f"trial-{trial.number}",
                 tags,
                 {**plan, **values},
@@ -156,17 +204,6 @@ class _Runs:
 
     def end(self) -> None:
         self._client.set_terminated(self._parent)
-
-    def _log(
-        self, name: str, tags: Mapping[str, str], values: Mapping[str, Any], status: str, start: int, end: int
-    ) -> None:
-        from mlflow.entities import Metric, Param
-
-        run = self._client.create_run(self._experiment, start_time=start, tags=dict(tags), run_name=name)
-        metrics = [Metric(key, float(values[key]), end, 0) for key in METRICS if values.get(key) is not None]
-        params = [Param(key, str(value)) for key, value in values.items() if key not in METRICS and value is not None]
-        self._client.log_batch(run.info.run_id, metrics=metrics, params=params)
-        self._client.set_terminated(run.info.run_id, status=status, end_time=end)
 
     def _only_run(self, tags: Mapping[str, str], name: str) -> str:
         found = self._search(tags)

@@ -9,22 +9,31 @@ from compressors.calibration import Calibration
 from compressors.checkpoint import Checkpoint
 from compressors.errors import InfeasiblePlan
 from compressors.family import Family
+from compressors.plan import layers_named
 
 
 def choose(layers: int, keep: int, drop_from: str, calibration: Calibration | None) -> tuple[int, ...]:
     """Which `keep` of `layers` stay, ascending.
 
     drop_from: "top" drops the last, "bottom" the first; "importance" those of least block influence, 1 − cos of a
-    layer's input and output on the calibration text (ShortGPT, https://arxiv.org/abs/2403.03853).
+    layer's input and output on the calibration text (ShortGPT, https://arxiv.org/abs/2403.03853); "3,7" just those.
     """
     if not 1 <= keep <= layers:
         raise InfeasiblePlan(f"num_hidden_layers: {keep} of {layers} can't stay; choose from 1 to {layers}")
+    named = layers_named(drop_from)
+    if named is not None and keep < layers:
+        if len(named) != layers - keep or named[-1] >= layers:
+            raise InfeasiblePlan(
+                f"drop_from: {drop_from} names {len(named)} of the layers 0 to {layers - 1}, and to keep {keep} of "
+                f"{layers}, {layers - keep} have to go"
+            )
+        return tuple(index for index in range(layers) if index not in named)
     if keep == layers or drop_from == "top":
         return tuple(range(keep))
     if drop_from == "bottom":
         return tuple(range(layers - keep, layers))
     if drop_from != "importance":
-        raise InfeasiblePlan(f"drop_from: {drop_from!r} is not importance, top or bottom")
+        raise InfeasiblePlan(f"drop_from: {drop_from!r} is not importance, top, bottom or a list of layers")
     if calibration is None:
         raise InfeasiblePlan(
             "drop_from: importance is measured on calibration text, and there is none; calibrate first"

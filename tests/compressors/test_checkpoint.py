@@ -263,3 +263,19 @@ def test_a_full_disk_leaves_nothing_half_written(pico_llama, tmp_path):
         assert os.listdir(small) == []
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_config_in_the_form_of_transformers_4_is_left_as_it_is(pico_exaone4, tmp_path):
+    """EXAONE-4.0's own on the hub: transformers 5 writes into the nested dict that it is given."""
+    from compressors.target import retarget
+
+    path = shutil.copytree(pico_exaone4, tmp_path / "model")
+    retarget(path, "4.57.3")
+    written = json.loads((path / "config.json").read_text())
+    assert "rope_type" in written["rope_scaling"]
+    checkpoint = Checkpoint.read(path)
+    before = checkpoint.digest()
+    family.family_of(checkpoint)
+    checkpoint.to_model()
+    assert checkpoint.config == written
+    assert checkpoint.digest() == before

@@ -12,7 +12,8 @@ import transformers
 from evaluator import measure, texts
 from evaluator.errors import EvaluationError, NotFinite
 from evaluator.measurement import Measurement, Workload
-from evaluator.score import score_of
+from evaluator.score import Formula, score_of
+from evaluator.tasks import TaskResult
 
 QUICK = Workload(batch_sizes=(1, 2), prompt_tokens=4, decode_steps=3, turns=2)
 
@@ -79,6 +80,55 @@ def test_no_finite_perplexity(tiny, shards):
 
     with pytest.raises(NotFinite, match="no finite perplexity"):
         measure.measure(tiny, Confident(), None, shards, QUICK, time_it=False)
+
+
+class Asked:
+    """A task that finds a window right where its first loss exceeds its second: it sees the engine's own numbers."""
+
+    digest = "d"
+    longest = 24
+
+    def __init__(self, name, windows):
+        self.name, self.windows = name, windows
+
+    def run(self, engine, progress=None):
+        progress(f"{self.name} runs")
+        correct = tuple(float(nll[0] > nll[1]) for nll in engine.nll(self.windows))
+        return TaskResult(sum(correct) / len(correct), 0.0, len(correct), correct, self.digest)
+
+
+def test_tasks_run_after_the_perplexity(tiny, engine, shards):
+    said = []
+    windows = [window for shard in shards for window in shard]
+    asked = [Asked("one", windows), Asked("two", windows[:3])]
+    found = measure.measure(tiny, engine, None, shards, QUICK, time_it=False, progress=said.append, tasks=asked)
+    assert said == [
+        *(f"quality, shard {i} of 4" for i in (1, 2, 3, 4)),
+        "task one",
+        "one runs",
+        "task two",
+        "two runs",
+        "digests",
+    ]
+    assert list(found.tasks) == ["one", "two"]
+    assert found.tasks["one"].correct == tuple(float(nll[0] > nll[1]) for nll in engine.nll(windows))
+    assert found.tasks["two"].items == 3
+    assert found.seconds["tasks"] >= 0
+    assert Measurement.from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False))) == found
+    assert 0 < found.tasks["one"].value < 1
+    assert score_of(found, found, Formula(perf=(("one", 1.0),))).perf_norm == 1.0
+
+
+def test_without_tasks_a_measurement_says_nothing_of_them(tiny, engine, shards):
+    found = measure.measure(tiny, engine, None, shards, QUICK, time_it=False)
+    assert found.tasks == {}
+    assert "tasks" not in found.seconds
+
+
+@pytest.mark.parametrize("names", [["a", "a"], ["perplexity"]])
+def test_tasks_have_names_of_their_own(tiny, engine, shards, names):
+    with pytest.raises(EvaluationError, match="a name of its own"):
+        measure.measure(tiny, engine, None, shards, QUICK, tasks=[Asked(name, shards[0]) for name in names])
 
 
 def write_safetensors(path, shapes):

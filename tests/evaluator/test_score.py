@@ -1,12 +1,13 @@
 import dataclasses
 import json
 import math
+import random
 
 import pytest
 
 from evaluator.errors import NotFinite
-from evaluator.measurement import Measurement, Workload
-from evaluator.score import Formula, score_of, standard_error
+from evaluator.measurement import Measurement, TaskResult, Workload
+from evaluator.score import Formula, perf_ratio, score_of, standard_error
 
 BASELINE = Measurement(
     perplexity=math.exp(2.0),
@@ -42,6 +43,11 @@ BASELINE = Measurement(
 )
 
 
+def result(correct, digest="q"):
+    values = tuple(map(float, correct))
+    return TaskResult(sum(values) / len(values), standard_error(values), len(values), values, digest)
+
+
 def measured(gain: float = 0.0, ratio: float = 1.0, spread: float = 0.0) -> Measurement:
     return dataclasses.replace(
         BASELINE,
@@ -55,6 +61,14 @@ def measured(gain: float = 0.0, ratio: float = 1.0, spread: float = 0.0) -> Meas
 
 def test_a_measurement_survives_json():
     assert Measurement.from_dict(json.loads(json.dumps(BASELINE.to_dict()))) == BASELINE
+
+
+def test_a_measurement_with_tasks_survives_json_and_an_older_one_is_read():
+    asked = dataclasses.replace(BASELINE, tasks={"quiz": result([1, 0, 1])})
+    assert Measurement.from_dict(json.loads(json.dumps(asked.to_dict()))) == asked
+    older = BASELINE.to_dict()
+    del older["tasks"]
+    assert Measurement.from_dict(older) == BASELINE
 
 
 def test_the_baseline_scores_one_half():
@@ -97,3 +111,104 @@ def test_other_text_is_refused():
 def test_workloads_that_make_no_sense(wrong):
     with pytest.raises(ValueError, match="workload"):
         Workload(**wrong)
+
+
+# -- Perf by tasks -------------------------------------------------------------------------------------------
+
+
+def with_tasks(measurement, **correct):
+    return dataclasses.replace(measurement, tasks={name: result(values) for name, values in correct.items()})
+
+
+def test_the_default_is_perplexity_bit_for_bit():
+    """What this function was before there were tasks."""
+    generator = random.Random(5)
+    for _ in range(50):
+        candidate = measured(gain=generator.gauss(0, 0.3), ratio=generator.uniform(0.3, 1.5), spread=generator.random())
+        perf_norm = math.exp(2.0 - candidate.nll_nats_per_token)
+        differences = [b - m for b, m in zip(BASELINE.shard_nll, candidate.shard_nll, strict=True)]
+        found = score_of(candidate, BASELINE)
+        assert found.perf_norm == perf_norm
+        assert found.perf_norm_se == perf_norm * standard_error(differences)
+        assert found.score == max(0.5 * perf_norm + 0.5 * (1.0 - candidate.time_ratio), 0.0)
+        assert found.score_se == math.hypot(0.5 * found.perf_norm_se, 0.5 * candidate.time_ratio_se)
+
+
+def test_perf_norm_by_hand():
+    """Perplexity 0.8 of the base, quiz 3 of 5 where the base has 4, tale 2 of 4 where it has 1."""
+    candidate = with_tasks(measured(gain=math.log(0.8)), quiz=[1, 1, 0, 1, 0], tale=[1, 0, 0, 1])
+    baseline = with_tasks(BASELINE, quiz=[1, 1, 1, 1, 0], tale=[1, 0, 0, 0])
+    formula = Formula(perf=(("perplexity", 2.0), ("quiz", 1.0), ("tale", 1.0)))
+    found = score_of(candidate, baseline, formula)
+    assert found.perf_norm == pytest.approx((2 * 0.8 + 0.75 + 2.0) / 4)
+    # quiz: c − 0.75·b is .25 .25 −.75 .25 0, over 0.8; its squares' sum 0.75 / 0.64, over 4 · 5
+    # tale: c − 2·b is −1 0 0 1, over 0.25; its squares' sum 2 / 0.0625, over 3 · 4
+    quiz, tale = math.sqrt(0.75 / 0.64 / 20), math.sqrt(2 / 0.0625 / 12)
+    assert perf_ratio("quiz", candidate, baseline) == pytest.approx((0.75, quiz))
+    assert perf_ratio("tale", candidate, baseline) == pytest.approx((2.0, tale))
+    assert found.perf_norm_se == pytest.approx(math.hypot(quiz, tale) / 4)
+    assert found.score == pytest.approx(0.5 * found.perf_norm)
+
+
+def test_the_text_does_not_matter_where_perf_is_a_task():
+    candidate = with_tasks(dataclasses.replace(measured(gain=-3.0), text_digest="other"), quiz=[1, 0])
+    found = score_of(candidate, with_tasks(BASELINE, quiz=[1, 1]), Formula(perf=(("quiz", 3.0),)))
+    assert found.perf_norm == 0.5
+
+
+def test_the_error_of_a_task_is_that_of_a_simulation():
+    """Items that both models get right together: the ratio's spread over many draws of 200 items."""
+    generator = random.Random(11)
+
+    def draw(items=200):
+        pairs = []
+        for _ in range(items):
+            base = generator.random() < 0.6
+            pairs.append((base, generator.random() < (0.85 if base else 0.15)))
+        baseline, candidate = zip(*pairs, strict=True)
+        return perf_ratio("quiz", with_tasks(BASELINE, quiz=candidate), with_tasks(BASELINE, quiz=baseline))
+
+    ratios, errors = zip(*(draw() for _ in range(2000)), strict=True)
+    mean = sum(ratios) / len(ratios)
+    spread = math.sqrt(sum((ratio - mean) ** 2 for ratio in ratios) / (len(ratios) - 1))
+    assert sum(errors) / len(errors) == pytest.approx(spread, rel=0.06)
+    unpaired = mean * math.hypot(*(math.sqrt(p * (1 - p) / 200) / p for p in (0.6, 0.57)))
+    assert spread < 0.8 * unpaired
+
+
+def test_a_model_that_answers_as_the_base_does_has_no_error():
+    answers = with_tasks(BASELINE, quiz=[1, 0, 1, 1])
+    assert perf_ratio("quiz", answers, answers) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "baseline", "says"),
+    [
+        ({}, {"quiz": [1, 0]}, "the model's measurement holds no task"),
+        ({"quiz": [1, 0]}, {"other": [1, 0]}, "the baseline's measurement holds other"),
+        ({"quiz": [1, 0]}, {"quiz": [1, 0, 1]}, "2 items .* 3 .* not the same"),
+        ({"quiz": [1, 0]}, {"quiz": [0, 0]}, "the base model answers none of its 2 items"),
+    ],
+)
+def test_tasks_that_cannot_be_compared(candidate, baseline, says):
+    formula = Formula(perf=(("perplexity", 1.0), ("quiz", 1.0)))
+    with pytest.raises(ValueError, match=says) as raised:
+        score_of(with_tasks(BASELINE, **candidate), with_tasks(BASELINE, **baseline), formula)
+    assert "\n" not in str(raised.value)
+
+
+def test_other_items_under_the_same_name_are_refused():
+    candidate = dataclasses.replace(BASELINE, tasks={"quiz": result([1, 0], "a")})
+    baseline = dataclasses.replace(BASELINE, tasks={"quiz": result([1, 0], "b")})
+    with pytest.raises(ValueError, match="same items"):
+        perf_ratio("quiz", candidate, baseline)
+
+
+@pytest.mark.parametrize("perf", [(), (("quiz", 0.0),), (("quiz", -1.0), ("x", 2.0)), (("q", 1.0), ("q", 1.0))])
+def test_formulas_that_make_no_sense(perf):
+    with pytest.raises(ValueError, match="score: "):
+        Formula(perf=perf)
+
+
+def test_a_formula_from_json():
+    assert Formula(perf=[["quiz", 1]]) == Formula(perf=(("quiz", 1.0),))

@@ -1,4 +1,8 @@
+import itertools
 import json
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +75,12 @@ def test_jsonl(tmp_path):
     assert [d.text for d in texts.read_documents([str(file)])] == ["one", "two"]
 
 
+def test_jsonl_with_a_line_separator_inside_a_string(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "one\u2028two"}\r\n{"text": "three"}', encoding="utf-8", newline="")
+    assert [d.text for d in texts.read_documents([file])] == ["one\u2028two", "three"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
@@ -95,3 +105,181 @@ def test_missing_text(tmp_path):
 def test_digest_tells_windows_apart():
     assert texts.text_digest([[1, 2], [3]]) != texts.text_digest([[1], [2, 3]])
     assert texts.text_digest([[1, 2]]) == texts.text_digest([(1, 2)])
+
+
+# -- texts kept apart ----------------------------------------------------------------------------------------
+
+LONG = "Nothing in a language model's weights says which of its layers could be spared without anyone noticing it."
+
+
+def test_the_parts_of_the_embedded_text_do_not_overlap():
+    assert texts.overlap(*texts.split(texts.embedded_documents())) == []
+
+
+def test_embedded_report_text_is_apart_from_both_halves():
+    report = texts.embedded_report_documents()
+    for half in texts.split(texts.embedded_documents()):
+        assert texts.overlap(half, report) == []
+    assert report == texts.embedded_report_documents()
+    assert report[0].name == "__future__"
+    assert {"argparse", "email.message", "xml.sax.handler"} <= {d.name for d in report}
+    assert 100_000 < sum(len(d.text) for d in report) < 210_000
+    paragraphs = [" ".join(p.split()).casefold() for d in report for p in d.text.split("\n\n")]
+    assert len(set(paragraphs)) == len(paragraphs)
+    assert all(len(p) >= 80 and p[-1] in ".:!?" for p in paragraphs)
+
+
+def test_embedded_report_text_leaves_out_what_a_topic_quotes(monkeypatch):
+    """A topic that repeats a docstring's paragraph costs the report that paragraph and no other."""
+    files = list(itertools.islice(texts._library_files(Path(texts.sysconfig.get_path("stdlib"))), 5))
+    monkeypatch.setattr(texts, "_library_files", lambda library: files)
+    collect = texts._embedded_report.__wrapped__
+    before = collect()
+    quoted = before[0].text.split("\n\n")[0]
+    monkeypatch.setattr(texts, "embedded_documents", lambda: [Document("topic", f"  {quoted.upper()}\n\nmore")])
+    after = collect()
+    assert after[0].text == before[0].text.removeprefix(quoted).lstrip("\n")
+    assert after[1:] == before[1:]
+
+
+def test_report_text_where_python_has_no_sources(monkeypatch, tmp_path):
+    monkeypatch.setattr(texts.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(TextError, match="no sources of the standard library"):
+        texts._embedded_report.__wrapped__()
+
+
+def test_a_whole_document_in_both():
+    first = [Document("a", "One two."), Document("b", "Three.")]
+    (found,) = texts.overlap(first, [Document("c", "four"), Document("d", "  one\nTWO. ")])
+    assert found == 'a and d are the same: "one two."'
+
+
+def test_a_paragraph_copied_into_another_document():
+    first = [Document("a", f"An introduction.\n\n{LONG}\n\nAn end.")]
+    wrapped = LONG.upper().replace(" ", "\n  ", 3)
+    (found,) = texts.overlap(first, [Document("b", "apart"), Document("c", f"Other words\n \n{wrapped}\n\nmore")])
+    assert found == f'a and c both hold: "{LONG.lower()[:79]}…"'
+
+
+def test_a_line_copied_into_another_document():
+    assert texts.overlap([Document("a", f"One\n{LONG}\nTwo")], [Document("b", f"Three\n{LONG}")])
+
+
+def test_short_paragraphs_and_parts_of_them_are_no_overlap():
+    assert len(LONG[:79]) == 79
+    first = [Document("a", f"Apart.\n\n{LONG[:79]}"), Document("c", LONG), Document("e", "  ")]
+    second = [Document("b", f"{LONG[:79]}\n\nOther."), Document("d", f"{LONG} And more."), Document("f", "\n")]
+    assert texts.overlap(first, second) == []
+    assert texts.overlap(first, []) == texts.overlap([], second) == []
+
+
+def test_an_overlap_is_told_by_a_few_examples():
+    documents = [Document(str(i), f"{i} {LONG}") for i in range(20)]
+    found = texts.overlap(documents, documents)
+    assert len(found) == 3
+    assert found[1].startswith('1 and 1 are the same: "1 nothing')
+
+
+def test_some_megabytes_are_compared_at_once():
+    first = [Document(f"a{i}", "\n\n".join(f"{i} {j} {LONG}" for j in range(100))) for i in range(300)]
+    second = [Document(f"b{i}", "\n\n".join(f"{i} {j} other {LONG}" for j in range(100))) for i in range(300)]
+    second.append(Document("copy", f"299 99 {LONG}"))
+    started = time.monotonic()
+    assert texts.overlap(first, second) == [f'a299 and copy both hold: "299 99 {LONG.lower()[:72]}…"']
+    assert time.monotonic() - started < 5.0  # of 7 MB: comparing each with each would take hours
+
+
+# -- datasets ------------------------------------------------------------------------------------------------
+
+
+def test_a_dataset_without_the_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(TextError, match=r"hub:ORG/NAME: .*pip install 'optuna-search\[hub\]'"):
+        texts.read_documents(["hub:ORG/NAME"])
+
+
+@pytest.mark.parametrize("name", ["hub:", "hub:a:b:c:d:e", "hub::config"])
+def test_what_names_no_dataset(name):
+    with pytest.raises(TextError, match="no dataset's name"):
+        texts.read_documents([name])
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("hub:ORG/NAME", ("ORG/NAME", None, "train", "text")),
+        ("hub:ORG/NAME:en", ("ORG/NAME", "en", "train", "text")),
+        ("hub:ORG/NAME:en:test:content", ("ORG/NAME", "en", "test", "content")),
+        ("hub:ORG/NAME::test", ("ORG/NAME", None, "test", "text")),
+        ("hub:NAME:::content", ("NAME", None, "train", "content")),
+    ],
+)
+def test_the_parts_of_a_datasets_name(monkeypatch, name, asked):
+    seen = []
+    monkeypatch.setattr(
+        texts,
+        "dataset_documents",
+        lambda name, *, config, split, column: seen.append((name, config, split, column)) or [],
+    )
+    texts.read_documents([name])
+    assert seen == [asked]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A directory with a dataset of 50 rows, and other files beside it."""
+    pytest.importorskip("datasets")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows = [{"text": "" if i % 5 == 0 else f"row {i} " + "x" * 500, "number": i} for i in range(50)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "test.jsonl").write_text(json.dumps({"text": "one", "number": 3}) + "\n")
+    return folder
+
+
+def test_rows_of_a_dataset_are_grouped_and_limited(dataset):
+    documents = texts.dataset_documents(str(dataset), limit=9)
+    assert [d.name for d in documents] == [f"hub:{dataset}:train:{i}" for i in (1, 6, 11)]
+    assert [d.text.split()[1] for d in documents] == ["1", "6", "11"]
+    assert sum(d.text.count("row") for d in documents) == 9
+    assert len(texts.read_documents([f"hub:{dataset}"])) == 10
+
+
+def test_a_split_and_a_column_of_a_dataset(dataset):
+    assert [d.text for d in texts.read_documents([f"hub:{dataset}::test:text"])] == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("rest", "says"),
+    [
+        ("::none", "Bad split: none. Available splits"),
+        (":config", "'config' not found"),
+        (":::words", "no column 'words'; its columns are text, number"),
+        (":::number", "its 'number' is no text"),
+    ],
+)
+def test_what_a_dataset_does_not_have(dataset, rest, says):
+    with pytest.raises(TextError, match=says) as raised:
+        texts.read_documents([f"hub:{dataset}{rest}"])
+    assert "\n" not in str(raised.value)
+
+
+def test_a_dataset_is_streamed(dataset, monkeypatch):
+    """Beyond the rows that are asked for nothing is read: what is damaged there is not seen."""
+    row = json.dumps({"text": "x" * 300_000, "number": 1}) + "\n"
+    (dataset / "train.jsonl").write_text(row * 100 + "damaged\n")  # 30 MB: three of its reader's blocks
+    assert len(texts.dataset_documents(str(dataset), limit=3)) == 3
+    with pytest.raises(TextError, match="can't be read"):
+        texts.dataset_documents(str(dataset), limit=101)
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    pytest.importorskip("datasets")
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    started = time.monotonic()
+    with pytest.raises(TextError, match=r"hub:ORG/NAME: can't be read .*name \.txt or \.jsonl files, or a directory"):
+        texts.read_documents(["hub:ORG/NAME"])
+    assert time.monotonic() - started < 10

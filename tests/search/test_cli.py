@@ -61,21 +61,9 @@ def home(tmp_path, pico_llama):
     return make_home(tmp_path / "home", model)
 
 
-def refused(home, *words, status=2):
-    """One clear line on standard error, nothing on standard output, nothing written."""
-    before = sorted(home.rglob("*"))
-    result = optuna_search(*words, cwd=home)
-    assert result.returncode == status, result.stderr
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    said = [line for line in result.stderr.splitlines() if line and not line.startswith("…")]
-    assert len(said) == 1, result.stderr
-    assert sorted(home.rglob("*")) == before
-    return said[0]
-
-
-def run_refused(home, *words):
-    return refused(home, "run", "--study", "small", *words)
+@pytest.fixture
+def run_refused(refused):
+    return lambda home, *words: refused("run", "--study", "small", *words, cwd=home)
 
 
 def test_run_measures_prunes_and_reports(finished):
@@ -87,10 +75,10 @@ def test_run_measures_prunes_and_reports(finished):
     assert best["score"] == pytest.approx(max(0.5 * best["perf_norm"] + 0.5 * best["speed_norm"], 0), abs=1e-9)
 
 
-def test_status_says_the_same_as_run_and_a_table_for_people(finished):
+def test_status_says_the_same_as_run_and_a_table_for_people(cli, finished):
     home, state = finished
-    assert json.loads(optuna_search("status", "--study", "small", "--json", cwd=home).stdout) == state
-    table = optuna_search("status", "--study", "small", cwd=home).stdout
+    assert cli("status", "--study", "small", "--json", cwd=home).json == state
+    table = cli("status", "--study", "small", cwd=home).out
     assert "5 of 5 trials finished" in table
     assert f"★{state['best']['trial']}" in table
 
@@ -126,14 +114,14 @@ def test_export_writes_a_model_that_stock_transformers_loads_and_that_scores_the
     assert math.exp(sum(nll) / len(nll)) == pytest.approx(result["measurement"]["perplexity"], rel=1e-3)
 
 
-def test_only_the_best_checkpoints_stay_and_another_can_be_exported_all_the_same(finished, tmp_path):
+def test_only_the_best_checkpoints_stay_and_another_can_be_exported_all_the_same(cli, finished, tmp_path):
     home, state = finished
     complete = [trial["trial"] for trial in state["pareto"] if trial["trial"] != state["best"]["trial"]]
     assert len(list((home / "outputs" / "checkpoints").iterdir())) <= 2
     for number in complete[:1]:
-        done = optuna_search("export", "--study", "small", "--trial", number, "--to", tmp_path / str(number), cwd=home)
-        assert done.returncode == 0, done.stderr
-        assert "bit for bit" in done.stdout
+        done = cli("export", "--study", "small", "--trial", number, "--to", tmp_path / str(number), cwd=home)
+        assert done.status == 0, done.err
+        assert "bit for bit" in done.out
 
 
 def test_the_dashboard_serves_notes_numbers_and_measurement_files(finished):
@@ -180,21 +168,21 @@ def test_the_dashboard_serves_notes_numbers_and_measurement_files(finished):
         server.wait(10)
 
 
-def test_export_of_a_trial_that_was_not_measured_is_refused(finished, tmp_path):
+def test_export_of_a_trial_that_was_not_measured_is_refused(cli, finished, tmp_path):
     home, state = finished
     ended = [trial["trial"] for trial in state["ended"]]
     for number, said in [*((n, "never measured") for n in ended[:1]), (999, "trials 0 to")]:
-        result = optuna_search("export", "--study", "small", "--trial", number, "--to", tmp_path / "m", cwd=home)
-        assert result.returncode == 2
-        assert said in result.stderr
+        result = cli("export", "--study", "small", "--trial", number, "--to", tmp_path / "m", cwd=home)
+        assert result.status == 2
+        assert said in result.err
         assert not (tmp_path / "m").exists()
 
 
-def test_export_does_not_replace_what_is_no_model(finished, tmp_path):
+def test_export_does_not_replace_what_is_no_model(cli, finished, tmp_path):
     home, _ = finished
     (tmp_path / "notes.txt").write_text("mine")
-    result = optuna_search("export", "--study", "small", "--to", tmp_path, cwd=home)
-    assert result.returncode == 2
+    result = cli("export", "--study", "small", "--to", tmp_path, cwd=home)
+    assert result.status == 2
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -216,30 +204,29 @@ def test_a_tampered_checkpoint_is_not_exported(finished, tmp_path, pico_llama):
     assert not (tmp_path / "m").exists()
 
 
-def test_changing_the_space_or_the_formula_of_a_study_is_refused_with_what_differs(finished):
+def test_changing_the_space_or_the_formula_of_a_study_is_refused_with_what_differs(cli, finished):
     home, _ = finished
     for override, said in [
         ("score.weight_perf=0.7", "score.weight_perf is 0.5 there and 0.7 here"),
         ("space.precision=[W8A8]", "space.precision"),
         ("text.shards=7", "evaluation.text"),
     ]:
-        result = optuna_search("run", "--study", "small", override, cwd=home)
-        assert result.returncode == 2
-        assert said in result.stderr
-        assert "--study-name" in result.stderr
+        result = cli("run", "--study", "small", override, cwd=home)
+        assert result.status == 2
+        assert said in result.err
+        assert "--study-name" in result.err
 
 
-def test_doctor_names_the_backends():
-    result = optuna_search("doctor", "--json", cwd=Path.cwd())
-    found = json.loads(result.stdout)
+def test_doctor_names_the_backends(cli):
+    found = cli("doctor", "--json", cwd=Path.cwd()).json
     assert found["backends"]["transformers"] == "ready"
     assert set(found["backends"]) == {"transformers", "vllm"}
 
 
-def test_status_of_nothing_makes_no_database(tmp_path):
-    result = optuna_search("status", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "no such file" in result.stderr
+def test_status_of_nothing_makes_no_database(cli, tmp_path):
+    result = cli("status", cwd=tmp_path)
+    assert result.status == 2
+    assert "no such file" in result.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -257,13 +244,13 @@ def test_status_of_nothing_makes_no_database(tmp_path):
         (["--storage", "what"], "not a database URL"),
     ],
 )
-def test_bad_words(home, words, said):
+def test_bad_words(run_refused, home, words, said):
     line = run_refused(home, *words)
     assert said in line
     assert "secret" not in line
 
 
-def test_cuda_without_a_gpu(home):
+def test_cuda_without_a_gpu(run_refused, home):
     import torch
 
     if torch.cuda.is_available():
@@ -275,35 +262,35 @@ def model_of(home):
     return home.parent / "model"
 
 
-def test_model_without_weights(home):
+def test_model_without_weights(run_refused, home):
     (model_of(home) / "model.safetensors").unlink()
     assert "safetensors" in run_refused(home)
 
 
-def test_pickle_only_weights(home):
+def test_pickle_only_weights(run_refused, home):
     (model_of(home) / "model.safetensors").rename(model_of(home) / "pytorch_model.bin")
     assert "safetensors" in run_refused(home)
 
 
-def test_truncated_weights(home):
+def test_truncated_weights(run_refused, home):
     path = model_of(home) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
     assert "model.safetensors" in run_refused(home)
 
 
-def test_corrupt_header(home):
+def test_corrupt_header(run_refused, home):
     path = model_of(home) / "model.safetensors"
     path.write_bytes(struct.pack("<Q", 1 << 60) + path.read_bytes()[8:])
     assert "model.safetensors" in run_refused(home)
 
 
-def test_no_tokenizer(home):
+def test_no_tokenizer(run_refused, home):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model_of(home) / name).unlink()
     assert "tokenizer" in run_refused(home)
 
 
-def test_unknown_architecture(home):
+def test_unknown_architecture(run_refused, home):
     path = model_of(home) / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "model_type": "mamba9", "architectures": ["Mamba9"]}))
@@ -312,7 +299,7 @@ def test_unknown_architecture(home):
     assert "exaone4" in line
 
 
-def test_a_model_that_yields_nan_fails_its_trials_and_the_study_goes_on_until_it_is_hopeless(home):
+def test_a_model_that_yields_nan_fails_its_trials_and_the_study_goes_on_until_it_is_hopeless(cli, home):
     """The base is sound; a norm of its last layer is not, so that every plan that keeps that layer fails."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -322,13 +309,12 @@ def test_a_model_that_yields_nan_fails_its_trials_and_the_study_goes_on_until_it
     name = next(name for name in sorted(tensors, reverse=True) if "down_proj" in name)
     tensors[name] = torch.full_like(tensors[name], float("nan"))
     save_file(tensors, path, metadata={"format": "pt"})
-    result = optuna_search("run", "--study", "small", cwd=home)
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    assert "nan" in result.stderr.lower()
+    result = cli("run", "--study", "small", cwd=home)
+    assert result.status == 2
+    assert "nan" in result.err.lower()
 
 
-def test_out_of_disk_fails_the_trial_with_its_reason(home, tmp_path):
+def test_out_of_disk_fails_the_trial_with_its_reason(cli, home, tmp_path):
     """outputs/ on a file system too small for a checkpoint."""
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
@@ -338,9 +324,9 @@ def test_out_of_disk_fails_the_trial_with_its_reason(home, tmp_path):
     if mounted.returncode:
         pytest.skip("no tmpfs here")
     try:
-        result = optuna_search("run", "--study", "small", f"outputs={small}", "--trials", "1", "--json", cwd=home)
-        assert result.returncode == 0, result.stderr
-        ended = json.loads(result.stdout)["ended"]
+        result = cli("run", "--study", "small", f"outputs={small}", "--trials", "1", "--json", cwd=home)
+        assert result.status == 0, result.err
+        ended = result.json["ended"]
         assert [trial["failure"] for trial in ended] == ["CheckpointError"]
         assert "disk" in ended[0]["reason"]
     finally:

@@ -1,0 +1,152 @@
+"""Questions with several choices, from JSONL: the choice whose tokens are likeliest on average is the model's answer.
+
+A line is {"question": "…", "choices": ["…", "…"], "answer": …}; the answer is the choice's index from 0, its text, or
+its letter. Score of a choice: the mean log-likelihood per token of its tokens after the question (GPT-3, section 2.4,
+https://arxiv.org/abs/2005.14165). Ties go to the first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from evaluator.errors import TextError
+from evaluator.measurement import TaskResult
+from evaluator.tasks import NllEngine, Progress, _continuations, digest_of, result_of
+from evaluator.tasks._continuations import Continuation
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SHAPE = '{"question": "…", "choices": ["…", "…"], "answer": 0}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """answer: index into the choices."""
+
+    choices: tuple[Continuation, ...]
+    answer: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MultipleChoice:
+    name: str
+    items: tuple[Item, ...]
+    digest: str
+    longest: int
+
+    def run(self, engine: NllEngine, progress: Progress = None) -> TaskResult:
+        asked = [choice for item in self.items for choice in item.choices]
+        found = iter(_continuations.log_likelihoods(engine, asked, progress, self.name))
+        correct = []
+        for item in self.items:
+            means = [math.fsum(values) / len(values) for values in (next(found) for _ in item.choices)]
+            correct.append(float(means.index(max(means)) == item.answer))
+        return result_of(correct, self.digest)
+
+
+def load(
+    files: Sequence[Path],
+    tokenizer: Any,
+    *,
+    name: str | None = None,
+    limit: int | None = None,
+    max_tokens: int | None = None,
+) -> MultipleChoice:
+    """The questions of JSONL files in UTF-8, in their order.
+
+    tokenizer: a transformers tokenizer. name: the first file's without its suffix, unless given. limit: only the first
+    so many questions. max_tokens: of a question with a choice; a longer question loses its beginning. A choice follows
+    its question after a space, unless white space stands there already.
+
+    Raises TextError that names the file and the line.
+    """
+    if not files:
+        raise TextError("task multiple_choice: no files are named; name JSONL files")
+    title = name or Path(files[0]).stem
+    if limit is not None and limit < 1:
+        raise TextError(f"task {title}: a limit of {limit} questions leaves none; take 1 or more, or none for all")
+    items: list[Item] = []
+    for path in map(Path, files):
+        for number, line in _lines(path):
+            if len(items) == limit:
+                break
+            try:
+                question, choices, answer = _parse(line)
+                asked = tuple(
+                    _continuations.encode(tokenizer, question, _spaced(question, choice), max_tokens)
+                    for choice in choices
+                )
+            except TextError as error:
+                raise TextError(f"task {title}: {path}, line {number}: {error}") from None
+            items.append(Item(asked, answer))
+    if not items:
+        raise TextError(f"task {title}: {', '.join(map(str, files))} holds no question; write lines like {SHAPE}")
+    read = [[[[choice.ids, choice.start] for choice in item.choices], item.answer] for item in items]
+    return MultipleChoice(
+        name=title,
+        items=tuple(items),
+        digest=digest_of(["mean log-likelihood per token", read]),
+        longest=max(len(choice.ids) for item in items for choice in item.choices),
+    )
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise TextError(f"task {path}: can't be read: {reason}; name JSONL files in UTF-8") from None
+    for number, line in enumerate(content.split("\n"), start=1):  # splitlines would break a string at U+2028
+        if line.strip():
+            yield number, line
+
+
+def _parse(line: str) -> tuple[str, list[str], int]:
+    """(question, choices, the answer's index)."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise TextError(f"is not a JSON object; write {SHAPE}")
+    missing = [key for key in ("question", "choices", "answer") if key not in values]
+    if missing:
+        raise TextError(f"{' and '.join(missing)} is missing; write {SHAPE}")
+    question, choices, answer = values["question"], values["choices"], values["answer"]
+    if not isinstance(question, str) or not question.strip():
+        raise TextError(f"question is {question!r:.60}; it has to be a text")
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise TextError(f"choices is {choices!r:.60}; it has to be a list of 2 texts or more")
+    for choice in choices:
+        if not isinstance(choice, str) or not choice.strip():
+            raise TextError(f"the choice {choice!r:.60} is no text; mend it")
+    return question, choices, _index(answer, choices)
+
+
+def _index(answer: Any, choices: list[str]) -> int:
+    """An index, a choice's text, or a letter: a text that is both is the choice."""
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if 0 <= answer < len(choices):
+            return answer
+    elif isinstance(answer, str):
+        if answer in choices:
+            return choices.index(answer)
+        stripped = [choice.strip() for choice in choices]
+        if answer.strip() in stripped:
+            return stripped.index(answer.strip())
+        letter = answer.strip().upper()
+        if len(letter) == 1 and letter in LETTERS[: len(choices)]:
+            return LETTERS.index(letter)
+    last = len(choices) - 1
+    raise TextError(
+        f"answer is {answer!r:.60}; it has to be an index from 0 to {last}, a letter from A to "
+        f"{LETTERS[min(last, 25)]}, or one of the choices"
+    )
+
+
+def _spaced(question: str, choice: str) -> str:
+    return choice if choice[0].isspace() or question[-1].isspace() else f" {choice}"

@@ -1,0 +1,455 @@
+import itertools
+import json
+import math
+import sys
+
+import pytest
+import torch
+import transformers
+
+from evaluator import quality, tasks
+from evaluator.errors import BackendUnavailable, EvaluationError, NotFinite, TextError
+from evaluator.tasks import TaskResult, _continuations, multiple_choice
+from evaluator.tasks import lm_eval as ours
+
+
+class Letters:
+    """A tokenizer of characters, but for some pairs that are one token; ids below 160, for the tiny model."""
+
+    bos_token_id = 1
+    eos_token_id = 2
+
+    def __init__(self, pairs=(), leads=False):
+        self.pairs, self.leads = pairs, leads
+
+    def encode(self, text, add_special_tokens=True, verbose=True):
+        found = [1] if self.leads and add_special_tokens else []
+        while text:
+            pair = text[:2] if text[:2] in self.pairs else text[0]
+            found.append(128 + self.pairs.index(pair) if pair in self.pairs else ord(pair))
+            text = text[len(pair) :]
+        return found
+
+
+class InMemory:
+    """A model behind the one method that a task needs."""
+
+    def __init__(self, model):
+        self.model, self.batches = model, []
+
+    def nll(self, windows):
+        self.batches.append(len(windows))
+        return [quality.window_nll(self.model, window).tolist() for window in windows]
+
+
+class Table:
+    """The nats of each token, whatever stands before it."""
+
+    def __init__(self, **nats):
+        self.nats = {ord(letter): value for letter, value in nats.items()}
+        self.windows = []
+
+    def nll(self, windows):
+        self.windows += windows
+        return [[self.nats.get(token, 1.0) for token in window[1:]] for window in windows]
+
+
+def write(path, *items):
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return path
+
+
+def item(question, choices, answer):
+    return {"question": question, "choices": choices, "answer": answer}
+
+
+def spelled(window):
+    return "".join(map(chr, window))
+
+
+QUESTIONS = [
+    item("What is red?", ["a rose", "the sea", "snow"], 0),
+    item("What is blue?", ["a rose", "the sea", "snow"], "the sea"),
+    item("What is white?\n", ["a rose", "the sea", "snow"], "C"),
+    item("Two and two:", ["four", "five"], 1),
+    item("He said", [" yes", "\nno", "may be"], "B"),
+]
+
+
+def plain_mean(model, before, after):
+    """Log-likelihood per token by growing prefixes, in float64: shares no code with what is tested."""
+    total = 0.0
+    ids = before + after
+    for t in range(len(before), len(ids)):
+        logits = model(torch.tensor([ids[:t]])).logits[0, -1].double()
+        total += float(logits[ids[t]] - logits.logsumexp(0))
+    return total / len(after)
+
+
+@torch.no_grad()
+def test_the_answers_are_those_of_a_plain_loop(tmp_path, tiny_model, engine):
+    task = multiple_choice.load([write(tmp_path / "quiz.jsonl", *QUESTIONS)], Letters())
+    said = []
+    found = task.run(engine, said.append)
+    follows = [
+        ("What is red?", [" a rose", " the sea", " snow"], 0),
+        ("What is blue?", [" a rose", " the sea", " snow"], 1),
+        ("What is white?", ["\na rose", "\nthe sea", "\nsnow"], 2),
+        ("Two and two:", [" four", " five"], 1),
+        ("He said", [" yes", "\nno", " may be"], 1),
+    ]
+    correct = []
+    for question, choices, answer in follows:
+        means = [plain_mean(tiny_model, list(question.encode()), list(choice.encode())) for choice in choices]
+        correct.append(float(max(range(len(means)), key=means.__getitem__) == answer))
+    assert 0 < sum(correct) < 5
+    assert found.correct == tuple(correct)
+    assert found.value == sum(correct) / 5
+    assert found.se == pytest.approx(math.sqrt(found.value * (1 - found.value) / 4))
+    assert (found.items, found.digest, task.name) == (5, task.digest, "quiz")
+    assert said == ["task quiz, window 1 of 14"]
+    assert task.longest == len("What is white?\nthe sea")
+
+
+@torch.no_grad()
+def test_likelihoods_are_those_of_a_plain_loop(tiny_model):
+    pairs = [("What is red?", " a rose"), ("He", " said"), ("", "x")]
+    asked = [_continuations.encode(Letters(), before, after) for before, after in pairs]
+    found = _continuations.log_likelihoods(InMemory(tiny_model), asked)
+    assert [len(values) for values in found] == [7, 5, 1]
+    for values, (before, after) in zip(found, pairs, strict=True):
+        plain = plain_mean(tiny_model, list(before.encode()) or [1], list(after.encode()))
+        assert math.fsum(values) / len(values) == pytest.approx(plain, rel=1e-4)
+
+
+def test_the_mean_and_not_the_sum_decides(tmp_path):
+    """Six tokens of 1 nat against one of 2, after the space's 1."""
+    questions = [item("q", ["aaaaa", "b"], "aaaaa"), item("q", ["aaaaa", "c"], "c")]
+    task = multiple_choice.load([write(tmp_path / "a.jsonl", *questions)], Letters())
+    assert task.run(Table(b=2.0, c=0.9)).correct == (1.0, 1.0)
+
+
+def test_ties_go_to_the_first(tmp_path):
+    path = write(tmp_path / "a.jsonl", item("q", ["a", "b", "c"], 0), item("q", ["a", "b", "c"], 1))
+    assert multiple_choice.load([path], Letters()).run(Table()).correct == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "index"),
+    [
+        (["yes", "no"], 1, 1),
+        (["yes", "no"], "no", 1),
+        (["yes", "no"], " no ", 1),
+        (["yes", "no"], "B", 1),
+        (["yes", "no"], "b", 1),
+        (["B", "A"], "A", 1),  # the text of a choice comes before its letter
+        (["x"] * 25 + ["y"], "Z", 25),
+    ],
+)
+def test_an_answer_is_an_index_a_text_or_a_letter(tmp_path, choices, answer, index):
+    task = multiple_choice.load([write(tmp_path / "a.jsonl", item("q", choices, answer))], Letters())
+    assert task.items[0].answer == index
+
+
+GOOD = item("q", ["a", "b"], 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "not a JSON object"),
+        ("[" * 100_000, "not a JSON object"),
+        ("[1]", "not a JSON object"),
+        (json.dumps({"question": "q"}), "choices and answer is missing"),
+        (json.dumps({**GOOD, "question": " "}), "question is ' '"),
+        (json.dumps({**GOOD, "question": 3}), "question is 3"),
+        (json.dumps({**GOOD, "choices": ["a"]}), "2 texts or more"),
+        (json.dumps({**GOOD, "choices": "ab"}), "2 texts or more"),
+        (json.dumps({**GOOD, "choices": ["a", ""]}), "the choice '' is no text"),
+        (json.dumps({**GOOD, "choices": ["a", 4]}), "the choice 4 is no text"),
+        (json.dumps({**GOOD, "answer": 2}), "answer is 2; it has to be an index from 0 to 1, a letter from A to B"),
+        (json.dumps({**GOOD, "answer": -1}), "answer is -1"),
+        (json.dumps({**GOOD, "answer": True}), "answer is True"),
+        (json.dumps({**GOOD, "answer": "C"}), "answer is 'C'"),
+        (json.dumps({**GOOD, "answer": None}), "answer is None"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, says):
+    path = tmp_path / "quiz.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n\n{line}\n")
+    with pytest.raises(TextError, match="line 3: ") as raised:
+        multiple_choice.load([path], Letters())
+    assert str(raised.value).startswith(f"task quiz: {path}, line 3: ")
+    assert says in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 400
+
+
+def test_files_that_hold_nothing(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "latin.jsonl").write_bytes(b"\xe9")
+    for files, says in [
+        ([], "no files"),
+        ([tmp_path / "none.jsonl"], "No such file"),
+        ([tmp_path / "latin.jsonl"], "not UTF-8"),
+        ([tmp_path / "empty.jsonl"], "holds no question"),
+    ]:
+        with pytest.raises(TextError, match=says):
+            multiple_choice.load(files, Letters())
+    with pytest.raises(TextError, match="limit of 0"):
+        multiple_choice.load([write(tmp_path / "a.jsonl", GOOD)], Letters(), limit=0)
+
+
+def test_limit_and_several_files(tmp_path):
+    files = [write(tmp_path / "a.jsonl", *QUESTIONS[:2]), write(tmp_path / "b.jsonl", *QUESTIONS[2:])]
+    task = multiple_choice.load(files, Letters(), limit=3, name="mine")
+    assert (len(task.items), task.name) == (3, "mine")
+    assert [spelled(i.choices[0].ids) for i in task.items][2] == "What is white?\na rose"
+
+
+def test_a_line_separator_inside_a_string(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(item("one\u2028two", ["a", "b"], 0), ensure_ascii=False), encoding="utf-8")
+    assert len(multiple_choice.load([path], transformers_like()).items) == 1
+
+
+def transformers_like():
+    class Bytes(Letters):
+        def encode(self, text, add_special_tokens=True, verbose=True):
+            return list(text.encode())
+
+    return Bytes()
+
+
+def test_the_digest_is_of_what_the_model_reads(tmp_path):
+    path = write(tmp_path / "a.jsonl", *QUESTIONS)
+    other = write(tmp_path / "b.jsonl", *QUESTIONS[:-1], {**QUESTIONS[-1], "answer": 0})
+    digests = [
+        multiple_choice.load([path], Letters(), name="renamed").digest,
+        multiple_choice.load([other], Letters()).digest,
+        multiple_choice.load([path], Letters(), limit=4).digest,
+        multiple_choice.load([path], Letters(), max_tokens=12).digest,
+        multiple_choice.load([path], Letters(pairs=["ed"])).digest,
+    ]
+    assert len(set(digests)) == 5
+    assert multiple_choice.load([path], Letters()).digest == digests[0]
+    assert all(len(digest) == 16 for digest in digests)
+
+
+# -- a choice after its question -----------------------------------------------------------------------------
+
+
+def test_a_token_across_the_border_is_the_choices():
+    """In "he said:" + " yes" the tokenizer makes one token of ": "."""
+    merging = Letters(pairs=[": "])
+    found = _continuations.encode(merging, "he said:", " yes")
+    assert spelled(found.ids[: found.start]) == "he said"
+    assert found.ids[found.start :] == (128, *map(ord, "yes"))
+    apart = _continuations.encode(merging, "he said:", "\nyes")
+    assert spelled(apart.ids[: apart.start]) == "he said:"
+
+
+def test_white_space_at_the_end_goes_to_the_choice():
+    found = _continuations.encode(Letters(pairs=[" y"]), "said: ", "yes")
+    assert spelled(found.ids[: found.start]) == "said:"
+    assert found.ids[found.start :] == (128, *map(ord, "es"))
+
+
+def test_with_a_real_tokenizer(pico_llama):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(pico_llama)
+    question, choice = "The statement is executed in the", " current namespace"
+    found = _continuations.encode(tokenizer, question, choice)
+    assert tokenizer.decode(found.ids) == question + choice
+    assert tokenizer.decode(found.ids[found.start :]) == choice
+
+
+def test_bos_leads_where_the_tokenizer_puts_it_or_nothing_else_can():
+    assert _continuations.encode(Letters(leads=True), "q", " a") == _continuations.Continuation(
+        (1, ord("q"), ord(" "), ord("a")), 2
+    )
+    assert _continuations.encode(Letters(), "", "a") == _continuations.Continuation((1, ord("a")), 1)
+    merged = _continuations.encode(Letters(pairs=["q "]), "q", " a")
+    assert merged == _continuations.Continuation((1, 128, ord("a")), 1)
+    nameless = Letters()
+    nameless.bos_token_id = nameless.eos_token_id = None
+    with pytest.raises(TextError, match="neither BOS nor EOS"):
+        _continuations.encode(nameless, "", "a")
+
+
+def test_a_long_question_loses_its_beginning():
+    found = _continuations.encode(Letters(), "abcdefgh", " xy", max_tokens=5)
+    assert (spelled(found.ids), found.start) == ("gh xy", 2)
+    led = _continuations.encode(Letters(leads=True), "abcdefgh", " xy", max_tokens=5)
+    assert (spelled(led.ids), led.start) == ("\x01h xy", 2)
+    assert spelled(_continuations.encode(Letters(), "ab", " xy", max_tokens=5).ids) == "ab xy"
+    assert spelled(_continuations.encode(Letters(), "ab", " xy", max_tokens=4).ids) == "b xy"
+    with pytest.raises(TextError, match="has 3 tokens, which max_tokens 3 leaves no room for"):
+        _continuations.encode(Letters(), "ab", " xy", max_tokens=3)
+
+
+def test_only_the_choices_tokens_count(tmp_path):
+    """The question's own token of 1000 nats is the same for all choices, but not in a mean over all tokens."""
+    path = write(tmp_path / "a.jsonl", item("zz", ["aaaa", "b"], "b"))
+    table = Table(z=1000.0, b=0.5)
+    assert multiple_choice.load([path], Letters()).run(table).correct == (1.0,)
+    assert [spelled(window) for window in table.windows] == ["zz aaaa", "zz b"]
+
+
+def test_windows_go_a_few_dozen_at_a_time(tmp_path, tiny_model):
+    many = [item(f"question {i}?", ["yes", "no", "perhaps"], i % 3) for i in range(30)]
+    task = multiple_choice.load([write(tmp_path / "a.jsonl", *many)], Letters())
+    engine, said = InMemory(tiny_model), []
+    found = task.run(engine, said.append)
+    assert engine.batches == [32, 32, 26]
+    assert said == ["task a, window 1 of 90", "task a, window 33 of 90", "task a, window 65 of 90"]
+    assert found == task.run(engine)
+
+
+def test_a_broken_model(tmp_path):
+    task = multiple_choice.load([write(tmp_path / "a.jsonl", GOOD)], Letters())
+    with pytest.raises(NotFinite, match=r"task a: .* broken"):
+        task.run(Table(a=math.nan))
+
+
+def test_a_files_name_is_a_kinds():
+    assert tasks.names() == ["lm_eval", "multiple_choice"]
+    for name in tasks.names():
+        assert callable(tasks.module_of(name).load)
+    with pytest.raises(EvaluationError, match="'trivia' is not one of lm_eval, multiple_choice"):
+        tasks.module_of("trivia")
+
+
+# -- lm-evaluation-harness -----------------------------------------------------------------------------------
+
+YAML = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+num_fewshot: {shots}
+metric_list:
+{metrics}
+"""
+
+
+@pytest.fixture
+def harness(tmp_path, monkeypatch):
+    """Write a task of the harness over QUESTIONS."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pytest.importorskip("lm_eval")
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    numbered = [{**q, "answer": multiple_choice._index(q["answer"], q["choices"])} for q in QUESTIONS]
+    data = write(tmp_path / "data.jsonl", *numbered)
+    (tmp_path / "mine").mkdir()
+
+    def make(name="mine", kind="multiple_choice", metrics=("acc", "acc_norm"), shots=0, path=data):
+        listed = "\n".join(f"  - metric: {metric}" for metric in metrics)
+        text = YAML.format(name=name, data=path, kind=kind, shots=shots, metrics=listed)
+        (tmp_path / "mine" / f"{name}.yaml").write_text(text)
+        return tmp_path / "mine"
+
+    return make
+
+
+@pytest.mark.parametrize(("metrics", "shots"), [(("acc", "acc_norm"), 0), (("acc",), 0), (("acc", "acc_norm"), 2)])
+def test_the_harness_itself_says_the_same(harness, tiny_model, metrics, shots):
+    """Its own `evaluate`, with the same model behind its own interface."""
+    import lm_eval.evaluator
+    import lm_eval.tasks
+
+    folder = harness(metrics=metrics, shots=shots)
+    engine = InMemory(tiny_model)
+    task = ours.load("mine", folder, Letters())
+    found = task.run(engine)
+
+    of_the_harness = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False).load(["mine"])
+    of_the_harness["tasks"]["mine"].set_fewshot_seed(1234)
+    logged = lm_eval.evaluator.evaluate(
+        ours.language_model(engine, Letters()), of_the_harness, bootstrap_iters=0, log_samples=True
+    )
+    assert found.value == pytest.approx(logged["results"]["mine"][f"{metrics[-1]},none"])
+    assert list(found.correct) == [sample[metrics[-1]] for sample in logged["samples"]["mine"]]
+    assert found.items == 5
+    assert found == task.run(engine)  # the same few-shot examples, and nothing left over from the first run
+    assert found.digest == ours.load("mine", folder, Letters()).digest
+
+
+@torch.no_grad()
+def test_the_harness_gets_likelihoods_of_a_plain_loop(harness, tiny_model):
+    task = ours.load("mine", harness(), Letters(), limit=2)
+    answers = ours.language_model(InMemory(tiny_model), Letters()).loglikelihood(task.task.instances)
+    choices = [" a rose", " the sea", " snow"]
+    pairs = itertools.product(["What is red?", "What is blue?"], choices)
+    plain = [plain_mean(tiny_model, list(q.encode()), list(c.encode())) * len(c) for q, c in pairs]
+    assert [value for value, _ in answers] == pytest.approx(plain, rel=1e-4)
+    assert task.longest == len("What is blue? the sea")
+
+
+@torch.no_grad()
+def test_rolling_likelihood_predicts_each_token_once(harness, tiny_model):
+    class Request:
+        args = ("abcdefg",)
+
+    (found,) = ours.language_model(InMemory(tiny_model), Letters(), max_tokens=4).loglikelihood_rolling([Request])
+    plain = sum(plain_mean(tiny_model, [1], list(part.encode())) * len(part) for part in ("abc", "def", "g"))
+    assert found == pytest.approx(plain, rel=1e-4)
+
+
+def test_what_needs_more_than_likelihoods_is_refused(harness):
+    folder = harness("writes", kind="generate_until", metrics=["exact_match"])
+    harness("greedy", kind="loglikelihood", metrics=["acc"])
+    harness("other", metrics=["brier_score"])
+    for name, says in [
+        ("writes", "generates text"),
+        ("greedy", "is the likeliest text"),
+        ("other", "neither acc_norm"),
+    ]:
+        with pytest.raises(EvaluationError, match=says) as raised:
+            ours.load(name, folder, Letters())
+        assert "\n" not in str(raised.value)
+    with pytest.raises(EvaluationError, match="generates text"):
+        ours.language_model(Table(), Letters()).generate_until([])
+
+
+def test_tasks_that_are_not_there(harness, tmp_path):
+    folder = harness("lost", path=tmp_path / "none.jsonl")
+    for name, where, says in [
+        ("mine", folder, "holds lost and not that one"),
+        ("lost", folder, "can't be read .*none.jsonl"),
+        ("mine", tmp_path / "nowhere", "no folder"),
+    ]:
+        with pytest.raises(TextError, match=says) as raised:
+            ours.load(name, where, Letters())
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["task: [", "task: mine\ndataset_path: json\n", "\xff\xfe\x00"])
+def test_a_damaged_task_file(harness, text):
+    folder = harness()
+    (folder / "mine.yaml").write_text(text)
+    with pytest.raises(EvaluationError, match="task mine: ") as raised:
+        ours.load("mine", folder, Letters())
+    assert "\n" not in str(raised.value)
+
+
+def test_a_prompt_that_does_not_fit(harness):
+    with pytest.raises(TextError, match="task mine: ' a rose' has 7 tokens, which max_tokens 5 leaves no room for"):
+        ours.load("mine", harness(), Letters(), max_tokens=5)
+    assert ours.load("mine", harness(), Letters(), max_tokens=10).longest == 10
+
+
+def test_a_limit_on_the_harness(harness, tiny_model):
+    found = ours.load("mine", harness(), Letters(), limit=2).run(InMemory(tiny_model))
+    assert isinstance(found, TaskResult)
+    assert found.items == 2
+
+
+def test_without_the_harness(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(BackendUnavailable, match=r"pip install 'optuna-search\[lm-eval\]'"):
+        ours.load("mine", tmp_path, Letters())

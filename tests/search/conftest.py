@@ -1,0 +1,51 @@
+"""The command line in this process: as fast as it gets, for what needs no process of its own."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+
+@dataclass
+class Ended:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def cli(monkeypatch) -> Callable[..., Ended]:
+    """optuna-search WORDS… in the directory `cwd`."""
+    from search import cli as commands
+
+    def call(*words: object, cwd: Path) -> Ended:
+        monkeypatch.chdir(cwd)
+        result = CliRunner().invoke(commands.main, [str(word) for word in words], catch_exceptions=False)
+        return Ended(result.exit_code, result.stdout, result.stderr)
+
+    return call
+
+
+@pytest.fixture
+def refused(cli) -> Callable[..., str]:
+    """One clear line on standard error, nothing on standard output, and nothing written."""
+
+    def call(*words: object, cwd: Path, status: int = 2) -> str:
+        before = sorted(cwd.rglob("*"))
+        ended = cli(*words, cwd=cwd)
+        assert ended.status == status, ended.err
+        assert ended.out == ""
+        said = [line for line in ended.err.splitlines() if re.match(r"(optuna-search|Error): ", line)]
+        assert len(said) == 1, ended.err
+        assert sorted(cwd.rglob("*")) == before
+        return said[0]
+
+    return call

@@ -1,0 +1,383 @@
+"""The manual workflow: every command line of docs/by-hand.md, and what its steps promise."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from search import config, workers
+
+ROOT = Path(__file__).parents[2]
+
+STUDY = """
+defaults: [_base, _self_]
+study_name: hand
+model: {{source: {model}}}
+text: {{window: 32, calibration_windows: 4, shards: 4}}
+evaluation:
+  backend: transformers
+  device: cpu
+  workload: {{prompt_tokens: 8, decode_steps: 4, turns: 4}}
+export: {{for_transformers: 4.57.3}}
+tracking: {{mlflow: false}}
+"""
+SMALLER = {"1536": "72", "3584": "128"}  # the documentation's dimensions are EXAONE's
+
+
+@pytest.fixture(scope="module")
+def deep_model(tmp_path_factory, write_pico_model):
+    """As many layers and heads as EXAONE-4.0-1.2B, and next to nothing in them."""
+    return write_pico_model(
+        tmp_path_factory.mktemp("deep") / "model",
+        "exaone4",
+        num_hidden_layers=30,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=8,
+    )
+
+
+def make_home(home, model):
+    (home / "studies").mkdir(parents=True)
+    (home / "studies" / "hand.yaml").write_text(STUDY.format(model=model))
+    return home
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, pico_llama):
+    """A home whose baseline stays known from test to test."""
+    return make_home(tmp_path_factory.mktemp("hand"), pico_llama)
+
+
+@pytest.fixture
+def home(tmp_path, pico_llama):
+    model = tmp_path / "model"
+    shutil.copytree(pico_llama, model)
+    return make_home(tmp_path / "home", model)
+
+
+def documented():
+    """Our command lines, in the order of the table."""
+    table = (ROOT / "docs" / "by-hand.md").read_text()
+    rows = [line.split("|")[3] for line in table.splitlines() if line.startswith("| ") and "---" not in line]
+    return [line for row in rows for line in re.findall(r"`([^`]+)`", row)]
+
+
+def test_every_command_line_of_the_workflow(cli, tmp_path, deep_model, monkeypatch):
+    home = make_home(tmp_path / "home", deep_model)
+    study = (home / "studies" / "hand.yaml").read_text().replace("tracking: {mlflow: false}", "")
+    (home / "studies" / "hand.yaml").write_text(study)
+    for name in ("Makefile", "create_submit.sh", ".env.example", "pyproject.toml"):
+        shutil.copy(ROOT / name, home)
+    shim = tmp_path / "bin" / "optuna-search"
+    shim.parent.mkdir()
+    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m search.cli "$@"\n')
+    shim.chmod(0o755)
+    monkeypatch.setenv("OPTUNA_SEARCH_STUDY", "hand")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PATH", f"{shim.parent}:{os.environ['PATH']}")
+    shutil.copytree(deep_model, home / "submit" / "model_drop28")  # the report is of one that somebody made elsewhere
+    assert cli("evaluate", "--model", "submit/model_drop28", cwd=home).status == 0
+
+    lines = documented()
+    assert len(lines) >= 25
+    for line in lines:
+        words = shlex.split(line)
+        if words[0] == "optuna-search":
+            words = [SMALLER.get(word, word) for word in words[1:]]
+            ended = cli(*words, cwd=home)
+            assert ended.status == 0, (line, ended.err)
+        elif words[0] == "make":
+            for command in make(home, *words[1:]):
+                if command[0].endswith("optuna-search"):
+                    ended = cli(*command[1:], "--study", "hand", cwd=home) if "--study" in command else cli(
+                        *command[1:], cwd=home
+                    )  # fmt: skip
+                    assert ended.status == 0, (line, ended.err)
+        elif words[0] == "./create_submit.sh":
+            done = subprocess.run(words, cwd=home, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        elif words[0] == "cp":
+            subprocess.run(words, cwd=home, check=True)
+            (home / ".env").unlink()  # its placeholders are no server
+        else:
+            assert words == ["mlflow", "ui"]
+
+    written = {str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()}
+    assert {"outputs/baseline_result.json", "submit.zip", "submit/model/eval_result.json", "structure.png"} <= written
+    assert any(re.fullmatch(r"outputs/\d{4}-\d\d-\d\d_drop28/\d{4}-\d\d-\d\d_report\.md", name) for name in written)
+    for layers in (22, 24, 26, 28):
+        made = json.loads((home / "submit" / f"model_drop{layers}" / "config.json").read_text())
+        assert made["num_hidden_layers"] == layers
+    assert tracked(home) >= {"baseline", "drop_layers_26", "drop22", "drop24", "drop26", "drop28"}
+
+
+def make(home, *words):
+    """The command lines that make would run, without the set-up."""
+    (home / ".venv").mkdir(exist_ok=True)
+    (home / ".venv" / ".ready").touch()
+    done = subprocess.run(["make", "-n", *words], cwd=home, capture_output=True, text=True, check=True)
+    return [shlex.split(line) for line in done.stdout.splitlines() if line.strip() and not line.startswith("echo")]
+
+
+def tracked(home):
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{home}/mlflow.db")
+    found = client.get_experiment_by_name("optuna-search")
+    runs = client.search_runs([found.experiment_id])
+    for run in runs:
+        assert {"number_of_layers", "number_of_heads", "hidden_dim", "total_parameters", "model_size_mb"} <= set(
+            run.data.params
+        )
+        assert {"tokens_per_sec", "time_per_token_ms", "perplexity", "perf_norm", "speed_norm", "score"} <= set(
+            run.data.metrics
+        )
+        assert ("baseline" in run.data.tags) == (run.info.run_name == "baseline")
+    return {run.info.run_name for run in runs}
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "W8A8"])
+def test_a_plan_by_hand_is_measured_as_the_study_measures_it(cli, shared, precision):
+    overrides = [f"space={{num_hidden_layers: 3, intermediate_size: 128, precision: [{precision}]}}", "trials=1"]
+    file = config.load("hand", [*overrides, f"study_name={precision}"], shared / "studies")
+    file = file.model_copy(update={"outputs": shared / "outputs", "storage": f"sqlite:///{shared}/outputs/studies.db"})
+    trial = workers.run(file).best_trial
+    keys = ["compression.keep_layers=3", "compression.intermediate_size=128"]
+    keys += ["compression.scheme=W8A8"] if precision == "W8A8" else []
+    done = cli("compress", "--study", "hand", *keys, "--save-path", f"submit/{precision}", "--evaluate", cwd=shared)
+    assert done.status == 0, done.err
+    mine = json.loads((shared / "submit" / precision / "eval_result.json").read_text())
+    theirs = json.loads((shared / "outputs" / "measurements" / f"{trial.user_attrs['measurement']}.json").read_text())
+    assert mine["plan"] == trial.user_attrs["plan"]
+    for key in ("perplexity", "shard_nll", "kl_nats_per_token", "top1_agreement", "weights_sha256", "logits_sha256"):
+        assert mine["measurement"][key] == theirs[key], key
+    assert mine["perf_norm"] == trial.user_attrs["perf_norm"]
+    baseline = json.loads((shared / "outputs" / "baseline_result.json").read_text())
+    assert mine["baseline"].items() <= baseline.items()
+
+
+def test_a_multirun_compares_and_a_second_call_skips_what_is_done(cli, shared):
+    words = ("compress", "--study", "hand", "-m", "compression.keep_layers=range(2,4)", "tracking=off")
+    first = cli(*words, "--json", cwd=shared)
+    assert first.status == 0, first.err
+    rows = first.json
+    assert [row["name"] for row in rows] == ["drop2", "drop3"]
+    assert [row["before"] for row in rows] == [False, False]
+    assert [row["plan"]["num_hidden_layers"] for row in rows] == [2, 3]
+    stamps = {path: path.stat().st_mtime_ns for path in (shared / "submit").rglob("*")}
+    second = cli(*words, "--json", cwd=shared)
+    assert [row["before"] for row in second.json] == [True, True]
+    assert {path: path.stat().st_mtime_ns for path in (shared / "submit").rglob("*")} == stamps
+    # another workload: built before, measured again
+    third = cli(*words, "evaluation.workload.turns=5", "--json", cwd=shared)
+    assert [row["before"] for row in third.json] == [False, False]
+    table = cli("report", cwd=shared).out.splitlines()
+    scores = [float(re.findall(r"(-?\d\.\d{4})±", line)[-1]) for line in table if "±" in line]
+    assert scores == sorted(scores, reverse=True)
+    assert len(scores) >= 3
+
+
+def test_a_job_that_can_not_be_built_says_so_in_its_row_and_the_others_go_on(cli, shared):
+    done = cli("compress", "--study", "hand", "-m", "compression.keep_heads=4,3", "--json", cwd=shared)
+    assert done.status == 1
+    bad, good = done.json
+    assert "4 query heads" in bad["reason"]
+    assert good["plan"]["num_attention_heads"] == 3
+
+
+def test_a_stale_baseline_is_measured_again_and_says_why(cli, home):
+    first = cli("baseline", "--study", "hand", "--json", cwd=home)
+    assert first.status == 0, first.err
+    again = cli("baseline", "--study", "hand", "--json", cwd=home)
+    assert again.json == first.json  # known
+    assert "again" not in again.err
+    other = cli("baseline", "--study", "hand", "evaluation.workload.turns=5", "--json", cwd=home)
+    assert "measured again" in other.err
+    assert "'turns': 4" in other.err
+    weights = home.parent / "model" / "model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, weights, metadata={"format": "pt"})
+    changed = cli("baseline", "--study", "hand", "--json", cwd=home)
+    assert "measured again: model was" in changed.err
+    assert changed.json["perplexity"] != first.json["perplexity"]
+
+
+def test_a_checkpoint_of_another_origin(cli, shared, pico_llama, tmp_path):
+    """Fine-tuned elsewhere, saved by stock transformers in two shards: no plan is known of it."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.mul_(0.5)
+    path = tmp_path / "tuned"
+    model.save_pretrained(path, max_shard_size="300KB")
+    assert len(list(path.glob("*.safetensors"))) > 1
+    for file in Path(pico_llama).glob("tokenizer*"):
+        shutil.copy(file, path)
+    done = cli("evaluate", "--study", "hand", "--model", path, "--run-name", "tuned", "--json", cwd=shared)
+    assert done.status == 0, done.err
+    found = done.json
+    assert found["plan"] is None
+    assert found["measurement"]["kl_nats_per_token"] > 1e-3
+    base = transformers.AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.float32)
+    file = config.load("hand", config_dir=shared / "studies")
+    from search import setting
+
+    kl = []
+    for shard in setting.prepare(file).shards:
+        for window in shard:
+            with torch.no_grad():
+                p, q = (m(torch.tensor([window])).logits[0, :-1].log_softmax(-1) for m in (base, model))
+            kl.append((p.exp() * (p - q)).sum(-1).mean().item())
+    assert found["measurement"]["kl_nats_per_token"] == pytest.approx(sum(kl) / len(kl), rel=1e-2)
+    assert found["report_text"]["perf_norm"] == pytest.approx(
+        found["report_text"]["base_perplexity"] / found["report_text"]["perplexity"]
+    )
+
+
+def test_weights_that_were_changed_since_are_not_taken_for_the_plans(cli, shared):
+    path = shared / "submit" / "changed"
+    compress = ("compress", "drop-layers", "--study", "hand", "--keep-layers", "4", "--save-path", path)
+    assert cli(*compress, cwd=shared).status == 0
+    weights = path / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-2:] = b"\x80\x3f"
+    weights.write_bytes(data)
+    done = cli("evaluate", "--study", "hand", "--model", path, "--json", cwd=shared)
+    assert done.json["plan"] is None
+
+
+def test_a_report_says_what_was_measured_and_how_to_do_it_again(cli, shared):
+    path = shared / "submit" / "reported"
+    words = ("compress", "--study", "hand", "compression.keep_layers=4", "compression.drop_from=[1]")
+    assert cli(*words, "--save-path", path, "--evaluate", cwd=shared).status == 0
+    found = json.loads((path / "eval_result.json").read_text())
+    printed = cli("report", "-e", "less", "-m", path, "-d", "one layer removed", "--print-only", cwd=shared).out
+    assert "one layer removed" in printed
+    assert f"= {found['score']:.4f}" in printed
+    assert f"{found['perf_norm']:.4f} ± {found['perf_norm_se']:.4f}" in printed
+    assert not list((shared / "outputs").glob("*_less"))
+    done = cli("report", "-e", "less", "-m", path, "--json", cwd=shared)
+    written = shared / done.json["report"]
+    assert {"shards.png", "scores.png"} <= {file.name for file in written.parent.iterdir()}
+    commands = [shlex.split(line) for line in written.read_text().splitlines() if line.startswith("optuna-search ")]
+    shutil.rmtree(path)
+    for command in commands:  # it reproduces itself
+        assert cli(*command[1:], cwd=shared).status == 0
+    again = json.loads((path / "eval_result.json").read_text())
+    assert again["measurement"]["weights_sha256"] == found["measurement"]["weights_sha256"]
+    assert again["perf_norm"] == found["perf_norm"]
+
+
+def test_perf_of_several_parts(cli, shared, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    lines = [{"question": f"The {n} of", "choices": ["the", "zzz qqq"], "answer": n % 2} for n in range(6)]
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    perf = f"evaluation.perf=[{{metric: perplexity}},{{metric: multiple_choice,files: [{questions}],weight: 3}}]"
+    words = ("compress", "--study", "hand", "compression.keep_layers=4", perf, "--evaluate", "--json")
+    done = cli(*words, "--save-path", "submit/tasks", cwd=shared)
+    assert done.status == 0, done.err
+    found = json.loads((shared / "submit" / "tasks" / "eval_result.json").read_text())
+    task = found["measurement"]["tasks"]["questions"]
+    base = found["baseline"]["tasks"]["questions"]
+    ratio = found["baseline"]["perplexity"] / found["measurement"]["perplexity"]
+    assert found["perf_norm"] == pytest.approx((ratio + 3 * task["value"] / base["value"]) / 4)
+
+
+# -- bad input -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["compression.keep_layer=4"], ["compression.keep_layer", "did you mean 'keep_layers'"]),
+        (["compression.keep_layers=6"], ["num_hidden_layers", "6", "5"]),
+        (["compression.keep_layers=0"], ["compression.keep_layers", "greater than or equal to 1"]),
+        (["compression.keep_heads=4"], ["4 query heads"]),
+        (["compression.drop_from=[7]"], ["drop_from", "7"]),
+        (["compression.drop_from=middle", "compression.keep_layers=3"], ["'middle'", "importance"]),
+        (["compression.scheme=W9A8"], ["'W9A8'", "did you mean 'W8A8'"]),
+        (["compression.scheme=W8A8", "compression.dtype=float16"], ["quantized or cast, not both"]),
+        (["compression.hidden_size=97"], ["hidden_size", "97"]),
+        (["experiments=02-05_drop-layer"], ["no such file", "did you mean '02-05_drop-layers-26'"]),
+        (["experiments=drop"], ["could be"]),
+        (["experiments=broken"], ["studies/experiments/broken.yaml", "keep_layer", "did you mean 'keep_layers'"]),
+        ([], ["nothing to do"]),
+        (["compression.keep_layers=2,3"], ["multirun"]),
+        (["model=mini"], ["model=mini", "smollm2-135m"]),
+    ],
+)
+def test_bad_words(refused, home, words, parts):
+    experiments = home / "studies" / "experiments"
+    experiments.mkdir()
+    (experiments / "broken.yaml").write_text("# @package _global_\ncompression: {keep_layer: 3}\n")
+    line = refused("compress", "by-config", "--study", "hand", *words, cwd=home)
+    for part in parts:
+        assert part in line
+
+
+def test_bad_models(refused, home):
+    model = home.parent / "model"
+    compress = ("compress", "drop-layers", "--keep-layers", "4", "--study", "hand")
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1000])
+    assert "not a whole safetensors file" in refused(*compress, cwd=home)
+    weights.unlink()
+    assert "no weights" in refused(*compress, cwd=home)
+    (model / "pytorch_model.bin").write_bytes(whole)
+    assert "pickled weights" in refused(*compress, cwd=home)
+    assert "no such directory" in refused(*compress, "--model", "elsewhere", cwd=home)
+    (home / "empty").mkdir()
+    for words in (("evaluate", "--study", "hand"), ("report", "-e", "x")):
+        assert "no such directory" in refused(*words, "--model", "nowhere", cwd=home) or words[0] == "evaluate"
+    assert "eval_result.json" in refused("report", "-e", "x", "-m", "empty", cwd=home)
+
+
+def test_a_model_that_would_be_overwritten(refused, home):
+    (home / "mine").mkdir()
+    (home / "mine" / "notes.txt").write_text("mine")
+    compress = ("compress", "drop-layers", "--keep-layers", "4", "--study", "hand", "--save-path")
+    assert "no model" in refused(*compress, "mine", cwd=home)
+    assert "is a file" in refused(*compress, "mine/notes.txt", cwd=home)
+    assert "mine/notes.txt is a file" in refused(*compress, "mine/notes.txt/deeper", cwd=home)
+
+
+def test_a_full_disk_leaves_nothing_half_written(cli, home, tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no tmpfs here")
+    try:
+        words = ("compress", "drop-layers", "--keep-layers", "4", "--drop-from", "top", "--study", "hand")
+        ended = cli(*words, "--save-path", small / "model", cwd=home)
+        assert ended.status == 2
+        assert "disk" in ended.err
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_another_tokenizer_can_not_be_compared(refused, cli, shared, tmp_path):
+    path = tmp_path / "other"
+    assert cli(
+        "compress", "drop-layers", "--keep-layers", "4", "--study", "hand", "--save-path", path, cwd=shared
+    ).status == 0  # fmt: skip
+    (path / "compression.json").unlink()
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-20]
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "its tokenizer reads text otherwise" in refused("evaluate", "--study", "hand", "--model", path, cwd=shared)
