@@ -28,6 +28,12 @@ class CompressionPlan:
     drop_from: how layers are chosen. "importance": those whose input and output differ least on the
         calibration text (block influence, ShortGPT, https://arxiv.org/abs/2403.03853); "top": the last
         ones before the final norm; "bottom": the first ones; "3,7": just these go, numbered from 0.
+    importance: how heads and channels are chosen: by "activation" (Minitron), "flap" or "obs".
+    repair: what is done to the weights that stay: "none", or "ridge": least squares on the calibration text.
+    quantizer: how a scheme's weights are rounded: to the "nearest", with scales of least squared error ("mse"), or "gptq".
+    group_size: of W4A16; 0: the largest of 128, 64, 32 that fits.
+    keep_16_bit: how many projections (those that vLLM fuses count as one) stay unquantised, the most sensitive first.
+    lm_head: "16-bit", or "8-bit" with any scheme. kv_cache: "auto", or "fp8".
     """
 
     num_hidden_layers: int
@@ -37,6 +43,13 @@ class CompressionPlan:
     intermediate_size: int
     precision: str
     drop_from: str = "importance"
+    importance: str = "activation"
+    repair: str = "none"
+    quantizer: str = "nearest"
+    group_size: int = 0
+    keep_16_bit: int = 0
+    lm_head: str = "16-bit"
+    kv_cache: str = "auto"
 
     @classmethod
     def identity(cls, config: Mapping[str, Any]) -> CompressionPlan:
@@ -65,9 +78,20 @@ class CompressionPlan:
         return cls(**values)
 
     def digest(self, base: str) -> str:
-        """Names what this plan makes of the model whose digest is `base`: 16 hexadecimal digits."""
-        text = json.dumps([RECIPE, base, self.to_dict()], sort_keys=True)
+        """Names what this plan makes of the model whose digest is `base`: 16 hexadecimal digits.
+
+        What a plan leaves at its default says nothing, so that a new choice renames no older plan.
+        """
+        said = {name: value for name, value in self.to_dict().items() if OPTIONS.get(name) != value}
+        text = json.dumps([RECIPE, base, said], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+OPTIONS = {  # with their defaults; drop_from is older than this rule
+    field.name: field.default
+    for field in dataclasses.fields(CompressionPlan)
+    if field.default is not dataclasses.MISSING and field.name != "drop_from"
+}
 
 
 def layers_named(drop_from: str) -> tuple[int, ...] | None:
