@@ -30,7 +30,7 @@ class CompressionPlan:
         ones before the final norm; "bottom": the first ones; "3,7": just these go, numbered from 0.
     importance: how heads and channels are chosen: by "activation" (Minitron), "flap" or "obs".
     repair: what is done to the weights that stay: "none", or "ridge": least squares on the calibration text.
-    quantizer: how a scheme's weights are rounded: to the "nearest", with scales of least squared error ("mse"), or "gptq".
+    quantizer: how a scheme's weights are rounded: "nearest", with scales of least squared error ("mse"), or "gptq".
     group_size: of W4A16; 0: the largest of 128, 64, 32 that fits.
     keep_16_bit: how many projections (those that vLLM fuses count as one) stay unquantised, the most sensitive first.
     lm_head: "16-bit", or "8-bit" with any scheme. kv_cache: "auto", or "fp8".
