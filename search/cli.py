@@ -255,7 +255,7 @@ def baseline(model: Path | None, again: bool, as_json: bool, **where: Any) -> No
     from search import jobs, progress, setting
     from search.objective import BASELINE_RESULT, Bench
 
-    with progress.Live(1) as live, Bench(setting.prepare(file, live.say), live.say, again=again) as bench:
+    with progress.Live(1) as live, Bench(setting.prepare(file, live.say, search=False), live.say, again=again) as bench:
         measured = jobs.baseline(bench, live.warn)
         place = bench.setting.outputs / BASELINE_RESULT
     if as_json:
@@ -288,7 +288,7 @@ def evaluate(
     from search import jobs, progress, setting
     from search.objective import Bench
 
-    with progress.Live(1) as live, Bench(setting.prepare(file, live.say), live.say) as bench:
+    with progress.Live(1) as live, Bench(setting.prepare(file, live.say, search=False), live.say) as bench:
         found = jobs.evaluate(bench, path, run_name or path.resolve().name, live.warn, _study_words(**where))
     if as_json:
         click.echo(json.dumps(found))
@@ -448,7 +448,7 @@ def _compress(
             rows = jobs.run(planned, live.say, live.warn, live.job_ended)
         else:
             (job,) = planned
-            prepared = setting.prepare(job.file, live.say, engine=False)
+            prepared = setting.prepare(job.file, live.say, search=False, engine=False)
             outcome = compressing.foresee(job.plan, prepared)
             live.print(report.outcome_table(compressing.to_json(outcome), prepared.identity.to_dict()))
             for warning in outcome.warnings:
@@ -460,7 +460,8 @@ def _compress(
             return
         for change in made.changes:
             click.echo(change)
-        click.echo(f"{'was there already' if made.reused else 'written'}: {made.path}")
+        how = "was there already" if made.reused else "written, in place of another" if made.replaced else "written"
+        click.echo(f"{how}: {made.path}")
         return
     if as_json:
         click.echo(json.dumps(rows))

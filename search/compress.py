@@ -122,8 +122,9 @@ class Compressed:
     path: Path
     outcome: Outcome
     weights_sha256: str
-    changes: tuple[str, ...]  # made for the target
+    changes: tuple[str, ...] = ()  # made for the target
     reused: bool = False  # it was there already
+    replaced: bool = False  # another model was there
 
 
 def compress(outcome: Outcome, setting: Setting, to: Path, target: str | None, say: Say = lambda _: None) -> Compressed:
@@ -135,18 +136,19 @@ def compress(outcome: Outcome, setting: Setting, to: Path, target: str | None, s
     described = description(outcome.plan, setting, target)
     there = made_before(to, described)
     if there is not None:
-        return Compressed(to, outcome, there, (), reused=True)
+        return Compressed(to, outcome, there, reused=True)
     places.refuse_foreign(to, "compress")
     require_disk(outcome.bytes + 50_000_000, to.parent, "the compressed model")
     needed = build.needs_calibration(outcome.plan, setting.identity)
     calibration = setting.calibrate(say) if needed else None
     made = build.apply(outcome.plan, setting.base, setting.family, calibration)
     say(f"writing {to.name}, {outcome.bytes / 1e6:.0f} MB")
+    replaced = (to / "config.json").is_file()
     with places.beside(to, "compress") as scratch:
         weights_sha256 = made.write(scratch)
         changes = retarget(scratch, target) if target is not None else []
         write_json(scratch / DESCRIPTION, {**described, "weights_sha256": weights_sha256})
-    return Compressed(to, outcome, weights_sha256, tuple(changes))
+    return Compressed(to, outcome, weights_sha256, tuple(changes), replaced=replaced)
 
 
 def description(plan: CompressionPlan, setting: Setting, target: str | None = None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from compressors import structure
 from compressors.errors import CheckpointError
 from compressors.plan import CompressionPlan
 from evaluator import measure, quality, score, texts
@@ -74,7 +75,6 @@ def evaluate(bench: Bench, path: Path, name: str, words: Sequence[str] = ()) -> 
     Raises UsageError, CheckpointError and what the engines raise; then nothing is written.
     """
     setting = bench.setting
-    _require_room(path)
     described = measure.describe(path)
     weights_sha256 = measure.weights_sha256_of(path)
     plan = plan_in(path, weights_sha256, setting)
@@ -102,6 +102,13 @@ def evaluate(bench: Bench, path: Path, name: str, words: Sequence[str] = ()) -> 
     except OSError as error:
         raise UsageError(f"evaluate: {path / RESULT}: {error.strerror or error}; nothing was written there") from None
     return found
+
+
+def require_whole(path: Path) -> None:
+    """Raises UsageError and CheckpointError for what can't be evaluated, before anything is measured."""
+    if not path.is_dir():
+        raise UsageError(f"evaluate: {path}: no such directory; name a checkpoint, such as submit/model")
+    structure.describe_any(path)
 
 
 def known(path: Path, setting: Setting) -> dict[str, Any] | None:
@@ -163,11 +170,6 @@ def _screen_of_directory(bench: Bench, path: Path) -> Screen:
     finally:
         del model
         gc.collect()
-
-
-def _require_room(path: Path) -> None:
-    if not path.is_dir():
-        raise UsageError(f"evaluate: {path}: no such directory; name a checkpoint, such as submit/model")
 
 
 def _require_same_tokens(path: Path, setting: Setting) -> None:

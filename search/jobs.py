@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ Warn = Callable[[str], None]
 def baseline(bench: Bench, warn: Warn) -> Measurement:
     """The base model's measurement; outputs/baseline_result.json, and in MLflow a run tagged "
     "`baseline` when it is new."""
-    setting = bench.setting
+    setting, began = bench.setting, time.time()
     fresh = bench.again or not bench.baseline_path.is_file()
     if fresh:
         why = evaluation.stale_baseline(setting)
@@ -48,14 +49,16 @@ def baseline(bench: Bench, warn: Warn) -> Measurement:
         values = {**tracking.measured(measured), **setting.identity.to_dict(), "score": score.score}
         tags = {"baseline": "true", "model": setting.file.model.source}
         tracking.log_by_hand(
-            setting.file.tracking, "baseline", {**values, "perf_norm": 1.0, "speed_norm": 0.0}, tags, warn
+            setting.file.tracking, "baseline", {**values, "perf_norm": 1.0, "speed_norm": 0.0}, tags, began, warn
         )
     return measured
 
 
 def evaluate(bench: Bench, path: Path, name: str, warn: Warn, words: Sequence[str] = ()) -> dict[str, Any]:
     """Measure `path` against the baseline: `path`/eval_result.json and an MLflow run called `name`."""
+    evaluation.require_whole(path)
     baseline(bench, warn)
+    began = time.time()
     found = evaluation.evaluate(bench, path, name, words)
     values = {
         **(found["plan"] or {}),
@@ -65,7 +68,7 @@ def evaluate(bench: Bench, path: Path, name: str, warn: Warn, words: Sequence[st
     tags = {"model": str(path), "base": bench.setting.file.model.source}
     if found["description"]:
         tags["description"] = found["description"]
-    tracking.log_by_hand(bench.setting.file.tracking, name, values, tags, warn)
+    tracking.log_by_hand(bench.setting.file.tracking, name, values, tags, began, warn)
     return found
 
 
@@ -76,7 +79,7 @@ def analyze(file: StudyFile, say: Say, *, importance: bool) -> dict[str, Any]:
     """
     path = sources.resolve(file.model.source, CACHE, revision=file.model.revision)
     try:
-        setting = prepare(file, say, engine=False)
+        setting = prepare(file, say, search=False, engine=False)
     except (SearchError, CompressionError, EvaluationError):
         if importance:
             raise
@@ -182,7 +185,7 @@ def _setting(file: StudyFile, settings: list[Setting], say: Say, engine: bool = 
     for setting in settings:
         if shared(setting.file) == shared(file):
             return dataclasses.replace(setting, file=file)
-    settings.append(prepare(file, say, engine=engine))
+    settings.append(prepare(file, say, search=False, engine=engine))
     return settings[-1]
 
 

@@ -193,7 +193,8 @@ def _time(found: Mapping[str, Any], path: Path) -> str:
     rows = []
     for name in dict.fromkeys([*names, *bytes_of[1]]):
         before, after = (one.get(name, 0) / 1e6 for one in bytes_of)
-        rows.append([name, f"{before:,.1f}", f"{after:,.1f}", f"{after - before:+,.1f}"])
+        if before or after:
+            rows.append([name, f"{before:,.1f}", f"{after:,.1f}", f"{after - before:+,.1f}"])
     ratio = m["model_size_mb"] / b["model_size_mb"]
     lines += [
         "",

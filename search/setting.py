@@ -191,9 +191,10 @@ class Setting:
         return collected
 
 
-def prepare(file: StudyFile, say: Say = lambda _: None, *, engine: bool = True) -> Setting:
+def prepare(file: StudyFile, say: Say = lambda _: None, *, search: bool = True, engine: bool = True) -> Setting:
     """Everything checked, nothing written but the embedded model's cache.
 
+    search: False by hand, where the space says nothing and need not fit the model.
     engine: False where nothing is to be served or scored: then it need not be able to run here.
     Raises UsageError, CheckpointError, EvaluationError (a backend or a text): one line each.
     """
@@ -204,7 +205,7 @@ def prepare(file: StudyFile, say: Say = lambda _: None, *, engine: bool = True) 
     its_family = family.family_of(base)
     identity = CompressionPlan.identity(base.config)
     misfit = space.out_of_range(file.space, identity)
-    if misfit:
+    if search and misfit:
         raise UsageError(misfit)
     if identity.precision not in DTYPES:
         raise UsageError(

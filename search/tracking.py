@@ -96,16 +96,19 @@ def log_by_hand(
     name: str,
     values: Mapping[str, Any],
     tags: Mapping[str, str],
+    began: float,
     warn: Callable[[str], None],
 ) -> None:
-    """One finished run: what `baseline` and `evaluate` measured. A server that can't be reached costs one warning."""
+    """One finished run, begun at `began` (time.time): what `baseline` and `evaluate` measured.
+
+    A server that can't be reached costs one warning.
+    """
     if not settings.mlflow:
         return
     load_environment()
     try:
         client, experiment = _client(settings.experiment)
-        now = int(time.time() * 1000)
-        _log(client, experiment, name, tags, values, "FINISHED", now, now)
+        _log(client, experiment, name, tags, values, "FINISHED", int(began * 1000), int(time.time() * 1000))
     except Exception as error:  # a tracker never takes a measurement down
         first = (str(error).splitlines() or [type(error).__name__])[0][:200]
         warn(f"MLflow: {name} is not tracked: {first}")

@@ -258,6 +258,20 @@ def test_weights_that_were_changed_since_are_not_taken_for_the_plans(cli, shared
     assert done.json["plan"] is None
 
 
+def test_a_quantised_checkpoint_of_another_origin(cli, shared):
+    """What compressed-tensors multiplies out is what the screen of its plan computes."""
+    path = shared / "submit" / "w8a8"
+    quantize = ("compress", "quantize", "--study", "hand", "--scheme", "W8A8", "--save-path", path)
+    done = cli(*quantize, "--evaluate", "--json", "space=smollm2-135m", cwd=shared)  # by hand a space says nothing
+    assert done.status == 0, done.err
+    (row,) = done.json
+    (path / "compression.json").unlink()
+    found = cli("evaluate", "--study", "hand", "--model", path, "--json", cwd=shared).json
+    assert found["plan"] is None
+    assert found["measurement"]["perplexity"] == row["perplexity"]
+    assert found["measurement"]["kl_nats_per_token"] == pytest.approx(row["kl_nats_per_token"], rel=0.05)
+
+
 def test_a_report_says_what_was_measured_and_how_to_do_it_again(cli, shared):
     path = shared / "submit" / "reported"
     words = ("compress", "--study", "hand", "compression.keep_layers=4", "compression.drop_from=[1]")
