@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
 import transformers
 
 from compressors.calibration import Calibration
 from compressors.checkpoint import Checkpoint, stock_config
 from compressors.errors import CheckpointError, InfeasiblePlan
-from compressors.family import Family, head_dim
-from compressors.methods import depth, ffn, heads, hidden, precision
-from compressors.plan import DROP_FROM, DTYPES, SCHEMES, CompressionPlan
+from compressors.family import Family, head_dim, recast
+from compressors.methods import depth, ffn, heads, hidden, importance, precision, repair, sensitivity
+from compressors.moments import Moments, input_of, mixed
+from compressors.plan import CHOICES, DROP_FROM, DTYPES, SCHEMES, CompressionPlan
 
 
 def apply(
@@ -18,6 +22,7 @@ def apply(
     family: Family,
     calibration: Calibration | None,
     *,
+    moments: Moments | None = None,
     simulate: bool = False,
 ) -> Checkpoint:
     """The compressed checkpoint: depth, then heads, FFN and hidden size, then precision. Nothing is read until used.
@@ -32,20 +37,56 @@ def apply(
     made = depth.cut(base, family, layers)
     if calibration is not None:
         calibration = of_layers(calibration, family, layers)
+    if moments is not None:
+        moments = moments.of_layers(layers)
+    size = head_dim(base.config)
+    inputs: dict[str, list[torch.Tensor]] = {}  # of a projection, by its part: those of the base model's that stay
     if (plan.num_attention_heads, plan.num_key_value_heads) != (own.num_attention_heads, own.num_key_value_heads):
-        kept = heads.choose_all(made, plan.num_attention_heads, plan.num_key_value_heads, calibration)
+        before, wanted = made, (plan.num_attention_heads, plan.num_key_value_heads)
+        if plan.importance == "activation" or moments is None:
+            kept = heads.choose_all(made, *wanted, calibration)
+        else:
+            kept = importance.choose_heads(made, family, *wanted, moments, plan.importance)
         made = heads.cut(made, family, kept)
+        inputs[family.o] = [heads.inputs_of(those, size) for those in kept]
+        if plan.repair != "none" and moments is not None:
+            made = repair.take_over(made, before, family, [family.o], inputs[family.o], moments)
     if plan.intermediate_size != own.intermediate_size:
-        made = ffn.cut(made, family, ffn.choose_all(made, plan.intermediate_size, calibration))
+        before = made
+        if plan.importance == "activation" or moments is None:
+            channels = ffn.choose_all(made, plan.intermediate_size, calibration)
+        else:
+            channels = importance.choose_channels(made, family, plan.intermediate_size, moments, plan.importance)
+        made = ffn.cut(made, family, channels)
+        inputs[family.down] = channels
+        if plan.repair != "none" and moments is not None:
+            made = repair.take_over(made, before, family, [family.down], channels, moments)
     if plan.hidden_size != own.hidden_size:
         squares = None
         if calibration is not None:
             squares = [calibration.norm_mean_square[name] for name in family.residual_norms(len(layers))]
-        made = hidden.cut(made, family, hidden.choose(own.hidden_size, plan.hidden_size, calibration), squares)
+        before, dimensions = made, hidden.choose(own.hidden_size, plan.hidden_size, calibration)
+        made = hidden.cut(made, family, dimensions, squares)
+        inputs[family.q] = inputs[family.gate] = [dimensions] * len(layers)
+        if plan.repair != "none" and moments is not None:
+            readers = [family.q, family.k, family.v, family.gate, family.up]
+            made = repair.take_over(made, before, family, readers, [dimensions] * len(layers), moments)
+    made = recast(made, family)
     if plan.precision in DTYPES:
         made = precision.cast(made, plan.precision)
     elif plan.precision in SCHEMES:
-        made = (precision.simulate if simulate else precision.quantize)(made, family, plan.precision)
+        second = None if moments is None else _second_moments(family, moments, inputs)
+        made = (precision.simulate if simulate else precision.quantize)(
+            made,
+            family,
+            plan.precision,
+            quantizer=plan.quantizer if second is not None or plan.quantizer != "gptq" else "nearest",  # shapes alone
+            group_size=plan.group_size,
+            keep=_unquantised(made, family, plan, second),
+            lm_head_8bit=plan.lm_head == "8-bit",
+            kv_cache_fp8=plan.kv_cache == "fp8",
+            moments=second,
+        )
     else:
         raise InfeasiblePlan(f"precision: {plan.precision!r} is not one of {', '.join((*DTYPES, *SCHEMES))}")
     made.config["head_dim"] = head_dim(base.config)
@@ -54,11 +95,40 @@ def apply(
     return made
 
 
+def _second_moments(
+    family: Family, moments: Moments, inputs: Mapping[str, Sequence[torch.Tensor]]
+) -> Callable[[str], torch.Tensor]:
+    """Module name → the second moment [K, K] of its input in the cut model, all domains together."""
+
+    def second(module: str) -> torch.Tensor:
+        number, _, part = module.removeprefix(f"{family.layers}.").partition(".")
+        layer, stands = int(number), input_of(family, part)
+        moment = mixed(moments.of(layer, stands))
+        return (moment.take(inputs[stands][layer]) if stands in inputs else moment).second
+
+    return second
+
+
+def _unquantised(
+    made: Checkpoint, family: Family, plan: CompressionPlan, second: Callable[[str], torch.Tensor] | None
+) -> list[str]:
+    """The projections that stay in 16 bits; without second moments their number alone is right."""
+    groups = precision.fused_groups(made, family)
+    if plan.keep_16_bit and second is not None:
+        groups = sensitivity.rank(made, family, plan.precision, second)
+    return [module for group in groups[: plan.keep_16_bit] for module in group]
+
+
 def needs_calibration(plan: CompressionPlan, base: CompressionPlan) -> bool:
     """Whether anything of `base` is chosen by statistics of its activations."""
     depth_by_importance = plan.num_hidden_layers != base.num_hidden_layers and plan.drop_from == "importance"
     widths = ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
     return depth_by_importance or any(getattr(plan, width) != getattr(base, width) for width in widths)
+
+
+def needs_moments(plan: CompressionPlan) -> bool:
+    """Whether anything of it rests on second moments (`compressors.moments`)."""
+    return plan.importance != "activation" or plan.repair != "none" or plan.quantizer == "gptq" or plan.keep_16_bit > 0
 
 
 def of_layers(calibration: Calibration, family: Family, layers: tuple[int, ...]) -> Calibration:
@@ -102,6 +172,19 @@ def check(
             return f"{name}: {wanted} must be from 1 to the model's {there}"
     if plan.drop_from not in DROP_FROM and plan.dropped_layers is None:
         return f"drop_from: {plan.drop_from!r} is not one of {', '.join(DROP_FROM)}, nor a list of layers"
+    for name in ("importance", "repair"):
+        if getattr(plan, name) not in CHOICES[name]:
+            return f"{name}: {getattr(plan, name)!r} is not one of {', '.join(map(str, CHOICES[name]))}"
+    reason = precision.check_options(
+        plan.precision,
+        quantizer=plan.quantizer,
+        group_size=plan.group_size,
+        keep_16_bit=plan.keep_16_bit,
+        lm_head=plan.lm_head,
+        kv_cache=plan.kv_cache,
+    )
+    if reason:
+        return reason
     try:
         made = apply(plan, base, family, None)
         stock_config(made.config)

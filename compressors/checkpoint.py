@@ -78,8 +78,9 @@ class Checkpoint:
     def read(cls, path: str | Path) -> Checkpoint:
         """A directory as the hub has them; nothing but headers is read. Raises CheckpointError, one line.
 
-        A config that names no dtype gets that of the weights, as stock transformers loads them, and a tied head that is
-        stored beside the embedding is left out.
+        A config that names no dtype gets that of the weights, as stock transformers loads them, one that leaves
+        tie_word_embeddings to a default of true gets that, and a tied head that is stored beside the embedding is left
+        out.
         """
         path = Path(path)
         config = read_json(path / "config.json", "a model's directory holds config.json")
@@ -89,7 +90,8 @@ class Checkpoint:
             raise CheckpointError(f"model {path}: is quantised already ({how}); start from the unquantised model")
         for key in SIZES:
             if not isinstance(config.get(key), int) or config[key] < 1:
-                raise CheckpointError(f"model {path}: config.json says {key}: {config.get(key)!r}; it must be a number")
+                rule = foreign(config) or "it must be a number"
+                raise CheckpointError(f"model {path}: config.json says {key}: {config.get(key)!r}; {rule}")
         tensors: dict[str, LazyTensor] = {}
         for file in weight_files(path):
             for name, (shape, dtype) in safetensors_file.shapes(file).items():
@@ -99,6 +101,8 @@ class Checkpoint:
                 f"model {path}: config.json says num_hidden_layers: {config['num_hidden_layers']}, and the weights "
                 f"hold {len(tensors)} tensors in all; they belong to different models"
             )
+        if "tie_word_embeddings" not in config and _tied_by_default(config):
+            config["tie_word_embeddings"] = True
         if config.get("tie_word_embeddings", False) and HEAD in tensors:
             tensors = _without_head(path, tensors)
         if not (config.get("dtype") or config.get("torch_dtype")):
@@ -213,6 +217,18 @@ def stock_config(config: Mapping[str, Any]) -> Any:
         raise CheckpointError(f"transformers refuses the config: {' '.join(str(cause).split())}") from None
 
 
+def foreign(config: Mapping[str, Any]) -> str | None:
+    """Why a model isn't one of stock transformers' text models, where that is known; else None."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = str(config.get("model_type"))
+    if isinstance(config.get("text_config"), dict):
+        return f"a {model_type} model has its language model inside; save that alone, as its own model_type"
+    if config.get("auto_map") and model_type not in CONFIG_MAPPING:
+        return f"stock transformers has no {model_type}: it brings its own code, and a model's code is never run"
+    return None
+
+
 def digest_of(path: Path, cache: Path) -> str:
     """`Checkpoint.digest` of a directory, remembered by its files' sizes and times so that it is hashed once.
 
@@ -237,9 +253,11 @@ def digest_of(path: Path, cache: Path) -> str:
 
 
 def _make_buffers(model: Any, config: Any, device: str) -> None:
-    """Rotary frequencies are no weights: they are computed, and a model made on `meta` has none yet."""
+    """Rotary frequencies and scales are no weights: they are computed, and a model made on `meta` has none yet."""
     for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+        if hasattr(module, "scalar_embed_scale"):  # Gemma's embedding
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
+        elif any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             parent = model.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], type(module)(config).to(device))
 
@@ -275,6 +293,13 @@ def _without_head(path: Path, tensors: dict[str, LazyTensor]) -> dict[str, LazyT
             "remove the tensor"
         )
     return {name: tensor for name, tensor in tensors.items() if name != HEAD}
+
+
+def _tied_by_default(config: Mapping[str, Any]) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = str(config.get("model_type"))
+    return model_type in CONFIG_MAPPING and bool(getattr(CONFIG_MAPPING[model_type], "tie_word_embeddings", False))
 
 
 def _stored_dtype(tensors: Mapping[str, LazyTensor]) -> str:

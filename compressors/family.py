@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from compressors import families
-from compressors.checkpoint import Checkpoint, stock_config
+from compressors.checkpoint import Checkpoint, LazyTensor, foreign, stock_config
 from compressors.errors import CheckpointError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -19,19 +19,42 @@ DENSE = {"num_local_experts": (None, 0), "num_experts": (None, 0), "n_routed_exp
 
 
 @dataclasses.dataclass(frozen=True)
+class Recast:
+    """Another stock architecture that computes the same with the same weights under the same names.
+
+    config: what its config.json says beside. dropped: keys that it doesn't know.
+    zero_biases: projections that have a bias there and none here.
+    """
+
+    model_type: str
+    architecture: str
+    config: Mapping[str, Any]
+    dropped: tuple[str, ...]
+    zero_biases: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """Names are those of the modules in the stock transformers class; a weight is its module's name + `.weight`.
 
     block_norms: norms of a layer over the residual width, with hidden_size gains. head_norms: over head_dim.
+    norm_offset: what a norm adds to its weight: its gain is weight + norm_offset.
+    scaled_embedding: whether what is read from the embedding is multiplied by √hidden_size.
+    biases: projection → the config key that gives it a bias; None: it always has one.
     required: values that a config key must have, given or by the stock config's default, since another would mean
         another architecture; of a list, each entry. A key that the stock config doesn't know counts where it is there.
-    per_layer: config keys that hold a list with one entry per layer.
+    per_layer: config keys that hold a list with one entry per layer, given or by the stock config's default.
+    with_head_dim: what a model becomes whose head_dim isn't hidden_size / num_attention_heads any more, where vLLM's
+        class computes it so and reads no head_dim; None: it is read.
     """
 
     model_type: str
     architecture: str
     block_norms: tuple[str, ...]
     head_norms: tuple[str, ...] = ()
+    norm_offset: float = 0.0
+    scaled_embedding: bool = False
+    biases: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     q: str = "self_attn.q_proj"
     k: str = "self_attn.k_proj"
     v: str = "self_attn.v_proj"
@@ -45,6 +68,7 @@ class Family:
     lm_head: str = "lm_head"
     required: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     per_layer: tuple[str, ...] = ("layer_types",)
+    with_head_dim: Recast | None = None
 
     def layer(self, index: int) -> str:
         return f"{self.layers}.{index}"
@@ -85,12 +109,16 @@ class Family:
             **dict.fromkeys(self.block_norms, (E,)),
             **dict.fromkeys(self.head_norms, (D,)),
         }
+        of_layer = {f"{part}.weight": shape for part, shape in of_layer.items()}
+        for part, key in self.biases.items():
+            if key is None or getattr(config, key):
+                of_layer[f"{part}.bias"] = of_layer[f"{part}.weight"][:1]
         layers = range(config.num_hidden_layers)
-        found = {self.in_layer(layer, part): shape for layer in layers for part, shape in of_layer.items()}
-        found |= {self.embedding: (V, E), self.final_norm: (E,)}
+        found = {self.in_layer(layer, name): shape for layer in layers for name, shape in of_layer.items()}
+        found |= {f"{self.embedding}.weight": (V, E), f"{self.final_norm}.weight": (E,)}
         if not config.tie_word_embeddings:
-            found[self.lm_head] = (V, E)
-        return {f"{name}.weight": shape for name, shape in found.items()}
+            found[f"{self.lm_head}.weight"] = (V, E)
+        return found
 
 
 def names() -> list[str]:
@@ -103,6 +131,45 @@ def head_dim(config: Mapping[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
+def take_rows(tensors: dict[str, LazyTensor], module: str, index: torch.Tensor) -> None:
+    """Keep these outputs of a module: rows of its weight, and entries of its bias if it has one."""
+    for name in (f"{module}.weight", f"{module}.bias"):
+        if name in tensors:
+            tensors[name] = tensors[name].take(0, index)
+
+
+def take_columns(tensors: dict[str, LazyTensor], module: str, index: torch.Tensor) -> None:
+    """Keep these inputs of a module: columns of its weight."""
+    tensors[f"{module}.weight"] = tensors[f"{module}.weight"].take(1, index)
+
+
+def recast(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+    """The checkpoint as an architecture that vLLM serves: itself, but for `Family.with_head_dim`."""
+    other, config = family.with_head_dim, checkpoint.config
+    if other is None or head_dim(config) * int(config["num_attention_heads"]) == int(config["hidden_size"]):
+        return checkpoint
+    made = {key: value for key, value in config.items() if key not in other.dropped} | {
+        "model_type": other.model_type,
+        "architectures": [other.architecture],
+        **other.config,
+    }
+    own, its = stock_config(config).to_dict(), stock_config(made).to_dict()
+    for key in (own.keys() & its.keys()) - {"model_type", "architectures", "head_dim", *other.config}:
+        if own[key] != its[key]:  # a default of the one that the other doesn't share
+            made[key] = own[key]
+    tensors = dict(checkpoint.tensors)
+    for layer in range(int(config["num_hidden_layers"])):
+        for part in other.zero_biases:
+            module = family.in_layer(layer, part)
+            weight = tensors[f"{module}.weight"]
+            tensors[f"{module}.bias"] = _zeros(weight.shape[:1], weight.dtype)
+    return dataclasses.replace(checkpoint, config=made, tensors=tensors)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
+    return LazyTensor(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
+
+
 def family_of(checkpoint: Checkpoint) -> Family:
     """The family of a checkpoint.
 
@@ -111,10 +178,8 @@ def family_of(checkpoint: Checkpoint) -> Family:
     config = checkpoint.config
     model_type = str(config.get("model_type"))
     if model_type not in names():
-        raise CheckpointError(
-            f"architecture: model_type {model_type!r} is not known here; known are {', '.join(names())} "
-            "(a family is one file in compressors/families)"
-        )
+        reason = foreign(config) or f"known are {', '.join(names())} (a family is one file in compressors/families)"
+        raise CheckpointError(f"architecture: model_type {model_type!r} is not known here; {reason}")
     family: Family = importlib.import_module(f"compressors.families.{model_type}").FAMILY
     stock = stock_config(config)
     for architecture in config.get("architectures") or [family.architecture]:
@@ -134,8 +199,30 @@ def family_of(checkpoint: Checkpoint) -> Family:
                 f"architecture: {key} is {values[key]!r}{by_default}, and {model_type} is understood with {said} "
                 "alone; this model can't be compressed without loss of meaning"
             )
+    _check_sizes(config, stock, family)
     _check_weights(checkpoint, model_type, family.shapes(stock))
     return family
+
+
+def _check_sizes(config: Mapping[str, Any], stock: Any, family: Family) -> None:
+    """Sizes that config.json leaves open are taken from others here, and from a number in some stock configs."""
+    heads = int(config["num_attention_heads"])
+    for key, here in (
+        ("num_key_value_heads", config.get("num_key_value_heads") or heads),
+        ("head_dim", head_dim(config)),
+    ):
+        stocks = getattr(stock, key, None)
+        if stocks is not None and stocks != here:
+            raise CheckpointError(
+                f"architecture: config.json says no {key}, and transformers takes {stocks} for {family.model_type}, "
+                f"not {here}; write the right number into config.json"
+            )
+    if family.with_head_dim is not None and head_dim(config) * heads != int(config["hidden_size"]):
+        raise CheckpointError(
+            f"architecture: head_dim is {head_dim(config)}, and vLLM takes hidden_size / num_attention_heads = "
+            f"{int(config['hidden_size'])} / {heads} for {family.model_type}; write this model as "
+            f"{family.with_head_dim.model_type}"
+        )
 
 
 def _check_weights(checkpoint: Checkpoint, model_type: str, expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -15,6 +15,14 @@ DTYPES = ("float32", "float16", "bfloat16")
 SCHEMES = ("W8A8", "FP8_DYNAMIC", "W4A16")  # compressed-tensors preset schemes, round to nearest
 PRECISIONS = DTYPES + SCHEMES
 DROP_FROM = ("importance", "top", "bottom")
+CHOICES = {  # of a plan's options, the default first
+    "importance": ("activation", "flap", "obs"),
+    "repair": ("none", "ridge"),
+    "quantizer": ("nearest", "mse", "gptq"),
+    "group_size": (0, 32, 64, 128),
+    "lm_head": ("16-bit", "8-bit"),
+    "kv_cache": ("auto", "fp8"),
+}
 RECIPE = 1  # raised whenever the same plan would be built otherwise: what was cached before is then built anew
 
 

@@ -95,6 +95,59 @@ def _embedded_report() -> tuple[Document, ...]:
     return tuple(found)
 
 
+DOMAIN_CHARACTERS = 400_000  # of each embedded domain, at most
+
+
+def embedded_domains() -> dict[str, list[Document]]:
+    """Text of several kinds to calibrate on, from what every CPython ships, apart from the embedded search and report
+    texts: `topics` (the calibration part of `embedded_documents`), `docstrings` (those of functions and methods) and
+    `code` (sources without their docstrings).
+    """
+    return {name: list(documents) for name, documents in _embedded_domains().items()}
+
+
+@functools.cache
+def _embedded_domains() -> dict[str, tuple[Document, ...]]:
+    topics, search = split(embedded_documents())
+    seen = {passage for document in (*topics, *search, *_embedded_report()) for passage in _passages(document.text)}
+    found: dict[str, list[Document]] = {"docstrings": [], "code": []}
+    sizes = dict.fromkeys(found, 0)
+    for name, file in _library_files(Path(sysconfig.get_path("stdlib"))):
+        for domain, paragraphs in zip(found, _function_docstrings_and_code(file), strict=True):
+            kept = []
+            for paragraph in paragraphs:
+                passages = set(_passages(paragraph))
+                if not passages & seen:
+                    seen |= passages
+                    kept.append(paragraph)
+            if sum(map(len, kept)) >= GROUPED_CHARACTERS and sizes[domain] < DOMAIN_CHARACTERS:
+                found[domain].append(Document(f"{domain}:{name}", "\n\n".join(kept)))
+                sizes[domain] += len(found[domain][-1].text)
+    return {"topics": tuple(topics), **{name: tuple(documents) for name, documents in found.items()}}
+
+
+def _function_docstrings_and_code(file: Path) -> tuple[list[str], list[str]]:
+    """Paragraphs of a source's function docstrings, and of what is left of it without any docstring."""
+    try:
+        source = file.read_text(encoding="utf-8")
+        tree = ast.parse(source)
+    except (OSError, SyntaxError, ValueError):  # a damaged file is not worth failing for
+        return [], []
+    docstrings: list[str] = []
+    lines: list[str | None] = list(source.splitlines())
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        docstring = ast.get_docstring(node)
+        if docstring is None:
+            continue
+        place = node.body[0]
+        lines[place.lineno - 1 : place.end_lineno] = [None] * ((place.end_lineno or place.lineno) - place.lineno + 1)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            docstrings += [paragraph.strip("\n") for paragraph in _paragraphs(docstring)]
+    return docstrings, _paragraphs("\n".join(line for line in lines if line is not None))
+
+
 def _library_files(library: Path) -> Iterator[tuple[str, Path]]:
     """(module, its source), sorted by top-level module and path."""
     for name in sorted(sys.stdlib_module_names - NOT_EVERYWHERE):
@@ -349,6 +402,14 @@ def windows(tokenizer: Any, documents: Sequence[Document], length: int, count: i
         )
     starts = [(index * there // count) * length for index in range(count)]
     return [stream[start : start + length] for start in starts]
+
+
+def all_windows(tokenizer: Any, documents: Sequence[Document], length: int) -> list[list[int]]:
+    """Every window of `length` token ids that the text makes, without overlap or BOS; what is left over is dropped."""
+    stream: list[int] = []
+    for document in documents:
+        stream += tokenizer.encode(document.text + "\n\n", add_special_tokens=False, verbose=False)
+    return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
 
 
 def text_digest(windows: Sequence[Sequence[int]]) -> str:

@@ -352,6 +352,10 @@ def method_options(command: Callable[..., None]) -> Callable[..., None]:
     return study_options(command)
 
 
+IMPORTANCE = click.option("--importance", metavar="activation|flap|obs", help="How those that stay are chosen.")
+REPAIR = click.option("--repair", metavar="none|ridge", help="What stays takes over what goes, by least squares.")
+
+
 @compress.command(BY_CONFIG, cls=StudyCommand)
 @method_options
 def by_config(**options: Any) -> None:
@@ -377,34 +381,49 @@ def drop_layers(keep_layers: str | None, drop_from: str | None, **options: Any) 
 @compress.command("prune-heads", cls=StudyCommand)
 @click.option("--keep-heads", metavar="N", help="Query heads.")
 @click.option("--keep-kv-heads", metavar="N", help="Key/value heads, with the query heads that share them.")
+@IMPORTANCE
+@REPAIR
 @method_options
-def prune_heads(keep_heads: str | None, keep_kv_heads: str | None, **options: Any) -> None:
+def prune_heads(
+    keep_heads: str | None, keep_kv_heads: str | None, importance: str | None, repair: str | None, **options: Any
+) -> None:
     """Fewer attention heads."""
-    _compress({"method": "prune_heads", "keep_heads": keep_heads, "keep_kv_heads": keep_kv_heads}, **options)
+    keys = {"keep_heads": keep_heads, "keep_kv_heads": keep_kv_heads, "importance": importance, "repair": repair}
+    _compress({"method": "prune_heads", **keys}, **options)
 
 
 @compress.command("reduce-hidden", cls=StudyCommand)
 @click.option("--target-dim", metavar="N", required=True, help="hidden_size of the result.")
+@REPAIR
 @method_options
-def reduce_hidden(target_dim: str, **options: Any) -> None:
+def reduce_hidden(target_dim: str, repair: str | None, **options: Any) -> None:
     """A narrower residual stream."""
-    _compress({"method": "reduce_hidden", "hidden_size": target_dim}, **options)
+    _compress({"method": "reduce_hidden", "hidden_size": target_dim, "repair": repair}, **options)
 
 
 @compress.command("reduce-ffn", cls=StudyCommand)
 @click.option("--target-dim", metavar="N", required=True, help="intermediate_size of the result.")
+@IMPORTANCE
+@REPAIR
 @method_options
-def reduce_ffn(target_dim: str, **options: Any) -> None:
+def reduce_ffn(target_dim: str, importance: str | None, repair: str | None, **options: Any) -> None:
     """Narrower feed-forward networks."""
-    _compress({"method": "reduce_ffn", "intermediate_size": target_dim}, **options)
+    keys = {"intermediate_size": target_dim, "importance": importance, "repair": repair}
+    _compress({"method": "reduce_ffn", **keys}, **options)
 
 
 @compress.command("quantize", cls=StudyCommand)
 @click.option("--scheme", metavar="W8A8|FP8_DYNAMIC|W4A16", required=True)
+@click.option("--quantizer", metavar="nearest|mse|gptq")
+@click.option("--group-size", metavar="32|64|128", help="Of W4A16; the largest that fits by default.")
+@click.option("--keep-16-bit", metavar="N", help="So many projections stay unquantised, the most sensitive first.")
 @method_options
-def quantize(scheme: str, **options: Any) -> None:
-    """Weights as compressed-tensors, round to nearest."""
-    _compress({"method": "quantize", "scheme": scheme}, **options)
+def quantize(
+    scheme: str, quantizer: str | None, group_size: str | None, keep_16_bit: str | None, **options: Any
+) -> None:
+    """Weights as compressed-tensors."""
+    keys = {"scheme": scheme, "quantizer": quantizer, "group_size": group_size, "keep_16_bit": keep_16_bit}
+    _compress({"method": "quantize", **keys}, **options)
 
 
 @compress.command("cast", cls=StudyCommand)
@@ -413,6 +432,48 @@ def quantize(scheme: str, **options: Any) -> None:
 def cast(dtype: str, **options: Any) -> None:
     """Another floating-point type."""
     _compress({"method": "cast", "dtype": dtype}, **options)
+
+
+@compress.command("distill", cls=StudyCommand)
+@study_options
+@click.option("--student", type=click.Path(path_type=Path), required=True, help="A cut model that is not quantised.")
+@click.option("--tokens", type=click.IntRange(min=1), help="Of training; distillation.tokens by default.")
+@click.option("--model", type=click.Path(path_type=Path), help="Another teacher than the study file's model.")
+@click.option("--save-path", type=click.Path(path_type=Path), help="submit/model_kd_NAME by default.")
+@click.option("--for-transformers", help="The version that is to read it, such as 4.57.3.")
+@click.option("--json", "as_json", is_flag=True)
+def distill(
+    student: Path,
+    tokens: int | None,
+    model: Path | None,
+    save_path: Path | None,
+    for_transformers: str | None,
+    as_json: bool,
+    **where: Any,
+) -> None:
+    """Train a cut model to give the original's distributions (KL on the logits); a killed call goes on.
+
+    \b
+    optuna-search compress distill --student submit/model_drop28 --tokens 2000000
+    optuna-search compress quantize --model submit/model_kd_drop28 --scheme W8A8 --save-path submit/model_kd_drop28_w8a8
+    """
+    file = _file(**where, model__source=model, export__for_transformers=for_transformers)
+
+    from search import distillation, progress, setting
+
+    to = save_path or student.with_name(f"model_kd_{student.name.removeprefix('model').strip('_') or 'model'}")
+    with progress.Live(1) as live:
+        prepared = setting.prepare(file, live.say, search=False, engine=False)
+        wanted = tokens or file.distillation.tokens
+        found = distillation.distil(prepared, student, wanted, to, file.export.for_transformers, live.say)
+    if as_json:
+        click.echo(json.dumps({**distillation.facts(found), "path": str(to)}))
+        return
+    click.echo(
+        f"held-out KL {found.kl_before:.4f} → {found.kl_best:.4f} in {found.tokens:,} tokens, {found.seconds:.0f} s, "
+        f"{found.tokens_per_second:,.0f} tokens per second ({found.stopped})"
+    )
+    click.echo(f"written: {to}")
 
 
 def _compress(

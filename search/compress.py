@@ -11,7 +11,7 @@ from typing import Any
 
 from compressors import build
 from compressors.errors import InfeasiblePlan
-from compressors.plan import SCHEMES, CompressionPlan
+from compressors.plan import OPTIONS, SCHEMES, CompressionPlan
 from compressors.target import retarget
 from search import places, space
 from search.config import Compression
@@ -56,6 +56,7 @@ def plan_of(compression: Compression, base: CompressionPlan) -> CompressionPlan:
         intermediate_size=_given(ffn, base.intermediate_size),
         precision=compression.scheme or compression.dtype or base.precision,
         drop_from=drop_from,
+        **{name: value for name in OPTIONS if (value := getattr(compression, name)) is not None},
     )
     plan = space.canonical(plan, base)
     if plan == base:
@@ -141,7 +142,8 @@ def compress(outcome: Outcome, setting: Setting, to: Path, target: str | None, s
     require_disk(outcome.bytes + 50_000_000, to.parent, "the compressed model")
     needed = build.needs_calibration(outcome.plan, setting.identity)
     calibration = setting.calibrate(say) if needed else None
-    made = build.apply(outcome.plan, setting.base, setting.family, calibration)
+    moments = setting.moments_for(outcome.plan, say)
+    made = build.apply(outcome.plan, setting.base, setting.family, calibration, moments=moments)
     say(f"writing {to.name}, {outcome.bytes / 1e6:.0f} MB")
     replaced = (to / "config.json").is_file()
     with places.beside(to, "compress") as scratch:

@@ -25,20 +25,28 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from compressors.plan import DROP_FROM, DTYPES, PRECISIONS, SCHEMES
+from compressors.plan import CHOICES, DROP_FROM, DTYPES, PRECISIONS, SCHEMES
 from search.errors import ConfigError
 
 PACKAGED = Path(__file__).resolve().parent.parent / "studies"
 USER_DIR = Path("studies")
 EXPERIMENTS = "experiments"
 PRIMARY = "__study__"  # names the study file, so that it too is looked for along the whole search path
-METHODS = {  # of `compress`, and the keys that each takes; it needs one of those but drop_from
-    "drop_layers": ("keep_layers", "drop_from"),
+METHODS = {  # of `compress`: the keys of which each needs one
+    "drop_layers": ("keep_layers",),
     "prune_heads": ("keep_heads", "keep_kv_heads"),
     "reduce_hidden": ("hidden_size", "target_dim"),
     "reduce_ffn": ("intermediate_size", "target_dim"),
     "quantize": ("scheme",),
     "cast": ("dtype",),
+}
+HOW = {  # and the keys that it may take beside
+    "drop_layers": ("drop_from",),
+    "prune_heads": ("importance", "repair"),
+    "reduce_hidden": ("repair",),
+    "reduce_ffn": ("importance", "repair"),
+    "quantize": ("quantizer", "group_size", "keep_16_bit", "lm_head", "kv_cache"),
+    "cast": (),
 }
 
 MEMBERS = ("Range", "int")
@@ -75,14 +83,23 @@ class Space(Section):
     hidden_size: Dimension = None
     intermediate_size: Dimension = None
     precision: list[str] | None = None  # None: as in the base model
+    importance: list[str] = ["activation"]
+    repair: list[str] = ["none"]
+    quantizer: list[str] = ["nearest"]
+    group_size: list[int] = [0]
+    keep_16_bit: Range | Annotated[int, Field(ge=0)] = 0
+    lm_head: list[str] = ["16-bit"]
+    kv_cache: list[str] = ["auto"]
 
-    @field_validator("drop_from", "precision")
+    @field_validator("drop_from", "precision", *CHOICES)
     @classmethod
-    def _known(cls, names: list[str] | None, info: Any) -> list[str] | None:
-        allowed = DROP_FROM if info.field_name == "drop_from" else PRECISIONS
+    def _known(cls, names: list[Any] | None, info: Any) -> list[Any] | None:
+        known: dict[str, Sequence[Any]] = {"drop_from": DROP_FROM, "precision": PRECISIONS, **CHOICES}
+        allowed = known[info.field_name]
         for name in names or ():
             if name not in allowed:
-                raise ValueError(f"{name!r} is not one of {', '.join(allowed)}{_nearest(name, allowed)}")
+                hint = _nearest(name, allowed) if isinstance(name, str) else ""
+                raise ValueError(f"{name!r} is not one of {', '.join(map(str, allowed))}{hint}")
         if names is not None and (not names or len(set(names)) != len(names)):
             raise ValueError("needs at least one value, and none twice")
         return names
@@ -107,14 +124,23 @@ class Compression(Section):
     intermediate_size: Annotated[int, Field(ge=1)] | None = None
     scheme: str | None = None
     dtype: str | None = None
+    importance: str | None = None
+    repair: str | None = None
+    quantizer: str | None = None
+    group_size: int | None = None
+    keep_16_bit: Annotated[int, Field(ge=0)] | None = None
+    lm_head: str | None = None
+    kv_cache: str | None = None
 
-    @field_validator("method", "scheme", "dtype")
+    @field_validator("method", "scheme", "dtype", *CHOICES)
     @classmethod
-    def _known(cls, value: str | list[str] | None, info: Any) -> str | list[str] | None:
-        allowed: Sequence[str] = {"method": tuple(METHODS), "scheme": SCHEMES, "dtype": DTYPES}[info.field_name]
-        for name in [value] if isinstance(value, str) else value or ():
+    def _known(cls, value: Any, info: Any) -> Any:
+        known: dict[str, Sequence[Any]] = {"method": tuple(METHODS), "scheme": SCHEMES, "dtype": DTYPES, **CHOICES}
+        allowed = known[info.field_name]
+        for name in value if isinstance(value, list) else () if value is None else (value,):
             if name not in allowed:
-                raise ValueError(f"{name!r} is not one of {', '.join(allowed)}{_nearest(name, allowed)}")
+                hint = _nearest(name, allowed) if isinstance(name, str) else ""
+                raise ValueError(f"{name!r} is not one of {', '.join(map(str, allowed))}{hint}")
         return value
 
     @field_validator("drop_from")
@@ -147,11 +173,10 @@ class Compression(Section):
         if isinstance(self.drop_from, list):
             given.add("keep_layers")
         for method in self.methods:
-            wanted = [key for key in METHODS[method] if key != "drop_from"]
-            if not given & set(wanted):
-                raise ValueError(f"method {method} needs {' or '.join(wanted)}")
-        for key in sorted(given - {key for method in self.methods for key in METHODS[method]}):
-            owner = next(method for method, keys in METHODS.items() if key in keys)
+            if not given & set(METHODS[method]):
+                raise ValueError(f"method {method} needs {' or '.join(METHODS[method])}")
+        for key in sorted(given - {key for method in self.methods for key in (*METHODS[method], *HOW[method])}):
+            owner = next(method for method in METHODS if key in (*METHODS[method], *HOW[method]))
             raise ValueError(
                 f"{key} belongs to {owner}, and method is {', '.join(self.methods)}; add it there: "
                 f"method=[{','.join([*self.methods, owner])}]"
@@ -205,6 +230,7 @@ class Text(Section):
     report: Texts | None = "embedded"  # confirms what was found on text that no search saw; null: nothing
     window: Annotated[int, Field(ge=16)] = 256  # tokens
     calibration_windows: Annotated[int, Field(ge=1)] = 16
+    moments_windows: Annotated[int, Field(ge=1)] = 32  # of each domain: for obs, flap, repair and gptq
     shards: Annotated[int, Field(ge=2)] = 16
     windows_per_shard: Annotated[int, Field(ge=1)] = 1
 
@@ -248,6 +274,20 @@ class Pruner(Section):
     reduction_factor: Annotated[int, Field(ge=2)] = 3  # hyperband only
 
 
+class DistillationSection(Section):
+    """See compressors.distillation.settings.Distillation."""
+
+    tokens: Annotated[int, Field(ge=1)] = 2_000_000
+    batch_tokens: Annotated[int, Field(ge=1)] = 32_768
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    weight_ce: Annotated[float, Field(ge=0)] = 0.0
+    evaluate_every: Annotated[int, Field(ge=1)] = 524_288
+    patience: Annotated[int, Field(ge=1)] = 4
+    seed: int = 0
+
+
 class Limits(Section):
     max_size_mb: Annotated[float, Field(gt=0)] | None = None  # of model.safetensors, 1 MB = 1e6 bytes
     max_consecutive_failures: Annotated[int, Field(ge=1)] = 5
@@ -282,6 +322,7 @@ class StudyFile(Section):
     pruner: Pruner = Pruner()
     limits: Limits = Limits()
     export: Export = Export()
+    distillation: DistillationSection = DistillationSection()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")

@@ -214,7 +214,8 @@ class Bench:
     @contextlib.contextmanager
     def _model(self, plan: CompressionPlan) -> Iterator[Any]:
         setting = self.setting
-        simulated = build.apply(plan, setting.base, setting.family, self.calibration(), simulate=True)
+        moments = setting.moments_for(plan, self.say)
+        simulated = build.apply(plan, setting.base, setting.family, self.calibration(), moments=moments, simulate=True)
         on_cpu = setting.device == "cpu"
         need = simulated.total_parameters * 4 if on_cpu else simulated.size_bytes
         require_memory(need, setting.device, "screening this plan")
@@ -248,7 +249,8 @@ class Bench:
             return path, str(known["weights_sha256"])
         needed = build.predicted_bytes(plan, setting.base, setting.family)
         require_disk(needed + 50_000_000, path.parent, "this plan's checkpoint")
-        made = build.apply(plan, setting.base, setting.family, self.calibration())
+        moments = setting.moments_for(plan, self.say)
+        made = build.apply(plan, setting.base, setting.family, self.calibration(), moments=moments)
         building = path.with_name(f"{BUILDING}{os.getpid()}")
         scratch = building / path.name
         try:

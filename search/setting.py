@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from compressors import build, calibration, checkpoint, family
+from compressors import build, calibration, checkpoint, family, moments
 from compressors.errors import CheckpointError
-from compressors.plan import DTYPES, RECIPE, CompressionPlan
+from compressors.plan import DTYPES, OPTIONS, RECIPE, CompressionPlan
 from evaluator import backends, tasks, texts
 from evaluator.backends import EngineSettings
 from evaluator.errors import BackendUnavailable
@@ -133,6 +133,8 @@ class Setting:
         """What must not change under a study's name. Ranges of integers may; categorical choices may not."""
         searched = {}
         for name, value in self.file.space.model_dump().items():
+            if name in OPTIONS and value in (OPTIONS[name], [OPTIONS[name]]):
+                continue  # an option that is not searched says nothing, and studies may be older than it
             searched[name] = "searched" if isinstance(value, dict) else value
         circumstances = json.loads(json.dumps(self.circumstances))
         del circumstances["engine_version"]  # a newer engine measures its own baseline
@@ -189,6 +191,21 @@ class Setting:
         path.parent.mkdir(parents=True, exist_ok=True)
         collected.save(path)
         return collected
+
+    def moments_for(self, plan: CompressionPlan, say: Say = lambda _: None) -> moments.Moments | None:
+        """The second moments that this plan asks for, collected once and kept; None when it asks for none."""
+        if not build.needs_moments(plan):
+            return None
+        windows = _moment_windows(self.file, tokenizer_of(self.base_path))
+        exact = "float32" if self.device == "cpu" else self.identity.precision
+        key = hashlib.sha256(json.dumps([RECIPE, exact, self.base_digest, windows]).encode()).hexdigest()[:24]
+        return moments.collect(
+            self.base,
+            windows,
+            self.outputs / "calibration" / f"moments-{key}",
+            self.device,
+            progress=lambda done, total: say(f"second moments, layer {done} of {total}"),
+        )
 
 
 def prepare(file: StudyFile, say: Say = lambda _: None, *, search: bool = True, engine: bool = True) -> Setting:
@@ -316,6 +333,30 @@ def _windows(file: StudyFile, tokenizer: Any) -> tuple[tuple[Shard, ...], tuple[
     _require_apart({"text.calibration": for_calibration, "text.search": for_search})
     windows = texts.windows(tokenizer, for_calibration, text.window, text.calibration_windows)
     return _shards(file, tokenizer, for_search), tuple(windows)
+
+
+def calibration_documents(file: StudyFile) -> list[texts.Document]:
+    """All of it, every domain. Raises UsageError where it shares text with the search text."""
+    return [document for documents in _domains(file).values() for document in documents]
+
+
+def _moment_windows(file: StudyFile, tokenizer: Any) -> dict[str, list[list[int]]]:
+    count, length = file.text.moments_windows, file.text.window
+    return {name: texts.windows(tokenizer, documents, length, count) for name, documents in _domains(file).items()}
+
+
+def _domains(file: StudyFile) -> dict[str, Sequence[texts.Document]]:
+    """Of the calibration text: each of its files is one, and the embedded text has several."""
+    named = file.text.calibration
+    if not isinstance(named, str):
+        return {f"{place}-{Path(name).stem}": texts.read_documents([name]) for place, name in enumerate(named)}
+    found: dict[str, Sequence[texts.Document]] = dict(texts.embedded_domains())
+    if file.text.search != "embedded":
+        for name, documents in found.items():
+            _require_apart(
+                {f"text.calibration ({name})": documents, "text.search": _documents(file.text.search, "search")}
+            )
+    return found
 
 
 def report_shards(setting: Setting) -> tuple[Shard, ...]:

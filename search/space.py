@@ -6,10 +6,11 @@ Which plans can be built and served is `compressors.build.check`'s to say; this 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import optuna
 
-from compressors.plan import CompressionPlan
+from compressors.plan import CHOICES, SCHEMES, CompressionPlan
 from search.config import Range, Space
 
 DIMENSIONS = (
@@ -23,7 +24,7 @@ DIMENSIONS = (
 
 def suggest(trial: optuna.Trial, space: Space, base: CompressionPlan) -> CompressionPlan:
     """The plan that this trial tries. Ordered values are integers, so that their ranges may change later."""
-    values: dict[str, int | str] = {}
+    values: dict[str, Any] = {}
     for name in DIMENSIONS:
         wanted = getattr(space, name)
         if isinstance(wanted, Range):
@@ -35,6 +36,12 @@ def suggest(trial: optuna.Trial, space: Space, base: CompressionPlan) -> Compres
         values["num_attention_heads"] = shareable(heads, groups, base)
     values["drop_from"] = _categorical(trial, "drop_from", space.drop_from)
     values["precision"] = _categorical(trial, "precision", space.precision or [base.precision])
+    for name in CHOICES:
+        values[name] = _categorical(trial, name, getattr(space, name))
+    kept = space.keep_16_bit
+    values["keep_16_bit"] = (
+        trial.suggest_int("keep_16_bit", kept.low, kept.high, step=kept.step) if isinstance(kept, Range) else kept
+    )
     return canonical(CompressionPlan.from_dict(values), base)
 
 
@@ -47,10 +54,24 @@ def shareable(heads: int, groups: int, base: CompressionPlan) -> int:
 
 
 def canonical(plan: CompressionPlan, base: CompressionPlan) -> CompressionPlan:
-    """Plans that make the same model become equal: how layers go says nothing when none goes."""
-    if plan.num_hidden_layers == base.num_hidden_layers:
-        return dataclasses.replace(plan, drop_from="importance")
-    return plan
+    """Plans that make the same model become equal: how layers go says nothing when none goes, and so on."""
+
+    def differs(*names: str) -> bool:
+        return any(getattr(plan, name) != getattr(base, name) for name in names)
+
+    nothing: dict[str, str | int] = {}
+    if not differs("num_hidden_layers"):
+        nothing["drop_from"] = "importance"
+    chosen = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    if not differs(*chosen):
+        nothing["importance"] = "activation"
+    if not differs(*chosen, "hidden_size"):
+        nothing["repair"] = "none"
+    if plan.precision not in SCHEMES:
+        nothing |= {"quantizer": "nearest", "keep_16_bit": 0, "lm_head": "16-bit", "kv_cache": "auto"}
+    if plan.precision != "W4A16":
+        nothing["group_size"] = 0
+    return dataclasses.replace(plan, **nothing)  # type: ignore[arg-type]
 
 
 def uncut(space: Space, base: CompressionPlan) -> list[dict[str, int | str]]:
@@ -66,6 +87,9 @@ def uncut(space: Space, base: CompressionPlan) -> list[dict[str, int | str]]:
             return []
     if len(space.drop_from) > 1:
         params["drop_from"] = space.drop_from[0]
+    params |= {name: getattr(space, name)[0] for name in CHOICES if len(getattr(space, name)) > 1}
+    if isinstance(space.keep_16_bit, Range):
+        params["keep_16_bit"] = space.keep_16_bit.low
     precisions = sorted(space.precision or [base.precision], key=lambda name: name != base.precision)
     return [params | ({"precision": name} if len(precisions) > 1 else {}) for name in precisions]
 
@@ -80,7 +104,5 @@ def out_of_range(space: Space, base: CompressionPlan) -> str | None:
     return None
 
 
-def _categorical(trial: optuna.Trial, name: str, choices: list[str]) -> str:
-    if len(choices) == 1:
-        return choices[0]
-    return str(trial.suggest_categorical(name, choices))
+def _categorical(trial: optuna.Trial, name: str, choices: list[Any]) -> Any:
+    return choices[0] if len(choices) == 1 else trial.suggest_categorical(name, choices)

@@ -12,6 +12,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from compressors import family as families
 from evaluator import texts
 
 VOCABULARY = 320
@@ -33,32 +34,62 @@ SHARED = {
 }
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e3}},
+    "exaone4": {"rope_parameters": LLAMA3, "sliding_window": None, "sliding_window_pattern": 0},
+    "qwen2": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "qwen3": {"rope_parameters": {"rope_type": "default", "rope_theta": 2e5}},
+    "smollm3": {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4}},
+    "gemma3_text": {
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        },
+        "sliding_window": 11,
+        "query_pre_attn_scalar": 40,
+    },
+}
+# Whatever `pico` stands for: the families, and one once more with what its models may have and the others have not.
+PICOS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in families.names()},
+    "llama_untied": (
+        "llama",
+        {"rope_parameters": LLAMA3, "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    ),
+}
+
+
 def write_pico(path: Path, family: str, dtype: str = "bfloat16", **changes: Any) -> Path:
     """A model of `family` with random weights and a byte-level tokenizer in `path`."""
     torch.manual_seed(7)
-    values = {**SHARED, "dtype": dtype, **changes}
-    if family == "llama":
-        config: Any = transformers.LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 5e3}, **values)
-    else:
-        config = transformers.Exaone4Config(
-            sliding_window=None,
-            sliding_window_pattern=0,
-            layer_types=["full_attention"] * values["num_hidden_layers"],
-            rope_parameters={
-                "rope_type": "llama3",
-                "rope_theta": 1e6,
-                "factor": 16.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            },
-            **values,
+    values = {**SHARED, "dtype": dtype, **FAMILIES[family], **changes}
+    layers = values["num_hidden_layers"]
+    if family == "qwen2":  # its head_dim is hidden_size / num_attention_heads
+        values["hidden_size"] = values.pop("head_dim") * values["num_attention_heads"]
+    elif family == "exaone4":
+        values.setdefault("layer_types", ["full_attention"] * layers)
+    elif family == "smollm3":
+        values.setdefault("no_rope_layers", [int(layer % 3 != 1) for layer in range(layers)])
+    elif family == "gemma3_text":
+        values.setdefault(
+            "layer_types", ["full_attention" if layer % 3 == 1 else "sliding_attention" for layer in range(layers)]
         )
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **values))
+    gains = (-0.5, 0.5) if family == "gemma3_text" else (0.5, 1.5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:  # gains of 1 would hide one that is cut wrongly
-                parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(*gains)
+            elif name.endswith(".bias"):  # and biases of 0
+                parameter.uniform_(-0.5, 0.5)
     model.to(getattr(torch, dtype)).save_pretrained(path)
     tokenizer().save_pretrained(path)
     return path
@@ -96,11 +127,14 @@ def pico_exaone4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pico(tmp_path_factory.mktemp("pico") / "exaone4", "exaone4")
 
 
-@pytest.fixture(scope="session", params=["llama", "exaone4"])
-def pico(request: pytest.FixtureRequest) -> Path:
+@pytest.fixture(scope="session", params=PICOS)
+def pico(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Each family in turn: what a test says of it holds for all."""
-    path: Path = request.getfixturevalue(f"pico_{request.param}")
-    return path
+    if request.param in ("llama", "exaone4"):
+        path: Path = request.getfixturevalue(f"pico_{request.param}")
+        return path
+    family, changes = PICOS[request.param]
+    return write_pico(tmp_path_factory.mktemp("pico") / request.param, family, **changes)
 
 
 @pytest.fixture(scope="session")

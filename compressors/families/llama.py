@@ -1,4 +1,7 @@
-"""Llama: pre-norm; Llama 3.x, SmolLM2. https://github.com/huggingface/transformers, models/llama."""
+"""Llama: pre-norm; Llama 2 and 3.x, SmolLM2. https://github.com/huggingface/transformers, models/llama.
+
+`qkv_bias`, `bias` and `is_causal` are keys that vLLM's class reads and transformers' doesn't.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,19 @@ FAMILY = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     block_norms=("input_layernorm", "post_attention_layernorm"),
+    biases={
+        **dict.fromkeys(
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"), "attention_bias"
+        ),
+        **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), "mlp_bias"),
+    },
     required={
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
         "hidden_act": ("silu",),
         "sliding_window": (None,),
+        "layer_types": ("full_attention", None),
         "pretraining_tp": (1, None),
+        "qkv_bias": (None,),
+        "bias": (False, None),
+        "is_causal": (True, None),
     },
 )

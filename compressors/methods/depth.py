@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from compressors.calibration import Calibration
-from compressors.checkpoint import Checkpoint
+from compressors.checkpoint import Checkpoint, stock_config
 from compressors.errors import InfeasiblePlan
 from compressors.family import Family
 from compressors.plan import layers_named
@@ -44,7 +44,11 @@ def choose(layers: int, keep: int, drop_from: str, calibration: Calibration | No
 
 
 def cut(checkpoint: Checkpoint, family: Family, kept: Sequence[int]) -> Checkpoint:
-    """Keep these layers of the checkpoint (ascending numbers), renumbered from 0."""
+    """Keep these layers of the checkpoint (ascending numbers), renumbered from 0.
+
+    Lists with an entry per layer are written out, since the rule that a stock config makes them by (each fourth layer
+    is another) counts from the model's own first layer.
+    """
     config = dict(checkpoint.config)
     layers = int(config["num_hidden_layers"])
     if list(kept) == list(range(layers)):
@@ -59,7 +63,9 @@ def cut(checkpoint: Checkpoint, family: Family, kept: Sequence[int]) -> Checkpoi
         if prefix in new_number:
             tensors[new_number[prefix] + name.removeprefix(prefix)] = tensor
     config["num_hidden_layers"] = len(kept)
+    stock = stock_config(checkpoint.config)
     for key in family.per_layer:
-        if isinstance(config.get(key), list):
-            config[key] = [config[key][old] for old in kept]
+        entries = getattr(stock, key, None)
+        if isinstance(entries, list):
+            config[key] = [entries[old] for old in kept]
     return dataclasses.replace(checkpoint, config=config, tensors=tensors)

@@ -10,7 +10,7 @@ import torch
 from compressors.calibration import Calibration
 from compressors.checkpoint import Checkpoint
 from compressors.errors import InfeasiblePlan
-from compressors.family import Family
+from compressors.family import Family, take_columns, take_rows
 
 
 def choose_all(checkpoint: Checkpoint, keep: int, calibration: Calibration | None) -> list[torch.Tensor]:
@@ -28,11 +28,11 @@ def choose_all(checkpoint: Checkpoint, keep: int, calibration: Calibration | Non
 
 
 def cut(checkpoint: Checkpoint, family: Family, kept: Sequence[torch.Tensor]) -> Checkpoint:
-    """Keep these channels of each layer: rows of gate and up, columns of down."""
+    """Keep these channels of each layer: rows of gate and up with their biases, columns of down."""
     tensors = dict(checkpoint.tensors)
     for layer, index in enumerate(kept):
-        for part, dim in ((family.gate, 0), (family.up, 0), (family.down, 1)):
-            name = f"{family.in_layer(layer, part)}.weight"
-            tensors[name] = tensors[name].take(dim, index)
+        for part in (family.gate, family.up):
+            take_rows(tensors, family.in_layer(layer, part), index)
+        take_columns(tensors, family.in_layer(layer, family.down), index)
     config = {**checkpoint.config, "intermediate_size": len(kept[0])}
     return dataclasses.replace(checkpoint, config=config, tensors=tensors)

@@ -14,7 +14,7 @@ import torch
 from compressors.calibration import Calibration
 from compressors.checkpoint import Checkpoint
 from compressors.errors import InfeasiblePlan
-from compressors.family import Family, head_dim
+from compressors.family import Family, head_dim, take_columns, take_rows
 
 Kept = tuple[tuple[int, tuple[int, ...]], ...]  # of a layer: (key/value head, its query heads), ascending
 
@@ -72,25 +72,25 @@ def choose_all(
 
 
 def cut(checkpoint: Checkpoint, family: Family, kept: Sequence[Kept]) -> Checkpoint:
-    """Keep these heads of each layer: rows of q, k and v, columns of o."""
+    """Keep these heads of each layer: rows of q, k and v with their biases, columns of o."""
     config = dict(checkpoint.config)
     size = head_dim(config)
     tensors = dict(checkpoint.tensors)
     for layer, groups in enumerate(kept):
         queries = _rows([head for _, heads in groups for head in heads], size)
         keys = _rows([group for group, _ in groups], size)
-        for part, dim, index in (
-            (family.q, 0, queries),
-            (family.k, 0, keys),
-            (family.v, 0, keys),
-            (family.o, 1, queries),
-        ):
-            name = f"{family.in_layer(layer, part)}.weight"
-            tensors[name] = tensors[name].take(dim, index)
+        for part, index in ((family.q, queries), (family.k, keys), (family.v, keys)):
+            take_rows(tensors, family.in_layer(layer, part), index)
+        take_columns(tensors, family.in_layer(layer, family.o), queries)
     config["num_key_value_heads"] = len(kept[0])
     config["num_attention_heads"] = sum(len(heads) for _, heads in kept[0])
     config["head_dim"] = size  # no longer hidden_size / num_attention_heads
     return dataclasses.replace(checkpoint, config=config, tensors=tensors)
+
+
+def inputs_of(kept: Kept, size: int) -> torch.Tensor:
+    """The inputs of o_proj that stay, int64 [heads · size]."""
+    return _rows([head for _, heads in kept for head in heads], size)
 
 
 def _rows(heads: Sequence[int], size: int) -> torch.Tensor:

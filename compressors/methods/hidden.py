@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
 
 from compressors.calibration import Calibration
-from compressors.checkpoint import Checkpoint, LazyTensor
+from compressors.checkpoint import Checkpoint
 from compressors.errors import InfeasiblePlan
-from compressors.family import Family, head_dim
+from compressors.family import Family, head_dim, take_columns, take_rows
 
 
 def choose(hidden_size: int, keep: int, calibration: Calibration | None) -> torch.Tensor:
@@ -33,38 +34,45 @@ def cut(
 
     An RMSNorm divides by the root mean square of what it sees, which is another over S than over all dimensions. Its
     gain is corrected by √(mean(x_S²) / mean(x²)), x² from the calibration text, before a block (Llama) as after it
-    (EXAONE).
+    (EXAONE). Where the embedding is multiplied by √E, it is scaled so that it is as large as before; if it is the
+    lm_head too, the final norm's gain takes that back.
 
     mean_square: of the inputs of `family.residual_norms`, in that order, [E] each; None: gains are cut uncorrected.
     """
     config = dict(checkpoint.config)
-    layers = int(config["num_hidden_layers"])
-    if len(kept) == int(config["hidden_size"]):
+    layers, width = int(config["num_hidden_layers"]), int(config["hidden_size"])
+    if len(kept) == width:
         return checkpoint
     tensors = dict(checkpoint.tensors)
+    factors: dict[str, float] = {}  # of the norms' gains
     for layer in range(layers):
         for part in (family.q, family.k, family.v, family.gate, family.up):
-            _take(tensors, family.in_layer(layer, part), 1, kept)
+            take_columns(tensors, family.in_layer(layer, part), kept)
         for part in (family.o, family.down):
-            _take(tensors, family.in_layer(layer, part), 0, kept)
+            take_rows(tensors, family.in_layer(layer, part), kept)
     for place, name in enumerate(family.residual_norms(layers)):
-        _take(tensors, name, 0, kept)
+        take_rows(tensors, name, kept)
         if mean_square is not None:
             squares = mean_square[place].double()  # (E)
             if squares.any():  # a block that puts out nothing has nothing to correct
-                factor = float((squares[kept].mean() / squares.mean()).sqrt())
-                tensors[f"{name}.weight"] = tensors[f"{name}.weight"].map(_scaled(factor))
-    _take(tensors, family.embedding, 1, kept)
-    if f"{family.lm_head}.weight" in tensors:
-        _take(tensors, family.lm_head, 1, kept)
+                factors[name] = float((squares[kept].mean() / squares.mean()).sqrt())
+    take_columns(tensors, family.embedding, kept)
+    untied = f"{family.lm_head}.weight" in tensors
+    if untied:
+        take_columns(tensors, family.lm_head, kept)
+    if family.scaled_embedding:
+        larger = math.sqrt(width / len(kept))
+        embedding = f"{family.embedding}.weight"
+        tensors[embedding] = tensors[embedding].map(_scaled(larger, 0.0))
+        if not untied:
+            factors[family.final_norm] = factors.get(family.final_norm, 1.0) / larger
+    for name, factor in factors.items():
+        tensors[f"{name}.weight"] = tensors[f"{name}.weight"].map(_scaled(factor, family.norm_offset))
     config["head_dim"] = head_dim(config)  # no longer hidden_size / num_attention_heads
     config["hidden_size"] = len(kept)
     return dataclasses.replace(checkpoint, config=config, tensors=tensors)
 
 
-def _take(tensors: dict[str, LazyTensor], module: str, dim: int, kept: torch.Tensor) -> None:
-    tensors[f"{module}.weight"] = tensors[f"{module}.weight"].take(dim, kept)
-
-
-def _scaled(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda gain: (gain.float() * factor).to(gain.dtype)
+def _scaled(factor: float, offset: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """weight + offset times the factor, as a weight again."""
+    return lambda weight: ((weight.float() + offset) * factor - offset).to(weight.dtype)

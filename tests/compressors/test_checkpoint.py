@@ -106,8 +106,8 @@ def test_a_config_that_is_no_json(copy):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "mamba9"}, "'mamba9' is not known here; known are exaone4, llama"),
-        ({"attention_bias": True}, "attention_bias is True"),
+        ({"model_type": "mamba9"}, "'mamba9' is not known here; known are exaone4, gemma3_text, llama, qwen2, qwen3"),
+        ({"attention_bias": True}, "20 are missing, model.layers.0.self_attn.k_proj.bias first"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"num_hidden_layers": 6}, "9 are missing, model.layers.5"),
         ({"num_hidden_layers": 4}, "9 are not known to llama, model.layers.4"),

@@ -81,7 +81,12 @@ PLANS = {
 QUANTISED = {
     "W8A8": {"precision": "W8A8"},
     "FP8_DYNAMIC": {"precision": "FP8_DYNAMIC"},
-    "W4A16": {"precision": "W4A16", "num_key_value_heads": 2, "num_attention_heads": 4},  # 96 = 4 · 24 = 3 · 32
+    "W4A16": {
+        "precision": "W4A16",
+        "num_key_value_heads": 2,
+        "num_attention_heads": 4,
+        "hidden_size": 96,
+    },  # 4 · 24 = 96
     "W8A8 of a smaller model": {
         "precision": "W8A8",
         "num_hidden_layers": 3,
@@ -108,7 +113,9 @@ def test_an_identity_plan_changes_no_bit(base, its_family, statistics, own, pico
     again = Checkpoint.read(tmp_path / "m")
     assert set(again.tensors) == set(base.tensors)
     assert all(torch.equal(again.tensors[name].load(), base.tensors[name].load()) for name in base.tensors)
-    assert torch.equal(logits(stock(tmp_path / "m"), windows), logits(stock(pico), windows))
+    expected = logits(stock(pico), windows)
+    assert torch.equal(logits(stock(tmp_path / "m"), windows), expected)
+    assert torch.equal(logits(base.to_model("cpu"), windows), expected)
 
 
 def test_stock_transformers_loads_it_and_computes_what_the_screen_computed(
@@ -120,10 +127,14 @@ def test_stock_transformers_loads_it_and_computes_what_the_screen_computed(
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size"):
         assert config[name] == getattr(plan, name)
-    assert config["head_dim"] == base.config["head_dim"]
+    assert config["head_dim"] == 24
     assert config["dtype"] == plan.precision
-    for name in ("architectures", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id", "vocab_size"):
+    for name in ("rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id", "vocab_size"):
         assert config[name] == base.config[name]
+    other = None if plan.num_attention_heads * 24 == plan.hidden_size else its_family.with_head_dim
+    assert config["model_type"] == (other or its_family).model_type
+    assert config["architectures"] == [(other or its_family).architecture]
+    family.family_of(Checkpoint.read(tmp_path / "m"))  # and can be compressed again
     assert config["transformers_version"] == transformers.__version__
     assert "quantization_config" not in config
     assert len(config.get("layer_types") or [0] * plan.num_hidden_layers) == plan.num_hidden_layers
@@ -198,6 +209,8 @@ def test_a_depth_cut_is_the_model_without_these_layers(base, its_family, windows
     def edit(model):
         model.model.layers = torch.nn.ModuleList(model.model.layers[index] for index in (0, 2, 3))
         model.config.num_hidden_layers = 3
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = [model.config.layer_types[index] for index in (0, 2, 3)]
 
     assert torch.equal(logits(cut, windows), logits(masked(base, edit), windows))
 
@@ -234,20 +247,22 @@ def test_a_head_cut_is_the_model_with_these_heads_silent(
 
 def test_a_hidden_cut_is_the_model_with_these_dimensions_silent(base, its_family, statistics, windows):
     """Zeroed dimensions count in the original's norms, so the mean over fewer of them is corrected by √(E'/E)."""
-    kept = hidden.choose(96, 72, statistics)
-    gone = torch.ones(96, dtype=torch.bool)
+    width, layers = int(base.config["hidden_size"]), int(base.config["num_hidden_layers"])
+    kept = hidden.choose(width, 72, statistics)
+    gone = torch.ones(width, dtype=torch.bool)
     gone[kept] = False
-    layers = int(base.config["num_hidden_layers"])
-    as_if_silent = torch.zeros(96)
-    as_if_silent[kept] = 1.0  # mean over S: 1; mean over all: 72/96
+    as_if_silent = torch.zeros(width)
+    as_if_silent[kept] = 1.0  # mean over S: 1; mean over all: 72/E
 
     def edit(model):
         model.model.embed_tokens.weight.data[:, gone] = 0
         for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.data[gone] = 0
-            layer.mlp.down_proj.weight.data[gone] = 0
+            for writes in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                writes.weight.data[gone] = 0
+                if writes.bias is not None:
+                    writes.bias.data[gone] = 0
         for name in its_family.residual_norms(layers):
-            model.get_submodule(name).weight.data[gone] = 0
+            model.get_submodule(name).weight.data[gone] = -its_family.norm_offset
         model.tie_weights()
 
     squares = [as_if_silent] * len(its_family.residual_norms(layers))
@@ -267,8 +282,10 @@ def test_a_hidden_cut_keeps_each_norms_output_where_the_text_puts_it(base, its_f
     factors = []
     for new, old in zip(its_family.residual_norms(3), old_names, strict=True):
         squares = statistics.norm_mean_square[old]
-        whole = base.tensors[f"{old}.weight"].load().float()[kept] / squares.mean().sqrt()
-        left = made.tensors[f"{new}.weight"].load() / squares[kept].mean().sqrt()
+        whole = (base.tensors[f"{old}.weight"].load().float()[kept] + its_family.norm_offset) / squares.mean().sqrt()
+        left = (made.tensors[f"{new}.weight"].load() + its_family.norm_offset) / squares[kept].mean().sqrt()
+        if its_family.scaled_embedding and new == its_family.final_norm:  # its embedding, the head too, is larger
+            left *= (len(squares) / 72) ** 0.5
         torch.testing.assert_close(left, whole, rtol=1e-5, atol=0)
         factors.append(float((squares[kept].mean() / squares.mean()).sqrt()))
     factors.sort()
@@ -277,7 +294,7 @@ def test_a_hidden_cut_keeps_each_norms_output_where_the_text_puts_it(base, its_f
 
 
 def test_a_block_that_puts_out_nothing_gives_no_nan(base, its_family, statistics):
-    silent = [torch.zeros(96)] * len(its_family.residual_norms(5))
+    silent = [torch.zeros(base.config["hidden_size"])] * len(its_family.residual_norms(5))
     cut = hidden.cut(base, its_family, torch.arange(72), silent)
     assert all(torch.isfinite(tensor.load()).all() for tensor in cut.tensors.values())
 
@@ -293,7 +310,7 @@ def test_statistics_are_those_of_a_plain_computation(base, its_family, windows, 
         def hook(module, args, kwargs, output):
             x = args[0] if args else kwargs["hidden_states"]
             seen.setdefault(name, []).append(
-                (x[0], (output[0] if isinstance(output, tuple) else output).reshape(-1, 96))
+                (x[0], (output[0] if isinstance(output, tuple) else output).reshape(-1, base.config["hidden_size"]))
             )
 
         return hook
@@ -320,7 +337,7 @@ def test_hidden_activity_is_the_mean_over_layers_that_count_alike(base, its_fami
     model = base.to_model("cpu", F32)
     streams = [[] for _ in range(5)]
     for layer, stream in zip(model.model.layers, streams, strict=True):
-        layer.register_forward_hook(lambda module, args, output, stream=stream: stream.append(output.reshape(-1, 96)))
+        layer.register_forward_hook(lambda module, args, output, stream=stream: stream.append(output.flatten(0, 1)))
     for window in windows:
         logits(model, [window])
     means = [torch.cat(stream).abs().mean(0) for stream in streams]
@@ -381,7 +398,11 @@ def test_a_config_of_transformers_4_is_understood(base, its_family, statistics, 
     """The hub's own files say rope_theta, rope_scaling and torch_dtype: misread, they would give other logits."""
     shutil.copytree(pico, tmp_path / "old")
     config = dict(base.config)
-    rope = dict(config.pop("rope_parameters"))
+    rope = config.pop("rope_parameters")
+    if "full_attention" in rope:  # Gemma's, by the type of layer
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    rope = dict(rope)
     config |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": config.pop("dtype")}
     config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     (tmp_path / "old" / "config.json").write_text(json.dumps(config))

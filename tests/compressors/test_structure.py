@@ -63,27 +63,32 @@ def test_sums_are_the_checkpoints(base, its_family):
 
 def test_shapes_of_a_model_whose_dimensions_all_differ(base, its_family):
     found = structure.describe(base, its_family)
-    exaone = base.config["model_type"] == "exaone4"
-    # hidden 96, 6 query and 3 key/value heads of head_dim 24, FFN 160, vocabulary 320, 5 layers
+    E = base.config["hidden_size"]  # 96, Qwen2's 144
+    biases = {name: tensor.shape[0] for name, tensor in base.tensors.items() if name.endswith(".bias")}
+    in_attention = sum(size for name, size in biases.items() if "self_attn" in name)
+    tied = base.config["tie_word_embeddings"]
+    # 6 query and 3 key/value heads of head_dim 24, FFN 160, vocabulary 320, 5 layers
     shapes = {part.name: part.shape for part in (*found.layers[3].attention.parts, *found.layers[3].mlp.parts)}
     assert list(shapes.items()) == [
-        ("self_attn.q_proj", (144, 96)),
-        ("self_attn.k_proj", (72, 96)),
-        ("self_attn.v_proj", (72, 96)),
-        ("self_attn.o_proj", (96, 144)),
-        ("mlp.gate_proj", (160, 96)),
-        ("mlp.up_proj", (160, 96)),
-        ("mlp.down_proj", (96, 160)),
+        ("self_attn.q_proj", (144, E)),
+        ("self_attn.k_proj", (72, E)),
+        ("self_attn.v_proj", (72, E)),
+        ("self_attn.o_proj", (E, 144)),
+        ("mlp.gate_proj", (160, E)),
+        ("mlp.up_proj", (160, E)),
+        ("mlp.down_proj", (E, 160)),
     ]
-    assert found.attention.parameters == 5 * (2 * 144 * 96 + 2 * 72 * 96)
-    assert found.mlp.parameters == 5 * 3 * 160 * 96
-    assert found.norms.parameters == 5 * (2 * 96 + (2 * 24 if exaone else 0)) + 96
-    assert (found.embedding.parameters, found.embedding.bytes) == (320 * 96, 2 * 320 * 96)
-    assert (found.lm_head.parameters, found.tied, found.other.count) == (0, True, 0)
+    assert found.attention.parameters == 5 * (2 * 144 * E + 2 * 72 * E) + in_attention
+    assert found.mlp.parameters == 5 * 3 * 160 * E + sum(biases.values()) - in_attention
+    norms = {"llama": 2, "qwen2": 2, "smollm3": 2, "exaone4": 2, "qwen3": 2, "gemma3_text": 4}
+    per_head = 2 if its_family.model_type in ("exaone4", "qwen3", "gemma3_text") else 0
+    assert found.norms.parameters == 5 * (norms[its_family.model_type] * E + per_head * 24) + E
+    assert (found.embedding.parameters, found.embedding.bytes) == (320 * E, 2 * 320 * E)
+    assert (found.lm_head.parameters, found.tied, found.other.count) == (0 if tied else 320 * E, tied, 0)
     assert [layer.index for layer in found.layers] == [0, 1, 2, 3, 4]
-    assert found.layers[4].total.parameters == (found.parameters - 320 * 96 - 96) // 5
+    assert found.layers[4].total.parameters == (found.parameters - (1 if tied else 2) * 320 * E - E) // 5
     assert (found.num_attention_heads, found.num_key_value_heads, found.heads_per_group) == (6, 3, 2)
-    assert (found.head_dim, found.hidden_size, found.intermediate_size, found.vocab_size) == (24, 96, 160, 320)
+    assert (found.head_dim, found.hidden_size, found.intermediate_size, found.vocab_size) == (24, E, 160, 320)
     assert (found.dtype, found.quantization, found.uncuttable) == ("bfloat16", None, None)
     assert all(layer.like(found.layers[0]) for layer in found.layers)
 
@@ -113,13 +118,14 @@ def test_describing_a_known_family_reads_no_weights(base, its_family):
 
 def test_what_a_cut_saves_is_the_difference_of_the_files_that_are_written(base, its_family, tmp_path):
     """The plans that a person expects, and for each what is on disk afterwards."""
+    hidden_size = base.config["hidden_size"]
     changes = {
         "layers 5 → 4": {"num_hidden_layers": 4},
         "layers 5 → 3": {"num_hidden_layers": 3},
         "key/value groups 3 → 2 (query heads 6 → 4)": {"num_key_value_heads": 2, "num_attention_heads": 4},
         "query heads per group 2 → 1 (6 → 3)": {"num_attention_heads": 3},
         "FFN width 160 → 140": {"intermediate_size": 140},
-        "hidden size 96 → 84": {"hidden_size": 84},
+        f"hidden size {hidden_size} → {hidden_size * 7 // 8}": {"hidden_size": hidden_size * 7 // 8},
         "bfloat16 → float16": {"precision": "float16"},
         "bfloat16 → W8A8": {"precision": "W8A8"},
         "bfloat16 → FP8_DYNAMIC": {"precision": "FP8_DYNAMIC"},

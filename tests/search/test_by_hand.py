@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from evaluator import texts
 from search import config, workers
 
 ROOT = Path(__file__).parents[2]
@@ -27,9 +28,10 @@ evaluation:
   device: cpu
   workload: {{prompt_tokens: 8, decode_steps: 4, turns: 4}}
 export: {{for_transformers: 4.57.3}}
+distillation: {{batch_tokens: 256, learning_rate: 0.001}}
 tracking: {{mlflow: false}}
 """
-SMALLER = {"1536": "72", "3584": "128"}  # the documentation's dimensions are EXAONE's
+SMALLER = {"1536": "72", "3584": "128", "2000000": "512"}  # the documentation's numbers are for EXAONE
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +272,44 @@ def test_a_quantised_checkpoint_of_another_origin(cli, shared):
     assert found["plan"] is None
     assert found["measurement"]["perplexity"] == row["perplexity"]
     assert found["measurement"]["kl_nats_per_token"] == pytest.approx(row["kl_nats_per_token"], rel=0.05)
+
+
+def test_a_cut_model_learns_from_the_original(cli, shared):
+    cut = ("compress", "drop-layers", "--study", "hand", "--keep-layers", "4", "--drop-from", "top")
+    assert cli(*cut, "--save-path", "submit/model_drop4", cwd=shared).status == 0
+    prose = shared / "prose.txt"
+    prose.write_text("\n\n".join(document.text for document in texts.embedded_domains()["topics"])[:40_000])
+    learn = ("compress", "distill", "--study", "hand", "--student", "submit/model_drop4", "--tokens", "32768", "--json")
+    done = cli(*learn, "distillation.evaluate_every=8192", f"text.calibration=[{prose}]", cwd=shared)
+    assert done.status == 0, done.err
+    assert done.json["path"] == "submit/model_kd_drop4"
+    assert done.json["kl_best"] < done.json["kl_before"]
+    assert not list((shared / "outputs" / "distillation").iterdir())  # its state goes when the model is written
+    scores = {}
+    for name in ("model_drop4", "model_kd_drop4"):
+        found = cli("evaluate", "--study", "hand", "--model", f"submit/{name}", "--json", cwd=shared)
+        assert found.status == 0, found.err
+        scores[name] = found.json["measurement"]["kl_nats_per_token"]
+    assert scores["model_kd_drop4"] < scores["model_drop4"]  # on text that neither saw
+
+
+def test_options_reach_the_plan(cli, shared):
+    words = ("--importance", "obs", "--repair", "ridge", "text.moments_windows=2")
+    done = cli("compress", "reduce-ffn", "--study", "hand", "--target-dim", "128", *words, "--json",
+               "--save-path", "submit/repaired", cwd=shared)  # fmt: skip
+    assert done.status == 0, done.err
+    plan = json.loads((shared / "submit" / "repaired" / "compression.json").read_text())["plan"]
+    assert (plan["importance"], plan["repair"]) == ("obs", "ridge")
+    words = ("--quantizer", "gptq", "--group-size", "32", "--keep-16-bit", "2", "text.moments_windows=2")
+    done = cli("compress", "quantize", "--study", "hand", "--scheme", "W4A16", *words, "compression.keep_heads=4",
+               "compression.keep_kv_heads=2", "compression.method=[quantize,prune_heads]", "--json",
+               "--save-path", "submit/gptq", cwd=shared)  # fmt: skip
+    assert done.status == 0, done.err
+    config = json.loads((shared / "submit" / "gptq" / "config.json").read_text())["quantization_config"]
+    assert config["config_groups"]["group_0"]["weights"]["group_size"] == 32
+    assert len(config["ignore"]) > 1
+    found = cli("evaluate", "--study", "hand", "--model", "submit/gptq", "text.moments_windows=2", "--json", cwd=shared)
+    assert found.status == 0, found.err
 
 
 def test_a_report_says_what_was_measured_and_how_to_do_it_again(cli, shared):

@@ -1,0 +1,133 @@
+"""What each cut loses, unrepaired and repaired, in the calibration's own domain and in one that it did not hold.
+
+    PYTHONPATH=. python benchmarks/repair.py [--model DIRECTORY] [--other FILE] [--only WORD] [--json FILE]
+
+Calibrated on `evaluator.texts.embedded_domains` (or --calibration FILES), judged on the embedded search text (or --same
+FILE) and on --other, by default the embedded report text. PerfNorm is exp of the difference of the mean losses; its
+error and that of the KL divergence are over windows.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import pathlib
+import time
+
+import torch
+from transformers import AutoTokenizer
+
+from compressors import build, calibration, family, moments
+from compressors.checkpoint import Checkpoint
+from compressors.plan import CompressionPlan
+from evaluator import quality, score, texts
+from search import setting, sources
+
+SMOLLM2 = {
+    "FFN 1152": {"intermediate_size": 1152},
+    "FFN 1344": {"intermediate_size": 1344},
+    "2 of 3 key/value groups": {"num_key_value_heads": 2, "num_attention_heads": 6},
+    "hidden 512": {"hidden_size": 512},
+    "28 layers": {"num_hidden_layers": 28},
+}
+HOW = {
+    "activation": {},
+    "activation, ridge": {"repair": "ridge"},
+    "flap, ridge": {"importance": "flap", "repair": "ridge"},
+    "obs, ridge": {"importance": "obs", "repair": "ridge"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=sources.EMBEDDED)
+    parser.add_argument("--calibration", type=pathlib.Path, nargs="+")
+    parser.add_argument("--same", type=pathlib.Path)
+    parser.add_argument("--other", type=pathlib.Path)
+    parser.add_argument("--windows", type=int, default=64, help="of each domain, to calibrate on")
+    parser.add_argument("--tokens", type=int, default=16384, help="of each judged text")
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--how", default="")
+    parser.add_argument("--plans", type=json.loads, default=SMOLLM2, help="name → what differs from the base model")
+    parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("outputs/benchmark"))
+    parser.add_argument("--json", type=pathlib.Path)
+    arguments = parser.parse_args()
+
+    path = sources.resolve(arguments.model, setting.CACHE)
+    base = Checkpoint.read(path)
+    kind = family.family_of(base)
+    own = CompressionPlan.identity(base.config)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    device = setting.best_device()
+
+    domains = texts.embedded_domains()
+    if arguments.calibration:
+        domains = {file.stem: texts.read_documents([file]) for file in arguments.calibration}
+    windows = {
+        name: texts.windows(tokenizer, documents, arguments.window, arguments.windows)
+        for name, documents in domains.items()
+    }
+    judged = {
+        "same": texts.read_documents([arguments.same])
+        if arguments.same
+        else texts.split(texts.embedded_documents())[1],
+        "other": texts.read_documents([arguments.other]) if arguments.other else texts.embedded_report_documents(),
+    }
+    for name, documents in judged.items():
+        for domain, those in domains.items():
+            assert not texts.overlap(those, documents), (domain, name)
+    shards = {
+        name: [[w] for w in texts.windows(tokenizer, documents, arguments.window, arguments.tokens // arguments.window)]
+        for name, documents in judged.items()
+    }
+    digest = texts.text_digest([window for those in windows.values() for window in those])
+    started = time.monotonic()
+    moment = moments.collect(base, windows, arguments.work / f"moments-{base.digest()[:8]}-{digest}", device)
+    print(f"second moments: {time.monotonic() - started:.0f} s", flush=True)
+    statistics = calibration.calibrate(base, [window for those in windows.values() for window in those], device)
+    dtype = torch.float32 if device == "cpu" else None
+    model = base.to_model(device, dtype)
+    reference = {name: quality.Reference.of(model, those, max_bytes=1 << 34) for name, those in shards.items()}
+    del model
+
+    rows = []
+    print(f"{'cut':<26}{'choice and repair':<22}" + "".join(f"{n + ' PerfNorm':>18}{'KL':>16}" for n in shards))
+    for cut, changes in arguments.plans.items():
+        for how, options in HOW.items():
+            if arguments.only not in cut or arguments.how not in how or ("num_hidden_layers" in changes and options):
+                continue
+            plan = dataclasses.replace(own, **changes, **options)
+            started = time.monotonic()
+            made = build.apply(plan, base, kind, statistics, moments=moment, simulate=True).to_model(device, dtype)
+            built = time.monotonic() - started
+            row = {"cut": cut, "how": how, "seconds": built}
+            for name, those in shards.items():
+                row |= {f"{name} {key}": value for key, value in judge(made, those, reference[name]).items()}
+            rows.append(row)
+            print(
+                f"{cut:<26}{how:<22}" + "".join(columns(row, name) for name in shards) + f"{built:>6.0f} s", flush=True
+            )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def columns(row: dict, name: str) -> str:
+    perf, perf_se, kl, kl_se = (row[f"{name} {key}"] for key in ("perf", "perf_se", "kl", "kl_se"))
+    return f"{perf:>10.3f}±{perf_se:.3f} {kl:>9.3f}±{kl_se:.3f}"
+
+
+def judge(model, shards, reference) -> dict:  # type: ignore[no-untyped-def]
+    found = [quality.shard_quality(model, shard, reference, index) for index, shard in enumerate(shards)]
+    gain = [base - one.nll for base, one in zip(reference.nll, found, strict=True)]
+    perf, kl = math.exp(sum(gain) / len(gain)), [one.kl for one in found]
+    return {
+        "perf": perf,
+        "perf_se": perf * score.standard_error(gain),
+        "kl": sum(kl) / len(kl),
+        "kl_se": score.standard_error(kl),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""A student and its teacher on a device: the student's float32 master weights, one batch's gradient, the held-out KL.
+
+What is computed runs in float32, or in bfloat16 beside float32 master weights: then the model holds a bfloat16 copy of
+them, its gradients are added up in float32 micro-batch by micro-batch, and every update is made on the masters. (A
+copy and not autocast: under autocast the norms' float32 gains would make the whole residual stream float32.)
+
+Symbols: B windows of a micro-batch, T tokens of a window, E hidden size, V vocabulary. Knows no schedule and no state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from compressors.checkpoint import Checkpoint
+from compressors.distillation import loss as distill_loss
+from compressors.errors import CheckpointError
+from compressors.family import family_of
+
+PROBE_TOKENS = 16  # of a window, on which the logits are compared
+
+
+@dataclasses.dataclass
+class Pair:
+    """student, teacher: stock transformers models. masters: the student's weights by name, float32; where the model
+    computes in float32 these are the model's own parameters.
+    """
+
+    student: Any
+    teacher: Any
+    masters: dict[str, torch.Tensor]
+    layers: tuple[Any, Any]  # the decoder layers of each
+    dtype: torch.dtype
+    device: str
+    of_chunk: distill_loss.OfChunk = distill_loss.loss_and_gradient
+
+    @property
+    def copies(self) -> dict[str, torch.nn.Parameter]:
+        return dict(self.student.named_parameters())
+
+
+def make(student: Checkpoint, teacher: Checkpoint, dtype: torch.dtype, device: str) -> Pair:
+    """Both models on the device, the student ready for gradients.
+
+    Raises CheckpointError for a model whose logits are not its output embedding times its last hidden states.
+    """
+    prefixes = family_of(student).layers, family_of(teacher).layers
+    taught = student.to_model(device, torch.float32)
+    teaching = teacher.to_model(device, dtype)
+    masters: dict[str, torch.Tensor] = {}
+    for name, parameter in taught.named_parameters():
+        masters[name] = parameter
+        if dtype != torch.float32:
+            masters[name] = parameter.data
+            parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_(True)
+        if dtype != torch.float32:
+            parameter.register_post_accumulate_grad_hook(functools.partial(_add_up, masters[name]))
+    return Pair(
+        taught,
+        teaching,
+        masters,
+        (taught.get_submodule(prefixes[0]), teaching.get_submodule(prefixes[1])),
+        dtype,
+        device,
+    )
+
+
+def _add_up(master: torch.Tensor, parameter: torch.Tensor) -> None:
+    if parameter.grad is not None:
+        if master.grad is None:
+            master.grad = parameter.grad.to(master.dtype)
+        else:
+            master.grad += parameter.grad
+        parameter.grad = None
+
+
+@torch.no_grad()
+def require_plain_logits(pair: Pair, window: torch.Tensor) -> None:
+    """Whether logits are what the loss takes them to be, on a window's first tokens [T]; raises CheckpointError."""
+    ids = window[None, :PROBE_TOKENS].to(pair.device)
+    for whose, model in (("student", pair.student), ("teacher", pair.teacher)):
+        head = model.get_output_embeddings()
+        said = model(input_ids=ids, use_cache=False).logits[0].float()  # (T, V)
+        computed = distill_loss.logits(last_hidden(model, ids)[0], head.weight)
+        if not torch.isfinite(said).all():
+            raise CheckpointError(f"distill: the {whose}'s logits are NaN or infinite before training; it is broken")
+        rounding = 1e-4 if pair.dtype == torch.float32 else 2e-2  # of the largest logit
+        apart = float((said - computed).abs().max())
+        if getattr(head, "bias", None) is not None or apart > rounding * float(said.abs().max()):
+            raise CheckpointError(
+                f"distill: the {whose}'s logits are not its output embedding times its last hidden states (they differ "
+                f"by up to {apart:.3g}: capped, scaled or biased); such a model can't be distilled here"
+            )
+
+
+def backward(pair: Pair, ids: torch.Tensor, share: float, temperature: float, weight_ce: float, chunk: int) -> float:
+    """Add `share` of the mean loss' gradient over windows [B, T] to the masters' `grad`; returns the mean loss."""
+    with torch.no_grad():
+        teacher_hidden = _predicting(last_hidden(pair.teacher, ids))
+    loss = distill_loss.distillation_loss(
+        _predicting(last_hidden(pair.student, ids)),
+        pair.student.get_output_embeddings().weight,
+        teacher_hidden,
+        pair.teacher.get_output_embeddings().weight,
+        ids[:, 1:].reshape(-1),
+        temperature=temperature,
+        weight_ce=weight_ce,
+        chunk=chunk,
+        of_chunk=pair.of_chunk,
+    )
+    (loss * share).backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach())
+
+
+@torch.no_grad()
+def update(pair: Pair, optimizer: torch.optim.Optimizer, grad_clip: float) -> bool:
+    """Take the optimizer's step with the gradients that were added up, scaled to a norm of at most `grad_clip`.
+
+    False, and nothing changed, when they are not finite.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(list(pair.masters.values()), grad_clip)
+    finite = bool(torch.isfinite(norm))
+    if finite:
+        optimizer.step()
+        copy_masters(pair)
+    optimizer.zero_grad(set_to_none=True)
+    return finite
+
+
+@torch.no_grad()
+def copy_masters(pair: Pair) -> None:
+    """Round the masters into the model that computes."""
+    if pair.dtype != torch.float32:
+        copies = pair.copies
+        torch._foreach_copy_([copies[name].data for name in pair.masters], list(pair.masters.values()))
+
+
+@torch.no_grad()
+def held_out_kl(pair: Pair, windows: torch.Tensor, together: int, chunk: int, tick: Callable[[], None]) -> float:
+    """KL(teacher ‖ student) at temperature 1 over the predicted tokens of windows [N, T], nats per token; `together`
+    windows run at once."""
+    total = 0.0
+    for ids in torch.split(windows, together):
+        ids = ids.to(pair.device)
+        total += distill_loss.kl_sum(
+            _predicting(last_hidden(pair.student, ids)),
+            pair.student.get_output_embeddings().weight,
+            _predicting(last_hidden(pair.teacher, ids)),
+            pair.teacher.get_output_embeddings().weight,
+            chunk,
+        )
+        tick()
+    return total / (windows.shape[0] * (windows.shape[1] - 1))
+
+
+def last_hidden(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]  # (B, T, E)
+
+
+def _predicting(hidden: torch.Tensor) -> torch.Tensor:
+    """The positions that have a next token: [B, T, E] → [B·(T − 1), E]."""
+    return hidden[:, :-1].reshape(-1, hidden.shape[-1])
+
+
+def multiplied(checkpoint: Checkpoint) -> int:
+    """N: the weights that every token is multiplied by: all matrices, but not an embedding that is no head too."""
+    family = family_of(checkpoint)
+    tied = checkpoint.config.get("tie_word_embeddings", False)
+    return sum(
+        tensor.shape[0] * tensor.shape[1]
+        for name, tensor in checkpoint.tensors.items()
+        if len(tensor.shape) == 2 and (tied or name != f"{family.embedding}.weight")
+    )
+
+
+# -- the optimizer -------------------------------------------------------------------------------------------
+
+
+def optimizer_of(pair: Pair, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over the masters (betas 0.9 and 0.95; fused on CUDA); embeddings, norms and biases are not decayed."""
+    embedding = pair.student.get_input_embeddings().weight
+    spared = {name for name, parameter in pair.copies.items() if parameter.ndim < 2 or parameter is embedding}
+    groups = [
+        {"params": [pair.masters[name] for name in pair.masters if name not in spared], "weight_decay": weight_decay},
+        {"params": [pair.masters[name] for name in pair.masters if name in spared], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=pair.device.startswith("cuda") or None)
+
+
+def to_tensors(pair: Pair, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Masters and both moments, for a file; the moments are missing before the first update."""
+    found: dict[str, torch.Tensor] = {}
+    for name, master in pair.masters.items():
+        found[f"weight.{name}"] = master
+        for moment, value in optimizer.state.get(master, {}).items():
+            if moment != "step":
+                found[f"{moment}.{name}"] = value
+    return found
+
+
+@torch.no_grad()
+def from_tensors(
+    pair: Pair, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Callable[[], torch.Tensor]], updates: int
+) -> None:
+    """What `to_tensors` gave, into the masters, the model and the optimizer; raises KeyError where one is missing."""
+    names = {id(master): name for name, master in pair.masters.items()}
+    for name, master in pair.masters.items():
+        master.copy_(tensors[f"weight.{name}"]())
+    copy_masters(pair)
+    if updates:
+        said = optimizer.state_dict()
+        in_order = [names[id(master)] for group in optimizer.param_groups for master in group["params"]]
+        state = {
+            number: {
+                "step": torch.tensor(float(updates)),
+                "exp_avg": tensors[f"exp_avg.{name}"]().to(pair.device),
+                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"]().to(pair.device),
+            }
+            for number, name in enumerate(in_order)
+        }
+        optimizer.load_state_dict({"state": state, "param_groups": said["param_groups"]})

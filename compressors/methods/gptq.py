@@ -1,0 +1,100 @@
+"""GPTQ: a weight rounded column by column, each column's error made good by the columns that are still to come.
+
+Frantar et al., https://arxiv.org/abs/2210.17323. Columns go in the order of their inputs' mean square ("activation
+order"); groups and their scales are those of the original order, so that stock kernels load the result without an
+index. Symbols: N output and K input width of a Linear, g group size, H = E[x xᵀ] the second moment of its input.
+Knows no checkpoint.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from compressors import rounding
+from compressors.errors import CheckpointError
+
+DIAGONAL = 0.1  # both: see `damp`
+MEDIAN = 0.1
+BLOCK = 128  # columns whose errors are passed on to the rest at once
+
+
+def gptq(
+    weight: torch.Tensor,
+    moment: torch.Tensor,
+    scheme: str,
+    size: int | None,
+    *,
+    diagonal: float = DIAGONAL,
+    median: float = MEDIAN,
+    scales: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values of the scheme's grid as float32 [N, K], scales in the weight's dtype [N, K/g]), on the weight's device.
+
+    What they stand for, Q, keeps the output of inputs that are spread like `moment` [K, K]: it lowers
+    tr((W − Q) H (W − Q)ᵀ). The arithmetic is done on the moment's device.
+
+    size: g; None: K. diagonal, median: how strongly H is damped. scales: given ones; None: those of least squared
+    error where each input counts by its mean square. Raises CheckpointError for a moment that is not finite.
+    """
+    home, weight = weight.device, weight.to(moment.device)
+    damped = damp(moment, diagonal, median)
+    if scales is None:
+        scales = rounding.searched_scales(weight, scheme, size, damped.diagonal())
+    order = torch.argsort(damped.diagonal(), descending=True, stable=True)
+    factor = inverse_factor(damped[order][:, order]).float()  # (K, K)
+    group_of = torch.arange(len(order), device=order.device) // (size or len(order))
+    each = scales.to(moment.device).float().T[group_of[order]]  # (K, N)
+    rest = weight.float().T[order]  # (K, N): a column of the weight is a row here
+    values = torch.empty_like(rest)
+    values[order] = _columns(rest, each, factor, scheme)
+    return values.T.contiguous().to(home), scales.to(home)
+
+
+def damp(moment: torch.Tensor, diagonal: float = DIAGONAL, median: float = MEDIAN) -> torch.Tensor:
+    """(1 − diagonal) H + diagonal · diag(H) + median · m · I with m the median of diag(H), float64 [K, K].
+
+    H was counted on one text, and the weight will see others: what one input says of another is trusted less than what
+    it says of itself. Each input is damped by its own mean square and by an ordinary one's: a few inputs, or one token,
+    can hold nearly all of the trace, and a share of the mean would drown the rest. An input that was always 0 says
+    nothing; it counts as an ordinary one, apart from all others.
+    """
+    if not torch.isfinite(moment).all():
+        raise CheckpointError("calibration: a second moment is NaN or infinite; the base model's weights are broken")
+    moment = moment.double()
+    own = moment.diagonal().clamp_min(0)
+    live = own[own > 0]
+    typical = live.median() if len(live) else torch.ones_like(own).mean()
+    damped = (1 - diagonal) * moment
+    damped.diagonal().copy_(torch.where(own > 0, own, typical) + median * typical)
+    return damped
+
+
+def inverse_factor(moment: torch.Tensor) -> torch.Tensor:
+    """Upper triangular U [K, K] with UᵀU = H⁻¹; of a singular H with as much more on its diagonal as it takes.
+
+    From the Cholesky factor of H with its rows and columns reversed: H = R Rᵀ with R upper triangular, and U = R⁻¹.
+    """
+    eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    lower, failed = torch.linalg.cholesky_ex(moment.flip(0, 1))
+    more = 1e-10
+    while failed:
+        lower, failed = torch.linalg.cholesky_ex((moment + more * moment.diagonal().mean() * eye).flip(0, 1))
+        more *= 10
+    inverse: torch.Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+    return inverse.flip(0, 1)
+
+
+def _columns(rest: torch.Tensor, each: torch.Tensor, factor: torch.Tensor, scheme: str) -> torch.Tensor:
+    """The values [K, N] of the columns in `rest` [K, N], which is used up; each [K, N]: their scales."""
+    values = torch.empty_like(rest)
+    for start in range(0, len(rest), BLOCK):
+        stop = min(start + BLOCK, len(rest))
+        block, inner = rest[start:stop], factor[start:stop, start:stop].contiguous()
+        errors = torch.empty_like(block)
+        for i in range(stop - start):
+            scale = each[start + i]
+            values[start + i] = rounding.to_grid(block[i] / scale, scheme)
+            torch.addcmul(block[i], values[start + i], scale, value=-1, out=errors[i]).div_(inner[i, i])
+            block[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
+        rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return values

@@ -1,0 +1,246 @@
+"""What is particular to one family: what its config.json leaves open, what is refused, and what vLLM makes of it."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import transformers
+
+from compressors import build, calibration, family
+from compressors.checkpoint import Checkpoint, stock_config
+from compressors.errors import CheckpointError
+from compressors.methods import depth, heads, hidden
+from compressors.plan import CompressionPlan
+from evaluator import backends
+from evaluator.process import EngineProcess
+
+F32 = torch.float32
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return torch.randint(3, 320, (3, 40), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def logits(model, windows):
+    with torch.inference_mode():
+        return model(torch.tensor(windows), use_cache=False).logits
+
+
+def edit_config(path, *dropped, **changes):
+    config = json.loads((path / "config.json").read_text())
+    kept = {key: value for key, value in config.items() if key not in dropped}
+    (path / "config.json").write_text(json.dumps({**kept, **changes}))
+
+
+def read(path):
+    checkpoint = Checkpoint.read(path)
+    return checkpoint, family.family_of(checkpoint)
+
+
+# -- what is refused -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_type", "dropped", "changes", "said"),
+    [
+        ("llama", (), {"qkv_bias": True}, "qkv_bias is True"),
+        ("llama", (), {"is_causal": False}, "is_causal is False"),
+        ("qwen2", (), {"use_sliding_window": True, "max_window_layers": 3}, "use_sliding_window is True"),
+        ("qwen2", (), {"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config is {"),
+        (
+            "qwen2",
+            ("num_key_value_heads",),
+            {},
+            "says no num_key_value_heads, and transformers takes 32 for qwen2, not 6",
+        ),
+        ("qwen2", (), {"head_dim": 16}, "head_dim is 16, and vLLM takes hidden_size / num_attention_heads = 144 / 6"),
+        ("qwen3", (), {"attention_bias": True}, "attention_bias is True"),
+        ("qwen3", (), {"use_sliding_window": True}, "use_sliding_window is True"),
+        ("qwen3", ("head_dim",), {}, "says no head_dim, and transformers takes 128 for qwen3, not 16"),
+        ("smollm3", (), {"attention_bias": True}, "attention_bias is True"),
+        ("smollm3", (), {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window is True"),
+        ("gemma3_text", (), {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ("gemma3_text", (), {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ("gemma3_text", (), {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
+        ("gemma3_text", (), {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("gemma3_text", ("head_dim",), {}, "says no head_dim, and transformers takes 256 for gemma3_text, not 16"),
+    ],
+)
+def test_what_would_change_the_meaning_is_refused_by_name(
+    tmp_path, write_pico_model, model_type, dropped, changes, said
+):
+    path = write_pico_model(tmp_path / "m", model_type)
+    edit_config(path, *dropped, **changes)
+    with pytest.raises(CheckpointError) as caught:
+        read(path)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_models_that_bring_their_own_code_are_refused_with_that_reason(pico_llama, tmp_path):
+    """EXAONE 3.5's config.json, as the hub has it; its sizes have names of their own."""
+    config = {
+        "architectures": ["ExaoneForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_exaone.ExaoneConfig"},
+        "model_type": "exaone",
+        "hidden_size": 96,
+        "num_layers": 5,
+        "num_attention_heads": 6,
+        "intermediate_size": 160,
+        "vocab_size": 320,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = "stock transformers has no exaone: it brings its own code, and a model's code is never run"
+    with pytest.raises(CheckpointError, match=said):
+        Checkpoint.read(tmp_path)
+    base = Checkpoint.read(pico_llama)
+    with pytest.raises(CheckpointError, match=said):
+        family.family_of(dataclasses.replace(base, config={**config, "num_hidden_layers": 5}))
+
+
+def test_a_model_that_reads_images_is_refused_with_that_reason(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": {"hidden_size": 96}}))
+    with pytest.raises(CheckpointError, match="a gemma3 model has its language model inside"):
+        Checkpoint.read(tmp_path)
+
+
+# -- what config.json leaves open ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rule", "dropped", "key", "own", "kept"),
+    [
+        (
+            "gemma3_text",
+            {"sliding_window_pattern": 2, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": None},
+            ("layer_types", "rope_parameters", "_sliding_window_pattern", "tie_word_embeddings"),
+            "layer_types",
+            ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+            ["sliding_attention", "sliding_attention", "full_attention"],
+        ),
+        (
+            "smollm3",
+            {"no_rope_layer_interval": 2},
+            ("no_rope_layers", "layer_types", "tie_word_embeddings"),
+            "no_rope_layers",
+            [1, 0, 1, 0, 1],
+            [1, 1, 0],
+        ),
+    ],
+)
+def test_a_depth_cut_carries_each_layers_own_kind_that_a_rule_made(
+    tmp_path, write_pico_model, windows, model_type, rule, dropped, key, own, kept
+):
+    """As Gemma's hub config has it: a rule that counts from the first layer, and no list."""
+    path = write_pico_model(tmp_path / "m", model_type)
+    edit_config(path, *dropped, **rule)
+    base, its_family = read(path)
+    assert getattr(stock_config(base.config), key) == own
+    cut = depth.cut(base, its_family, (0, 2, 3))
+    assert cut.config[key] == kept
+    whole = base.to_model("cpu", F32)
+    whole.model.layers = torch.nn.ModuleList(whole.model.layers[index] for index in (0, 2, 3))
+    whole.config.num_hidden_layers = 3
+    whole.config.layer_types = [whole.config.layer_types[index] for index in (0, 2, 3)]
+    assert torch.equal(logits(cut.to_model("cpu", F32), windows), logits(whole, windows))
+
+
+def test_a_head_that_is_tied_by_default_is_read_in_each_decode_step(tmp_path, write_pico_model):
+    for model_type in ("gemma3_text", "smollm3"):
+        path = write_pico_model(tmp_path / model_type, model_type)
+        said = Checkpoint.read(path)
+        edit_config(path, "tie_word_embeddings")
+        base, _ = read(path)
+        assert base.config["tie_word_embeddings"] is True
+        assert base.decode_bytes == said.decode_bytes == base.size_bytes
+
+
+# -- Gemma's embedding -----------------------------------------------------------------------------------------
+
+
+def test_an_untied_gemma_keeps_its_logits_when_silent_dimensions_are_cut(tmp_path, write_pico_model, windows):
+    """The embedding makes up for √hidden_size, and the lm_head, which isn't scaled, must not."""
+    path = write_pico_model(tmp_path / "m", "gemma3_text", dtype="float32", tie_word_embeddings=False)
+    base, its_family = read(path)
+    kept = torch.arange(96)[torch.arange(96) % 4 != 1]  # 72
+    silent = torch.ones(96, dtype=torch.bool)
+    silent[kept] = False
+    whole = base.to_model("cpu", F32)
+    whole.model.embed_tokens.weight.data[:, silent] = 0
+    for layer in whole.model.layers:
+        layer.self_attn.o_proj.weight.data[silent] = 0
+        layer.mlp.down_proj.weight.data[silent] = 0
+    for name in its_family.residual_norms(5):
+        whole.get_submodule(name).weight.data[silent] = -1
+    squares = [(~silent).float()] * 21
+    cut = hidden.cut(base, its_family, kept, squares).to_model("cpu", F32)
+    torch.testing.assert_close(logits(cut, windows), logits(whole, windows), atol=2e-3, rtol=1e-3)
+
+
+# -- Qwen2 as a Llama ------------------------------------------------------------------------------------------
+
+
+def test_a_cut_qwen2_is_a_qwen2_while_vllm_computes_its_head_dim_right(tmp_path, write_pico_model):
+    base, its_family = read(write_pico_model(tmp_path / "m", "qwen2"))
+    own = CompressionPlan.identity(base.config)
+    for changes in ({"num_hidden_layers": 3}, {"hidden_size": 72, "num_attention_heads": 3}):
+        made = build.apply(dataclasses.replace(own, **changes), base, its_family, None)
+        assert made.config["model_type"] == "qwen2"
+        assert made.tensors.keys() <= base.tensors.keys()
+
+
+def test_a_qwen2_whose_head_dim_changes_becomes_the_llama_that_computes_the_same(tmp_path, write_pico_model, windows):
+    path = write_pico_model(tmp_path / "m", "qwen2", dtype="float32")
+    edit_config(path, "max_position_embeddings", "bos_token_id", "rms_norm_eps", "rope_parameters", rope_theta=1e6)
+    base, its_family = read(path)
+    cut = heads.cut(base, its_family, [((0, (0, 1)), (2, (4, 5)))] * 5)
+    made = family.recast(cut, its_family)
+    config = stock_config(made.config)
+    assert (config.model_type, config.architectures, config.head_dim) == ("llama", ["LlamaForCausalLM"], 24)
+    assert (config.max_position_embeddings, config.bos_token_id) == (32768, None)  # Qwen2's defaults, not Llama's
+    assert "max_window_layers" not in made.config
+    family.family_of(made)
+    assert torch.equal(logits(made.to_model("cpu", F32), windows), logits(cut.to_model("cpu", F32), windows))
+
+
+# -- vLLM ------------------------------------------------------------------------------------------------------
+
+SERVED = {name: (name, {}) for name in family.names()} | {
+    "llama with biases": ("llama", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True})
+}
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(backends.unavailable("vllm") is not None, reason=str(backends.unavailable("vllm")))
+@pytest.mark.parametrize("precision", ["bfloat16", "W8A8"])
+@pytest.mark.parametrize("served", SERVED)
+def test_vllm_serves_a_cut_model_as_transformers_does(tmp_path, write_pico_model, windows, served, precision):
+    model_type, changes = SERVED[served]
+    sizes = {"head_dim": 32 if model_type == "qwen2" else 64, "hidden_size": 192, "intermediate_size": 320}
+    base, its_family = read(write_pico_model(tmp_path / "base", model_type, **sizes, **changes))
+    own = CompressionPlan.identity(base.config)
+    assert own.hidden_size == 192
+    plan = dataclasses.replace(
+        own,
+        num_hidden_layers=4,
+        drop_from="1",
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=256,
+        hidden_size=160,
+        precision=precision,
+    )
+    assert build.check(plan, base, its_family, kernel_alignment=True, max_bytes=None) is None
+    build.apply(plan, base, its_family, calibration.calibrate(base, windows)).write(tmp_path / "cut")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "cut", dtype=F32).eval()
+    scores = logits(model, windows)[:, :-1].log_softmax(-1)
+    exact = -scores.gather(-1, torch.tensor(windows)[:, 1:, None])[..., 0]
+    settings = backends.EngineSettings(max_model_len=256, threads=1)
+    with EngineProcess("vllm", tmp_path / "cut", settings, tmp_path / "log") as engine:
+        found = torch.tensor(engine.nll(windows))
+    assert float(found.mean()) == pytest.approx(float(exact.mean()), rel=0.005)
+    # activations rounded to 8 bits from bfloat16 and from float32 are less alike; another model's are off by 1.4
+    far = {"bfloat16": 0.05, "W8A8": 0.15}[precision]
+    assert float((found - exact).abs().mean()) < far * float(exact.std())

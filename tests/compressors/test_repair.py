@@ -1,0 +1,285 @@
+"""Second moments, what is chosen by them, and what they repair."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+
+from compressors import build, calibration, family, moments
+from compressors.checkpoint import Checkpoint
+from compressors.errors import CheckpointError
+from compressors.methods import heads, importance, repair
+from compressors.moments import Moment
+from compressors.plan import CompressionPlan
+
+
+def moment_of(x):
+    """Of x [n, K]."""
+    return Moment(x.T @ x / len(x), x.mean(0), len(x))
+
+
+@pytest.fixture(scope="module")
+def domains():
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "low": torch.randint(3, 160, (5, 24), generator=generator).tolist(),
+        "high": torch.randint(160, 320, (4, 24), generator=generator).tolist(),
+    }
+
+
+@pytest.fixture(scope="module")
+def base(pico):
+    return Checkpoint.read(pico)
+
+
+@pytest.fixture(scope="module")
+def its_family(base):
+    return family.family_of(base)
+
+
+@pytest.fixture(scope="module")
+def collected(base, domains, tmp_path_factory):
+    return moments.collect(base, domains, tmp_path_factory.mktemp("moments") / "m", batch=2)
+
+
+# -- second moments ------------------------------------------------------------------------------------------
+
+
+def test_they_are_those_of_a_whole_forward_pass(base, its_family, domains, collected):
+    model = base.to_model("cpu", torch.float32)
+    names = dict(model.named_modules())
+    for domain, windows in domains.items():
+        for layer, part in itertools.product(range(collected.layers[-1] + 1), its_family.linears):
+            seen = []
+            module = names[its_family.in_layer(layer, part)]
+            hook = module.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0][0]))
+            with torch.inference_mode():
+                for window in windows:
+                    model(input_ids=torch.tensor([window]), use_cache=False)
+            hook.remove()
+            x = moments.clipped(torch.stack(seen)).flatten(0, 1)
+            found = collected.of(layer, moments.input_of(its_family, part))[domain]
+            assert found.tokens == len(x) == len(windows) * 24
+            torch.testing.assert_close(found.second, x.T @ x / len(x), rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(found.mean, x.mean(0), rtol=1e-3, atol=1e-5)
+
+
+def test_one_token_does_not_hold_the_trace():
+    x = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))
+    calm = x.clone()
+    x[0, 0] *= 1e4
+    found = moments.clipped(x)
+    assert torch.equal(found[1], calm[1])
+    assert torch.equal(found[0, 1:], calm[0, 1:])
+    assert float(found[0, 0].norm()) == pytest.approx(moments.CLIP * float(calm[0].norm(dim=-1).median()), rel=0.05)
+    torch.testing.assert_close(found[0, 0] / found[0, 0].norm(), calm[0, 0] / calm[0, 0].norm())
+
+
+def test_they_are_collected_once_and_renumbered_with_the_layers(base, domains, collected):
+    stamp = (collected.path / "layer-0.safetensors").stat().st_mtime_ns
+    assert moments.collect(base, domains, collected.path) == collected
+    assert (collected.path / "layer-0.safetensors").stat().st_mtime_ns == stamp
+    kept = collected.of_layers([0, 2, 4])
+    part = "mlp.down_proj"
+    assert torch.equal(kept.of(1, part)["low"].second, collected.of(2, part)["low"].second)
+
+
+def test_a_damaged_file_says_what_to_do(base, domains, tmp_path):
+    found = moments.collect(base, {"low": domains["low"][:1]}, tmp_path / "m")
+    file = tmp_path / "m" / "layer-1.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="delete") as caught:
+        found.of(1, "mlp.down_proj")
+    assert "\n" not in str(caught.value)
+
+
+def test_windows_of_several_lengths_are_refused(base, tmp_path):
+    with pytest.raises(CheckpointError, match="same length"):
+        moments.collect(base, {"odd": [[3, 4, 5], [3, 4]]}, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- repair --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def problem():
+    generator = torch.Generator().manual_seed(5)
+    mix = torch.randn(12, 12, generator=generator) * 0.6 + torch.eye(12)
+    x = torch.randn(400, 12, generator=generator) @ mix
+    weight = torch.randn(7, 12, generator=generator)
+    kept = torch.tensor([0, 2, 3, 5, 7, 8, 11])
+    return x, weight, kept
+
+
+def test_without_a_ridge_it_is_least_squares(problem):
+    x, weight, kept = problem
+    made = repair.ridge(weight, kept, moment_of(x).second, 1e-9)
+    expected = torch.linalg.lstsq(x[:, kept].double(), (x @ weight.T).double()).solution.T
+    torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_ridge_is_toward_the_weights_that_stay(problem):
+    x, weight, kept = problem
+    second = moment_of(x).second
+    own = weight.double()[:, kept]
+    assert torch.equal(repair.ridge(weight, kept, second, repair.NO_REPAIR), own)
+    torch.testing.assert_close(repair.ridge(weight, kept, second, 1e9), own, rtol=1e-6, atol=1e-6)
+    distances = [float((repair.ridge(weight, kept, second, f) - own).norm()) for f in repair.STRENGTHS]
+    assert distances == sorted(distances, reverse=True)
+    # it minimises what its docstring says: any other W' loses more
+    factor = 0.3
+    made = repair.ridge(weight, kept, second, factor)
+    unit = float(second.diagonal()[kept].double().median())
+
+    def objective(candidate):
+        ridge = factor * unit * float((candidate - own).square().sum())
+        return repair.loss(weight, candidate, kept, second) + ridge
+
+    generator = torch.Generator().manual_seed(6)
+    for _ in range(5):
+        step = 1e-3 * torch.randn(made.shape, generator=generator, dtype=torch.float64)
+        assert objective(made) < objective(made + step)
+
+
+def test_the_loss_is_the_mean_over_tokens(problem):
+    x, weight, kept = problem
+    made = weight[:, kept] * 0.9
+    direct = (x @ weight.T - x[:, kept] @ made.T).square().sum(1).mean()
+    assert repair.loss(weight, made, kept, moment_of(x).second) == pytest.approx(float(direct), rel=1e-4)
+
+
+def test_inputs_that_follow_from_others_cost_nothing(problem):
+    x, weight, kept = problem
+    gone = repair.removed(kept, 12)
+    x = x.clone()
+    x[:, gone] = x[:, kept[: len(gone)]] * 2 - x[:, kept[1 : len(gone) + 1]]
+    made = repair.ridge(weight, kept, moment_of(x).second, 1e-8)
+    assert repair.loss(weight, made, kept, moment_of(x).second) < 1e-4
+    assert repair.loss(weight, weight[:, kept], kept, moment_of(x).second) > 1
+
+
+def test_the_strength_is_what_a_domain_that_was_left_out_asks_for(problem):
+    x, weight, kept = problem
+    alike = {"a": moment_of(x[:200]), "b": moment_of(x[200:])}
+    assert repair.strength(weight, kept, alike) <= 0.1
+    # what one domain teaches is wrong in the other: nothing is gained by learning it
+    gone = repair.removed(kept, 12)
+    other = x.clone()
+    other[:, gone] *= -1.0
+    assert repair.strength(weight, kept, {"a": moment_of(x), "b": moment_of(other)}) == repair.NO_REPAIR
+
+
+# -- importance ----------------------------------------------------------------------------------------------
+
+
+def test_flap_is_variance_times_the_columns_norm():
+    x = torch.tensor([[1.0, 5.0, 0.0], [3.0, 5.0, 1.0], [5.0, 5.0, 2.0]])
+    weight = torch.tensor([[1.0, 9.0, 2.0], [0.0, 9.0, 2.0]])
+    expected = x.var(0, correction=0).double() * weight.double().square().sum(0)
+    torch.testing.assert_close(importance.flap(weight, moment_of(x)), expected, rtol=1e-4, atol=1e-5)
+    assert importance.flap_choice(weight, moment_of(x), 2).tolist() == [0, 2]  # the constant one goes
+
+
+def test_obs_drops_what_others_can_replace(problem):
+    x, weight, _ = problem
+    x = x.clone()
+    x[:, 4] = 3.0 * x[:, 9]  # large, and redundant: it or its source goes first
+    kept = importance.obs_choice(weight, moment_of(x), 11).tolist()
+    assert set(range(12)) - set(kept) <= {4, 9}
+
+
+def test_obs_is_the_best_single_choice(problem):
+    x, weight, _ = problem
+    second = moment_of(x).second
+    damped = second.double() + importance.DAMPING * float(second.diagonal().median()) * torch.eye(12).double()
+
+    def lost(gone):
+        kept = torch.tensor([i for i in range(12) if i != gone])
+        return repair.loss(weight, repair.ridge(weight, kept, damped, 1e-12), kept, damped)
+
+    best = min(range(12), key=lost)
+    assert importance.obs_choice(weight, moment_of(x), 11).tolist() == [i for i in range(12) if i != best]
+
+
+@pytest.mark.parametrize("how", ["flap", "obs"])
+def test_heads_stay_the_same_number_in_every_group(base, its_family, collected, how):
+    config = base.config
+    count, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    keep_groups = groups - 1
+    keep = keep_groups * max(count // groups - 1, 1)
+    for kept in importance.choose_heads(base, its_family, keep, keep_groups, collected, how):
+        assert heads.infeasible(count, groups, keep, keep_groups) is None
+        assert [group for group, _ in kept] == sorted({group for group, _ in kept})
+        assert len(kept) == keep_groups
+        for group, members in kept:
+            assert len(members) == keep // keep_groups
+            assert list(members) == sorted(members)
+            assert all(member // (count // groups) == group for member in members)
+
+
+# -- in a plan -----------------------------------------------------------------------------------------------
+
+
+CUTS = {
+    "ffn": {"intermediate_size": 96},
+    "heads": {"num_key_value_heads": 2, "num_attention_heads": 4},
+    "hidden": {"hidden_size": 72},
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_repaired_plan_loses_less_and_loads(base, its_family, domains, collected, cut, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    own = CompressionPlan.identity(base.config)
+    if base.config["num_key_value_heads"] < 3 and cut == "heads":
+        pytest.skip("no group to spare")
+    windows = [window for those in domains.values() for window in those]
+    statistics = calibration.calibrate(base, windows)
+    plan = dataclasses.replace(own, **CUTS[cut])
+    reason = build.check(plan, base, its_family, kernel_alignment=False, max_bytes=None)
+    if reason:
+        pytest.skip(reason)
+    original = base.to_model("cpu", torch.float32)
+    lost = {}
+    for how in ("none", "ridge"):
+        made = build.apply(
+            dataclasses.replace(plan, repair=how, precision="float32"), base, its_family, statistics, moments=collected
+        )
+        made.write(tmp_path / how)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / how, dtype=torch.float32)
+        lost[how] = divergence(original, model, windows)
+    if cut == "ffn":  # channels of random weights hardly know of each other
+        assert lost["ridge"] <= lost["none"]
+    else:
+        assert lost["ridge"] < lost["none"]
+
+
+def divergence(original, model, windows):
+    total = 0.0
+    with torch.inference_mode():
+        for window in windows:
+            p, q = (m(torch.tensor([window])).logits[0].log_softmax(-1) for m in (original, model))
+            total += float((p.exp() * (p - q)).sum(-1).mean())
+    assert math.isfinite(total)
+    return total / len(windows)
+
+
+def test_gptq_sees_the_inputs_of_the_cut_model(base, its_family, collected):
+    """The second moment that a quantised projection of a cut model is given has its own width."""
+    own = CompressionPlan.identity(base.config)
+    plan = dataclasses.replace(own, intermediate_size=96, num_hidden_layers=3, drop_from="top")
+    made = build.apply(plan, base, its_family, None, moments=collected)
+    kept = [torch.arange(96)] * 3
+    second = build._second_moments(its_family, collected.of_layers([0, 1, 2]), {its_family.down: kept})
+    for layer in range(3):
+        name = its_family.in_layer(layer, its_family.down)
+        assert second(name).shape == (96, 96)
+        assert made.tensors[f"{name}.weight"].shape[1] == 96
+    assert torch.equal(
+        second(its_family.in_layer(1, its_family.up)),
+        moments.mixed(collected.of(1, its_family.gate)).second,
+    )
