@@ -1,12 +1,16 @@
 """Which projections lose the most when they are quantised, in closed form from the second moments of their inputs.
 
-Symbols: N output and K input width of a Linear, H = E[x xᵀ] the second moment of its input, ΔW what rounding changes.
-Knows no plan: it orders, and whoever asks keeps as many as wanted in 16 bits.
+A projection's error counts relative to its output, and its block (attention or MLP) by its share of the residual stream
+that has been added up so far: what most of the stream comes from is what later layers read. Checked against the KL of
+SmolLM2-135M with one group at a time in W4A16: rank correlation 0.6, and the first 12 of 120 hold 3/4 of what the worst
+12 do; relative errors alone find 2/5. Symbols: N output and K input width of a Linear, H = E[x xᵀ] the second moment of
+its input, ΔW what rounding changes. Knows no plan: it orders, and whoever asks keeps as many as wanted in 16 bits.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -17,6 +21,7 @@ from compressors.methods import precision
 
 BITS = {"W8A8": 8, "FP8_DYNAMIC": 8, "W4A16": 4}
 FP8_ERROR = 2**-6 / 12 * 0.541  # mean square relative error of rounding to 3 bits of mantissa, magnitudes log-uniform
+OUTPUT_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")  # of blocks whose outputs are normalised
 
 
 def rank(
@@ -34,12 +39,16 @@ def rank(
     """
     size = precision.group_size(checkpoint, family, group_size) if scheme == "W4A16" else None
     checkpoint = precision.in_16_bits(checkpoint)
+    shares = list(_shares(checkpoint, family, moments))
+    attention = {family.q, family.o}
     found = []
-    for parts in precision.fused_groups(checkpoint, family):
+    for number, parts in enumerate(precision.fused_groups(checkpoint, family)):
+        layer, group = divmod(number, len(family.fused))
+        share = shares[layer][0 if family.fused[group][0] in attention else 1]
         lost = saved = 0.0
         for module in parts:
             weight = checkpoint.tensors[f"{module}.weight"].load()
-            lost += damage(weight, moments(module), scheme, size, quantizer)
+            lost += share * damage(weight, moments(module), scheme, size, quantizer)
             saved += weight.numel() * (16 - BITS[scheme] - 16 / (size or weight.shape[1])) / 8
         found.append((lost / saved, parts))
     return [parts for _, parts in sorted(found, key=lambda pair: -pair[0])]
@@ -48,13 +57,42 @@ def rank(
 def damage(
     weight: torch.Tensor, moment: torch.Tensor, scheme: str, size: int | None, quantizer: str = "nearest"
 ) -> float:
-    """The squared error of the output relative to the output, tr(ΔW H ΔWᵀ) / tr(W H Wᵀ), rounded inputs included."""
+    """The squared error of the output relative to the output, tr(ΔW H ΔWᵀ) / tr(W H Wᵀ), rounded inputs included.
+
+    weight [N, K] in 16 bits, moment [K, K], size: the group's, None: K.
+    """
     values, scales = precision.quantised_weight(weight, scheme, size, quantizer, moment)
     exact = weight.to(moment.device).float()
     error = rounding.multiplied_out(values, scales).to(moment.device) - exact
-    moment = moment.float()
-    lost = float(((error @ moment) * error).sum()) + _lost_to_inputs(exact, moment.diagonal(), scheme)
-    return lost / max(float(((exact @ moment) * exact).sum()), torch.finfo(torch.float32).tiny)
+    lost = _square(error, moment) + _lost_to_inputs(exact, moment.diagonal().float(), scheme)
+    return lost / max(_square(exact, moment), torch.finfo(torch.float32).tiny)
+
+
+def _square(weight: torch.Tensor, moment: torch.Tensor) -> float:
+    """The mean square of weight · x, its outputs together: tr(W H Wᵀ)."""
+    return float(((weight @ moment.float()) * weight).sum())
+
+
+def _shares(checkpoint: Checkpoint, family: Family, moments: precision.Moments) -> Iterator[tuple[float, float]]:
+    """(attention's, the MLP's) share of the residual stream's mean square behind it, layer by layer.
+
+    Blocks are taken to add to the stream without regard to each other, and the embedding's part is left out.
+    """
+    normalised = set(OUTPUT_NORMS) <= set(family.block_norms)
+    stream = torch.finfo(torch.float32).tiny
+    for layer in range(int(checkpoint.config["num_hidden_layers"])):
+        added = []
+        for part, norm in zip((family.o, family.down), OUTPUT_NORMS, strict=True):
+            module = family.in_layer(layer, norm if normalised else part)
+            weight = checkpoint.tensors[f"{module}.weight"].load().float()
+            if normalised:  # the norm's gains are what it puts out
+                own = float((weight + family.norm_offset).square().sum())
+            else:
+                moment = moments(module)
+                own = _square(weight.to(moment.device), moment)
+            stream += own
+            added.append(own / stream)
+        yield added[0], added[1]
 
 
 def _lost_to_inputs(weight: torch.Tensor, square: torch.Tensor, scheme: str) -> float:
