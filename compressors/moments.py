@@ -37,6 +37,9 @@ class Moment:
     mean: torch.Tensor
     tokens: int
 
+    def to(self, device: str) -> Moment:
+        return Moment(self.second.to(device), self.mean.to(device), self.tokens)
+
     def take(self, index: torch.Tensor) -> Moment:
         """Of these inputs alone."""
         return Moment(self.second[index][:, index], self.mean[index], self.tokens)

@@ -15,6 +15,8 @@ from compressors.errors import CheckpointError
 
 DIAGONAL = 0.1  # both: see `damp`
 MEDIAN = 0.1
+MASSIVE = 8
+POWER_STEPS = 16  # a direction with a quarter of the trace stands out by far
 BLOCK = 128  # columns whose errors are passed on to the rest at once
 
 
@@ -54,19 +56,41 @@ def damp(moment: torch.Tensor, diagonal: float = DIAGONAL, median: float = MEDIA
     """(1 − diagonal) H + diagonal · diag(H) + median · m · I with m the median of diag(H), float64 [K, K].
 
     H was counted on one text, and the weight will see others: what one input says of another is trusted less than what
-    it says of itself. Each input is damped by its own mean square and by an ordinary one's: a few inputs, or one token,
-    can hold nearly all of the trace, and a share of the mean would drown the rest. An input that was always 0 says
-    nothing; it counts as an ordinary one, apart from all others.
+    it says of itself. Each input is damped by its own mean square and by an ordinary one's; an input that was always 0
+    counts as an ordinary one, apart from all others. H is without its massive directions, see `calmed`.
     """
     if not torch.isfinite(moment).all():
         raise CheckpointError("calibration: a second moment is NaN or infinite; the base model's weights are broken")
-    moment = moment.double()
+    moment = calmed(moment.double())
     own = moment.diagonal().clamp_min(0)
     live = own[own > 0]
     typical = live.median() if len(live) else torch.ones_like(own).mean()
     damped = (1 - diagonal) * moment
     damped.diagonal().copy_(torch.where(own > 0, own, typical) + median * typical)
     return damped
+
+
+def calmed(moment: torch.Tensor) -> torch.Tensor:
+    """H [K, K] in which no single direction holds more than all that is ordinary together.
+
+    One token can hold nearly all of the trace (massive activations, https://arxiv.org/abs/2402.17762): the rounding
+    would be fitted to that token alone. Directions with more than a quarter of what is left of the trace are taken out
+    by power iteration, MASSIVE at most, and put back with no more than the rest's trace.
+    """
+    rest, found = moment, []
+    for _ in range(MASSIVE):
+        vector = rest[rest.diagonal().argmax()]
+        for _ in range(POWER_STEPS):
+            vector = rest @ (vector / vector.norm().clamp_min(torch.finfo(torch.float64).tiny))
+        value = vector.norm()
+        if not value > rest.trace() / 4:
+            break
+        found.append((value, vector / value))
+        rest = rest - value * torch.outer(found[-1][1], found[-1][1])
+    most = rest.trace()
+    if all(value <= most for value, _ in found):
+        return moment
+    return rest + sum(value.clamp_max(most) * torch.outer(unit, unit) for value, unit in found)
 
 
 def inverse_factor(moment: torch.Tensor) -> torch.Tensor:

@@ -37,12 +37,12 @@ def obs_choice(weight: torch.Tensor, moment: Moment, keep: int) -> torch.Tensor:
     """The inputs that stay, int64 [keep], ascending: the one of least loss goes, again and again."""
     inverse, weight = _inverse(moment), weight.double().clone()
     width = weight.shape[1]
-    there = torch.ones(width, dtype=torch.bool)
+    there = torch.ones(width, dtype=torch.bool, device=weight.device)
     for _ in range(width - keep):
         loss = weight.square().sum(0) / inverse.diagonal()
         loss[~there] = torch.inf
         gone = int(loss.argmin())
-        _remove(weight, inverse, torch.tensor([gone]))
+        _remove(weight, inverse, torch.tensor([gone], device=weight.device))
         there[gone] = False
     return there.nonzero()[:, 0]
 
@@ -56,7 +56,9 @@ def block_loss(weight: torch.Tensor, inverse: torch.Tensor, block: torch.Tensor)
 def _inverse(moment: Moment) -> torch.Tensor:
     second = moment.second.double()
     damping = DAMPING * float(second.diagonal().median().clamp_min(1e-30))
-    inverse: torch.Tensor = torch.linalg.inv(second + damping * torch.eye(len(second), dtype=torch.float64))
+    inverse: torch.Tensor = torch.linalg.inv(
+        second + damping * torch.eye(len(second), dtype=torch.float64, device=second.device)
+    )
     return inverse
 
 
@@ -79,10 +81,11 @@ def choose_channels(
 ) -> list[torch.Tensor]:
     """The FFN channels that stay in each layer, int64 [keep], ascending. how: flap | obs."""
     choice = {"flap": flap_choice, "obs": obs_choice}[how]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     found = []
     for layer in range(int(checkpoint.config["num_hidden_layers"])):
-        weight = checkpoint.tensors[f"{family.in_layer(layer, family.down)}.weight"].load()
-        found.append(choice(weight, mixed(moments.of(layer, family.down)), keep))
+        weight = checkpoint.tensors[f"{family.in_layer(layer, family.down)}.weight"].load().to(device)
+        found.append(choice(weight, mixed(moments.of(layer, family.down)).to(device), keep).cpu())
     return found
 
 

@@ -337,8 +337,8 @@ def _for_head(rounded: _Rounding) -> _Rounding:
 
 def _head(checkpoint: Checkpoint, family: Family) -> LazyTensor:
     """lm_head's weight [V, E], which is the embedding's where the two are tied."""
-    tied = checkpoint.config.get("tie_word_embeddings", False)
-    return checkpoint.tensors[f"{family.embedding if tied else family.lm_head}.weight"]
+    own = checkpoint.tensors.get(f"{family.lm_head}.weight")
+    return checkpoint.tensors[f"{family.embedding}.weight"] if own is None else own
 
 
 def _stored(

@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 
 from compressors.checkpoint import Checkpoint, LazyTensor
+from compressors.errors import CheckpointError
 from compressors.family import Family
 from compressors.moments import Moment, Moments, input_of, mixed
 
-STRENGTHS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)  # λ over the median of diag H[S, S]
+STRENGTHS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # λ over the median of diag H[S, S]
 NO_REPAIR = float("inf")
 
 
@@ -54,9 +55,11 @@ def _lazily(
     whole: LazyTensor, there: LazyTensor, kept: torch.Tensor, moments: Moments, layer: int, part: str
 ) -> LazyTensor:
     def load() -> torch.Tensor:
-        by_domain, weight = moments.of(layer, part), whole.load()
-        factor = _remembered(moments, layer, part, weight, kept, lambda: strength(weight, kept, by_domain))
-        return ridge(weight, kept, mixed(by_domain).second, factor).to(whole.dtype)
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # of the arithmetic
+        by_domain = {domain: moment.to(device) for domain, moment in moments.of(layer, part).items()}
+        weight, index = whole.load().to(device), kept.to(device)
+        factor = _remembered(moments, layer, part, weight, kept, lambda: strength(weight, index, by_domain))
+        return ridge(weight, index, mixed(by_domain).second, factor).to(whole.dtype).cpu()
 
     return LazyTensor((whole.shape[0], len(kept)), there.dtype, load)
 
@@ -66,7 +69,7 @@ def _remembered(
 ) -> float:
     """A strength is found once: that takes several times as long as the repair."""
     key = hashlib.sha256(f"{moments.layers[layer]} {part} {tuple(weight.shape)} {kept.tolist()}".encode())
-    key.update(weight.float().sum(0)[:64].numpy().tobytes())
+    key.update(weight.float().sum(0)[:64].cpu().numpy().tobytes())
     path = moments.path / "strengths" / key.hexdigest()[:24]
     try:
         return float(path.read_text())
@@ -103,29 +106,41 @@ def ridge(weight: torch.Tensor, kept: torch.Tensor, second: torch.Tensor, factor
 
 
 def solver(weight: torch.Tensor, kept: torch.Tensor, second: torch.Tensor) -> Callable[[float], torch.Tensor]:
-    """λ's factor → W', with H[S, S] decomposed once."""
+    """λ's factor → W' [N, |S|], float64."""
     weight, second = weight.double(), second.double()
+    there = second[kept][:, kept]  # (S, S)
     gone = removed(kept, weight.shape[1])
-    values, vectors = torch.linalg.eigh(second[kept][:, kept])  # (S), (S, S)
-    cross = weight[:, gone] @ second[gone][:, kept] @ vectors  # (N, S)
-    unit = float(second.diagonal()[kept].median().clamp_min(1e-30))
+    cross = second[kept][:, gone] @ weight[:, gone].T  # (S, N)
+    unit = float(there.diagonal().median().clamp_min(1e-30))
 
     def solve(factor: float) -> torch.Tensor:
-        taken: torch.Tensor = (cross / (values.clamp_min(0.0) + factor * unit)) @ vectors.T
+        damped = there + factor * unit * torch.eye(len(kept), dtype=there.dtype, device=there.device)
+        taken: torch.Tensor = torch.cholesky_solve(cross, _cholesky(damped)).T
         return weight[:, kept] + taken
 
     return solve
 
 
+def _cholesky(matrix: torch.Tensor) -> torch.Tensor:
+    """Of a matrix that float32 sums may have left a little short of positive definite."""
+    unit = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device) * matrix.diagonal().mean()
+    for damping in (0.0, 1e-9, 1e-7, 1e-5):
+        found = torch.linalg.cholesky_ex(matrix + damping * unit)
+        if not int(found.info):
+            factor: torch.Tensor = found.L
+            return factor
+    raise CheckpointError("repair: a second moment is not positive definite; its file is damaged, delete it")
+
+
 def loss(weight: torch.Tensor, made: torch.Tensor, kept: torch.Tensor, second: torch.Tensor) -> float:
     """E‖W x − W' x_S‖², the mean over tokens."""
-    error = weight.double().clone()
-    error[:, kept] -= made.double()
-    return float(((error @ second.double()) * error).sum())
+    error = weight.float().clone()
+    error[:, kept] -= made.float()
+    return float(((error @ second.float()) * error).sum(dtype=torch.float64))
 
 
 def removed(kept: torch.Tensor, width: int) -> torch.Tensor:
     """The inputs that are not in `kept`, ascending."""
-    mask = torch.ones(width, dtype=torch.bool)
+    mask = torch.ones(width, dtype=torch.bool, device=kept.device)
     mask[kept] = False
     return mask.nonzero()[:, 0]
