@@ -15,7 +15,8 @@ from compressors.errors import CheckpointError
 
 DIAGONAL = 0.1  # both: see `damp`
 MEDIAN = 0.1
-MASSIVE = 8
+MASSIVE = 8  # directions at most
+MOST = 10.0
 POWER_STEPS = 16  # a direction with a quarter of the trace stands out by far
 BLOCK = 128  # columns whose errors are passed on to the rest at once
 
@@ -53,29 +54,30 @@ def gptq(
 
 
 def damp(moment: torch.Tensor, diagonal: float = DIAGONAL, median: float = MEDIAN) -> torch.Tensor:
-    """(1 − diagonal) H + diagonal · diag(H) + median · m · I with m the median of diag(H), float64 [K, K].
+    """(1 − diagonal) R + diagonal · diag(R) + median · m · I + M with m the median of diag(R), float64 [K, K].
 
-    H was counted on one text, and the weight will see others: what one input says of another is trusted less than what
-    it says of itself. Each input is damped by its own mean square and by an ordinary one's; an input that was always 0
-    counts as an ordinary one, apart from all others. H is without its massive directions, see `calmed`.
+    H = R + M was counted on one text, and the weight will see others: what one input says of another is trusted less
+    than what it says of itself. Each input is damped by its own mean square and by an ordinary one's; an input that was
+    always 0 counts as an ordinary one, apart from all others. M are the few directions that hold most of H, see
+    `split`: they are no measure of what is ordinary, and are not damped.
     """
     if not torch.isfinite(moment).all():
         raise CheckpointError("calibration: a second moment is NaN or infinite; the base model's weights are broken")
-    moment = calmed(moment.double())
-    own = moment.diagonal().clamp_min(0)
-    live = own[own > 0]
+    rest, massive = split(moment.double())
+    own = rest.diagonal().clamp_min(0)
+    live = own[moment.diagonal() > 0]
     typical = live.median() if len(live) else torch.ones_like(own).mean()
-    damped = (1 - diagonal) * moment
-    damped.diagonal().copy_(torch.where(own > 0, own, typical) + median * typical)
-    return damped
+    damped = (1 - diagonal) * rest
+    damped.diagonal().copy_(torch.where(moment.diagonal() > 0, own, typical) + median * typical)
+    return damped + massive
 
 
-def calmed(moment: torch.Tensor) -> torch.Tensor:
-    """H [K, K] in which no single direction holds more than all that is ordinary together.
+def split(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(R, M): H [K, K] without its massive directions, and these with at most MOST times R's trace each.
 
-    One token can hold nearly all of the trace (massive activations, https://arxiv.org/abs/2402.17762): the rounding
-    would be fitted to that token alone. Directions with more than a quarter of what is left of the trace are taken out
-    by power iteration, MASSIVE at most, and put back with no more than the rest's trace.
+    Massive is what holds more than a quarter of what is left of the trace, by power iteration: a mean, which all texts
+    share; or one token's massive activations (https://arxiv.org/abs/2402.17762), a thousand times all that is ordinary:
+    without a limit the rounding would be fitted to that token alone.
     """
     rest, found = moment, []
     for _ in range(MASSIVE):
@@ -85,12 +87,13 @@ def calmed(moment: torch.Tensor) -> torch.Tensor:
         value = vector.norm()
         if not value > rest.trace() / 4:
             break
-        found.append((value, vector / value))
-        rest = rest - value * torch.outer(found[-1][1], found[-1][1])
-    most = rest.trace()
-    if all(value <= most for value, _ in found):
-        return moment
-    return rest + sum(value.clamp_max(most) * torch.outer(unit, unit) for value, unit in found)
+        unit = vector / value
+        found.append((value, unit))
+        rest = rest - value * torch.outer(unit, unit)
+    massive = torch.zeros_like(moment)
+    for value, unit in found:
+        massive.addr_(unit, unit, alpha=float(value.clamp_max(MOST * rest.trace())))
+    return rest, massive
 
 
 def inverse_factor(moment: torch.Tensor) -> torch.Tensor:

@@ -265,6 +265,7 @@ def quantization_config(
         groups["group_0"].weights.group_size = size
     if lm_head_8bit and not own_scheme:
         groups["group_1"] = group(head_scheme(scheme), [lm_head])
+        groups["group_1"].weights = QuantizationArgs(num_bits=8, type="int", strategy="channel", symmetric=True)
     cache = QuantizationArgs(num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False)
     config = QuantizationConfig(
         config_groups=groups,

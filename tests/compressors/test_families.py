@@ -80,11 +80,11 @@ def test_what_would_change_the_meaning_is_refused_by_name(
 
 
 def test_models_that_bring_their_own_code_are_refused_with_that_reason(pico_llama, tmp_path):
-    """EXAONE 3.5's config.json, as the hub has it; its sizes have names of their own."""
+    """As EXAONE 3.5's config.json on the hub was, whose sizes have names of their own."""
     config = {
-        "architectures": ["ExaoneForCausalLM"],
-        "auto_map": {"AutoConfig": "configuration_exaone.ExaoneConfig"},
-        "model_type": "exaone",
+        "architectures": ["ElsewhereForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_elsewhere.ElsewhereConfig"},
+        "model_type": "elsewhere",
         "hidden_size": 96,
         "num_layers": 5,
         "num_attention_heads": 6,
@@ -92,7 +92,7 @@ def test_models_that_bring_their_own_code_are_refused_with_that_reason(pico_llam
         "vocab_size": 320,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    said = "stock transformers has no exaone: it brings its own code, and a model's code is never run"
+    said = "stock transformers has no elsewhere: it brings its own code, and a model's code is never run"
     with pytest.raises(CheckpointError, match=said):
         Checkpoint.read(tmp_path)
     base = Checkpoint.read(pico_llama)

@@ -1,6 +1,7 @@
 """The command line in this process: as fast as it gets, for what needs no process of its own."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,12 @@ def cli(monkeypatch) -> Callable[..., Ended]:
 
     def call(*words: object, cwd: Path) -> Ended:
         monkeypatch.chdir(cwd)
-        result = CliRunner().invoke(commands.main, [str(word) for word in words], catch_exceptions=False)
+        environment = dict(os.environ)
+        try:
+            result = CliRunner().invoke(commands.main, [str(word) for word in words], catch_exceptions=False)
+        finally:  # MLflow puts its store there, and .env is read into it: of no concern to the next call
+            os.environ.clear()
+            os.environ.update(environment)
         return Ended(result.exit_code, result.stdout, result.stderr)
 
     return call
