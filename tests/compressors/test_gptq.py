@@ -109,6 +109,8 @@ def test_too_few_tokens_and_dead_inputs():
         assert torch.isfinite(values).all()
         assert torch.isfinite(scales.float()).all()
         assert torch.equal(values[:, [3, 40]], rounding.nearest(weight, scales, "W4A16")[:, [3, 40]])
+    one_token = gptq.gptq(weight, torch.outer(x[0], x[0]), "W4A16", 32)
+    assert torch.isfinite(rounding.multiplied_out(*one_token)).all()
     values, scales = gptq.gptq(weight, torch.zeros(128, 128), "W4A16", 32)
     assert torch.equal(values, rounding.nearest(weight, scales, "W4A16"))
 
