@@ -115,7 +115,7 @@ def _unquantised(
     """The projections that stay in 16 bits; without second moments their number alone is right."""
     groups = precision.fused_groups(made, family)
     if plan.keep_16_bit and second is not None:
-        groups = sensitivity.rank(made, family, plan.precision, second)
+        groups = sensitivity.rank(made, family, plan.precision, second, group_size=plan.group_size)
     return [module for group in groups[: plan.keep_16_bit] for module in group]
 
 

@@ -332,12 +332,15 @@ class Objective:
         baseline: Measurement,
         on_stage: Callable[[Record], None] = lambda _: None,
         on_end: Callable[[Record], None] = lambda _: None,
+        interruptible: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
+        """interruptible: what is around the trial's work, and not around what is recorded of it."""
         self.bench = bench
         self.setting = bench.setting
         self.baseline = baseline
         self.on_stage = on_stage
         self.on_end = on_end
+        self.interruptible = interruptible
         self._stage_since = 0.0
 
     def __call__(self, trial: optuna.Trial) -> float:
@@ -345,7 +348,8 @@ class Objective:
         self._stage_since = time.monotonic()
         trial.set_user_attr("worker", study.identify_worker())
         try:
-            return self._run(trial, record)
+            with self.interruptible():
+                return self._run(trial, record)
         except optuna.TrialPruned:
             raise
         except KeyboardInterrupt:

@@ -5,6 +5,7 @@ Knows no model and no metric.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -12,7 +13,7 @@ import signal
 import socket
 import sqlite3
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -292,10 +293,12 @@ def process_alive(pid: int) -> bool:
 class Stop:
     """Within it, SIGINT and SIGTERM raise KeyboardInterrupt and are remembered: a library that swallows the exception,
     as some do while they are being imported, does not swallow the wish. Asked for a second time, it is only raised.
+
+    In `held` it is remembered alone: Optuna, interrupted between taking a trial and running it, would leave it RUNNING.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self._held = False
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -308,8 +311,28 @@ class Stop:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self.asked = True
-        raise KeyboardInterrupt
+        again, self.asked = self.asked, True
+        if again or not self._held:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it a signal waits for `check`, or for `released`."""
+        before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = before
+
+    @contextlib.contextmanager
+    def released(self) -> Iterator[None]:
+        """A part of `held` in which a signal raises, also one that came before."""
+        before, self._held = self._held, False
+        try:
+            self.check()
+            yield
+        finally:
+            self._held = before
 
     def check(self) -> None:
         if self.asked:

@@ -220,9 +220,12 @@ def _one_trial(
         baseline,
         on_stage=on_stage,
         on_end=lambda record: watch(_ended(record, worker)),
+        interruptible=stop.released,
     )
     try:
-        the_study.optimize(objective, n_trials=1, catch=(TrialFailed,))
+        with stop.held():
+            the_study.optimize(objective, n_trials=1, catch=(TrialFailed,))
+        stop.check()
     except KeyboardInterrupt:
         _queue_interrupted(the_study)
         raise

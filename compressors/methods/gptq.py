@@ -17,6 +17,7 @@ DIAGONAL = 0.1  # both: see `damp`
 MEDIAN = 0.1
 MASSIVE = 8  # directions at most
 MOST = 10.0
+NOTHING = 1e-6  # of the trace: what is left is float32's rounding
 POWER_STEPS = 16  # a direction with a quarter of the trace stands out by far
 BLOCK = 128  # columns whose errors are passed on to the rest at once
 
@@ -65,10 +66,10 @@ def damp(moment: torch.Tensor, diagonal: float = DIAGONAL, median: float = MEDIA
         raise CheckpointError("calibration: a second moment is NaN or infinite; the base model's weights are broken")
     rest, massive = split(moment.double())
     own = rest.diagonal().clamp_min(0)
-    live = own[moment.diagonal() > 0]
+    live = own[own > 0]
     typical = live.median() if len(live) else torch.ones_like(own).mean()
     damped = (1 - diagonal) * rest
-    damped.diagonal().copy_(torch.where(moment.diagonal() > 0, own, typical) + median * typical)
+    damped.diagonal().copy_(torch.where(own > 0, own, typical) + median * typical)
     return damped + massive
 
 
@@ -91,6 +92,8 @@ def split(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         found.append((value, unit))
         rest = rest - value * torch.outer(unit, unit)
     massive = torch.zeros_like(moment)
+    if rest.trace() < NOTHING * moment.trace():
+        return moment, massive
     for value, unit in found:
         massive.addr_(unit, unit, alpha=float(value.clamp_max(MOST * rest.trace())))
     return rest, massive
