@@ -5,7 +5,9 @@ from collections import Counter
 
 import pytest
 import torch
+import transformers
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from packaging.version import Version
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -230,7 +232,7 @@ def test_an_8_bit_lm_head_is_apart_from_the_embedding(tmp_path, write_pico_model
 # -- the cache -----------------------------------------------------------------------------------------------
 
 
-def test_an_fp8_cache_is_what_stock_transformers_rounds_keys_and_values_to(wide, its_family, windows, tmp_path):
+def test_an_fp8_cache_is_written_as_stock_transformers_reads_it(wide, its_family, windows, tmp_path):
     made = precision.quantize(wide, its_family, "W8A8", kv_cache_fp8=True)
     scheme = made.config["quantization_config"]["kv_cache_scheme"]
     expected = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
@@ -249,8 +251,11 @@ def test_an_fp8_cache_is_what_stock_transformers_rounds_keys_and_values_to(wide,
     plain = logits(model, windows)
     model.set_attn_implementation("rounding_cache")
     served = logits(stock(tmp_path / "m"), windows)
-    torch.testing.assert_close(logits(model, windows), served, atol=1e-3, rtol=1e-3)
-    assert (plain - served).abs().max() > 0.01
+    rounded = logits(model, windows)
+    assert (plain - rounded).abs().max() > 0.01
+    # transformers 5.23 rounds what a compressed-tensors model caches, and 5.24 leaves that to the engine
+    rounds = Version(transformers.__version__) < Version("5.24")
+    torch.testing.assert_close(rounded if rounds else plain, served, atol=1e-3, rtol=1e-3)
 
 
 # -- what is refused -----------------------------------------------------------------------------------------
