@@ -154,23 +154,68 @@ def _words(overrides: tuple[str, ...], **more: Any) -> list[str]:
 @click.option("--trials", type=click.IntRange(min=1), help="Finished trials that the study is to hold in all.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, one per GPU.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of the sampler.")
+@click.option(
+    "--distill-top",
+    "top",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="Then distil the K best plans that cut something, quantise and measure them again: submit/model_kd_NAME.",
+)
+@click.option("--tokens", type=click.IntRange(min=1), help="Of each distillation; distillation.tokens by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print the study's state as JSON.")
-def run(as_json: bool, workers: int, trials: int | None, seed: int | None, **where: Any) -> None:
-    """Create a study, or go on with it, until it holds N finished trials.
+def run(
+    as_json: bool,
+    workers: int,
+    trials: int | None,
+    seed: int | None,
+    top: int | None,
+    tokens: int | None,
+    **where: Any,
+) -> None:
+    """Create a study, or go on with it, until it holds N finished trials; distil the best of them.
 
     Run again after a crash or Ctrl-C, it finishes what is missing. Trailing KEY=VALUE words override the study file.
 
     \b
     optuna-search run --trials 50 space.precision=[bfloat16,W8A8] evaluation.backend=vllm
+    optuna-search run --trials 50 --distill-top 3 --tokens 2000000
     """
+    from search import errors
+
+    if tokens is not None and top is None:
+        raise errors.UsageError(f"--tokens {tokens}: is of a distillation; say --distill-top K too")
     file = _file(**where, trials=trials, seed=seed)  # before the imports, which take seconds
 
-    from search import progress, status, study
+    from search import finalists, progress, status, study
     from search import workers as team
 
+    words = _study_words(where["study"], where["config_dir"], where["overrides"])
+    outcome = None
     with study.Stop() as stop, progress.Live(file.trials) as live:
+
+        def say(text: str) -> None:
+            stop.check()
+            live.say(text)
+
+        wanted = None
+        if top is not None:
+            wanted = finalists.wanted_of(file, top, tokens or file.distillation.tokens, workers, say)
         the_study = team.run(file, workers, live, stop)
-    _print_status(status.of(the_study), as_json)
+        if wanted is not None:
+            outcome = finalists.distil(wanted, the_study, say, live.warn, words)
+    state = status.of(the_study)
+    if outcome is None:
+        _print_status(state, as_json)
+        return
+    state |= {"distilled": outcome.rows, "passed_over": outcome.passed_over}
+    _print_status(state, as_json)
+    if outcome.rows and not as_json:
+        named = {"--storage": where["storage"], "--study-name": where["study_name"]}
+        own = [word for name, value in named.items() if value is not None for word in (name, value)]
+        for line in finalists.commands(state["best_of_all"], words, own):
+            click.echo(f"  {line}")
+    if any("failure" in row for row in outcome.rows):
+        sys.exit(1)
 
 
 @main.command("status", cls=StudyCommand)
@@ -366,7 +411,9 @@ def by_config(**options: Any) -> None:
 @compress.command("drop-layers", cls=StudyCommand)
 @click.option("--keep-layers", metavar="N", help="How many stay.")
 @click.option(
-    "--drop-from", metavar="importance|top|bottom|LIST", help="Which go; a list such as 20,21 numbers them from 0."
+    "--drop-from",
+    metavar="importance|kl|kl-look-ahead|top|bottom|LIST",
+    help="Which go; a list such as 20,21 numbers them from 0.",
 )
 @method_options
 def drop_layers(keep_layers: str | None, drop_from: str | None, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Distillation by hand: a compressed model learns from the model that it was made of, and is written beside it.
+"""Distillation: a compressed model learns from the model that it was made of, and is written to a place of its own.
 
 Trained on the calibration text; judged, while it trains, on documents of it that it does not see.
 """
@@ -6,9 +6,11 @@ Trained on the calibration text; judged, while it trains, on documents of it tha
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,44 +26,100 @@ from search.setting import Say, Setting, calibration_documents, read_json, requi
 HELD_OUT = 0.1  # of the calibration text's documents
 
 
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Windows of token ids. held_out: of documents that `windows` has nothing of."""
+
+    windows: list[list[int]]
+    held_out: list[list[int]]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return f"{texts.text_digest(self.windows)} {texts.text_digest(self.held_out)}"
+
+
 def settings_of(setting: Setting, tokens: int) -> Distillation:
     """The study file's `distillation`, on windows of text.window tokens."""
     section = setting.file.distillation
     return Distillation(tokens=tokens, window=setting.file.text.window, **section.model_dump(exclude={"tokens"}))
 
 
-def distil(setting: Setting, student_path: Path, tokens: int, to: Path, target: str | None, say: Say) -> Distilled:
+def text_of(setting: Setting, settings: Distillation) -> Text:
+    """All that the calibration text has, split by document. Raises UsageError where that is too little."""
+    trained, kept = texts.split(calibration_documents(setting.file), 1.0 - HELD_OUT)
+    tokenizer = tokenizer_of(setting.base_path)
+    windows, held_out = (texts.all_windows(tokenizer, documents, settings.window) for documents in (trained, kept))
+    if not windows or not held_out:
+        raise UsageError(
+            f"distill: the calibration text makes {len(windows)} windows of {settings.window} tokens to train on and "
+            f"{len(held_out)} to judge on; give more text (text.calibration), or a shorter text.window"
+        )
+    return Text(windows, held_out)
+
+
+def distil(
+    setting: Setting,
+    student_path: Path,
+    tokens: int,
+    to: Path,
+    target: str | None,
+    say: Say,
+    *,
+    text: Text | None = None,
+) -> Distilled:
     """Distil the checkpoint in `student_path` from the study file's model into `to`.
 
     Its state is kept under outputs/ until `to` is written, so that a killed call goes on. target: the version of
-    transformers that is to read it. Raises UsageError and CompressionError.
+    transformers that is to read it. text: `text_of` this setting, where it is at hand. Raises UsageError and
+    CompressionError.
     """
     places.refuse_foreign(to, "distill")
     student = checkpoint.Checkpoint.read(student_path)
     settings = settings_of(setting, tokens)
-    windows, held_out = _windows(setting, settings)
+    text = text or text_of(setting, settings)
     require_disk(student.total_parameters * 20 + 50_000_000, setting.outputs, "the distillation's state")
-    work = setting.outputs / "distillation" / _key(setting, student_path, settings)
+    student_digest = checkpoint.digest_of(student_path, setting.outputs / "digests")
+    work = setting.outputs / "distillation" / key(setting, student_digest, settings, text)
+
+    def progress(step: Progress) -> None:
+        say(_line(step))
+
     found = distill.distill(
-        student, setting.base, windows, held_out, settings, setting.device, work, lambda step: say(_line(step))
+        student, setting.base, text.windows, text.held_out, settings, setting.device, work, progress
     )
+    plan = (read_json(student_path / compress.DESCRIPTION) or {}).get("plan")
+    how = {"student": plan, "settings": dataclasses.asdict(settings), **facts(found)}
+    write(found.checkpoint, to, target, setting, how)
+    shutil.rmtree(work, ignore_errors=True)
+    return found
+
+
+def write(made: checkpoint.Checkpoint, to: Path, target: str | None, setting: Setting, how: Mapping[str, Any]) -> None:
+    """What a distillation made, whole or not at all. how: what compression.json says of it.
+
+    No plan alone makes these weights, so none is named as theirs. Raises UsageError and CompressionError.
+    """
     with places.beside(to, "distill") as scratch:
-        weights_sha256 = found.checkpoint.write(scratch)
+        weights_sha256 = made.write(scratch)
         if target is not None:
             retarget(scratch, target)
-        plan = (read_json(student_path / compress.DESCRIPTION) or {}).get("plan")
-        made = {"student": plan, "settings": dataclasses.asdict(settings), **facts(found)}
         write_json(
             scratch / compress.DESCRIPTION,
             {
-                "distilled": made,
+                "distilled": dict(how),
                 "base": {"source": setting.file.model.source, "digest": setting.base_digest},
                 "for_transformers": target,
                 "weights_sha256": weights_sha256,
             },
         )
-    shutil.rmtree(work, ignore_errors=True)
-    return found
+
+
+def key(setting: Setting, student: str, settings: Distillation, text: Text) -> str:
+    """Names a distillation by all that its result depends on. student: a digest of the model, or of its plan."""
+    values = dataclasses.asdict(settings)
+    del values["save_every"]
+    said = json.dumps([setting.base_digest, student, values, text.digest, setting.device], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def facts(found: Distilled) -> dict[str, Any]:
@@ -71,25 +129,6 @@ def facts(found: Distilled) -> dict[str, Any]:
         for field in dataclasses.fields(found)
         if field.name not in ("checkpoint", "evaluations")
     } | {"evaluations": [dataclasses.asdict(one) for one in found.evaluations]}
-
-
-def _windows(setting: Setting, settings: Distillation) -> tuple[list[list[int]], list[list[int]]]:
-    """(to train on, held out): all that the calibration text has, split by document."""
-    trained, kept = texts.split(calibration_documents(setting.file), 1.0 - HELD_OUT)
-    tokenizer = tokenizer_of(setting.base_path)
-    windows, held_out = (texts.all_windows(tokenizer, documents, settings.window) for documents in (trained, kept))
-    if not windows or not held_out:
-        raise UsageError(
-            f"distill: the calibration text makes {len(windows)} windows of {settings.window} tokens to train on and "
-            f"{len(held_out)} to judge on; give more text (text.calibration), or a shorter text.window"
-        )
-    return windows, held_out
-
-
-def _key(setting: Setting, student: Path, settings: Distillation) -> str:
-    student_digest = checkpoint.digest_of(student, setting.outputs / "digests")
-    text = json.dumps([setting.base_digest, student_digest, dataclasses.asdict(settings)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _line(step: Progress) -> str:

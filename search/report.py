@@ -32,7 +32,21 @@ def status_table(state: dict[str, Any]) -> RenderableType:
     reasons = _reasons(state["ended"])
     if reasons.row_count:
         parts.append(reasons)
+    if state["distilled"]:
+        distilled = _distilled(state["distilled"], state["best_of_all"])
+        if distilled.row_count:
+            parts.append(distilled)
+        for row in state["distilled"]:
+            if "after" not in row:
+                parts.append(Text(f"trial {row['trial']}, {row['name']}: {row['failure']}: {row['reason']}"))
+        parts.append(Text(best_of_all(state["best_of_all"])))
     return Group(*parts)
+
+
+def best_of_all(best: dict[str, Any]) -> str:
+    """`search.status.best_of_all` in a line."""
+    what = f"trial {best['trial']}" + (f" distilled, {best['path']}" if best["path"] else ", as it was")
+    return f"best of all: {what}, Score {_with_se(best['score'], best['score_se'])}"
 
 
 def comparison(rows: list[dict[str, Any]]) -> Table:
@@ -106,6 +120,32 @@ def _pareto(state: dict[str, Any]) -> Table:
             f"{trial['model_size_mb']:.1f}",
         )
     return table
+
+
+def _distilled(rows: list[dict[str, Any]], best: dict[str, Any]) -> Table:
+    """A line a finalist: before and after its distillation."""
+    table = Table(title="Distilled (★ the best of all)", title_justify="left", box=None, pad_edge=False)
+    for name in ("trial", "model", "PerfNorm", "SpeedNorm", "Score", "KL", "tokens", "s", ""):
+        table.add_column(name, justify="left" if name in ("model", "") else "right", no_wrap=True)
+    for row in rows:
+        if "after" not in row:
+            continue
+        both = row["before"], row["after"]
+        table.add_row(
+            f"{'★' if row['path'] == best['path'] else ''}{row['trial']}",
+            row["name"],
+            *(" → ".join(f"{one[key]:.3f}" for one in both) for key in ("perf_norm", "speed_norm")),
+            " → ".join(_with_se(one["score"], one["score_se"]) for one in both),
+            " → ".join("–" if (kl := one["kl_nats_per_token"]) is None else f"{kl:.4f}" for one in both),
+            f"{row['tokens']:,}",
+            f"{row['seconds']:.0f}",
+            "as before" if row.get("reused") else "",
+        )
+    return table
+
+
+def _with_se(score: float, error: float | None) -> str:
+    return f"{score:.4f}" + ("" if error is None else f"±{error:.4f}")
 
 
 def _reasons(ended: list[dict[str, Any]], most: int = 12) -> Table:

@@ -1,8 +1,12 @@
-"""Where a study stands: progress, best, Pareto front, what was pruned and failed and why. Reads only the storage."""
+"""Where a study stands: progress, best, Pareto front, what was pruned and failed and why, what was distilled.
+
+Reads only the storage.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -10,13 +14,18 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search import study as studies
 
+DISTILLED = "distilled"  # the study's attribute that holds the rows of its finalists (`search.finalists`)
+
 
 def of(study: optuna.Study) -> dict[str, Any]:
-    """JSON: numbers of trials by state, the best feasible trial, the Pareto front of PerfNorm against SpeedNorm."""
+    """JSON: numbers of trials by state, the best feasible trial, the Pareto front of PerfNorm against SpeedNorm,
+    the distilled finalists.
+    """
     trials = study.get_trials(deepcopy=False)
     done = studies.finished(trials)
     complete = [trial for trial in done if trial.state == TrialState.COMPLETE]
     best = max(complete, key=lambda trial: trial.value or 0.0, default=None)
+    distilled = by_score(study.user_attrs.get(DISTILLED, []))
     return {
         "study": study.study_name,
         "trials": study.user_attrs.get("file", {}).get("trials"),
@@ -33,7 +42,26 @@ def of(study: optuna.Study) -> dict[str, Any]:
             Counter(trial.user_attrs.get("stage", "") for trial in done if trial.state == TrialState.PRUNED)
         ),
         "ended": [summary(trial) for trial in done if trial.state != TrialState.COMPLETE],
+        "distilled": distilled,
+        "best_of_all": best_of_all(best, distilled),
     }
+
+
+def by_score(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of finalists, the best Score first; those that failed last."""
+    return sorted(rows, key=lambda row: -row["after"]["score"] if "after" in row else 1.0)
+
+
+def best_of_all(best: FrozenTrial | None, distilled: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The best of the trials and of what was distilled of them; path: of the latter's model, else None."""
+    if best is None:
+        return None
+    found = {"trial": best.number, "path": None, "score": best.value, "score_se": best.user_attrs.get("score_se")}
+    for row in distilled:
+        if "after" in row and row["after"]["score"] > (found["score"] or 0.0):
+            after = row["after"]
+            found = {key: row[key] for key in ("trial", "path")} | {key: after[key] for key in ("score", "score_se")}
+    return found
 
 
 def summary(trial: FrozenTrial) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def run(
         stop.check()
         watch({"event": "say", "text": text})
 
-    setting = _shared(prepare(file, say), workers)
+    setting = shared(prepare(file, say), workers)
     storage = study.open_storage(file.storage) if study.exists(file.storage) else None
     if storage is not None:
         study.find(storage, file.study_name, setting.definition)  # a mismatch is told before the baseline is measured
@@ -130,7 +130,7 @@ def _running_elsewhere(trials: list[optuna.trial.FrozenTrial], pids: set[int]) -
     return sum(trial.user_attrs.get("worker", {"pid": None})["pid"] not in pids for trial in running)
 
 
-def _shared(setting: Setting, workers: int) -> Setting:
+def shared(setting: Setting, workers: int) -> Setting:
     """The setting of one of several workers here. Raises UsageError where their timings would disturb each other."""
     if workers == 1:
         return setting

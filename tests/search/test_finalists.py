@@ -1,0 +1,293 @@
+"""Distillation of a study's best trials: real models, a real study in SQLite, stock transformers on the CPU."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+
+from compressors.distillation import state as distill_state
+from evaluator import measure
+from search import cli as commands
+from search import config, evaluation, setting, workers
+from search import study as studies
+
+STUDY = """
+defaults: [_base, _self_]
+study_name: finals
+trials: 4
+model: {{source: {model}}}
+space:
+  num_hidden_layers: {{low: 3, high: 5}}
+  precision: [bfloat16, W8A8]
+  quantizer: [nearest, gptq]
+text: {{window: 32, calibration: [{texts}/prose.txt], search: [{texts}/search.txt], report: null,
+       calibration_windows: 4, moments_windows: 4, shards: 2, windows_per_shard: 8}}
+evaluation: {{backend: transformers, device: cpu, speed: predicted}}
+pruner: {{name: none}}
+export: {{for_transformers: 4.57.3}}
+distillation: {{batch_tokens: 256, learning_rate: 0.002, evaluate_every: 4096}}
+tracking: {{mlflow: false}}
+"""
+TRIALS = [(5, "bfloat16", "nearest"), (3, "bfloat16", "nearest"), (3, "W8A8", "gptq"), (3, "W8A8", "nearest")]
+FEW = ("text.calibration_windows=1", "text.windows_per_shard=1", "distillation.batch_tokens=400")
+RUN = ("run", "--study", "finals")
+DISTIL = (*RUN, "--distill-top", "3", "--tokens", "16384")
+FIRST = (*RUN, "--distill-top", "1", "--tokens", "16384")
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory, pico_llama):
+    """A study of one uncut plan and three that differ in precision alone."""
+    home = tmp_path_factory.mktemp("finals") / "home"
+    (home / "studies").mkdir(parents=True)
+    paragraphs = list(dict.fromkeys(" ".join(text.split()) for text in "\n\n".join(topics.values()).split("\n\n")))
+    (home.parent / "prose.txt").write_text("\n\n".join(paragraphs)[:60_000])
+    (home.parent / "search.txt").write_text("\n\n".join(paragraphs)[61_000:71_000])
+    (home / "studies" / "finals.yaml").write_text(STUDY.format(model=pico_llama, texts=home.parent))
+    file = config.load("finals", config_dir=home / "studies")
+    file = file.model_copy(update={"outputs": home / "outputs", "storage": f"sqlite:///{home}/outputs/studies.db"})
+    study = studies.create_or_resume(
+        studies.open_storage(file.storage), file.study_name, setting.prepare(file).definition
+    )
+    for layers, precision, quantizer in TRIALS:
+        study.enqueue_trial({"num_hidden_layers": layers, "precision": precision, "quantizer": quantizer})
+    workers.run(file)
+    return home
+
+
+@pytest.fixture
+def home(studied, tmp_path):
+    return Path(shutil.copytree(studied, tmp_path / "home"))
+
+
+@pytest.fixture(scope="module")
+def done(studied, tmp_path_factory):
+    """The study's home with its finalists distilled, and what that printed."""
+    home = Path(shutil.copytree(studied, tmp_path_factory.mktemp("done") / "home"))
+    with contextlib.chdir(home):
+        ended = CliRunner().invoke(commands.main, [*DISTIL, "--json"], catch_exceptions=False)
+    assert ended.exit_code == 0, ended.stderr
+    return home, json.loads(ended.stdout)
+
+
+def stamps(home):
+    places = (home / "submit", home / "outputs" / "distilled")
+    return {path: path.stat().st_mtime_ns for place in places for path in place.rglob("*") if path.is_file()}
+
+
+def test_finalists_are_distilled_quantised_and_measured(done):
+    home, state = done
+    rows = {row["trial"]: row for row in state["distilled"]}
+    assert set(rows) == {1, 2, 3}
+    names = [rows[number]["name"] for number in (1, 2, 3)]
+    assert names[0] == "model_kd_drop3"
+    assert sorted(names[1:])[0] == "model_kd_drop3_w8a8"
+    assert sorted(names[1:])[1] in ("model_kd_drop3_w8a8_trial2", "model_kd_drop3_w8a8_trial3")
+    assert {path.name for path in (home / "submit").iterdir()} == set(names)
+    scores = [row["after"]["score"] for row in state["distilled"]]
+    assert scores == sorted(scores, reverse=True)
+    (source,) = (home / "outputs" / "distilled").iterdir()  # one distillation for all three
+    assert not list((home / "outputs" / "distillation").iterdir())
+    assert len(list((home / "outputs" / "calibration").glob("moments-*"))) == 1  # the base model's alone
+    for row in rows.values():
+        path = home / row["path"]
+        found = json.loads((path / "eval_result.json").read_text())
+        assert found["score"] == row["after"]["score"]
+        assert found["plan"] is None  # no plan alone made it
+        assert found["measurement"]["weights_sha256"] == measure.weights_sha256_of(path)
+        assert row["after"]["kl_nats_per_token"] < 0.97 * row["before"]["kl_nats_per_token"]
+        assert row["held_out_kl"][1] < row["held_out_kl"][0]
+        assert row["tokens"] == 16384
+        assert json.loads((path / "config.json").read_text())["transformers_version"] == "4.57.3"
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True
+        )
+        assert not info["missing_keys"]
+        assert model.config.num_hidden_layers == 3
+    assert (home / rows[1]["path"] / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    quantised = [json.loads((home / rows[number]["path"] / "config.json").read_text()) for number in (2, 3)]
+    assert [one["quantization_config"]["quant_method"] for one in quantised] == ["compressed-tensors"] * 2
+    assert len({measure.weights_sha256_of(home / row["path"]) for row in rows.values()}) == 3  # gptq is not nearest
+    assert state["passed_over"] == []  # the uncut plan is not among the best three
+
+
+def test_it_is_not_taken_for_the_undistilled_plan(done, monkeypatch):
+    home, state = done
+    monkeypatch.chdir(home)
+    prepared = setting.prepare(config.load("finals", config_dir=home / "studies"))
+    for row in state["distilled"]:
+        path = home / row["path"]
+        assert evaluation.plan_in(path, measure.weights_sha256_of(path), prepared) is None
+        assert evaluation.known(path, prepared)["name"] == row["name"]
+
+
+def test_a_second_call_does_nothing_again_and_status_shows_it(done, cli):
+    home, state = done
+    before = stamps(home)
+    again = cli(*DISTIL, "--json", cwd=home)
+    assert again.status == 0, again.err
+    assert stamps(home) == before
+    assert [row["reused"] for row in again.json["distilled"]] == [True] * 3
+    plain = [{key: value for key, value in row.items() if key != "reused"} for row in state["distilled"]]
+    shown = cli("status", "--study", "finals", "--json", cwd=home).json
+    assert shown["distilled"] == plain
+    assert shown["best_of_all"] == again.json["best_of_all"]
+    table = cli("status", "--study", "finals", cwd=home).out
+    for row in plain:
+        (line,) = [line for line in table.splitlines() if f" {row['name']} " in line and "→" in line]
+        assert f"{row['before']['score']:.4f}" in line
+        assert f"{row['after']['score']:.4f}" in line
+
+
+def test_the_best_of_all_is_named_with_the_command_that_packs_it(done, cli):
+    home, state = done
+    printed = cli(*DISTIL, cwd=home).out.splitlines()
+    best, values = state["best_of_all"], [state["best"]["score"]]
+    values += [row["after"]["score"] for row in state["distilled"]]
+    assert best["score"] == max(values)
+    (line,) = [line for line in printed if line.startswith("best of all: ")]
+    assert f"{best['score']:.4f}" in line
+    where = printed[printed.index(line) + 1 :]
+    for command in (line.split() for line in where):
+        assert command[0] == "optuna-search"
+        ended = cli(*command[1:], cwd=home)
+        assert ended.status == 0, ended.out + ended.err
+    assert (home / "submit.zip").is_file()
+
+
+def test_other_tokens_are_another_distillation_and_what_is_not_ours_stays(done, cli, tmp_path):
+    home = Path(shutil.copytree(done[0], tmp_path / "home"))
+    mine = home / "submit" / "model_kd_drop3"
+    shutil.rmtree(mine)
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    shutil.copytree(mine, f"{mine}_trial1")
+    before = stamps(home)
+    ended = cli(*DISTIL, "--json", cwd=home)
+    assert ended.status == 1
+    *good, bad = ended.json["distilled"]
+    assert [row["reused"] for row in good] == [True, True]
+    assert bad["trial"] == 1
+    assert "holds another model" in bad["reason"]
+    assert "after" not in bad
+    assert stamps(home) == before
+    assert "holds another model" in cli("status", "--study", "finals", cwd=home).out
+    shutil.rmtree(f"{mine}_trial1")
+    other = cli(*RUN, "--distill-top", "9", "distillation.tokens=512", "--json", cwd=home)
+    assert other.status == 0, other.err
+    assert "--distill-top 9: the study has 3" in other.err
+    assert "trial 0 is not distilled: base cuts nothing" in other.err
+    (passed_over,) = other.json["passed_over"]
+    assert passed_over["trial"] == 0
+    assert "in bfloat16 there is nothing to win back" in passed_over["reason"]
+    assert {row["tokens"] for row in other.json["distilled"]} == {512}
+    assert [row["reused"] for row in other.json["distilled"]] == [False] * 3
+    assert (mine / "notes.txt").read_text() == "mine"
+    assert {row["name"] for row in other.json["distilled"]} >= {"model_kd_drop3_trial1"}
+
+
+def test_a_distillation_that_fails_has_its_reason_in_its_row(cli, home):
+    (home / "outputs" / "distillation").write_text("no directory")
+    ended = cli(*DISTIL, "--json", cwd=home)
+    assert ended.status == 1
+    assert [row["failure"] for row in ended.json["distilled"]] == ["CheckpointError"] * 3
+    assert all("can't be made" in row["reason"] for row in ended.json["distilled"])
+    assert ended.json["finished"] == 4
+    assert ended.json["best_of_all"]["path"] is None
+    assert not (home / "submit").exists()
+    printed = cli(*DISTIL, cwd=home).out
+    best = ended.json["best"]["trial"]
+    assert f"optuna-search export --study finals --trial {best}" in printed  # the best of all is not a distilled one
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--tokens", "1000"], ["--tokens", "--distill-top"]),
+        (["--distill-top", "0"], ["--distill-top", "x>=1"]),
+        (["--distill-top", "1", "--tokens", "0"], ["--tokens", "x>=1"]),
+        (["--distill-top", "1", "distillation.batch_tokens=8"], ["batch_tokens is 8", "window of 32"]),
+        (["--distill-top", "1", "text.window=400", *FEW], ["windows of 400 tokens", "0 to judge on"]),
+        (["--distill-top", "1", "export.for_transformers=3.0"], ["3.0"]),
+    ],
+)
+def test_wrong_usage_is_refused_before_the_study_runs(refused, studied, tmp_path, words, parts):
+    (tmp_path / "studies").mkdir()
+    file, prose = (studied / "studies" / "finals.yaml").read_text(), studied.parent / "prose.txt"
+    short = tmp_path / "short.txt"
+    short.write_text(prose.read_text()[:1500])
+    (tmp_path / "studies" / "finals.yaml").write_text(file.replace(str(prose), str(short)))
+    line = refused(*RUN, *words, cwd=tmp_path)
+    for part in parts:
+        assert part in line
+
+
+KILLED = """
+    import dataclasses, itertools, os, signal
+    from compressors.distillation import state
+    from search import cli, distillation
+
+    calls, save, settings_of = itertools.count(1), state.save, distillation.settings_of
+
+    def dies(*args):
+        if next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return save(*args)
+
+    state.save = dies
+    distillation.settings_of = lambda *args: dataclasses.replace(settings_of(*args), save_every=0)
+    cli.main()
+"""
+
+
+def test_killed_and_interrupted_it_goes_on_to_the_same_result(done, cli, home, monkeypatch):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    killed = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED), *FIRST, "--json"],
+        cwd=home, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (home / "submit").exists()
+    (work,) = (home / "outputs" / "distillation").iterdir()
+    steps = []
+    load, save = distill_state.load, distill_state.save
+
+    def watched(*args):
+        found = load(*args)
+        steps.append(found.step)
+        return found
+
+    def interrupted(*args):
+        saved = save(*args)
+        os.kill(os.getpid(), signal.SIGINT)
+        return saved
+
+    monkeypatch.setattr(distill_state, "load", watched)
+    monkeypatch.setattr(distill_state, "save", interrupted)
+    stopped = cli(*FIRST, "--json", cwd=home)
+    assert stopped.status == 130
+    assert stopped.out == ""
+    assert "Traceback" not in stopped.err
+    assert not (home / "submit").exists()
+    assert not [path for path in (home / "outputs" / "checkpoints").iterdir() if path.name.startswith(".")]
+    monkeypatch.setattr(distill_state, "save", save)
+    ended = cli(*FIRST, "--json", cwd=home)
+    assert ended.status == 0, ended.err
+    assert steps == [32, 64]  # of 64 batches: it went on from the second saved state, and then from its end
+    assert not work.exists()
+    (row,) = ended.json["distilled"]
+    (whole,) = [other for other in done[1]["distilled"] if other["trial"] == row["trial"]]
+    assert {**row, "seconds": 0} == {**whole, "seconds": 0}
+    weights = [place / row["path"] / "model.safetensors" for place in (home, done[0])]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
