@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import transformers
 
+from compressors import leave_one_out
 from compressors.calibration import Calibration
 from compressors.checkpoint import Checkpoint, stock_config
 from compressors.errors import CheckpointError, InfeasiblePlan
 from compressors.family import Family, head_dim, recast
-from compressors.methods import depth, ffn, heads, hidden, importance, precision, repair, sensitivity
+from compressors.methods import depth, ffn, heads, hidden, importance, precision, repair, sensitivity, stream
 from compressors.moments import Moments, input_of, mixed
 from compressors.plan import CHOICES, DROP_FROM, DTYPES, SCHEMES, CompressionPlan
+
+WIDTHS = ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
 
 
 def apply(
@@ -24,16 +27,20 @@ def apply(
     *,
     moments: Moments | None = None,
     simulate: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Checkpoint:
     """The compressed checkpoint: depth, then heads, FFN and hidden size, then precision. Nothing is read until used.
 
     What stays is chosen by `calibration`; without one only shapes are right. simulate: quantised plans as a model of
-    plain tensors that computes the same, for scoring in memory. Raises InfeasiblePlan.
+    plain tensors that computes the same, for scoring in memory. say: told of what takes long. Raises InfeasiblePlan.
     """
     own = CompressionPlan.identity(base.config)
-    by_importance = plan.drop_from == "importance"
-    drop_from = "top" if by_importance and calibration is None else plan.drop_from
-    layers = depth.choose(own.num_hidden_layers, plan.num_hidden_layers, drop_from, calibration)
+    drop_from, order = plan.drop_from, None
+    if drop_from in depth.BY_KL and moments is not None:
+        order = _order(plan, base, family, moments, say)
+    elif drop_from in depth.BY_KL or (drop_from == "importance" and calibration is None):
+        drop_from = "top"  # shapes alone
+    layers = depth.choose(own.num_hidden_layers, plan.num_hidden_layers, drop_from, calibration, order)
     made = depth.cut(base, family, layers)
     if calibration is not None:
         calibration = of_layers(calibration, family, layers)
@@ -49,7 +56,7 @@ def apply(
             kept = importance.choose_heads(made, family, *wanted, moments, plan.importance)
         made = heads.cut(made, family, kept)
         inputs[family.o] = [heads.inputs_of(those, size) for those in kept]
-        if plan.repair != "none" and moments is not None:
+        if plan.repair == "ridge" and moments is not None:
             made = repair.take_over(made, before, family, [family.o], inputs[family.o], moments)
     if plan.intermediate_size != own.intermediate_size:
         before = made
@@ -59,8 +66,9 @@ def apply(
             channels = importance.choose_channels(made, family, plan.intermediate_size, moments, plan.importance)
         made = ffn.cut(made, family, channels)
         inputs[family.down] = channels
-        if plan.repair != "none" and moments is not None:
+        if plan.repair == "ridge" and moments is not None:
             made = repair.take_over(made, before, family, [family.down], channels, moments)
+    dimensions = None
     if plan.hidden_size != own.hidden_size:
         squares = None
         if calibration is not None:
@@ -68,9 +76,11 @@ def apply(
         before, dimensions = made, hidden.choose(own.hidden_size, plan.hidden_size, calibration)
         made = hidden.cut(made, family, dimensions, squares)
         inputs[family.q] = inputs[family.gate] = [dimensions] * len(layers)
-        if plan.repair != "none" and moments is not None:
+        if plan.repair == "ridge" and moments is not None:
             readers = [family.q, family.k, family.v, family.gate, family.up]
             made = repair.take_over(made, before, family, readers, [dimensions] * len(layers), moments)
+    if plan.repair == "stream" and moments is not None and _cuts(plan, own):
+        made = stream.take_over(made, base, family, layers, dimensions, inputs, moments, say)
     made = recast(made, family)
     if plan.precision in DTYPES:
         made = precision.cast(made, plan.precision)
@@ -119,16 +129,39 @@ def _unquantised(
     return [module for group in groups[: plan.keep_16_bit] for module in group]
 
 
+def _cuts(plan: CompressionPlan, own: CompressionPlan) -> bool:
+    return any(getattr(plan, name) != getattr(own, name) for name in ("num_hidden_layers", *WIDTHS))
+
+
+def _order(
+    plan: CompressionPlan, base: Checkpoint, family: Family, moments: Moments, say: Callable[[str], None]
+) -> tuple[int, ...]:
+    """The layers that go, one after the other; kept beside the moments."""
+    going = int(base.config["num_hidden_layers"]) - plan.num_hidden_layers
+    windows = [window for those in moments.windows().values() for window in those[: leave_one_out.WINDOWS]]
+    found = leave_one_out.order(
+        base,
+        family,
+        windows,
+        going,
+        moments.path / f"order-{plan.drop_from}.json",
+        "cuda" if torch.cuda.is_available() else "cpu",
+        look_ahead=plan.drop_from == "kl-look-ahead",
+        progress=lambda done, total: say(f"leaving out one layer, {done} of {total}"),
+    )
+    return found.removed
+
+
 def needs_calibration(plan: CompressionPlan, base: CompressionPlan) -> bool:
     """Whether anything of `base` is chosen by statistics of its activations."""
     depth_by_importance = plan.num_hidden_layers != base.num_hidden_layers and plan.drop_from == "importance"
-    widths = ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
-    return depth_by_importance or any(getattr(plan, width) != getattr(base, width) for width in widths)
+    return depth_by_importance or any(getattr(plan, width) != getattr(base, width) for width in WIDTHS)
 
 
 def needs_moments(plan: CompressionPlan) -> bool:
-    """Whether anything of it rests on second moments (`compressors.moments`)."""
-    return plan.importance != "activation" or plan.repair != "none" or plan.quantizer == "gptq" or plan.keep_16_bit > 0
+    """Whether anything of it rests on second moments (`compressors.moments`), or on the text that they are of."""
+    options = plan.importance != "activation" or plan.repair != "none" or plan.drop_from in depth.BY_KL
+    return options or plan.quantizer == "gptq" or plan.keep_16_bit > 0
 
 
 def of_layers(calibration: Calibration, family: Family, layers: tuple[int, ...]) -> Calibration:

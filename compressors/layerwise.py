@@ -38,34 +38,55 @@ class Layers:
             raise CheckpointError(f"calibration: windows of {sorted(lengths)} tokens; all must have the same length")
         self.model, self.family, self.batch = model, family, batch
         self.windows = [list(map(list, windows[start : start + batch])) for start in range(0, len(windows), batch)]
-        self._modules = dict(model.named_modules())
+        self.modules = dict(model.named_modules())
         self.count = int(model.config.num_hidden_layers)
         self._called: dict[int, list[dict[str, Any]]] = {}  # batch size → keyword arguments of each layer
         self.hidden: list[torch.Tensor] = list(self._embedded()) if hidden is None else hidden
 
     def layer(self, index: int) -> Any:
-        return self._modules[self.family.layer(index)]
+        return self.modules[self.family.layer(index)]
 
-    @torch.inference_mode()
     def forward(self, index: int, watch: Mapping[str, Inputs] | None = None, keep: bool = True) -> None:
         """Run layer `index` on `hidden`, and put its output there if `keep`.
 
         watch: by the name of a module in the layer (`family.o`), what is told its input, batch by batch.
         """
-        layer = self.layer(index)
-        keywords = {size: self._keywords(size)[index] for size in {len(hidden) for hidden in self.hidden}}
-        hooks = [self._watch(f"{self.family.layer(index)}.{part}", told) for part, told in (watch or {}).items()]
+        for place in range(len(self.hidden)):
+            out, seen = self.run(index, place, tuple(watch or ()))
+            for part, told in (watch or {}).items():
+                told(seen[part])
+            if keep:
+                self.hidden[place] = out.cpu()
+
+    @torch.inference_mode()
+    def run(
+        self, index: int, place: int, watched: Sequence[str] = (), until: str | None = None
+    ) -> tuple[Any, dict[str, torch.Tensor]]:
+        """(the output of layer `index` for batch `place` of `hidden`, the inputs [B, T, K] of its modules `watched`).
+
+        until: a module at whose input the layer ends; it is watched too, and the output is None.
+        """
+        hidden = self.hidden[place]
+        keywords = self._keywords(len(hidden))[index]
+        seen: dict[str, torch.Tensor] = {}
+
+        def watch(part: str) -> Any:
+            def hook(module: Any, args: Any) -> None:
+                seen[part] = args[0]
+                if part == until:
+                    raise _Reached
+
+            return self.modules[f"{self.family.layer(index)}.{part}"].register_forward_pre_hook(hook)
+
+        hooks = [watch(part) for part in dict.fromkeys((*watched, *(() if until is None else (until,))))]
+        out = None
         try:
-            for place, hidden in enumerate(self.hidden):
-                out = layer(hidden.to(self.model.device), **keywords[len(hidden)])
-                if keep:
-                    self.hidden[place] = (out[0] if isinstance(out, tuple) else out).cpu()
+            with contextlib.suppress(_Reached):
+                out = self.layer(index)(hidden.to(self.model.device), **keywords)
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def _watch(self, name: str, told: Inputs) -> Any:
-        return self._modules[name].register_forward_pre_hook(lambda module, args: told(args[0]))
+        return out[0] if isinstance(out, tuple) else out, seen
 
     def _ids(self, windows: Sequence[Sequence[int]]) -> torch.Tensor:
         return torch.tensor(windows, device=self.model.device)

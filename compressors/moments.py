@@ -26,6 +26,7 @@ from compressors.errors import CheckpointError
 from compressors.family import Family, family_of
 from compressors.layerwise import Layers
 
+WINDOWS = "windows.json"
 CLIP = 4.0  # × the median L2 norm of a window's tokens
 
 
@@ -73,6 +74,16 @@ class Moments:
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise CheckpointError(
                 f"moments {file}: can't be read ({error}); delete {self.path}, it is made again"
+            ) from None
+
+    def windows(self) -> dict[str, list[list[int]]]:
+        """By domain, the token ids that they were collected on. Raises CheckpointError."""
+        try:
+            stored = json.loads((self.path / WINDOWS).read_text())
+            return {domain: stored[domain] for domain in self.domains}
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"moments {self.path / WINDOWS}: can't be read ({error}); delete {self.path}, it is made again"
             ) from None
 
     def of_layers(self, kept: Sequence[int]) -> Moments:
@@ -129,6 +140,7 @@ def collect(
                 progress(index + 1, count)
         described = {"domains": list(domains), "layers": count}
         (made / "moments.json").write_text(json.dumps(described))
+        (made / WINDOWS).write_text(json.dumps({name: list(map(list, those)) for name, those in domains.items()}))
         if not path.is_dir():  # else another process was faster
             made.replace(path)
     return opened(path)

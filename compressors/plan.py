@@ -14,10 +14,10 @@ from typing import Any
 DTYPES = ("float32", "float16", "bfloat16")
 SCHEMES = ("W8A8", "FP8_DYNAMIC", "W4A16")  # compressed-tensors preset schemes, round to nearest
 PRECISIONS = DTYPES + SCHEMES
-DROP_FROM = ("importance", "top", "bottom")
+DROP_FROM = ("importance", "kl", "kl-look-ahead", "top", "bottom")
 CHOICES = {  # of a plan's options, the default first
     "importance": ("activation", "flap", "obs"),
-    "repair": ("none", "ridge"),
+    "repair": ("none", "ridge", "stream"),
     "quantizer": ("nearest", "mse", "gptq"),
     "group_size": (0, 32, 64, 128),
     "lm_head": ("16-bit", "8-bit"),
@@ -34,10 +34,13 @@ class CompressionPlan:
     `num_key_value_heads` and `intermediate_size`; which heads and channels stay may differ by layer.
 
     drop_from: how layers are chosen. "importance": those whose input and output differ least on the
-        calibration text (block influence, ShortGPT, https://arxiv.org/abs/2403.03853); "top": the last
-        ones before the final norm; "bottom": the first ones; "3,7": just these go, numbered from 0.
+        calibration text (block influence, ShortGPT, https://arxiv.org/abs/2403.03853); "kl": one after the other, the
+        one without which the predictions change least, "kl-look-ahead": the one that leaves the cheapest next one
+        (`compressors.leave_one_out`); "top": the last ones before the final norm; "bottom": the first ones; "3,7": just
+        these go, numbered from 0.
     importance: how heads and channels are chosen: by "activation" (Minitron), "flap" or "obs".
-    repair: what is done to the weights that stay: "none", or "ridge": least squares on the calibration text.
+    repair: what is done to the weights that stay, by least squares on the calibration text: "none"; "ridge", each
+        projection by itself; or "stream", one layer after the other, so that the residual stream is the base model's.
     quantizer: how a scheme's weights are rounded: "nearest", with scales of least squared error ("mse"), or "gptq".
     group_size: of W4A16; 0: the largest of 128, 64, 32 that fits.
     keep_16_bit: how many projections (those that vLLM fuses count as one) stay unquantised, the most sensitive first.

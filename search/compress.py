@@ -143,7 +143,7 @@ def compress(outcome: Outcome, setting: Setting, to: Path, target: str | None, s
     needed = build.needs_calibration(outcome.plan, setting.identity)
     calibration = setting.calibrate(say) if needed else None
     moments = setting.moments_for(outcome.plan, say)
-    made = build.apply(outcome.plan, setting.base, setting.family, calibration, moments=moments)
+    made = build.apply(outcome.plan, setting.base, setting.family, calibration, moments=moments, say=say)
     say(f"writing {to.name}, {outcome.bytes / 1e6:.0f} MB")
     replaced = (to / "config.json").is_file()
     with places.beside(to, "compress") as scratch:

@@ -215,7 +215,9 @@ class Bench:
     def _model(self, plan: CompressionPlan) -> Iterator[Any]:
         setting = self.setting
         moments = setting.moments_for(plan, self.say)
-        simulated = build.apply(plan, setting.base, setting.family, self.calibration(), moments=moments, simulate=True)
+        simulated = build.apply(
+            plan, setting.base, setting.family, self.calibration(), moments=moments, simulate=True, say=self.say
+        )
         on_cpu = setting.device == "cpu"
         need = simulated.total_parameters * 4 if on_cpu else simulated.size_bytes
         require_memory(need, setting.device, "screening this plan")
@@ -250,7 +252,7 @@ class Bench:
         needed = build.predicted_bytes(plan, setting.base, setting.family)
         require_disk(needed + 50_000_000, path.parent, "this plan's checkpoint")
         moments = setting.moments_for(plan, self.say)
-        made = build.apply(plan, setting.base, setting.family, self.calibration(), moments=moments)
+        made = build.apply(plan, setting.base, setting.family, self.calibration(), moments=moments, say=self.say)
         building = path.with_name(f"{BUILDING}{os.getpid()}")
         scratch = building / path.name
         try:

@@ -154,7 +154,8 @@ class Setting:
         return {**self.file.score.model_dump(), **parts}
 
     def plan_digest(self, plan: CompressionPlan) -> str:
-        return plan.digest(f"{self.base_digest} {self._calibration_key}")
+        fitted = f" {self.file.text.moments_windows}" if build.needs_moments(plan) else ""
+        return plan.digest(f"{self.base_digest} {self._calibration_key}{fitted}")
 
     def key(self, plan: CompressionPlan) -> str:
         """Names a plan's measurement under these circumstances."""
@@ -198,7 +199,9 @@ class Setting:
             return None
         windows = _moment_windows(self.file, tokenizer_of(self.base_path))
         exact = "float32" if self.device == "cpu" else self.identity.precision
-        key = hashlib.sha256(json.dumps([RECIPE, exact, self.base_digest, windows]).encode()).hexdigest()[:24]
+        key = hashlib.sha256(
+            json.dumps([RECIPE, "with windows", exact, self.base_digest, windows]).encode()
+        ).hexdigest()[:24]
         return moments.collect(
             self.base,
             windows,

@@ -65,8 +65,8 @@ def canonical(plan: CompressionPlan, base: CompressionPlan) -> CompressionPlan:
     chosen = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     if not differs(*chosen):
         nothing["importance"] = "activation"
-    if not differs(*chosen, "hidden_size"):
-        nothing["repair"] = "none"
+    if not differs(*chosen, "hidden_size") and not (plan.repair == "stream" and differs("num_hidden_layers")):
+        nothing["repair"] = "none"  # each projection by itself can't make up for a layer
     if plan.precision not in SCHEMES:
         nothing |= {"quantizer": "nearest", "keep_16_bit": 0, "lm_head": "16-bit", "kv_cache": "auto"}
     if plan.precision != "W4A16":

@@ -9,14 +9,19 @@ from compressors.calibration import Calibration
 from compressors.checkpoint import Checkpoint, stock_config
 from compressors.errors import InfeasiblePlan
 from compressors.family import Family
-from compressors.plan import layers_named
+from compressors.plan import DROP_FROM, layers_named
+
+BY_KL = ("kl", "kl-look-ahead")
 
 
-def choose(layers: int, keep: int, drop_from: str, calibration: Calibration | None) -> tuple[int, ...]:
+def choose(
+    layers: int, keep: int, drop_from: str, calibration: Calibration | None, order: Sequence[int] | None = None
+) -> tuple[int, ...]:
     """Which `keep` of `layers` stay, ascending.
 
     drop_from: "top" drops the last, "bottom" the first; "importance" those of least block influence, 1 − cos of a
-    layer's input and output on the calibration text (ShortGPT, https://arxiv.org/abs/2403.03853); "3,7" just those.
+    layer's input and output on the calibration text (ShortGPT, https://arxiv.org/abs/2403.03853); "kl" and
+    "kl-look-ahead" the first of `order`; "3,7" just those.
     """
     if not 1 <= keep <= layers:
         raise InfeasiblePlan(f"num_hidden_layers: {keep} of {layers} can't stay; choose from 1 to {layers}")
@@ -32,8 +37,12 @@ def choose(layers: int, keep: int, drop_from: str, calibration: Calibration | No
         return tuple(range(keep))
     if drop_from == "bottom":
         return tuple(range(layers - keep, layers))
+    if drop_from in BY_KL:
+        if order is None:
+            raise InfeasiblePlan(f"drop_from: {drop_from} is measured on calibration text, and there is none")
+        return tuple(index for index in range(layers) if index not in set(order[: layers - keep]))
     if drop_from != "importance":
-        raise InfeasiblePlan(f"drop_from: {drop_from!r} is not importance, top, bottom or a list of layers")
+        raise InfeasiblePlan(f"drop_from: {drop_from!r} is not one of {', '.join(DROP_FROM)}, nor a list of layers")
     if calibration is None:
         raise InfeasiblePlan(
             "drop_from: importance is measured on calibration text, and there is none; calibrate first"

@@ -40,6 +40,14 @@ def test_how_layers_go_says_nothing_when_none_goes():
     assert space.canonical(cut, BASE) == cut
 
 
+def test_repair_says_nothing_where_it_has_nothing_to_do():
+    cut = CompressionPlan(29, 32, 8, 2048, 4096, "bfloat16")
+    ridge, stream = (dataclasses.replace(cut, repair=name) for name in ("ridge", "stream"))
+    assert space.canonical(ridge, BASE) == cut  # no projection of those that stay lost an input
+    assert space.canonical(stream, BASE) == stream
+    assert space.canonical(dataclasses.replace(BASE, repair="stream", precision="W8A8"), BASE).repair == "none"
+
+
 def test_the_uncut_trials_start_with_the_base_model_and_try_each_precision():
     searched = Space(
         num_hidden_layers={"low": 24, "high": 30}, drop_from=["top", "importance"], precision=["W8A8", "bfloat16"]

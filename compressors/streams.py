@@ -1,0 +1,129 @@
+"""The base model and a cut one, side by side, layer after layer: what each projection of the cut model reads, and what
+it would have to put out for the residual stream to be the base model's.
+
+Symbols: B windows of a batch, T tokens of a window, E hidden size of the base model, K and N widths of a projection; r
+the residual stream of the base model, r' of the cut one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from compressors.family import Family
+from compressors.layerwise import Layers
+
+GAIN = 1e-2  # of the median gain² of an output norm: dimensions of much less are corrected less
+OUTPUT_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")  # of o and of down, where both have one
+
+Told = Iterator[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]]
+
+
+class Streams:
+    """The windows of one domain on their way through both models; everything that waits does so in main memory.
+
+    dimensions: of the base model's stream, those that the cut model's has; None: all of them.
+    """
+
+    def __init__(self, base: Layers, cut: Layers, family: Family, dimensions: torch.Tensor | None) -> None:
+        self.base, self.cut, self.family, self.dimensions = base, cut, family, dimensions
+        both = set(OUTPUT_NORMS) <= set(family.block_norms)  # else the first is what Llama calls the MLP's input norm
+        self.norm_of = dict(zip((family.o, family.down), OUTPUT_NORMS, strict=True)) if both else {}
+        self._inputs: list[dict[str, torch.Tensor]] = []  # of the base model's readers, [B, T, E]
+        self._roots: list[dict[str, torch.Tensor]] = []  # root mean square of what its writers put out, [B, T, 1]
+        self._middle: list[torch.Tensor] = []  # r between attention and MLP
+        self._last: list[tuple[torch.Tensor, torch.Tensor]] = []  # r' there, and the input of down
+        self._layer = 0
+
+    def advance_base(self, skipped: Sequence[int], layer: int, then: Sequence[int]) -> None:
+        """Through layers that were dropped, then through one that stays, looking, then through dropped ones again."""
+        family = self.family
+        readers = () if self.dimensions is None else (family.q, family.gate)
+        for dropped in skipped:
+            self.base.forward(dropped)
+        self._layer, self._inputs, self._roots, self._middle = layer, [], [], []
+        for place, hidden in enumerate(self.base.hidden):
+            out, seen = self.base.run(layer, place, (*readers, family.o, family.down))
+            put_out = {part: self._linear(self.base, layer, part, seen[part]) for part in (family.o, *self.norm_of)}
+            added = self._added(self.base, layer, family.o, put_out[family.o])
+            self._middle.append((hidden.to(added.device) + added).cpu())
+            self._inputs.append({part: seen[part].cpu() for part in readers})
+            self._roots.append({part: _root_mean_square(self._kept(put_out[part])).cpu() for part in self.norm_of})
+            self.base.hidden[place] = out.cpu()
+        for dropped in then:
+            self.base.forward(dropped)
+
+    def of_writer(self, layer: int, part: str) -> Told:
+        """Batch by batch: the input x' [B, T, K] of o or down in a layer of the cut model, the weight [B, T, 1] of each
+        token, and [what is missing in its output, B, T, N].
+        """
+        family = self.family
+        targets = self._middle if part == family.o else self.base.hidden
+        self._last = []
+        for place, hidden in enumerate(self.cut.hidden):
+            _, seen = self.cut.run(layer, place, (family.o,), until=part)
+            x = seen[part]
+            stream = hidden.to(x.device)
+            if part == family.down:
+                stream = stream + self._added(
+                    self.cut, layer, family.o, self._linear(self.cut, layer, family.o, seen[family.o])
+                )
+                self._last.append((stream.cpu(), x.cpu()))
+            target = targets[place].to(x.device)
+            weight = 1 / _root_mean_square(target).square().clamp_min(1e-30)
+            added = self._added(self.cut, layer, part, self._linear(self.cut, layer, part, x))
+            missing = self._kept(target).float() - stream.float() - added.float()
+            if self.norm_of:
+                gain = self._gain(layer, part)
+                root = self._roots[place][part].to(x.device).clamp_min(1e-30)
+                missing = missing * root * gain / (gain.square() + GAIN * gain.square().median())
+                weight = weight / root.square()
+            yield x, weight, [missing]
+
+    def of_readers(self, layer: int, parts: Sequence[str]) -> Told:
+        """The same of q, k and v, or of gate and up: what is missing of the base model's outputs."""
+        for place in range(len(self.cut.hidden)):
+            _, seen = self.cut.run(layer, place, until=parts[0])
+            x = seen[parts[0]]
+            of_base = self._inputs[place][parts[0]].to(x.device)
+            weight = 1 / _root_mean_square(of_base).square().clamp_min(1e-30)
+            missing = [
+                self._linear(self.base, self._layer, part, of_base).float()
+                - self._linear(self.cut, layer, part, x).float()
+                for part in parts
+            ]
+            yield x, weight, missing
+
+    def advance_cut(self, layer: int) -> None:
+        """Past a layer of which `of_writer(layer, down)` was told: from there on only down has changed."""
+        device = self.cut.model.device
+        for place, (stream, x) in enumerate(self._last):
+            put_out = self._linear(self.cut, layer, self.family.down, x.to(device))
+            added = self._added(self.cut, layer, self.family.down, put_out)
+            self.cut.hidden[place] = (stream.to(device) + added).cpu()
+
+    def _kept(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.dimensions is None else x.index_select(-1, self.dimensions.to(x.device))
+
+    @torch.inference_mode()
+    def _linear(self, layers: Layers, index: int, part: str, x: torch.Tensor) -> Any:
+        return layers.modules[self.family.in_layer(index, part)](x)
+
+    @torch.inference_mode()
+    def _added(self, layers: Layers, index: int, part: str, put_out: torch.Tensor) -> Any:
+        """What a projection's output adds to the stream."""
+        norm = self.norm_of.get(part)
+        return put_out if norm is None else layers.modules[self.family.in_layer(index, norm)](put_out)
+
+    def _gain(self, layer: int, part: str) -> torch.Tensor:
+        norm = self.cut.modules[self.family.in_layer(layer, self.norm_of[part])]
+        gain: torch.Tensor = norm.weight.float() + self.family.norm_offset
+        return gain
+
+
+def _root_mean_square(x: torch.Tensor) -> torch.Tensor:
+    """[…, N] → float32 […, 1]."""
+    made: torch.Tensor = x.float().square().mean(-1, keepdim=True).sqrt()
+    return made
