@@ -1,10 +1,11 @@
 """What each cut loses, unrepaired and repaired, in the calibration's own domain and in one that it did not hold.
 
-    PYTHONPATH=. python benchmarks/repair.py [--model DIRECTORY] [--other FILE] [--only WORD] [--json FILE]
+    PYTHONPATH=. python benchmarks/repair.py [--model DIRECTORY] [--other FILE] [--only CUT …] [--how WHICH …]
 
 Calibrated on `evaluator.texts.embedded_domains` (or --calibration FILES), judged on the embedded search text (or --same
 FILE) and on --other, by default the embedded report text. PerfNorm is exp of the difference of the mean losses; its
-error and that of the KL divergence are over windows.
+error and that of the KL divergence are over windows. --plans names the cuts; what is fitted is kept in --work, and a
+second call judges alone.
 """
 
 import argparse
@@ -27,14 +28,25 @@ SMOLLM2 = {
     "FFN 1152": {"intermediate_size": 1152},
     "FFN 1344": {"intermediate_size": 1344},
     "2 of 3 key/value groups": {"num_key_value_heads": 2, "num_attention_heads": 6},
-    "hidden 512": {"hidden_size": 512},
+    "hidden 504": {"hidden_size": 504},  # a multiple of its 9 heads, as transformers wants it
     "28 layers": {"num_hidden_layers": 28},
 }
 HOW = {
     "activation": {},
     "activation, ridge": {"repair": "ridge"},
+    "activation, stream": {"repair": "stream"},
     "flap, ridge": {"importance": "flap", "repair": "ridge"},
     "obs, ridge": {"importance": "obs", "repair": "ridge"},
+    "obs, stream": {"importance": "obs", "repair": "stream"},
+}
+DEPTH = {
+    "top": {"drop_from": "top"},
+    "block influence": {},
+    "block influence, stream": {"repair": "stream"},
+    "kl": {"drop_from": "kl"},
+    "kl, stream": {"drop_from": "kl", "repair": "stream"},
+    "kl-look-ahead": {"drop_from": "kl-look-ahead"},
+    "kl-look-ahead, stream": {"drop_from": "kl-look-ahead", "repair": "stream"},
 }
 
 
@@ -44,11 +56,11 @@ def main() -> None:
     parser.add_argument("--calibration", type=pathlib.Path, nargs="+")
     parser.add_argument("--same", type=pathlib.Path)
     parser.add_argument("--other", type=pathlib.Path)
-    parser.add_argument("--windows", type=int, default=64, help="of each domain, to calibrate on")
+    parser.add_argument("--windows", type=int, default=64, help="of each domain, to fit on")
     parser.add_argument("--tokens", type=int, default=16384, help="of each judged text")
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--only", default="")
-    parser.add_argument("--how", default="")
+    parser.add_argument("--only", nargs="+", help="cuts, by their names")
+    parser.add_argument("--how", nargs="+", help="of the choices and repairs, by their names")
     parser.add_argument("--plans", type=json.loads, default=SMOLLM2, help="name → what differs from the base model")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("outputs/benchmark"))
     parser.add_argument("--json", type=pathlib.Path)
@@ -94,8 +106,8 @@ def main() -> None:
     rows = []
     print(f"{'cut':<26}{'choice and repair':<22}" + "".join(f"{n + ' PerfNorm':>18}{'KL':>16}" for n in shards))
     for cut, changes in arguments.plans.items():
-        for how, options in HOW.items():
-            if arguments.only not in cut or arguments.how not in how or ("num_hidden_layers" in changes and options):
+        for how, options in (DEPTH if "num_hidden_layers" in changes else HOW).items():
+            if cut not in (arguments.only or [cut]) or how not in (arguments.how or [how]):
                 continue
             plan = dataclasses.replace(own, **changes, **options)
             started = time.monotonic()

@@ -11,6 +11,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +91,12 @@ def header_of(tensors: Mapping[str, Any]) -> bytes:
 def write(path: Path, tensors: Mapping[str, Any]) -> str:
     """Write `tensors` (with `shape`, `dtype`, `load()`), one at a time in memory; returns the file's sha256."""
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
 
         def put(data: Any) -> None:
-            digest.update(data)
+            digested = beside.submit(digest.update, data)  # neither holds the interpreter's lock
             file.write(data)
+            digested.result()
 
         header = header_of(tensors)
         put(struct.pack("<Q", len(header)))

@@ -16,7 +16,7 @@ import json
 import re
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,8 @@ def _embedded_domains() -> dict[str, tuple[Document, ...]]:
             if sum(map(len, kept)) >= GROUPED_CHARACTERS and sizes[domain] < DOMAIN_CHARACTERS:
                 found[domain].append(Document(f"{domain}:{name}", "\n\n".join(kept)))
                 sizes[domain] += len(found[domain][-1].text)
+        if min(sizes.values()) >= DOMAIN_CHARACTERS:
+            break
     return {"topics": tuple(topics), **{name: tuple(documents) for name, documents in found.items()}}
 
 
@@ -387,21 +389,41 @@ def windows(tokenizer: Any, documents: Sequence[Document], length: int, count: i
 
     tokenizer: a transformers tokenizer. Raises TextError when the text is too short.
     """
+    return mixed_windows(tokenizer, {"text": documents}, length, count)
+
+
+def mixed_windows(
+    tokenizer: Any, domains: Mapping[str, Sequence[Document]], length: int, count: int
+) -> list[list[int]]:
+    """The same of several texts, as many of each, but where one is too short for that; domain after domain.
+
+    Raises TextError when all of them together are too short.
+    """
     if length < 2 or count < 1:
         raise TextError(f"text: {count} windows of {length} tokens: at least 1 of 2 tokens are needed")
+    streams = {name: _stream(tokenizer, documents, length * count) for name, documents in domains.items()}
+    there = {name: len(stream) // length for name, stream in streams.items()}
+    taken: dict[str, int] = {}
+    for place, name in enumerate(sorted(there, key=lambda name: there[name])):  # the shortest leaves more to the others
+        taken[name] = min(there[name], (count - sum(taken.values())) // (len(there) - place))
+    if sum(taken.values()) < count:
+        raise TextError(
+            f"text: {count} windows of {length} tokens were asked for, and {sum(map(len, domains.values()))} documents "
+            f"hold {sum(map(len, streams.values()))} tokens, which makes {sum(there.values())}; give more text, or ask "
+            "for fewer or shorter windows"
+        )
+    starts = [(name, (index * there[name] // taken[name]) * length) for name in streams for index in range(taken[name])]
+    return [streams[name][start : start + length] for name, start in starts]
+
+
+def _stream(tokenizer: Any, documents: Sequence[Document], tokens: int) -> list[int]:
+    """The text as token ids, so much of it that these tokens can be spread over it."""
     stream: list[int] = []
     for document in documents:
         stream += tokenizer.encode(document.text + "\n\n", add_special_tokens=False, verbose=False)
-        if len(stream) >= MOST_TEXT * length * count:
+        if len(stream) >= MOST_TEXT * tokens:
             break
-    there = len(stream) // length
-    if there < count:
-        raise TextError(
-            f"text: {count} windows of {length} tokens were asked for, and {len(documents)} documents hold "
-            f"{len(stream)} tokens, which makes {there}; give more text, or ask for fewer or shorter windows"
-        )
-    starts = [(index * there // count) * length for index in range(count)]
-    return [stream[start : start + length] for start in starts]
+    return stream
 
 
 def all_windows(tokenizer: Any, documents: Sequence[Document], length: int) -> list[list[int]]:

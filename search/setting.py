@@ -5,6 +5,7 @@ Prepared once, checked before anything is written; knows no Optuna.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,6 +15,7 @@ import math
 import os
 import platform
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -334,7 +336,7 @@ def _windows(file: StudyFile, tokenizer: Any) -> tuple[tuple[Shard, ...], tuple[
     text = file.text
     for_calibration, for_search = _documents(text.calibration, "calibration"), _documents(text.search, "search")
     _require_apart({"text.calibration": for_calibration, "text.search": for_search})
-    windows = texts.windows(tokenizer, for_calibration, text.window, text.calibration_windows)
+    windows = texts.mixed_windows(tokenizer, _domains(file), text.window, text.calibration_windows)
     return _shards(file, tokenizer, for_search), tuple(windows)
 
 
@@ -353,7 +355,7 @@ def _domains(file: StudyFile) -> dict[str, Sequence[texts.Document]]:
     named = file.text.calibration
     if not isinstance(named, str):
         return {f"{place}-{Path(name).stem}": texts.read_documents([name]) for place, name in enumerate(named)}
-    found: dict[str, Sequence[texts.Document]] = dict(texts.embedded_domains())
+    found: dict[str, Sequence[texts.Document]] = dict(_embedded_domains())
     if file.text.search != "embedded":
         for name, documents in found.items():
             _require_apart(
@@ -398,6 +400,20 @@ def _require_apart(parts: Mapping[str, Sequence[texts.Document]]) -> None:
             f"text: {first} and {second} share text: {shared[0]}; a plan must be judged on text that it was not "
             "fitted to: take it out of one"
         )
+
+
+@functools.cache
+def _embedded_domains() -> dict[str, list[texts.Document]]:
+    """Read out of Python's sources once: that takes seconds, and every command asks for them."""
+    made_by = hashlib.sha256(Path(texts.__file__).read_bytes() + sys.version.encode()).hexdigest()[:16]
+    path = CACHE / "texts" / f"domains-{made_by}.json"
+    there = read_json(path)
+    if there is not None:
+        return {name: [texts.Document(*pair) for pair in pairs] for name, pairs in there.items()}
+    found = texts.embedded_domains()
+    with contextlib.suppress(OSError):  # no place to keep them is no reason to stop
+        write_json(path, {name: [[one.name, one.text] for one in documents] for name, documents in found.items()})
+    return found
 
 
 @functools.cache

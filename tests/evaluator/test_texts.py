@@ -283,3 +283,22 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
     with pytest.raises(TextError, match=r"hub:ORG/NAME: can't be read .*name \.txt or \.jsonl files, or a directory"):
         texts.read_documents(["hub:ORG/NAME"])
     assert time.monotonic() - started < 10
+
+
+# -- several texts -------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A token a letter."""
+
+    def encode(self, text, **options):
+        return [ord(letter) for letter in text]
+
+
+def test_windows_of_several_texts_are_as_many_of_each_but_where_one_is_short():
+    domains = {"a": [Document("1", "a" * 400)], "b": [Document("2", "b" * 14)], "c": [Document("3", "c" * 400)]}
+    found = texts.mixed_windows(Letters(), domains, 8, 9)
+    assert [chr(window[0]) for window in found] == list("aaabbcccc")  # b makes two
+    assert texts.mixed_windows(Letters(), domains, 8, 2) == [[ord("a")] * 8, [ord("c")] * 8]
+    with pytest.raises(TextError, match="200 windows of 8 tokens"):
+        texts.mixed_windows(Letters(), domains, 8, 200)
