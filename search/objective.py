@@ -24,7 +24,7 @@ from typing import Any
 import optuna
 import torch
 
-from compressors import build, calibration
+from compressors import build, calibration, structure
 from compressors.errors import CompressionError
 from compressors.plan import CompressionPlan
 from evaluator import measure, quality, score, speed
@@ -302,11 +302,13 @@ class Bench:
         return found
 
     def _ratio_by_size(self, path: Path) -> float:
-        described = measure.describe(path)
+        """Of a checkpoint of any origin, from what a decode step reads, as a plan's is predicted."""
+        found, base = structure.describe_any(path), self.setting.base
+        read = found.decode_bytes
         return speed.predicted_time_ratio(
-            candidate_bytes=described.bytes,
-            base_bytes=self.setting.base.file_bytes,
-            layers=described.layers,
+            candidate_bytes=found.bytes if read is None else read,
+            base_bytes=base.size_bytes if read is None else base.decode_bytes,
+            layers=len(found.layers),
             base_layers=self.setting.identity.num_hidden_layers,
         )
 

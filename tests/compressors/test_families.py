@@ -210,13 +210,20 @@ def test_a_qwen2_whose_head_dim_changes_becomes_the_llama_that_computes_the_same
 SERVED = {name: (name, {}) for name in family.names()} | {
     "llama with biases": ("llama", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True})
 }
+PRECISIONS_SERVED = {
+    "bfloat16": {"precision": "bfloat16"},
+    "W8A8": {"precision": "W8A8"},
+    "W8A8, 8-bit lm_head": {"precision": "W8A8", "lm_head": "8-bit"},
+    "FP8_DYNAMIC": {"precision": "FP8_DYNAMIC"},
+    "W4A16": {"precision": "W4A16", "hidden_size": 128},  # Marlin wants multiples of 128
+}
 
 
 @pytest.mark.vllm
 @pytest.mark.skipif(backends.unavailable("vllm") is not None, reason=str(backends.unavailable("vllm")))
-@pytest.mark.parametrize("precision", ["bfloat16", "W8A8"])
+@pytest.mark.parametrize("how", PRECISIONS_SERVED)
 @pytest.mark.parametrize("served", SERVED)
-def test_vllm_serves_a_cut_model_as_transformers_does(tmp_path, write_pico_model, windows, served, precision):
+def test_vllm_serves_a_cut_model_as_transformers_does(tmp_path, write_pico_model, windows, served, how):
     model_type, changes = SERVED[served]
     sizes = {"head_dim": 32 if model_type == "qwen2" else 64, "hidden_size": 192, "intermediate_size": 320}
     base, its_family = read(write_pico_model(tmp_path / "base", model_type, **sizes, **changes))
@@ -229,8 +236,7 @@ def test_vllm_serves_a_cut_model_as_transformers_does(tmp_path, write_pico_model
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=256,
-        hidden_size=160,
-        precision=precision,
+        **{"hidden_size": 160, **PRECISIONS_SERVED[how]},
     )
     assert build.check(plan, base, its_family, kernel_alignment=True, max_bytes=None) is None
     build.apply(plan, base, its_family, calibration.calibrate(base, windows)).write(tmp_path / "cut")
@@ -242,5 +248,5 @@ def test_vllm_serves_a_cut_model_as_transformers_does(tmp_path, write_pico_model
         found = torch.tensor(engine.nll(windows))
     assert float(found.mean()) == pytest.approx(float(exact.mean()), rel=0.005)
     # activations rounded to 8 bits from bfloat16 and from float32 are less alike; another model's are off by 1.4
-    far = {"bfloat16": 0.05, "W8A8": 0.15}[precision]
+    far = 0.05 if plan.precision in ("bfloat16", "W4A16") else 0.15
     assert float((found - exact).abs().mean()) < far * float(exact.std())
