@@ -37,14 +37,16 @@ class Streams:
         self._last: list[tuple[torch.Tensor, torch.Tensor]] = []  # r' there, and the input of down
         self._layer = 0
 
-    def advance_base(self, skipped: Sequence[int], layer: int, then: Sequence[int]) -> None:
-        """Through layers that were dropped, then through one that stays, looking, then through dropped ones again."""
+    def advance_base(self, skipped: Sequence[int], layer: int, then: Sequence[int], *, look: bool = True) -> None:
+        """Through layers that were dropped, one that stays, with a look at it, and the dropped ones behind it."""
         family = self.family
         readers = () if self.dimensions is None else (family.q, family.gate)
         for dropped in skipped:
             self.base.forward(dropped)
-        self._layer, self._inputs, self._roots, self._middle = layer, [], [], []
-        for place, hidden in enumerate(self.base.hidden):
+        self._layer, self._inputs, self._roots, self._middle, self._last = layer, [], [], [], []
+        if not look:
+            self.base.forward(layer)
+        for place, hidden in enumerate(self.base.hidden if look else ()):
             out, seen = self.base.run(layer, place, (*readers, family.o, family.down))
             put_out = {part: self._linear(self.base, layer, part, seen[part]) for part in (family.o, *self.norm_of)}
             added = self._added(self.base, layer, family.o, put_out[family.o])
@@ -96,10 +98,14 @@ class Streams:
             ]
             yield x, weight, missing
 
-    def advance_cut(self, layer: int) -> None:
-        """Past a layer of which `of_writer(layer, down)` was told: from there on only down has changed."""
+    def advance_cut(self, layer: int, *, alike: bool = False) -> None:
+        """Through the same layer of the cut model. alike: the streams are the same there."""
+        if alike:
+            self.cut.hidden = list(self.base.hidden)
+        elif not self._last:
+            self.cut.forward(layer)
         device = self.cut.model.device
-        for place, (stream, x) in enumerate(self._last):
+        for place, (stream, x) in enumerate(self._last):  # of_writer has been there: only down has changed since
             put_out = self._linear(self.cut, layer, self.family.down, x.to(device))
             added = self._added(self.cut, layer, self.family.down, put_out)
             self.cut.hidden[place] = (stream.to(device) + added).cpu()

@@ -75,11 +75,16 @@ def hidden_states(checkpoint, windows):
     return found
 
 
+def refit(cut, base, its_family, domains, *, layers=range(5), lost=(), dimensions=None):
+    parts = stream.refit_parts(its_family, layers, 5, lost, dimensions)
+    return stream.refit(cut, base, its_family, layers, parts, dimensions, domains)[0]
+
+
 # -- repair --------------------------------------------------------------------------------------------------
 
 
 def test_what_loses_nothing_stays_as_it_is(base, its_family, domains):
-    made, _ = stream.refit(base, base, its_family, range(5), None, domains)
+    made = refit(base, base, its_family, domains, lost=[its_family.o, its_family.down])
     assert len(made) == 2 * 5
     for name, weight in made.items():
         assert torch.equal(weight, base.tensors[name].load()), name
@@ -98,7 +103,7 @@ def test_a_channel_that_there_is_twice_is_taken_over_by_its_twin(base, its_famil
                     changed[name] = weight
     twins = with_tensors(base, changed)
     cut = ffn.cut(twins, its_family, [torch.arange(140)] * 5)
-    made = with_tensors(cut, stream.refit(cut, twins, its_family, range(5), None, domains)[0])
+    made = with_tensors(cut, refit(cut, twins, its_family, domains, lost=[its_family.down]))
     unseen = windows_of(9, 3, 320)
     lost, left = kl(twins, cut, unseen), kl(twins, made, unseen)
     assert lost > 0.05
@@ -108,9 +113,9 @@ def test_a_channel_that_there_is_twice_is_taken_over_by_its_twin(base, its_famil
 @pytest.mark.parametrize("cut_of", ["FFN", "depth", "hidden"])
 def test_the_stream_is_nearer_to_the_base_models_on_text_that_was_not_seen(base, its_family, domains, cut_of):
     base = in_float32(base)
-    layers, dimensions = list(range(5)), None
+    layers, lost, dimensions = list(range(5)), [], None
     if cut_of == "FFN":
-        cut = ffn.cut(base, its_family, [torch.arange(128)] * 5)
+        cut, lost = ffn.cut(base, its_family, [torch.arange(128)] * 5), [its_family.down]
     elif cut_of == "depth":
         layers = [0, 1, 3, 4]
         cut = depth.cut(base, its_family, layers)
@@ -118,7 +123,7 @@ def test_the_stream_is_nearer_to_the_base_models_on_text_that_was_not_seen(base,
         width = int(base.config["hidden_size"])
         dimensions = torch.arange(width - 24)
         cut = hidden.cut(base, its_family, dimensions, None)
-    made = with_tensors(cut, stream.refit(cut, base, its_family, layers, dimensions, domains)[0])
+    made = with_tensors(cut, refit(cut, base, its_family, domains, layers=layers, lost=lost, dimensions=dimensions))
     unseen = windows_of(9, 3, 320, 8)
     whole = hidden_states(base, unseen)[-1][1]
     if dimensions is not None:
@@ -133,7 +138,7 @@ def test_it_is_the_least_squares_of_what_the_cut_model_reads(pico_llama, domains
     its_family = family.family_of(base)
     kept = [torch.arange(128)] * 5
     cut = ffn.cut(base, its_family, kept)
-    made, _ = stream.refit(cut, base, its_family, range(5), None, domains)
+    made = refit(cut, base, its_family, domains, lost=[its_family.down])
     name = f"{its_family.in_layer(1, its_family.down)}.weight"
     below = {key: value for key, value in made.items() if not key.startswith(tuple(f"model.layers.{n}" for n in "234"))}
     del below[name]
