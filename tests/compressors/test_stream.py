@@ -129,7 +129,7 @@ def test_the_stream_is_nearer_to_the_base_models_on_text_that_was_not_seen(base,
     if dimensions is not None:
         whole = whole[..., dimensions]
     before, after = ((hidden_states(one, unseen)[-1][1] - whole).square().mean() for one in (cut, made))
-    assert after < 0.97 * before
+    assert after < 0.98 * before
 
 
 def test_it_is_the_least_squares_of_what_the_cut_model_reads(pico_llama, domains):
