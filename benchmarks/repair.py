@@ -37,6 +37,7 @@ HOW = {
     "activation, stream": {"repair": "stream"},
     "flap, ridge": {"importance": "flap", "repair": "ridge"},
     "obs, ridge": {"importance": "obs", "repair": "ridge"},
+    "flap, stream": {"importance": "flap", "repair": "stream"},
     "obs, stream": {"importance": "obs", "repair": "stream"},
 }
 DEPTH = {
@@ -111,7 +112,8 @@ def main() -> None:
                 continue
             plan = dataclasses.replace(own, **changes, **options)
             started = time.monotonic()
-            made = build.apply(plan, base, kind, statistics, moments=moment, simulate=True).to_model(device, dtype)
+            made = build.apply(plan, base, kind, statistics, moments=moment, simulate=True, device=device)
+            made = made.to_model(device, dtype)
             built = time.monotonic() - started
             row = {"cut": cut, "how": how, "seconds": built}
             for name, those in shards.items():

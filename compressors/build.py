@@ -15,6 +15,7 @@ from compressors.family import Family, head_dim, recast
 from compressors.methods import depth, ffn, heads, hidden, importance, precision, repair, sensitivity, stream
 from compressors.moments import Moments, input_of, mixed
 from compressors.plan import CHOICES, DROP_FROM, DTYPES, SCHEMES, CompressionPlan
+from compressors.streams import Stays
 
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
 
@@ -27,17 +28,24 @@ def apply(
     *,
     moments: Moments | None = None,
     simulate: bool = False,
+    device: str = "cpu",
     say: Callable[[str], None] = lambda _: None,
 ) -> Checkpoint:
-    """The compressed checkpoint: depth, then heads, FFN and hidden size, then precision. Nothing is read until used.
+    """The compressed checkpoint: depth, then heads, FFN and hidden size, then precision. Weights are read when used.
 
-    What stays is chosen by `calibration`; without one only shapes are right. simulate: quantised plans as a model of
-    plain tensors that computes the same, for scoring in memory. say: told of what takes long. Raises InfeasiblePlan.
+    What stays is chosen by `calibration` and `moments`; without them only shapes are right. simulate: quantised plans
+    as a model of plain tensors that computes the same, for scoring in memory. device: where the base model is run, if a
+    choice or a repair asks for that. say: told of what takes long. Raises InfeasiblePlan.
     """
+    device = "cpu" if device == "mps" else device  # which has no float64
     own = CompressionPlan.identity(base.config)
     drop_from, order = plan.drop_from, None
     if drop_from in depth.BY_KL and moments is not None:
-        order = _order(plan, base, family, moments, say)
+        going = own.num_hidden_layers - plan.num_hidden_layers
+        ahead = drop_from == "kl-look-ahead"
+        order = leave_one_out.order(
+            base, family, moments.windows(), going, moments.path, device, look_ahead=ahead, say=say
+        )
     elif drop_from in depth.BY_KL or (drop_from == "importance" and calibration is None):
         drop_from = "top"  # shapes alone
     layers = depth.choose(own.num_hidden_layers, plan.num_hidden_layers, drop_from, calibration, order)
@@ -47,7 +55,8 @@ def apply(
     if moments is not None:
         moments = moments.of_layers(layers)
     size = head_dim(base.config)
-    inputs: dict[str, list[torch.Tensor]] = {}  # of a projection, by its part: those of the base model's that stay
+    inputs: dict[str, list[torch.Tensor]] = {}  # of a projection, by its part and by layer: those that stay
+    outputs: dict[str, list[torch.Tensor]] = {}
     if (plan.num_attention_heads, plan.num_key_value_heads) != (own.num_attention_heads, own.num_key_value_heads):
         before, wanted = made, (plan.num_attention_heads, plan.num_key_value_heads)
         if plan.importance == "activation" or moments is None:
@@ -55,7 +64,8 @@ def apply(
         else:
             kept = importance.choose_heads(made, family, *wanted, moments, plan.importance)
         made = heads.cut(made, family, kept)
-        inputs[family.o] = [heads.inputs_of(those, size) for those in kept]
+        inputs[family.o] = outputs[family.q] = [heads.inputs_of(those, size) for those in kept]
+        outputs[family.k] = outputs[family.v] = [heads.outputs_of(those, size) for those in kept]
         if plan.repair == "ridge" and moments is not None:
             made = repair.take_over(made, before, family, [family.o], inputs[family.o], moments)
     if plan.intermediate_size != own.intermediate_size:
@@ -65,7 +75,7 @@ def apply(
         else:
             channels = importance.choose_channels(made, family, plan.intermediate_size, moments, plan.importance)
         made = ffn.cut(made, family, channels)
-        inputs[family.down] = channels
+        inputs[family.down] = outputs[family.gate] = outputs[family.up] = channels
         if plan.repair == "ridge" and moments is not None:
             made = repair.take_over(made, before, family, [family.down], channels, moments)
     dimensions = None
@@ -80,7 +90,8 @@ def apply(
             readers = [family.q, family.k, family.v, family.gate, family.up]
             made = repair.take_over(made, before, family, readers, [dimensions] * len(layers), moments)
     if plan.repair == "stream" and moments is not None and _cuts(plan, own):
-        made = stream.take_over(made, base, family, layers, dimensions, inputs, moments, say)
+        stays = Stays(tuple(layers), dimensions, inputs, outputs)
+        made = stream.take_over(made, base, family, stays, moments, device, say)
     made = recast(made, family)
     if plan.precision in DTYPES:
         made = precision.cast(made, plan.precision)
@@ -131,25 +142,6 @@ def _unquantised(
 
 def _cuts(plan: CompressionPlan, own: CompressionPlan) -> bool:
     return any(getattr(plan, name) != getattr(own, name) for name in ("num_hidden_layers", *WIDTHS))
-
-
-def _order(
-    plan: CompressionPlan, base: Checkpoint, family: Family, moments: Moments, say: Callable[[str], None]
-) -> tuple[int, ...]:
-    """The layers that go, one after the other; kept beside the moments."""
-    going = int(base.config["num_hidden_layers"]) - plan.num_hidden_layers
-    windows = [window for those in moments.windows().values() for window in those[: leave_one_out.WINDOWS]]
-    found = leave_one_out.order(
-        base,
-        family,
-        windows,
-        going,
-        moments.path / f"order-{plan.drop_from}.json",
-        "cuda" if torch.cuda.is_available() else "cpu",
-        look_ahead=plan.drop_from == "kl-look-ahead",
-        progress=lambda done, total: say(f"leaving out one layer, {done} of {total}"),
-    )
-    return found.removed
 
 
 def needs_calibration(plan: CompressionPlan, base: CompressionPlan) -> bool:

@@ -17,6 +17,7 @@ import torch
 from compressors.errors import CheckpointError
 from compressors.family import Family
 
+Called = dict[tuple[int, int], list[dict[str, Any]]]  # (windows of a batch, tokens) → keyword arguments of each layer
 Inputs = Callable[[torch.Tensor], None]  # told the input of a module, [B, T, K]
 
 
@@ -31,8 +32,9 @@ class Layers:
     """
 
     def __init__(
-        self, model: Any, family: Family, windows: Sequence[Sequence[int]], batch: int = 4, hidden: Any = None
+        self, model: Any, family: Family, windows: Sequence[Sequence[int]], batch: int = 4, called: Called | None = None
     ) -> None:
+        """called: of others of the same model, which have recorded what its layers are called with."""
         lengths = {len(window) for window in windows}
         if len(lengths) != 1:
             raise CheckpointError(f"calibration: windows of {sorted(lengths)} tokens; all must have the same length")
@@ -40,8 +42,8 @@ class Layers:
         self.windows = [list(map(list, windows[start : start + batch])) for start in range(0, len(windows), batch)]
         self.modules = dict(model.named_modules())
         self.count = int(model.config.num_hidden_layers)
-        self._called: dict[int, list[dict[str, Any]]] = {}  # batch size → keyword arguments of each layer
-        self.hidden: list[torch.Tensor] = list(self._embedded()) if hidden is None else hidden
+        self.called: Called = {} if called is None else called
+        self.hidden: list[torch.Tensor] = list(self._embedded())
 
     def layer(self, index: int) -> Any:
         return self.modules[self.family.layer(index)]
@@ -67,7 +69,7 @@ class Layers:
         until: a module at whose input the layer ends; it is watched too, and the output is None.
         """
         hidden = self.hidden[place]
-        keywords = self._keywords(len(hidden))[index]
+        keywords = self._keywords(len(hidden), hidden.shape[1])[index]
         seen: dict[str, torch.Tensor] = {}
 
         def watch(part: str) -> Any:
@@ -110,9 +112,9 @@ class Layers:
             yield found.pop()
 
     @torch.inference_mode()
-    def _keywords(self, size: int) -> list[dict[str, Any]]:
+    def _keywords(self, size: int, tokens: int) -> list[dict[str, Any]]:
         """What each layer is called with beside its input, for batches of this size: masks, positions, rotations."""
-        if size not in self._called:
+        if (size, tokens) not in self.called:
             found: list[dict[str, Any]] = []
 
             def record(module: Any, args: Any, kwargs: Any) -> None:
@@ -127,5 +129,5 @@ class Layers:
             finally:
                 for hook in hooks:
                     hook.remove()
-            self._called[size] = found
-        return self._called[size]
+            self.called[size, tokens] = found
+        return self.called[size, tokens]

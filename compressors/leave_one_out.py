@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,54 +27,78 @@ WINDOWS = 5  # of each domain of the calibration text
 CANDIDATES = 10  # the cheapest of a step are tried in the next
 AHEAD = 4  # the cheapest of a step that look-ahead follows
 CHUNK = 128  # tokens whose logits are held at a time
+RULES = [1, WINDOWS, CANDIDATES, AHEAD]  # what an order that was kept must have been found by
+
+Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """removed: layers of the base model in the order in which they go. kl: nats per token after each."""
+    """removed: layers of the base model in the order in which they go. kl: nats per token after each. candidates: the
+    layers that the next step would try; None: all."""
 
-    removed: tuple[int, ...]
-    kl: tuple[float, ...]
+    removed: tuple[int, ...] = ()
+    kl: tuple[float, ...] = ()
+    candidates: tuple[int, ...] | None = None
 
 
 def order(
     base: Checkpoint,
     family: Family,
-    windows: Sequence[Sequence[int]],
+    domains: Mapping[str, Sequence[Sequence[int]]],
     count: int,
-    path: Path,
+    directory: Path,
     device: str = "cpu",
     *,
     look_ahead: bool = False,
     batch: int = 4,
-    progress: Callable[[int, int], None] | None = None,
-) -> Order:
-    """The first `count` layers that go, from the file `path` as far as it has them, and written there.
+    say: Say = lambda _: None,
+) -> tuple[int, ...]:
+    """The first `count` layers that go. Kept in a file of `directory` after each step, from which a later call goes on.
 
+    domains: windows of token ids, of which WINDOWS of each are taken, spread evenly. Greedy steps don't depend on how
+    many follow, so that all counts share a file; with look-ahead the last step is another, and each count has its own.
     Raises CheckpointError for a file that can't be read.
     """
-    there = _read(path)
-    if len(there.removed) < count:
+    path = directory / (f"order-look-ahead-{count}.json" if look_ahead else "order.json")
+    found = _read(path)
+    if len(found.removed) < count:
+        say("leaving out layers: reading the model")
+        windows = [window for those in domains.values() for window in those[:: max(1, len(those) // WINDOWS)][:WINDOWS]]
         search = _Search(base, family, windows, device, batch)
-        there = search.extended(there, count, look_ahead, progress)
-        _write(path, there)
-    return Order(there.removed[:count], there.kl[:count])
+        while len(found.removed) < count:
+            place = f"leaving out layer {len(found.removed) + 1} of {count}"
+            ahead = look_ahead and len(found.removed) + 1 < count
+            found = search.step(found, _saying(say, place), ahead)
+            _write(path, found)
+    return found.removed[:count]
 
 
 def _read(path: Path) -> Order:
     if not path.is_file():
-        return Order((), ())
+        return Order()
     try:
         stored = json.loads(path.read_text())
-        return Order(tuple(stored["removed"]), tuple(stored["kl"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if stored.pop("rules") != RULES:
+            return Order()
+        tried = stored["candidates"]
+        return Order(tuple(stored["removed"]), tuple(stored["kl"]), None if tried is None else tuple(tried))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"layer order {path}: can't be read ({error}); delete it, it is made again") from None
 
 
+def _saying(say: Say, where: str) -> Say:
+    return lambda what: say(f"{where}: {what}")
+
+
 def _write(path: Path, made: Order) -> None:
+    """Unless another process has come further meanwhile."""
+    if len(_read(path).removed) > len(made.removed):
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as out:
-        json.dump(dataclasses.asdict(made), out)
+        json.dump({"rules": RULES, **dataclasses.asdict(made)}, out)
+    Path(out.name).chmod(0o644)
     Path(out.name).replace(path)
 
 
@@ -93,41 +117,34 @@ class _Search:
             for hidden in self._through(range(self.layers.count), self.start)
         ]
 
-    def extended(
-        self, there: Order, count: int, look_ahead: bool, progress: Callable[[int, int], None] | None
-    ) -> Order:
-        removed, kls = list(there.removed), list(there.kl)
-        candidates: list[int] | None = None
-        while len(removed) < count:
-            left = [layer for layer in range(self.layers.count) if layer not in removed]
-            costs = self.costs(left, candidates, progress)
-            ranked = sorted(costs, key=lambda layer: (costs[layer], layer))
-            gone = ranked[0]
-            if look_ahead and len(removed) + 1 < count and len(left) > 2:
-                after = {
-                    first: min(
-                        self.costs([one for one in left if one != first], ranked[:CANDIDATES], progress).values()
-                    )
-                    for first in ranked[:AHEAD]
-                }
-                gone = min(after, key=lambda first: (after[first], first))
-            removed.append(gone)
-            kls.append(costs[gone])
-            candidates = [layer for layer in ranked if layer != gone][:CANDIDATES]
-        return Order(tuple(removed), tuple(kls))
+    def step(self, there: Order, say: Say, look_ahead: bool) -> Order:
+        """One layer more. look_ahead: the one that leaves the cheapest next one."""
+        left = [layer for layer in range(self.layers.count) if layer not in there.removed]
+        costs = self.costs(left, there.candidates, say)
+        ranked = sorted(costs, key=lambda layer: (costs[layer], layer))
+        gone = ranked[0]
+        if look_ahead and len(left) > 2:
+            after = {}
+            for first in ranked[:AHEAD]:
+                rest = [layer for layer in left if layer != first]
+                nexts = [layer for layer in ranked if layer != first][:CANDIDATES]
+                after[first] = min(self.costs(rest, nexts, _saying(say, f"{first} and one more")).values())
+            gone = min(after, key=lambda first: (after[first], first))
+        return Order(
+            (*there.removed, gone),
+            (*there.kl, costs[gone]),
+            tuple(layer for layer in ranked if layer != gone)[:CANDIDATES],
+        )
 
-    def costs(
-        self, left: Sequence[int], candidates: Sequence[int] | None, progress: Callable[[int, int], None] | None
-    ) -> dict[int, float]:
+    def costs(self, left: Sequence[int], candidates: Sequence[int] | None, say: Say) -> dict[int, float]:
         """Layer → KL in nats per token without it; of those that are `left`, the `candidates` (None: all)."""
-        found = {}
+        found: dict[int, float] = {}
         hidden = self.start
         tried = [layer for layer in left if candidates is None or layer in candidates]
         for place, layer in enumerate(left):
             if layer in tried:
+                say(f"trying {len(found) + 1} of {len(tried)}")
                 found[layer] = self.kl(self._through(left[place + 1 :], hidden))
-                if progress is not None:
-                    progress(len(found), len(tried))
             if len(found) == len(tried):
                 break
             hidden = list(self._through([layer], hidden))

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from compressors.checkpoint import Checkpoint
 from compressors.errors import CheckpointError
 from compressors.family import Family, family_of
-from compressors.layerwise import Layers
+from compressors.layerwise import Called, Layers
 
 WINDOWS = "windows.json"
 CLIP = 4.0  # × the median L2 norm of a window's tokens
@@ -118,7 +118,8 @@ def collect(
     family = family_of(base)
     count = int(base.config["num_hidden_layers"])
     model = base.to_model(device, dtype=torch.float32 if device == "cpu" else None)
-    streams = {name: Layers(model, family, windows, batch) for name, windows in domains.items()}
+    called: Called = {}
+    streams = {name: Layers(model, family, windows, batch, called) for name, windows in domains.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         made = Path(scratch, path.name)

@@ -7,7 +7,8 @@ the residual stream of the base model, r' of the cut one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,18 +22,28 @@ OUTPUT_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")  # of 
 Told = Iterator[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]]
 
 
-class Streams:
-    """The windows of one domain on their way through both models; everything that waits does so in main memory.
+@dataclasses.dataclass(frozen=True)
+class Stays:
+    """What a cut left of the base model.
 
-    dimensions: of the base model's stream, those that the cut model's has; None: all of them.
+    layers: their numbers. dimensions: of the residual stream, int64 [kept]; None: all. inputs, outputs: of a projection
+    that lost some, those that stay, by its part and by layer of the cut model.
     """
 
-    def __init__(self, base: Layers, cut: Layers, family: Family, dimensions: torch.Tensor | None) -> None:
-        self.base, self.cut, self.family, self.dimensions = base, cut, family, dimensions
+    layers: tuple[int, ...]
+    dimensions: torch.Tensor | None
+    inputs: Mapping[str, Sequence[torch.Tensor]]
+    outputs: Mapping[str, Sequence[torch.Tensor]]
+
+
+class Streams:
+    """The windows of one domain on their way through both models; everything that waits does so in main memory."""
+
+    def __init__(self, base: Layers, cut: Layers, family: Family, stays: Stays) -> None:
+        self.base, self.cut, self.family, self.stays = base, cut, family, stays
         both = set(OUTPUT_NORMS) <= set(family.block_norms)  # else the first is what Llama calls the MLP's input norm
         self.norm_of = dict(zip((family.o, family.down), OUTPUT_NORMS, strict=True)) if both else {}
         self._inputs: list[dict[str, torch.Tensor]] = []  # of the base model's readers, [B, T, E]
-        self._roots: list[dict[str, torch.Tensor]] = []  # root mean square of what its writers put out, [B, T, 1]
         self._middle: list[torch.Tensor] = []  # r between attention and MLP
         self._last: list[tuple[torch.Tensor, torch.Tensor]] = []  # r' there, and the input of down
         self._layer = 0
@@ -40,19 +51,17 @@ class Streams:
     def advance_base(self, skipped: Sequence[int], layer: int, then: Sequence[int], *, look: bool = True) -> None:
         """Through layers that were dropped, one that stays, with a look at it, and the dropped ones behind it."""
         family = self.family
-        readers = () if self.dimensions is None else (family.q, family.gate)
+        readers = () if self.stays.dimensions is None else (family.q, family.gate)
         for dropped in skipped:
             self.base.forward(dropped)
-        self._layer, self._inputs, self._roots, self._middle, self._last = layer, [], [], [], []
+        self._layer, self._inputs, self._middle = layer, [], []
         if not look:
             self.base.forward(layer)
         for place, hidden in enumerate(self.base.hidden if look else ()):
-            out, seen = self.base.run(layer, place, (*readers, family.o, family.down))
-            put_out = {part: self._linear(self.base, layer, part, seen[part]) for part in (family.o, *self.norm_of)}
-            added = self._added(self.base, layer, family.o, put_out[family.o])
+            out, seen = self.base.run(layer, place, (*readers, family.o))
+            added = self._added(self.base, layer, family.o, self._linear(self.base, layer, family.o, seen[family.o]))
             self._middle.append((hidden.to(added.device) + added).cpu())
             self._inputs.append({part: seen[part].cpu() for part in readers})
-            self._roots.append({part: _root_mean_square(self._kept(put_out[part])).cpu() for part in self.norm_of})
             self.base.hidden[place] = out.cpu()
         for dropped in then:
             self.base.forward(dropped)
@@ -63,23 +72,21 @@ class Streams:
         """
         family = self.family
         targets = self._middle if part == family.o else self.base.hidden
-        self._last = []
         for place, hidden in enumerate(self.cut.hidden):
             _, seen = self.cut.run(layer, place, (family.o,), until=part)
             x = seen[part]
             stream = hidden.to(x.device)
             if part == family.down:
-                stream = stream + self._added(
-                    self.cut, layer, family.o, self._linear(self.cut, layer, family.o, seen[family.o])
-                )
+                by_o = self._linear(self.cut, layer, family.o, seen[family.o])
+                stream = stream + self._added(self.cut, layer, family.o, by_o)
                 self._last.append((stream.cpu(), x.cpu()))
             target = targets[place].to(x.device)
             weight = 1 / _root_mean_square(target).square().clamp_min(1e-30)
-            added = self._added(self.cut, layer, part, self._linear(self.cut, layer, part, x))
-            missing = self._kept(target).float() - stream.float() - added.float()
+            put_out = self._linear(self.cut, layer, part, x)
+            missing = self._kept(target).float() - stream.float() - self._added(self.cut, layer, part, put_out).float()
             if self.norm_of:
+                root = _root_mean_square(put_out).clamp_min(1e-30)
                 gain = self._gain(layer, part)
-                root = self._roots[place][part].to(x.device).clamp_min(1e-30)
                 missing = missing * root * gain / (gain.square() + GAIN * gain.square().median())
                 weight = weight / root.square()
             yield x, weight, [missing]
@@ -91,11 +98,12 @@ class Streams:
             x = seen[parts[0]]
             of_base = self._inputs[place][parts[0]].to(x.device)
             weight = 1 / _root_mean_square(of_base).square().clamp_min(1e-30)
-            missing = [
-                self._linear(self.base, self._layer, part, of_base).float()
-                - self._linear(self.cut, layer, part, x).float()
-                for part in parts
-            ]
+            missing = []
+            for part in parts:
+                wanted = self._linear(self.base, self._layer, part, of_base).float()
+                if part in self.stays.outputs:
+                    wanted = wanted.index_select(-1, self.stays.outputs[part][layer].to(wanted.device))
+                missing.append(wanted - self._linear(self.cut, layer, part, x).float())
             yield x, weight, missing
 
     def advance_cut(self, layer: int, *, alike: bool = False) -> None:
@@ -109,9 +117,11 @@ class Streams:
             put_out = self._linear(self.cut, layer, self.family.down, x.to(device))
             added = self._added(self.cut, layer, self.family.down, put_out)
             self.cut.hidden[place] = (stream.to(device) + added).cpu()
+        self._inputs, self._middle, self._last = [], [], []
 
     def _kept(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.dimensions is None else x.index_select(-1, self.dimensions.to(x.device))
+        dimensions = self.stays.dimensions
+        return x if dimensions is None else x.index_select(-1, dimensions.to(x.device))
 
     @torch.inference_mode()
     def _linear(self, layers: Layers, index: int, part: str, x: torch.Tensor) -> Any:

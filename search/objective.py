@@ -24,7 +24,7 @@ from typing import Any
 import optuna
 import torch
 
-from compressors import build, calibration, structure
+from compressors import build, calibration, checkpoint, structure
 from compressors.errors import CompressionError
 from compressors.plan import CompressionPlan
 from evaluator import measure, quality, score, speed
@@ -214,12 +214,11 @@ class Bench:
     @contextlib.contextmanager
     def _model(self, plan: CompressionPlan) -> Iterator[Any]:
         setting = self.setting
-        moments = setting.moments_for(plan, self.say)
-        simulated = build.apply(
-            plan, setting.base, setting.family, self.calibration(), moments=moments, simulate=True, say=self.say
-        )
+        simulated = self._applied(plan, simulate=True)
         on_cpu = setting.device == "cpu"
         need = simulated.total_parameters * 4 if on_cpu else simulated.size_bytes
+        if plan.repair == "stream":  # beside it, for a while, the base model and the cut one
+            need *= 3
         require_memory(need, setting.device, "screening this plan")
         model = simulated.to_model(setting.device, dtype=torch.float32 if on_cpu else None)
         try:
@@ -229,6 +228,19 @@ class Bench:
             gc.collect()
             if setting.device == "cuda":
                 torch.cuda.empty_cache()
+
+    def _applied(self, plan: CompressionPlan, *, simulate: bool = False) -> checkpoint.Checkpoint:
+        setting = self.setting
+        return build.apply(
+            plan,
+            setting.base,
+            setting.family,
+            self.calibration(),
+            moments=setting.moments_for(plan, self.say),
+            simulate=simulate,
+            device=setting.device,
+            say=self.say,
+        )
 
     def predicted_time_ratio(self, plan: CompressionPlan) -> float:
         setting = self.setting
@@ -251,8 +263,7 @@ class Bench:
             return path, str(known["weights_sha256"])
         needed = build.predicted_bytes(plan, setting.base, setting.family)
         require_disk(needed + 50_000_000, path.parent, "this plan's checkpoint")
-        moments = setting.moments_for(plan, self.say)
-        made = build.apply(plan, setting.base, setting.family, self.calibration(), moments=moments, say=self.say)
+        made = self._applied(plan)
         building = path.with_name(f"{BUILDING}{os.getpid()}")
         scratch = building / path.name
         try:

@@ -93,6 +93,11 @@ def inputs_of(kept: Kept, size: int) -> torch.Tensor:
     return _rows([head for _, heads in kept for head in heads], size)
 
 
+def outputs_of(kept: Kept, size: int) -> torch.Tensor:
+    """The outputs of k_proj and v_proj that stay, int64 [key/value heads · size]."""
+    return _rows([group for group, _ in kept], size)
+
+
 def _rows(heads: Sequence[int], size: int) -> torch.Tensor:
     return (torch.tensor(heads)[:, None] * size + torch.arange(size)).flatten()
 

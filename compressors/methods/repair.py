@@ -115,13 +115,13 @@ def solver(weight: torch.Tensor, kept: torch.Tensor, second: torch.Tensor) -> Ca
 
     def solve(factor: float) -> torch.Tensor:
         damped = there + factor * unit * torch.eye(len(kept), dtype=there.dtype, device=there.device)
-        taken: torch.Tensor = torch.cholesky_solve(cross, _cholesky(damped)).T
+        taken: torch.Tensor = torch.cholesky_solve(cross, cholesky(damped)).T
         return weight[:, kept] + taken
 
     return solve
 
 
-def _cholesky(matrix: torch.Tensor) -> torch.Tensor:
+def cholesky(matrix: torch.Tensor) -> torch.Tensor:
     """Of a matrix that float32 sums may have left a little short of positive definite."""
     unit = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device) * matrix.diagonal().mean()
     for damping in (0.0, 1e-9, 1e-7, 1e-5):

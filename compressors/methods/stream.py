@@ -14,31 +14,39 @@ too, toward the base model's outputs. Closed-form updates that see what the cut 
 model's output as their target, are those of GPTAQ (https://arxiv.org/abs/2504.02692) for quantization; no bias and no
 tensor is added.
 
-λ is chosen for each projection by the domains of the calibration text, as in `compressors.methods.repair`.
+λ is chosen for each projection by calibration text that the fit did not see: `change`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
+import os
+import shutil
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from compressors import safetensors_file
 from compressors.checkpoint import Checkpoint, LazyTensor
+from compressors.errors import CheckpointError
 from compressors.family import Family
-from compressors.layerwise import Layers
+from compressors.layerwise import Called, Layers
+from compressors.methods.repair import cholesky
 from compressors.moments import Moments
-from compressors.streams import Streams, Told
+from compressors.streams import Stays, Streams, Told
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # λ over the median of diag A
+VERSION = 2  # raised when the same cut would be refit otherwise
+FILES = 16  # that are kept
 ROWS = 128  # about as many outputs choose the strength
 
 
@@ -46,77 +54,105 @@ def take_over(
     cut: Checkpoint,
     base: Checkpoint,
     family: Family,
-    layers: Sequence[int],
-    dimensions: torch.Tensor | None,
-    kept: Mapping[str, Sequence[torch.Tensor]],
+    stays: Stays,
     moments: Moments,
+    device: str = "cpu",
     say: Callable[[str], None] = lambda _: None,
 ) -> Checkpoint:
-    """`cut` with its weights refit when one of them is first read; kept beside the moments, on whose text they are fit.
+    """`cut` with its weights refit when one of them is first read, on the text of the moments.
 
-    kept: of each projection that lost inputs, those that stay, by layer.
+    They are kept in a file beside those, the last FILES of them. Raises CheckpointError where it can't be written.
     """
-    parts = refit_parts(family, layers, int(base.config["num_hidden_layers"]), kept, dimensions)
+    parts = refit_parts(family, stays, int(base.config["num_hidden_layers"]))
     names = [
         f"{family.in_layer(new, part)}.weight" for new, groups in enumerate(parts) for group in groups for part in group
     ]
+    key = functools.cache(lambda: _key(cut, stays, device))
 
-    @functools.cache
-    def file() -> Path:
-        path = moments.path / f"stream-{_key(cut, layers, kept)}.safetensors"
+    def load(name: str) -> torch.Tensor:
+        path = moments.path / f"stream-{key()}.safetensors"
         if not path.is_file():
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            say("repair: reading both models")
             made, _ = refit(
                 cut,
                 base,
                 family,
-                layers,
+                stays,
                 parts,
-                dimensions,
                 moments.windows(),
                 device,
                 progress=lambda done, total: say(f"repair, layer {done} of {total}"),
             )
-            with tempfile.TemporaryDirectory(dir=moments.path) as scratch:
-                written = Path(scratch, path.name)
-                save_file(made, written)
-                written.replace(path)
-        return path
+            _keep(path, made)
+            del made
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()  # an engine may want it next
+        try:
+            return safetensors_file.loader(path, name)()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"repair {path}: can't be read ({error}); delete it, it is made again") from None
 
     def lazily(name: str) -> LazyTensor:
-        there = cut.tensors[name]
-        return LazyTensor(there.shape, there.dtype, lambda: safetensors_file.loader(file(), name)())
+        return LazyTensor(cut.tensors[name].shape, cut.tensors[name].dtype, functools.partial(load, name))
 
     return dataclasses.replace(cut, tensors={**cut.tensors, **{name: lazily(name) for name in names}})
 
 
-def _key(cut: Checkpoint, layers: Sequence[int], kept: Mapping[str, Sequence[torch.Tensor]]) -> str:
-    """Of what is cut, and of the norms and biases, which a cut of hidden_size changes."""
-    chosen = {part: [index.tolist() for index in of_layer] for part, of_layer in sorted(kept.items())}
-    digest = hashlib.sha256(json.dumps([list(layers), chosen]).encode())
+def _key(cut: Checkpoint, stays: Stays, device: str) -> str:
+    """Of what is cut, how it is fit, and the norms and biases, which a cut of hidden_size changes."""
+    chosen = {part: [index.tolist() for index in of_layer] for part, of_layer in sorted(stays.inputs.items())}
+    how = [VERSION, STRENGTHS, ROWS, device, list(stays.layers), chosen]
+    digest = hashlib.sha256(json.dumps(how).encode())
     for name in sorted(cut.tensors):
         if len(cut.tensors[name].shape) == 1:
             digest.update(f"{name} {cut.tensors[name].load().double().tolist()}".encode())
     return digest.hexdigest()[:24]
 
 
-def refit_parts(
-    family: Family, layers: Sequence[int], count: int, lost: Collection[str], dimensions: torch.Tensor | None
-) -> list[list[tuple[str, ...]]]:
+def _keep(path: Path, made: dict[str, torch.Tensor]) -> None:
+    """Write the file beside its place and rename it; the oldest go, and what killed processes left."""
+    for left in path.parent.glob(".stream-*"):
+        if not _alive(int(left.name.split("-")[1])):
+            shutil.rmtree(left, ignore_errors=True)
+    there = sorted(path.parent.glob("stream-*.safetensors"), key=lambda file: file.stat().st_mtime)
+    for old in there[: max(0, len(there) - FILES + 1)]:
+        old.unlink(missing_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".stream-{os.getpid()}-"))
+    try:
+        save_file(made, scratch / path.name)
+        (scratch / path.name).replace(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"repair: {path} can't be written ({error}); free some space") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def refit_parts(family: Family, stays: Stays, count: int) -> list[list[tuple[str, ...]]]:
     """By layer, the projections that are refit, those of one input together, in the order of the forward pass.
 
-    lost: o or down, where they lost inputs. What lost none and stands before no gap can't make up for the others: on
-    SmolLM2, fits of those left 98.5% to 100% of the loss. With fewer dimensions every projection has lost something.
+    What lost no input and stands before no gap can't make up for the others: on SmolLM2, fits of those left 98.5% to
+    100% of the loss. With fewer dimensions every projection has lost something. count: of the base model's layers.
     """
-    if dimensions is not None:
-        return [list(family.fused)] * len(layers)
-    following = [*layers[1:], count]
+    if stays.dimensions is not None:
+        return [list(family.fused)] * len(stays.layers)
+    following = [*stays.layers[1:], count]
     return [
         [
-            *([(family.o,)] if family.o in lost else []),
-            *([(family.down,)] if family.down in lost or following[new] > old + 1 else []),
+            *([(family.o,)] if family.o in stays.inputs else []),
+            *([(family.down,)] if family.down in stays.inputs or following[new] > old + 1 else []),
         ]
-        for new, old in enumerate(layers)
+        for new, old in enumerate(stays.layers)
     ]
 
 
@@ -124,9 +160,8 @@ def refit(
     cut: Checkpoint,
     base: Checkpoint,
     family: Family,
-    layers: Sequence[int],
+    stays: Stays,
     parts: Sequence[Sequence[tuple[str, ...]]],
-    dimensions: torch.Tensor | None,
     windows: Mapping[str, Sequence[Sequence[int]]],
     device: str = "cpu",
     batch: int = 4,
@@ -134,38 +169,43 @@ def refit(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Strength]]:
     """(name → weight, in the dtype of `cut` on the CPU; name → how it was found), of every projection that is refit.
 
-    layers: of the base model, those that stay. parts: by layer, see `refit_parts`. dimensions: of the residual stream,
-    those that stay; None: all of them. windows: by domain. Both models are in memory, and the streams of all windows.
+    parts: by layer, see `refit_parts`. windows: by domain. Both models are in memory, and the streams of all windows.
+    Raises CheckpointError when activations are not finite.
     """
     dtype = torch.float32 if device == "cpu" else None
     whole, small = base.to_model(device, dtype), cut.to_model(device, dtype)
+    called: tuple[Called, Called] = ({}, {})
     modules = dict(small.named_modules())
-    streams = [
-        Streams(Layers(whole, family, those, batch), Layers(small, family, those, batch), family, dimensions)
-        for those in windows.values()
-    ]
+    streams = []
+    for those in windows.values():
+        of_base, of_cut = Layers(whole, family, those, batch, called[0]), Layers(small, family, those, batch, called[1])
+        streams.append(Streams(of_base, of_cut, family, stays))
     weights: dict[str, torch.Tensor] = {}
     strengths: dict[str, Strength] = {}
 
     def fit(layer: int, parts: Sequence[str], told: Callable[[Streams], Told]) -> None:
-        fits: dict[str, list[Fit]] = {part: [] for part in parts}  # by domain
+        fits: dict[str, list[tuple[Fit, Fit]]] = {part: [] for part in parts}  # by domain, of its two halves
         for domain in streams:
-            sums = [Fit() for _ in parts]
-            for x, weight, missing in told(domain):
-                for one, of_part in zip(sums, missing, strict=True):
-                    one.add(x, of_part, weight)
-            for part, one in zip(parts, sums, strict=True):
-                fits[part].append(one)
+            halves = [(Fit(), Fit()) for _ in parts]
+            for place, (x, weight, missing) in enumerate(told(domain)):
+                for of_part, error in zip(halves, missing, strict=True):
+                    of_part[2 * place >= len(domain.cut.hidden)].add(x, error, weight)
+            for part, of_domain in zip(parts, halves, strict=True):
+                fits[part].append(of_domain)
         for part, by_domain in fits.items():
-            delta, found = change(by_domain)
             name = f"{family.in_layer(layer, part)}.weight"
+            if not all(torch.isfinite(half.second).all() for halves in by_domain for half in halves if half.tokens):
+                raise CheckpointError(f"repair: what {name} reads is NaN or infinite: the weights before it are broken")
+            delta, strengths[name] = change(by_domain)
             module = modules[family.in_layer(layer, part)]
-            module.weight.data = (module.weight.data.double() + delta).to(module.weight.dtype)
-            weights[name], strengths[name] = module.weight.data.to(cut.tensors[name].dtype).cpu(), found
+            made = (module.weight.data.double() + delta).to(cut.tensors[name].dtype)
+            module.weight.data = made.to(module.weight.dtype)  # what follows is fit to what will be written
+            weights[name] = made.cpu()
 
+    layers = stays.layers
     following = [*layers[1:], int(base.config["num_hidden_layers"])]
     last = max((new for new, groups in enumerate(parts) if groups), default=-1)
-    alike = dimensions is None and layers[0] == 0  # the streams, so far
+    alike = stays.dimensions is None and layers[0] == 0  # the streams, so far
     for new, old in enumerate(layers[: last + 1]):
         alike = alike and not parts[new]
         for domain in streams:
@@ -197,6 +237,14 @@ class Fit:
         self.square = self.square + missing.square().sum(0)
         self.tokens += len(x)
 
+    def __add__(self, other: Fit) -> Fit:
+        return Fit(
+            self.second + other.second,
+            self.cross + other.cross,
+            self.square + other.square,
+            self.tokens + other.tokens,
+        )
+
     def means(self) -> Fit:
         return Fit(self.second / self.tokens, self.cross / self.tokens, self.square / self.tokens, 1)
 
@@ -204,33 +252,40 @@ class Fit:
 @dataclasses.dataclass(frozen=True)
 class Strength:
     """factor: λ over the median of diag A, infinite where no fit gains. left: the share of the loss that is left on
-    domains left out of the fit."""
+    text that the fit did not see."""
 
     factor: float
     left: float
 
 
-def change(fits: Sequence[Fit]) -> tuple[torch.Tensor, Strength]:
-    """(W' − W [N, K] float64, how strongly it was held back), from the sums of each domain.
+def change(fits: Sequence[Sequence[Fit]]) -> tuple[torch.Tensor, Strength]:
+    """(W' − W [N, K] float64, how strongly it was held back), from the sums of each domain's two halves.
 
-    Zero where no strength gains on the domains that it wasn't fitted to.
+    λ loses the least on text that the fit did not see: each domain in turn left out, and the second half of each left
+    out, which counts the same: neither text of another kind nor more of the same may lose. Zero where nothing gains.
     """
-    means = [fit.means() for fit in fits]
-    some = slice(None, None, max(1, len(means[0].cross) // ROWS))
+    halves = [[half.means() for half in of_domain if half.tokens] for of_domain in fits]
+    whole = [sum(of_domain[1:], of_domain[0]).means() for of_domain in fits]
+    unseen = []  # (fitted to, judged on)
+    for place, of_domain in enumerate(halves):
+        others = whole[:place] + whole[place + 1 :]
+        if others:
+            unseen.append((others, whole[place]))
+        if len(of_domain) > 1:
+            unseen.append(([*others, of_domain[0]], of_domain[1]))
+    some = slice(None, None, max(1, len(whole[0].cross) // ROWS))
     lost = dict.fromkeys(STRENGTHS, 0.0)
-    for left_out, one in enumerate(means):
-        others = [other for place, other in enumerate(means) if place != left_out] or means
-        solve = _solver(others, some)
-        cross, square = one.cross[some], max(float(one.square[some].sum()), 1e-30)
+    for fitted, judged in unseen or [(whole, whole[0])]:
+        solve = _solver(fitted, some)
+        cross, square = judged.cross[some], max(float(judged.square[some].sum()), 1e-30)
         for factor in STRENGTHS:
             made = solve(factor).float()
-            gained = 2 * (made * cross).sum() - ((made @ one.second) * made).sum()
-            lost[factor] += 1 - float(gained) / square
+            gained = 2 * (made * cross).sum() - ((made @ judged.second) * made).sum()
+            lost[factor] += (1 - float(gained) / square) / max(len(unseen), 1)
     best = min(lost, key=lambda factor: lost[factor])
-    left = lost[best] / len(means)
-    if not left < 1.0:
-        return torch.zeros_like(means[0].cross, dtype=torch.float64), Strength(float("inf"), 1.0)
-    return _solver(means)(best), Strength(best, left)
+    if not lost[best] < 1.0:
+        return torch.zeros_like(whole[0].cross, dtype=torch.float64), Strength(float("inf"), 1.0)
+    return _solver(whole)(best), Strength(best, lost[best])
 
 
 def _solver(sums: Sequence[Fit], rows: slice = slice(None)) -> Callable[[float], torch.Tensor]:
@@ -241,7 +296,7 @@ def _solver(sums: Sequence[Fit], rows: slice = slice(None)) -> Callable[[float],
     eye = torch.eye(len(second), dtype=second.dtype, device=second.device)
 
     def solve(factor: float) -> torch.Tensor:
-        made: torch.Tensor = torch.cholesky_solve(cross.T, torch.linalg.cholesky(second + factor * unit * eye)).T
+        made: torch.Tensor = torch.cholesky_solve(cross.T, cholesky(second + factor * unit * eye)).T
         return made
 
     return solve
