@@ -26,12 +26,21 @@ SHORT = {  # how a plan is called in the names of directories and runs
     "hidden_size": "hidden",
     "intermediate_size": "ffn",
 }
+CHOSEN = {  # a plan's options, where they are not at their defaults
+    "importance": "{}",
+    "repair": "{}",
+    "quantizer": "{}",
+    "group_size": "g{}",
+    "keep_16_bit": "keep{}",
+    "lm_head": "lmhead8",
+    "kv_cache": "kv{}",
+}
 PRECISIONS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "FP8_DYNAMIC": "fp8"}
 
 
 def plan_of(compression: Compression, base: CompressionPlan) -> CompressionPlan:
-    """The plan that a study file's `compression` names for this base model. Raises UsageError for "
-    "one that does nothing."""
+    """The plan that a study file's `compression` names for this base model. Raises UsageError for one that does
+    nothing."""
     drop_from = compression.drop_from
     keep = compression.keep_layers
     if isinstance(drop_from, list):
@@ -68,12 +77,16 @@ def plan_of(compression: Compression, base: CompressionPlan) -> CompressionPlan:
 
 
 def name_of(plan: CompressionPlan, base: CompressionPlan) -> str:
-    """`drop28_w8a8`: what differs from the base model, for the names of directories and runs."""
+    """`drop28_w8a8_gptq`: what differs from the base model and the defaults, for the names of directories and runs.
+
+    Different plans have different names.
+    """
     words = [f"{short}{getattr(plan, key)}" for key, short in SHORT.items() if getattr(plan, key) != getattr(base, key)]
     if plan.num_hidden_layers != base.num_hidden_layers and plan.drop_from != "importance":
         words[0] += f"-{plan.drop_from.replace(',', '-')}"
     if plan.precision != base.precision:
         words.append(PRECISIONS.get(plan.precision, plan.precision.lower()))
+    words += [said.format(getattr(plan, key)) for key, said in CHOSEN.items() if getattr(plan, key) != OPTIONS[key]]
     return "_".join(words) or "base"
 
 
@@ -143,7 +156,9 @@ def compress(outcome: Outcome, setting: Setting, to: Path, target: str | None, s
     needed = build.needs_calibration(outcome.plan, setting.identity)
     calibration = setting.calibrate(say) if needed else None
     moments = setting.moments_for(outcome.plan, say)
-    made = build.apply(outcome.plan, setting.base, setting.family, calibration, moments=moments, say=say)
+    made = build.apply(
+        outcome.plan, setting.base, setting.family, calibration, moments=moments, device=setting.device, say=say
+    )
     say(f"writing {to.name}, {outcome.bytes / 1e6:.0f} MB")
     replaced = (to / "config.json").is_file()
     with places.beside(to, "compress") as scratch:

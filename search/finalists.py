@@ -125,23 +125,28 @@ def distil(wanted: Wanted, study: optuna.Study, say: Say, warn: Say, words: Sequ
     def failed(finalist: Finalist, error: Exception) -> None:
         number, path = finalist.trial.number, paths[finalist.trial.number]
         rows[number] = {**_begun(finalist, path), **_why(error)}
-        warn(f"trial {number}, {path.name}: {rows[number]['reason']}")
-        _store(study, rows[number])
+        earlier = _measured(study, number)
+        stays = "" if earlier is None else f"; the result that {earlier['path']} has from an earlier call stays"
+        warn(f"trial {number}, {path.name}: {rows[number]['reason']}{stays}")
+        if earlier is None:
+            _store(study, rows[number])
 
     collected: set[Path] = set()
     with Bench(setting, say) as bench:
-        for place, finalist in enumerate(finalists):  # all of them before an engine takes its memory
+        try:
+            for place, finalist in enumerate(finalists):  # all of them before an engine takes its memory
 
-            def said(text: str, where: str = f"finalist {place + 1} of {len(finalists)}") -> None:
-                say(f"{where}: {text}")
+                def said(text: str, where: str = f"finalist {place + 1} of {len(finalists)}") -> None:
+                    say(f"{where}: {text}")
 
-            bench.say = said
-            try:
-                _make(finalist, paths[finalist.trial.number], wanted, study, bench, collected)
-            except FAILURES as error:
-                failed(finalist, error)
-        for path in collected:
-            shutil.rmtree(path, ignore_errors=True)
+                bench.say = said
+                try:
+                    _make(finalist, paths[finalist.trial.number], wanted, study, bench, collected)
+                except FAILURES as error:
+                    failed(finalist, error)
+        finally:
+            for path in collected:
+                shutil.rmtree(path, ignore_errors=True)
         bench.say = say
         for finalist in finalists:
             number, path = finalist.trial.number, paths[finalist.trial.number]
@@ -180,13 +185,11 @@ def _free(device: str) -> None:
 
 
 def _paths(finalists: Sequence[Finalist], setting: Setting) -> Iterator[Path]:
-    """submit/model_kd_NAME; _trialN behind it where that holds another model than this plan's, or will."""
-    taken: set[Path] = set()
+    """submit/model_kd_NAME; _trialN behind it where that holds another model than this plan's."""
     for finalist in finalists:
         path = SUBMIT / f"model_kd_{compress.name_of(finalist.plan, setting.identity)}"
-        if path in taken or (path.exists() and not _is_of(path, finalist.plan, setting)):
+        if path.exists() and not _is_of(path, finalist.plan, setting):
             path = path.with_name(f"{path.name}_trial{finalist.trial.number}")
-        taken.add(path)
         yield path
 
 
@@ -221,7 +224,7 @@ def _make(
             distillation.distil(setting, student, wanted.settings.tokens, source, None, bench.say, text=wanted.text)
         finally:
             _free(setting.device)
-        _drop_student(digest, study, setting)
+    _drop_student(digest, study, setting)  # also that of a call that was killed here
     _apply_precision(finalist, source, path, key, wanted, bench.say, collected)
 
 
@@ -296,6 +299,7 @@ def _row(finalist: Finalist, path: Path, found: Mapping[str, Any]) -> dict[str, 
     how = _distilled(path)
     return {
         **_begun(finalist, path),
+        "weights_sha256": found["measurement"]["weights_sha256"],
         "after": {**{key: found[key] for key in KEYS[:-1]}, KEYS[-1]: found["measurement"][KEYS[-1]]},
         "tokens": how["tokens"],
         "seconds": round(how["seconds"], 1),
@@ -308,6 +312,15 @@ def _store(study: optuna.Study, row: Mapping[str, Any]) -> None:
     """In place of what was said of this trial before."""
     others = [one for one in study.user_attrs.get(status.DISTILLED, []) if one["trial"] != row["trial"]]
     study.set_user_attr(status.DISTILLED, [*others, dict(row)])
+
+
+def _measured(study: optuna.Study, number: int) -> Mapping[str, Any] | None:
+    """What was measured of this trial's distilled model before, if that very model is still where it was."""
+    for row in study.user_attrs.get(status.DISTILLED, []):
+        if row["trial"] == number and "after" in row and status.is_there(row):
+            same = row.get("weights_sha256") == measure.weights_sha256_of(Path(row["path"]))
+            return row if same else None
+    return None
 
 
 def commands(best: Mapping[str, Any], words: Sequence[str], study_words: Sequence[str]) -> list[str]:

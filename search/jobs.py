@@ -34,8 +34,8 @@ Warn = Callable[[str], None]
 
 
 def baseline(bench: Bench, warn: Warn) -> Measurement:
-    """The base model's measurement; outputs/baseline_result.json, and in MLflow a run tagged "
-    "`baseline` when it is new."""
+    """The base model's measurement; outputs/baseline_result.json, and in MLflow a run tagged `baseline` when it is
+    new."""
     setting, began = bench.setting, time.time()
     fresh = bench.again or not bench.baseline_path.is_file()
     if fresh:

@@ -41,6 +41,33 @@ CACHE = Path(os.environ.get("OPTUNA_SEARCH_CACHE", "~/.cache/optuna-search")).ex
 
 Say = Callable[[str], None]  # told what is being done, for people
 Shard = list[list[int]]  # windows of token ids
+Documents = Sequence[texts.Document]
+Domains = Mapping[str, Documents]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MomentsText:
+    """What second moments are of: `count` windows of `length` tokens of each domain of the calibration text.
+
+    Cut when they are first asked for, and once for a setting and whatever is made of it by `dataclasses.replace`.
+    """
+
+    domains: Domains
+    tokenizer: Any
+    length: int
+    count: int
+
+    @functools.cached_property
+    def windows(self) -> dict[str, list[list[int]]]:
+        """Token ids, by domain. Raises TextError for a domain that is too short."""
+        return {
+            name: texts.windows(self.tokenizer, documents, self.length, self.count)
+            for name, documents in self.domains.items()
+        }
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return " ".join(texts.text_digest(windows) for windows in self.windows.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +80,7 @@ class Setting:
     identity: CompressionPlan
     shards: tuple[Shard, ...]
     calibration_windows: tuple[list[int], ...]
+    moments_text: MomentsText
     text_digest: str
     backend: str
     device: str  # cpu | cuda | mps
@@ -156,7 +184,7 @@ class Setting:
         return {**self.file.score.model_dump(), **parts}
 
     def plan_digest(self, plan: CompressionPlan) -> str:
-        fitted = f" {self.file.text.moments_windows}" if build.needs_moments(plan) else ""
+        fitted = f" {self.moments_text.digest}" if build.needs_moments(plan) else ""
         return plan.digest(f"{self.base_digest} {self._calibration_key}{fitted}")
 
     def key(self, plan: CompressionPlan) -> str:
@@ -199,7 +227,7 @@ class Setting:
         """The second moments that this plan asks for, collected once and kept; None when it asks for none."""
         if not build.needs_moments(plan):
             return None
-        windows = _moment_windows(self.file, tokenizer_of(self.base_path))
+        windows = self.moments_text.windows
         exact = "float32" if self.device == "cpu" else self.identity.precision
         key = hashlib.sha256(
             json.dumps([RECIPE, "with windows", exact, self.base_digest, windows]).encode()
@@ -235,7 +263,7 @@ def prepare(file: StudyFile, say: Say = lambda _: None, *, search: bool = True, 
         )
     require_memory(base.total_parameters * (4 if device == "cpu" else 2), device, "the base model")
     tokenizer = tokenizer_of(path)
-    shards, windows = _windows(file, tokenizer)
+    domains, shards, windows = _texts(file, tokenizer)
     digest = checkpoint.digest_of(path, CACHE / "digests")
     return Setting(
         file=file,
@@ -246,6 +274,7 @@ def prepare(file: StudyFile, say: Say = lambda _: None, *, search: bool = True, 
         identity=identity,
         shards=shards,
         calibration_windows=windows,
+        moments_text=MomentsText(domains, tokenizer, file.text.window, file.text.moments_windows),
         text_digest=texts.text_digest([window for shard in shards for window in shard]),
         backend=backend,
         device=device,
@@ -332,36 +361,32 @@ def tokenizer_of(path: Path) -> Any:
         raise CheckpointError(f"model {path}: its tokenizer can't be read ({first}); copy its files again") from None
 
 
-def _windows(file: StudyFile, tokenizer: Any) -> tuple[tuple[Shard, ...], tuple[list[int], ...]]:
-    text = file.text
-    for_calibration, for_search = _documents(text.calibration, "calibration"), _documents(text.search, "search")
-    _require_apart({"text.calibration": for_calibration, "text.search": for_search})
-    windows = texts.mixed_windows(tokenizer, _domains(file), text.window, text.calibration_windows)
-    return _shards(file, tokenizer, for_search), tuple(windows)
+def _texts(file: StudyFile, tokenizer: Any) -> tuple[Domains, tuple[Shard, ...], tuple[list[int], ...]]:
+    """(the calibration text, the search text's shards, the calibration windows)."""
+    domains = _domains(file)
+    for_search = _search_documents(file)
+    _require_apart(file, {"calibration": _all(domains), "search": for_search})
+    windows = texts.mixed_windows(tokenizer, domains, file.text.window, file.text.calibration_windows)
+    return domains, _shards(file, tokenizer, for_search), tuple(windows)
 
 
-def calibration_documents(file: StudyFile) -> list[texts.Document]:
+def calibration_documents(file: StudyFile) -> Documents:
     """All of it, every domain. Raises UsageError where it shares text with the search text."""
-    return [document for documents in _domains(file).values() for document in documents]
+    documents = _all(_domains(file))
+    _require_apart(file, {"calibration": documents, "search": _search_documents(file)})
+    return documents
 
 
-def _moment_windows(file: StudyFile, tokenizer: Any) -> dict[str, list[list[int]]]:
-    count, length = file.text.moments_windows, file.text.window
-    return {name: texts.windows(tokenizer, documents, length, count) for name, documents in _domains(file).items()}
+def _all(domains: Domains) -> Documents:
+    return [document for documents in domains.values() for document in documents]
 
 
-def _domains(file: StudyFile) -> dict[str, Sequence[texts.Document]]:
+def _domains(file: StudyFile) -> Domains:
     """Of the calibration text: each of its files is one, and the embedded text has several."""
     named = file.text.calibration
-    if not isinstance(named, str):
-        return {f"{place}-{Path(name).stem}": texts.read_documents([name]) for place, name in enumerate(named)}
-    found: dict[str, Sequence[texts.Document]] = dict(_embedded_domains())
-    if file.text.search != "embedded":
-        for name, documents in found.items():
-            _require_apart(
-                {f"text.calibration ({name})": documents, "text.search": _documents(file.text.search, "search")}
-            )
-    return found
+    if isinstance(named, str):
+        return _embedded_domains()
+    return {f"{place}-{Path(name).stem}": _read([name]) for place, name in enumerate(named)}
 
 
 def report_shards(setting: Setting) -> tuple[Shard, ...]:
@@ -369,36 +394,54 @@ def report_shards(setting: Setting) -> tuple[Shard, ...]:
 
     Raises UsageError when it shares text with one of them, TextError when it can't be read.
     """
-    text = setting.file.text
-    if text.report is None:
+    file = setting.file
+    if file.text.report is None:
         return ()
-    documents = _documents(text.report, "report")
-    others = {f"text.{name}": _documents(getattr(text, name), name) for name in ("calibration", "search")}
-    for name, those in others.items():
-        _require_apart({name: those, "text.report": documents})
-    return _shards(setting.file, tokenizer_of(setting.base_path), documents)
+    documents = _embedded_report() if isinstance(file.text.report, str) else _read(file.text.report)
+    _require_apart(file, {"calibration": calibration_documents(file), "report": documents})
+    _require_apart(file, {"search": _search_documents(file), "report": documents})
+    return _shards(file, tokenizer_of(setting.base_path), documents)
 
 
-def _shards(file: StudyFile, tokenizer: Any, documents: Sequence[texts.Document]) -> tuple[Shard, ...]:
+def _shards(file: StudyFile, tokenizer: Any, documents: Documents) -> tuple[Shard, ...]:
     each = file.text.windows_per_shard
     flat = texts.windows(tokenizer, documents, file.text.window, file.text.shards * each)
     return tuple(flat[start : start + each] for start in range(0, len(flat), each))
 
 
-def _documents(named: Sequence[str] | str, part: str) -> Sequence[texts.Document]:
-    if isinstance(named, str):  # "embedded"
-        return _embedded_report() if part == "report" else _embedded()[0 if part == "calibration" else 1]
-    return texts.read_documents(named)
+def _search_documents(file: StudyFile) -> Documents:
+    return _embedded_search() if isinstance(file.text.search, str) else _read(file.text.search)
 
 
-def _require_apart(parts: Mapping[str, Sequence[texts.Document]]) -> None:
+def _read(names: Sequence[str]) -> Documents:
+    return [document for name in names for document in _read_once(name, _version(name))]
+
+
+@functools.cache
+def _read_once(name: str, version: tuple[str, ...]) -> tuple[texts.Document, ...]:
+    """Again only where the file has changed. A dataset is streamed once."""
+    return tuple(texts.read_documents([name]))
+
+
+def _version(name: str) -> tuple[str, ...]:
+    where = Path(name).absolute()
+    try:
+        there = where.stat()
+    except OSError:  # a dataset's name, or else reading it says what is wrong
+        return (str(where),)
+    return str(where), str(there.st_mtime_ns), str(there.st_size)
+
+
+def _require_apart(file: StudyFile, parts: Domains) -> None:
     """A plan must be judged on text that it was not fitted to. Raises UsageError."""
     (first, one), (second, other) = parts.items()
+    if getattr(file.text, first) == getattr(file.text, second) == "embedded":
+        return  # apart as they are made
     shared = texts.overlap(one, other)
     if shared:
         raise UsageError(
-            f"text: {first} and {second} share text: {shared[0]}; a plan must be judged on text that it was not "
-            "fitted to: take it out of one"
+            f"text: text.{first} and text.{second} share text: {shared[0]}; a plan must be judged on text that it was "
+            "not fitted to: take it out of one"
         )
 
 
@@ -417,12 +460,12 @@ def _embedded_domains() -> dict[str, list[texts.Document]]:
 
 
 @functools.cache
-def _embedded() -> tuple[Sequence[texts.Document], Sequence[texts.Document]]:
-    return texts.split(texts.embedded_documents())
+def _embedded_search() -> Documents:
+    return texts.split(texts.embedded_documents())[1]
 
 
 @functools.cache
-def _embedded_report() -> Sequence[texts.Document]:
+def _embedded_report() -> Documents:
     return texts.embedded_report_documents()
 
 

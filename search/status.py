@@ -1,12 +1,13 @@
 """Where a study stands: progress, best, Pareto front, what was pruned and failed and why, what was distilled.
 
-Reads only the storage.
+Reads only the storage, and whether what was distilled is still there.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -53,15 +54,22 @@ def by_score(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def best_of_all(best: FrozenTrial | None, distilled: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The best of the trials and of what was distilled of them; path: of the latter's model, else None."""
+    """The best of the trials and of what was distilled of them and is still there; path: of the latter's model, else
+    None.
+    """
     if best is None:
         return None
     found = {"trial": best.number, "path": None, "score": best.value, "score_se": best.user_attrs.get("score_se")}
     for row in distilled:
-        if "after" in row and row["after"]["score"] > (found["score"] or 0.0):
+        if "after" in row and row["after"]["score"] > (found["score"] or 0.0) and is_there(row):
             after = row["after"]
             found = {key: row[key] for key in ("trial", "path")} | {key: after[key] for key in ("score", "score_se")}
     return found
+
+
+def is_there(row: Mapping[str, Any]) -> bool:
+    """Whether a distilled model is where its row says, from this directory."""
+    return (Path(row["path"]) / "model.safetensors").is_file()
 
 
 def summary(trial: FrozenTrial) -> dict[str, Any]:

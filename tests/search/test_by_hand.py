@@ -1,5 +1,6 @@
 """The manual workflow: every command line of docs/by-hand.md, and what its steps promise."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,8 +14,9 @@ import pytest
 import torch
 import transformers
 
+from compressors.plan import CHOICES, CompressionPlan
 from evaluator import texts
-from search import config, workers
+from search import compress, config, workers
 
 ROOT = Path(__file__).parents[2]
 
@@ -187,6 +189,33 @@ def test_a_multirun_compares_and_a_second_call_skips_what_is_done(cli, shared):
     scores = [float(re.findall(r"(-?\d\.\d{4})±", line)[-1]) for line in table if "±" in line]
     assert scores == sorted(scores, reverse=True)
     assert len(scores) >= 3
+
+
+def test_plans_that_differ_have_names_that_differ():
+    base = CompressionPlan(30, 32, 8, 2048, 4096, "bfloat16")
+    cut = dataclasses.replace(base, num_hidden_layers=28, precision="W4A16")
+    assert compress.name_of(cut, base) == "drop28_w4a16"
+    named = {compress.name_of(cut, base)}
+    for option, choices in {**CHOICES, "keep_16_bit": (0, 1, 4)}.items():
+        named |= {compress.name_of(dataclasses.replace(cut, **{option: choice}), base) for choice in choices[1:]}
+    words = {
+        "flap",
+        "obs",
+        "ridge",
+        "stream",
+        "mse",
+        "gptq",
+        "g32",
+        "g64",
+        "g128",
+        "lmhead8",
+        "kvfp8",
+        "keep1",
+        "keep4",
+    }
+    assert named == {"drop28_w4a16"} | {f"drop28_w4a16_{word}" for word in words}
+    both = dataclasses.replace(cut, drop_from="top", precision="W8A8", repair="stream", quantizer="gptq")
+    assert compress.name_of(both, base) == "drop28-top_w8a8_stream_gptq"
 
 
 def test_a_job_that_can_not_be_built_says_so_in_its_row_and_the_others_go_on(cli, shared):

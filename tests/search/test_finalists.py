@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from compressors.distillation import state as distill_state
 from evaluator import measure
 from search import cli as commands
-from search import config, evaluation, setting, workers
+from search import config, distillation, evaluation, setting, workers
 from search import study as studies
 
 STUDY = """
@@ -91,9 +91,7 @@ def test_finalists_are_distilled_quantised_and_measured(done):
     rows = {row["trial"]: row for row in state["distilled"]}
     assert set(rows) == {1, 2, 3}
     names = [rows[number]["name"] for number in (1, 2, 3)]
-    assert names[0] == "model_kd_drop3"
-    assert sorted(names[1:])[0] == "model_kd_drop3_w8a8"
-    assert sorted(names[1:])[1] in ("model_kd_drop3_w8a8_trial2", "model_kd_drop3_w8a8_trial3")
+    assert names == ["model_kd_drop3", "model_kd_drop3_w8a8_gptq", "model_kd_drop3_w8a8"]
     assert {path.name for path in (home / "submit").iterdir()} == set(names)
     scores = [row["after"]["score"] for row in state["distilled"]]
     assert scores == sorted(scores, reverse=True)
@@ -209,6 +207,52 @@ def test_a_distillation_that_fails_has_its_reason_in_its_row(cli, home):
     printed = cli(*DISTIL, cwd=home).out
     best = ended.json["best"]["trial"]
     assert f"optuna-search export --study finals --trial {best}" in printed  # the best of all is not a distilled one
+
+
+def test_a_failure_takes_nothing_from_what_an_earlier_call_made(done, cli, tmp_path):
+    home, state = Path(shutil.copytree(done[0], tmp_path / "home")), done[1]
+    best, other, third = state["distilled"]
+    (home / "outputs" / "distillation").rmdir()
+    (home / "outputs" / "distillation").write_text("no directory")
+    failing = (*DISTIL, "distillation.temperature=2.0", "--json")
+    failed = cli(*failing, cwd=home)
+    assert failed.status == 1
+    assert [row["failure"] for row in failed.json["distilled"]] == ["CheckpointError"] * 3  # of this call
+    assert failed.json["best_of_all"] == state["best_of_all"]
+    assert f"the result that {best['path']} has from an earlier call stays" in failed.err
+    shown = cli("status", "--study", "finals", "--json", cwd=home).json
+    assert [row["after"] for row in shown["distilled"]] == [row["after"] for row in state["distilled"]]
+    shutil.rmtree(home / best["path"])
+    shown = cli("status", "--study", "finals", "--json", cwd=home).json["best_of_all"]
+    assert (shown["trial"], shown["path"]) == (other["trial"], other["path"])
+    shutil.copy(home / third["path"] / "model.safetensors", home / other["path"])  # another model than was measured
+    assert cli(*failing, cwd=home).status == 1
+    shown = cli("status", "--study", "finals", "--json", cwd=home).json
+    assert [row["trial"] for row in shown["distilled"] if "after" in row] == [third["trial"]]
+    assert {row["trial"] for row in shown["distilled"] if "failure" in row} == {best["trial"], other["trial"]}
+
+
+def test_what_is_only_needed_on_the_way_goes_however_a_call_ends(done, cli, tmp_path, monkeypatch):
+    home = Path(shutil.copytree(done[0], tmp_path / "home"))
+    shutil.rmtree(home / "submit")
+    (first,) = [
+        trial
+        for trial in studies.load(studies.open_storage(f"sqlite:///{home}/outputs/studies.db"), "finals").trials
+        if trial.number == 1
+    ]
+    student = home / "outputs" / "checkpoints" / first.user_attrs["checkpoint"]  # of what all three were distilled
+    student.mkdir(exist_ok=True)  # left by a call that was killed when the distilled model was written
+    write = distillation.write
+
+    def interrupted(*args):
+        if args[-1]["plan"]["quantizer"] == "gptq":
+            raise KeyboardInterrupt
+        write(*args)
+
+    monkeypatch.setattr(distillation, "write", interrupted)
+    assert cli(*DISTIL, "limits.keep_checkpoints=1", cwd=home).status == 130
+    assert len(list((home / "outputs" / "calibration").glob("moments-*"))) == 1  # the base model's alone
+    assert not student.exists()
 
 
 @pytest.mark.parametrize(

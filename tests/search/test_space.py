@@ -48,6 +48,15 @@ def test_repair_says_nothing_where_it_has_nothing_to_do():
     assert space.canonical(dataclasses.replace(BASE, repair="stream", precision="W8A8"), BASE).repair == "none"
 
 
+@pytest.mark.parametrize(("drop_from", "refits"), [("bottom", False), ("0,1", False), ("0,2", True), ("top", True)])
+def test_stream_repair_says_nothing_where_no_layer_before_a_gap_stays(drop_from, refits):
+    cut = CompressionPlan(28, 32, 8, 2048, 4096, "bfloat16", drop_from=drop_from)
+    stream = dataclasses.replace(cut, repair="stream")
+    assert space.canonical(stream, BASE) == (stream if refits else cut)
+    narrow = dataclasses.replace(stream, intermediate_size=2048)  # another projection lost inputs
+    assert space.canonical(narrow, BASE) == narrow
+
+
 def test_the_uncut_trials_start_with_the_base_model_and_try_each_precision():
     searched = Space(
         num_hidden_layers={"low": 24, "high": 30}, drop_from=["top", "importance"], precision=["W8A8", "bfloat16"]
