@@ -163,7 +163,9 @@ def no_process_left(home):
     return False
 
 
-@pytest.mark.parametrize("kill_in", ["screen:15", "build:2", "measure:9"])
+@pytest.mark.parametrize(  # in "measure" PostgreSQL's is killed below
+    "kill_in", ["screen:15", "build:2", pytest.param("measure:9", marks=pytest.mark.slow)]
+)
 def test_killed_in_a_stage(make_study, expected, kill_in):
     whole = unkilled(make_study, expected)
     home = make_study("again")
