@@ -303,6 +303,7 @@ def test_a_quantised_checkpoint_of_another_origin(cli, shared):
     assert found["measurement"]["kl_nats_per_token"] == pytest.approx(row["kl_nats_per_token"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_cut_model_learns_from_the_original(cli, shared):
     cut = ("compress", "drop-layers", "--study", "hand", "--keep-layers", "4", "--drop-from", "top")
     assert cli(*cut, "--save-path", "submit/model_drop4", cwd=shared).status == 0
