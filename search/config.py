@@ -41,7 +41,7 @@ METHODS = {  # of `compress`: the keys of which each needs one
     "cast": ("dtype",),
 }
 HOW = {  # and the keys that it may take beside
-    "drop_layers": ("drop_from",),
+    "drop_layers": ("drop_from", "repair"),
     "prune_heads": ("importance", "repair"),
     "reduce_hidden": ("repair",),
     "reduce_ffn": ("importance", "repair"),
@@ -169,6 +169,8 @@ class Compression(Section):
             return self
         if self.target_dim is not None and {"reduce_hidden", "reduce_ffn"} <= set(self.methods):
             raise ValueError("target_dim is of one of two methods here; say hidden_size and intermediate_size")
+        if set(self.methods) == {"drop_layers"} and self.repair == "ridge":
+            raise ValueError("repair: ridge has nothing to repair where only layers go; choose stream, or none")
         given = {name for name in type(self).model_fields if getattr(self, name) is not None} - {"method", "drop_from"}
         if isinstance(self.drop_from, list):
             given.add("keep_layers")

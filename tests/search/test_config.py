@@ -89,3 +89,10 @@ def test_own_study_files_come_first_and_build_on_ours(tmp_path: Path, monkeypatc
     assert (file.trials, file.model.source, file.pruner.p_threshold) == (3, "smollm2-135m", 0.1)
     (own / "wrong.yaml").write_text("defaults: [_base, _self_]\nstudy_name: wrong\nmodel: {source: x}\nsapce: {}\n")
     assert "sapce: unknown key; did you mean 'space'" in refused(study="wrong")
+
+
+def test_a_depth_cut_is_repaired_through_the_stream_alone(tmp_path):
+    words = ["compression.method=drop_layers", "compression.keep_layers=28"]
+    assert config.load("demo", [*words, "compression.repair=stream"], tmp_path).compression.repair == "stream"
+    with pytest.raises(ConfigError, match="ridge has nothing to repair where only layers go"):
+        config.load("demo", [*words, "compression.repair=ridge"], tmp_path)
