@@ -89,7 +89,7 @@ def apply(
         if plan.repair == "ridge" and moments is not None:
             readers = [family.q, family.k, family.v, family.gate, family.up]
             made = repair.take_over(made, before, family, readers, [dimensions] * len(layers), moments)
-    if plan.repair == "stream" and moments is not None and _cuts(plan, own):
+    if plan.repair == "stream" and moments is not None:
         stays = Stays(tuple(layers), dimensions, inputs, outputs)
         made = stream.take_over(made, base, family, stays, moments, device, say)
     made = recast(made, family)
@@ -138,10 +138,6 @@ def _unquantised(
     if plan.keep_16_bit and second is not None:
         groups = sensitivity.rank(made, family, plan.precision, second, group_size=plan.group_size)
     return [module for group in groups[: plan.keep_16_bit] for module in group]
-
-
-def _cuts(plan: CompressionPlan, own: CompressionPlan) -> bool:
-    return any(getattr(plan, name) != getattr(own, name) for name in ("num_hidden_layers", *WIDTHS))
 
 
 def needs_calibration(plan: CompressionPlan, base: CompressionPlan) -> bool:

@@ -86,6 +86,16 @@ class Family:
         """Projections that vLLM runs as one matrix."""
         return ((self.q, self.k, self.v), (self.o,), (self.gate, self.up), (self.down,))
 
+    @property
+    def output_norms(self) -> dict[str, str]:
+        """Of o and of down, the norm that what it puts out goes through before the residual stream; empty where none.
+
+        Where there is one of the two names alone, it is what Llama calls the MLP's input norm.
+        """
+        norms = ("post_attention_layernorm", "post_feedforward_layernorm")
+        there = set(norms) <= set(self.block_norms)
+        return dict(zip((self.o, self.down), norms, strict=True)) if there else {}
+
     def residual_norms(self, layers: int) -> list[str]:
         """Every norm over the residual width, the final one too."""
         return [self.in_layer(i, norm) for i in range(layers) for norm in self.block_norms] + [self.final_norm]

@@ -17,7 +17,6 @@ from compressors.family import Family
 from compressors.layerwise import Layers
 
 GAIN = 1e-2  # of the median gain² of an output norm: dimensions of much less are corrected less
-OUTPUT_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")  # of o and of down, where both have one
 
 Told = Iterator[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]]
 
@@ -41,8 +40,7 @@ class Streams:
 
     def __init__(self, base: Layers, cut: Layers, family: Family, stays: Stays) -> None:
         self.base, self.cut, self.family, self.stays = base, cut, family, stays
-        both = set(OUTPUT_NORMS) <= set(family.block_norms)  # else the first is what Llama calls the MLP's input norm
-        self.norm_of = dict(zip((family.o, family.down), OUTPUT_NORMS, strict=True)) if both else {}
+        self.norm_of = family.output_norms
         self._inputs: list[dict[str, torch.Tensor]] = []  # of the base model's readers, [B, T, E]
         self._middle: list[torch.Tensor] = []  # r between attention and MLP
         self._last: list[tuple[torch.Tensor, torch.Tensor]] = []  # r' there, and the input of down

@@ -21,7 +21,6 @@ from compressors.methods import precision
 
 BITS = {"W8A8": 8, "FP8_DYNAMIC": 8, "W4A16": 4}
 FP8_ERROR = 2**-6 / 12 * 0.541  # mean square relative error of rounding to 3 bits of mantissa, magnitudes log-uniform
-OUTPUT_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")  # of blocks whose outputs are normalised
 
 
 def rank(
@@ -78,14 +77,14 @@ def _shares(checkpoint: Checkpoint, family: Family, moments: precision.Moments) 
 
     Blocks are taken to add to the stream without regard to each other, and the embedding's part is left out.
     """
-    normalised = set(OUTPUT_NORMS) <= set(family.block_norms)
     stream = torch.finfo(torch.float32).tiny
     for layer in range(int(checkpoint.config["num_hidden_layers"])):
         added = []
-        for part, norm in zip((family.o, family.down), OUTPUT_NORMS, strict=True):
-            module = family.in_layer(layer, norm if normalised else part)
+        for part in (family.o, family.down):
+            norm = family.output_norms.get(part)
+            module = family.in_layer(layer, norm or part)
             weight = checkpoint.tensors[f"{module}.weight"].load().float()
-            if normalised:  # the norm's gains are what it puts out
+            if norm is not None:  # the norm's gains are what it puts out
                 own = float((weight + family.norm_offset).square().sum())
             else:
                 moment = moments(module)
