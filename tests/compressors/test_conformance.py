@@ -25,16 +25,6 @@ def windows():
 
 
 @pytest.fixture(scope="module")
-def base(pico):
-    return Checkpoint.read(pico)
-
-
-@pytest.fixture(scope="module")
-def its_family(base):
-    return family.family_of(base)
-
-
-@pytest.fixture(scope="module")
 def statistics(base, windows):
     return calibration.calibrate(base, windows)
 

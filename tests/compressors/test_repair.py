@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from compressors import build, calibration, family, moments
-from compressors.checkpoint import Checkpoint
+from compressors import build, calibration, moments
 from compressors.errors import CheckpointError
 from compressors.methods import heads, importance, repair
 from compressors.moments import Moment
@@ -27,16 +26,6 @@ def domains():
         "low": torch.randint(3, 160, (5, 24), generator=generator).tolist(),
         "high": torch.randint(160, 320, (4, 24), generator=generator).tolist(),
     }
-
-
-@pytest.fixture(scope="module")
-def base(pico):
-    return Checkpoint.read(pico)
-
-
-@pytest.fixture(scope="module")
-def its_family(base):
-    return family.family_of(base)
 
 
 @pytest.fixture(scope="module")

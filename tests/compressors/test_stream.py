@@ -26,16 +26,6 @@ def domains():
     return {"low": windows_of(1, 3, 200, 12), "high": windows_of(2, 100, 320, 12)}
 
 
-@pytest.fixture(scope="module")
-def base(pico):
-    return Checkpoint.read(pico)
-
-
-@pytest.fixture(scope="module")
-def its_family(base):
-    return family.family_of(base)
-
-
 def with_tensors(checkpoint, changed):
     def lazily(value):
         return LazyTensor(tuple(value.shape), value.dtype, lambda: value)

@@ -1,0 +1,16 @@
+"""The model that a test of every family is about."""
+
+import pytest
+
+from compressors import family
+from compressors.checkpoint import Checkpoint
+
+
+@pytest.fixture(scope="module")
+def base(pico):
+    return Checkpoint.read(pico)
+
+
+@pytest.fixture(scope="module")
+def its_family(base):
+    return family.family_of(base)
