@@ -4,8 +4,9 @@
     python benchmarks/distill.py --random-1.2b --tokenizer MODEL --layers 28 --tokens 2000000 --device cuda
 
 DIRECTORY holds calibration_*.txt, which it is trained on (its last tenth is held out), and search_*.txt, on which it
-is judged. --random-1.2b: EXAONE-4.0-1.2B's dimensions with random weights, trained on random tokens, to time it, and
-not judged. FLOP are counted as `Distilled` says: 6·N of the student and 2·N of the teacher per token.
+is judged. --random-1.2b: EXAONE-4.0-1.2B's dimensions with random weights (MODEL, where `gpu/random_model.py` has
+written it), trained on random tokens, to time it, and not judged. FLOP are counted as `Distilled` says: 6·N of the
+student and 2·N of the teacher per token.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction)
     arguments = parser.parse_args()
     if not (arguments.tokenizer or arguments.model if arguments.random else arguments.model and arguments.text):
-        parser.error("name MODEL and --text, or --random-1.2b and --tokenizer")
+        parser.error("name MODEL and --text, or --random-1.2b and --tokenizer or MODEL")
     fields = Distillation.__dataclass_fields__
     asked = {name: value for name, value in vars(arguments).items() if name in fields and value is not None}
     settings = Distillation(**{"tokens": 2_000_000 if arguments.random else 300_000, **asked})
@@ -67,10 +68,11 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, settings: Distillation, scratch: pathlib.Path) -> None:
     if arguments.random:
-        script = pathlib.Path(__file__).parent / "gpu" / "random_model.py"
-        tokenizer = arguments.tokenizer or arguments.model
-        subprocess.run([sys.executable, script, scratch / "model", "--tokenizer", tokenizer], check=True)
-        teacher = Checkpoint.read(scratch / "model")
+        there = arguments.model or scratch / "model"
+        if arguments.model is None:
+            script = pathlib.Path(__file__).parent / "gpu" / "random_model.py"
+            subprocess.run([sys.executable, script, there, "--tokenizer", arguments.tokenizer], check=True)
+        teacher = Checkpoint.read(there)
         windows = random_windows(settings.window, max(settings.tokens // settings.window, 1), seed=0)
         held_out = random_windows(settings.window, settings.held_out_windows, seed=1)
         judged = {}

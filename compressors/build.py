@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -34,8 +35,8 @@ def apply(
     """The compressed checkpoint: depth, then heads, FFN and hidden size, then precision. Weights are read when used.
 
     What stays is chosen by `calibration` and `moments`; without them only shapes are right. simulate: quantised plans
-    as a model of plain tensors that computes the same, for scoring in memory. device: where the base model is run, if a
-    choice or a repair asks for that. say: told of what takes long. Raises InfeasiblePlan.
+    as a model of plain tensors that computes the same, for scoring in memory. device: of the arithmetic, and where the
+    base model is run if a choice or a repair asks for that. say: told of what takes long. Raises InfeasiblePlan.
     """
     device = "cpu" if device == "mps" else device  # which has no float64
     own = CompressionPlan.identity(base.config)
@@ -62,22 +63,23 @@ def apply(
         if plan.importance == "activation" or moments is None:
             kept = heads.choose_all(made, *wanted, calibration)
         else:
-            kept = importance.choose_heads(made, family, *wanted, moments, plan.importance)
+            kept = importance.choose_heads(made, family, *wanted, moments, plan.importance, device)
         made = heads.cut(made, family, kept)
         inputs[family.o] = outputs[family.q] = [heads.inputs_of(those, size) for those in kept]
         outputs[family.k] = outputs[family.v] = [heads.outputs_of(those, size) for those in kept]
         if plan.repair == "ridge" and moments is not None:
-            made = repair.take_over(made, before, family, [family.o], inputs[family.o], moments)
+            made = repair.take_over(made, before, family, [family.o], inputs[family.o], moments, device)
     if plan.intermediate_size != own.intermediate_size:
         before = made
         if plan.importance == "activation" or moments is None:
             channels = ffn.choose_all(made, plan.intermediate_size, calibration)
         else:
-            channels = importance.choose_channels(made, family, plan.intermediate_size, moments, plan.importance)
+            wide, how = plan.intermediate_size, plan.importance
+            channels = importance.choose_channels(made, family, wide, moments, how, device)
         made = ffn.cut(made, family, channels)
         inputs[family.down] = outputs[family.gate] = outputs[family.up] = channels
         if plan.repair == "ridge" and moments is not None:
-            made = repair.take_over(made, before, family, [family.down], channels, moments)
+            made = repair.take_over(made, before, family, [family.down], channels, moments, device)
     dimensions = None
     if plan.hidden_size != own.hidden_size:
         squares = None
@@ -88,7 +90,7 @@ def apply(
         inputs[family.q] = inputs[family.gate] = [dimensions] * len(layers)
         if plan.repair == "ridge" and moments is not None:
             readers = [family.q, family.k, family.v, family.gate, family.up]
-            made = repair.take_over(made, before, family, readers, [dimensions] * len(layers), moments)
+            made = repair.take_over(made, before, family, readers, [dimensions] * len(layers), moments, device)
     if plan.repair == "stream" and moments is not None:
         stays = Stays(tuple(layers), dimensions, inputs, outputs)
         made = stream.take_over(made, base, family, stays, moments, device, say)
@@ -96,7 +98,7 @@ def apply(
     if plan.precision in DTYPES:
         made = precision.cast(made, plan.precision)
     elif plan.precision in SCHEMES:
-        second = None if moments is None else _second_moments(family, moments, inputs)
+        second = None if moments is None else _second_moments(family, moments, inputs, device)
         made = (precision.simulate if simulate else precision.quantize)(
             made,
             family,
@@ -107,6 +109,7 @@ def apply(
             lm_head_8bit=plan.lm_head == "8-bit",
             kv_cache_fp8=plan.kv_cache == "fp8",
             moments=second,
+            device=device,
         )
     else:
         raise InfeasiblePlan(f"precision: {plan.precision!r} is not one of {', '.join((*DTYPES, *SCHEMES))}")
@@ -117,15 +120,18 @@ def apply(
 
 
 def _second_moments(
-    family: Family, moments: Moments, inputs: Mapping[str, Sequence[torch.Tensor]]
+    family: Family, moments: Moments, inputs: Mapping[str, Sequence[torch.Tensor]], device: str
 ) -> Callable[[str], torch.Tensor]:
     """Module name → the second moment [K, K] of its input in the cut model, all domains together."""
 
+    @functools.lru_cache(maxsize=1)  # q, k and v have one, gate and up another
+    def of_input(layer: int, stands: str) -> torch.Tensor:
+        moment = mixed({domain: moment.to(device) for domain, moment in moments.of(layer, stands).items()})
+        return (moment.take(inputs[stands][layer].to(device)) if stands in inputs else moment).second
+
     def second(module: str) -> torch.Tensor:
         number, _, part = module.removeprefix(f"{family.layers}.").partition(".")
-        layer, stands = int(number), input_of(family, part)
-        moment = mixed(moments.of(layer, stands))
-        return (moment.take(inputs[stands][layer]) if stands in inputs else moment).second
+        return of_input(int(number), input_of(family, part))
 
     return second
 

@@ -40,7 +40,7 @@ CARRIED = (
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is known by its shape and dtype until `load` makes it, on the CPU."""
+    """A tensor that is known by its shape and dtype until `load` makes it: on the CPU, but for simulated weights."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

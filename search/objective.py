@@ -225,9 +225,7 @@ class Bench:
             yield model
         finally:
             del model
-            gc.collect()
-            if setting.device == "cuda":
-                torch.cuda.empty_cache()
+            _free_memory(setting.device)
 
     def _applied(self, plan: CompressionPlan, *, simulate: bool = False) -> checkpoint.Checkpoint:
         setting = self.setting
@@ -276,6 +274,7 @@ class Bench:
             raise CompressionError(f"build: {path}: {error.strerror or error}; nothing was left there") from None
         finally:
             shutil.rmtree(building, ignore_errors=True)
+            _free_memory(setting.device)
         return path, weights_sha256
 
     def measure(
@@ -322,6 +321,13 @@ class Bench:
             layers=len(found.layers),
             base_layers=self.setting.identity.num_hidden_layers,
         )
+
+
+def _free_memory(device: str) -> None:
+    """What torch keeps of the device's memory, an engine may want next."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def with_predicted_time(measurement: Measurement, ratio: float) -> Measurement:

@@ -1,35 +1,58 @@
 #!/usr/bin/env bash
-# A study with the vLLM backend on a small real EXAONE-4.0 model: every precision, exported, the export served by a fresh
-# vLLM with the server's defaults.   study.sh MODEL TEXT_DIRECTORY OUT [TRIALS]
+# On a small real EXAONE-4.0 model with the vLLM backend: the recipes that teams try by hand, then a study over all of it
+# on the same baseline, its best trials distilled; the best one exported and served by a fresh vLLM with the server's
+# defaults.   study.sh MODEL TEXT_DIRECTORY OUT [TRIALS]
 set -uo pipefail
-model=$1 text=$2 out=$3 trials=${4:-16}
-export PYTHONPATH=.:${PYTHONPATH:-} OPTUNA_SEARCH_CACHE=/tmp/optuna-search-cache PYTHONUNBUFFERED=1
-study=(--study exaone4-1.2b --study-name mini --storage "sqlite:////tmp/mini.db" "outputs=/tmp/mini" "model.source=$model"
-  "text.calibration=[$text/calibration_en.txt]" "text.search=[$text/search_en.txt]" text.window=256 text.shards=16
-  text.windows_per_shard=2 "space.num_hidden_layers={low: 9, high: 12}" "space.num_key_value_heads={low: 1, high: 2}"
-  space.num_attention_heads=null "space.hidden_size={low: 448, high: 512, step: 64}"
-  "space.intermediate_size={low: 768, high: 1024, step: 64}")
-time python3 -m search.cli run "${study[@]}" --trials "$trials" 2>"$out/run.err" >"$out/status.txt" || tail -20 "$out/run.err"
-grep -v '^…' "$out/run.err" | cut -c1-190
+model=$1 text=$(realpath "$2") out=$3 trials=${4:-24}
+model=$(realpath "$model")
+export PYTHONPATH=$PWD:${PYTHONPATH:-} OPTUNA_SEARCH_CACHE=/tmp/optuna-search-cache PYTHONUNBUFFERED=1
+rm -rf /tmp/mini; mkdir -p /tmp/mini/studies/experiments; cd /tmp/mini
+study=(--study exaone4-1.2b "storage=sqlite:////tmp/mini/mini.db" "model.source=$model" tracking.mlflow=false
+  "text.calibration=[$text/calibration_en.txt]" "text.search=[$text/search_en.txt]" text.report=null text.window=256
+  text.shards=16 text.windows_per_shard=2 text.moments_windows=128 export.for_transformers=null)
+space=("space.num_hidden_layers={low: 8, high: 12}" "space.num_key_value_heads={low: 1, high: 2}"
+  "space.num_attention_heads={low: 4, high: 8}" "space.hidden_size={low: 448, high: 512, step: 64}"
+  "space.intermediate_size={low: 768, high: 1024, step: 64}" "space.drop_from=[kl,importance]"
+  "space.importance=[flap,activation]" "space.repair=[stream,none]" "space.quantizer=[gptq,nearest]"
+  "space.group_size=[0,32]" "space.kv_cache=[auto,fp8]")
+
+recipes=()
+recipe() { # the manual's, of 30 layers and 32 heads, as near as 12 and 8 come
+  printf '# @package _global_\nexperiment_name: by_hand_%s\ncompression: {%s}\n' "$1" "$2" >"studies/experiments/01-01_by_hand_$1.yaml"
+  recipes+=("by_hand_$1")
+}
+recipe top "keep_layers: 11, drop_from: top"
+recipe influence "keep_layers: 11"
+recipe heads "keep_heads: 6"
+recipe fp16 "dtype: float16"
+recipe w8a8 "scheme: W8A8"
+recipe w4a16 "scheme: W4A16"
+recipe fp8 "scheme: FP8_DYNAMIC"
+echo "== by hand"
+time python3 -m search.cli compress "${study[@]}" -m "experiments=$(IFS=,; echo "${recipes[*]}")" 2>"$out/hand.err" >"$out/hand.txt" || tail -5 "$out/hand.err"
+cat "$out/hand.txt"
+
+echo "== the study, $trials trials"
+time python3 -m search.cli run "${study[@]}" --study-name mini "${space[@]}" --trials "$trials" --distill-top 2 --tokens 1000000 \
+  2>"$out/run.err" >"$out/status.txt" || tail -20 "$out/run.err"
+grep -v '^…' "$out/run.err" | cut -c1-230
 cat "$out/status.txt"
-time python3 -m search.cli export "${study[@]}" --to /tmp/submit/model 2>&1 | grep -v '^…'
-ls /tmp/submit/model
-python3 - "$out" <<'PY'
-import json, pathlib, optuna
-study = optuna.load_study(storage="sqlite:////tmp/mini.db", study_name="mini")
+python3 - <<'PY'
+import optuna
+study = optuna.load_study(storage="sqlite:////tmp/mini/mini.db", study_name="mini")
 print("baseline", study.user_attrs["baseline"]["seconds"])
 for trial in study.trials:
-    print(trial.number, trial.state.name, trial.user_attrs.get("seconds"))
-for path in sorted(pathlib.Path("/tmp/mini/measurements").glob("*.json")):
-    found = json.loads(path.read_text())
-    print(found["dtype"], round(found["perplexity"], 3), round(found["time_ratio"], 4), round(found["time_ratio_se"], 4), found["notes"], found["seconds"])
+    if trial.state.name == "COMPLETE":
+        print(trial.number, round(trial.value, 4), trial.user_attrs.get("seconds"))
 PY
-cp /tmp/mini.db "$out/"; cp /tmp/mini/logs/*.log "$out/"
+cp /tmp/mini/mini.db "$out/"
+
 echo "== the export, served by a fresh vLLM with its defaults"
-python3 -m vllm.entrypoints.openai.api_server --model /tmp/submit/model --served-model-name best --host 127.0.0.1 --port 8123 \
+time python3 -m search.cli export "${study[@]}" --study-name mini "${space[@]}" --to /tmp/mini/submit/best 2>&1 | grep -v '^…'
+python3 -m vllm.entrypoints.openai.api_server --model /tmp/mini/submit/best --served-model-name best --host 127.0.0.1 --port 8123 \
   --gpu-memory-utilization 0.5 >"$out/serve.log" 2>&1 &
 server=$!
-for _ in $(seq 150); do
+for _ in $(seq 120); do
   curl -sf http://127.0.0.1:8123/v1/models >/dev/null && break
   kill -0 $server 2>/dev/null || break
   sleep 1

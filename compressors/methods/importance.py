@@ -77,11 +77,10 @@ def _remove(weight: torch.Tensor, inverse: torch.Tensor, block: torch.Tensor) ->
 
 
 def choose_channels(
-    checkpoint: Checkpoint, family: Family, keep: int, moments: Moments, how: str
+    checkpoint: Checkpoint, family: Family, keep: int, moments: Moments, how: str, device: str = "cpu"
 ) -> list[torch.Tensor]:
-    """The FFN channels that stay in each layer, int64 [keep], ascending. how: flap | obs."""
+    """The FFN channels that stay in each layer, int64 [keep], ascending. how: flap | obs. device: of the arithmetic."""
     choice = {"flap": flap_choice, "obs": obs_choice}[how]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     found = []
     for layer in range(int(checkpoint.config["num_hidden_layers"])):
         weight = checkpoint.tensors[f"{family.in_layer(layer, family.down)}.weight"].load().to(device)
@@ -90,19 +89,25 @@ def choose_channels(
 
 
 def choose_heads(
-    checkpoint: Checkpoint, family: Family, keep_heads: int, keep_groups: int, moments: Moments, how: str
+    checkpoint: Checkpoint,
+    family: Family,
+    keep_heads: int,
+    keep_groups: int,
+    moments: Moments,
+    how: str,
+    device: str = "cpu",
 ) -> list[Kept]:
     """The heads that stay in each layer: first whole key/value groups go, then as many query heads of each group.
 
-    how: flap | obs.
+    how: flap | obs. device: of the arithmetic.
     """
     config = checkpoint.config
     count, size = int(config["num_attention_heads"]), head_dim(config)
     groups = int(config.get("num_key_value_heads") or count)
     found = []
     for layer in range(int(config["num_hidden_layers"])):
-        weight = checkpoint.tensors[f"{family.in_layer(layer, family.o)}.weight"].load()
-        moment = mixed(moments.of(layer, family.o))
+        weight = checkpoint.tensors[f"{family.in_layer(layer, family.o)}.weight"].load().to(device)
+        moment = mixed(moments.of(layer, family.o)).to(device)
         if how == "flap":
             energy = flap(weight, moment).reshape(count, size).sum(1).sqrt()
             found.append(heads.choose(count, groups, keep_heads, keep_groups, energy.tolist()))

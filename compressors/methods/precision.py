@@ -131,6 +131,7 @@ def quantize(
     lm_head_8bit: bool = False,
     kv_cache_fp8: bool = False,
     moments: Moments | None = None,
+    device: str = "cpu",
 ) -> Checkpoint:
     """A compressed-tensors checkpoint as stock vLLM and transformers load it, by scheme:
 
@@ -143,12 +144,12 @@ def quantize(
     group_size: of W4A16; 0: the largest that fits. keep: modules that stay in 16 bits, whole fused groups alone.
     lm_head_8bit: lm_head too, apart from the embedding, which stays in 16 bits: by the scheme, or with W4A16 weights
         in 8 bits (W8A16). kv_cache_fp8: keys and values are cached as float8_e4m3fn with scale 1.
-    Raises InfeasiblePlan.
+    device: where weights are rounded; one at a time is there. Raises InfeasiblePlan.
     """
     parameters = checkpoint.total_parameters
     size = _checked(checkpoint, family, scheme, quantizer, group_size, keep, lm_head_8bit, moments)
     checkpoint = in_16_bits(checkpoint)
-    rounded = _Rounding(quantizer, moments)
+    rounded = _Rounding(quantizer, moments, device)
     quantised = {f"{name}.weight" for name in linears(checkpoint, family) if name not in keep}
     tensors: dict[str, LazyTensor] = {}
     for name, weight in checkpoint.tensors.items():
@@ -181,14 +182,15 @@ def simulate(
     lm_head_8bit: bool = False,
     kv_cache_fp8: bool = False,
     moments: Moments | None = None,
+    device: str = "cpu",
 ) -> Checkpoint:
     """The same model for scoring in memory: weights rounded and multiplied out, activations rounded as they come.
 
-    An FP8 cache is not imitated: keys and values stay as they are.
+    An FP8 cache is not imitated: keys and values stay as they are. Rounded weights stay on `device`.
     """
     size = _checked(checkpoint, family, scheme, quantizer, group_size, keep, lm_head_8bit, moments)
     checkpoint = in_16_bits(checkpoint)
-    rounded = _Rounding(quantizer, moments)
+    rounded = _Rounding(quantizer, moments, device)
     tensors = dict(checkpoint.tensors)
     schemes = dict.fromkeys((name for name in linears(checkpoint, family) if name not in keep), scheme)
     config = dict(checkpoint.config)
@@ -313,13 +315,13 @@ def _checked(
 class _Rounding:
     """Rounds one Linear at a time, and remembers the last one: its values and its scales are asked for one by one."""
 
-    def __init__(self, quantizer: str, moments: Moments | None) -> None:
-        self.quantizer, self.moments = quantizer, moments
+    def __init__(self, quantizer: str, moments: Moments | None, device: str) -> None:
+        self.quantizer, self.moments, self.device = quantizer, moments, device
         self.last: dict[str, Rounded] = {}
 
     def of(self, module: str, weight: torch.Tensor, scheme: str, size: int | None) -> Rounded:
-        moment = None if self.moments is None or self.quantizer == "nearest" else self.moments(module)
-        return quantised_weight(weight, scheme, size, self.quantizer, moment)
+        moment = None if self.moments is None or self.quantizer == "nearest" else self.moments(module).to(self.device)
+        return quantised_weight(weight.to(self.device), scheme, size, self.quantizer, moment)
 
     def once(self, module: str, weight: LazyTensor, scheme: str, size: int | None) -> Rounded:
         if module not in self.last:
@@ -333,7 +335,7 @@ class _Rounding:
 
 def _for_head(rounded: _Rounding) -> _Rounding:
     """8 bits lose too little for GPTQ to win anything back, and the embedding's rows are many."""
-    return _Rounding("mse" if rounded.quantizer == "gptq" else rounded.quantizer, None)
+    return _Rounding("mse" if rounded.quantizer == "gptq" else rounded.quantizer, None, rounded.device)
 
 
 def _head(checkpoint: Checkpoint, family: Family) -> LazyTensor:

@@ -38,24 +38,26 @@ def take_over(
     parts: Sequence[str],
     kept: Sequence[torch.Tensor],
     moments: Moments,
+    device: str = "cpu",
 ) -> Checkpoint:
     """The projections `parts` of every layer of `cut`, repaired.
 
-    They read the inputs `kept` [|S|] of those of `before`. moments: of the layers of `before`.
+    They read the inputs `kept` [|S|] of those of `before`. moments: of the layers of `before`. device: of the
+    arithmetic.
     """
     tensors = dict(cut.tensors)
     for layer, index in enumerate(kept):
         for part in parts:
             name = f"{family.in_layer(layer, part)}.weight"
-            tensors[name] = _lazily(before.tensors[name], tensors[name], index, moments, layer, input_of(family, part))
+            stands = input_of(family, part)
+            tensors[name] = _lazily(before.tensors[name], tensors[name], index, moments, layer, stands, device)
     return dataclasses.replace(cut, tensors=tensors)
 
 
 def _lazily(
-    whole: LazyTensor, there: LazyTensor, kept: torch.Tensor, moments: Moments, layer: int, part: str
+    whole: LazyTensor, there: LazyTensor, kept: torch.Tensor, moments: Moments, layer: int, part: str, device: str
 ) -> LazyTensor:
     def load() -> torch.Tensor:
-        device = "cuda" if torch.cuda.is_available() else "cpu"  # of the arithmetic
         by_domain = {domain: moment.to(device) for domain, moment in moments.of(layer, part).items()}
         weight, index = whole.load().to(device), kept.to(device)
         factor = _remembered(moments, layer, part, weight, kept, lambda: strength(weight, index, by_domain))

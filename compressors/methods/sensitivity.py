@@ -60,9 +60,10 @@ def damage(
 
     weight [N, K] in 16 bits, moment [K, K], size: the group's, None: K.
     """
+    weight = weight.to(moment.device)
     values, scales = precision.quantised_weight(weight, scheme, size, quantizer, moment)
-    exact = weight.to(moment.device).float()
-    error = rounding.multiplied_out(values, scales).to(moment.device) - exact
+    exact = weight.float()
+    error = rounding.multiplied_out(values, scales) - exact
     lost = _square(error, moment) + _lost_to_inputs(exact, moment.diagonal().float(), scheme)
     return lost / max(_square(exact, moment), torch.finfo(torch.float32).tiny)
 

@@ -263,7 +263,7 @@ def test_gptq_sees_the_inputs_of_the_cut_model(base, its_family, collected):
     plan = dataclasses.replace(own, intermediate_size=96, num_hidden_layers=3, drop_from="top")
     made = build.apply(plan, base, its_family, None, moments=collected)
     kept = [torch.arange(96)] * 3
-    second = build._second_moments(its_family, collected.of_layers([0, 1, 2]), {its_family.down: kept})
+    second = build._second_moments(its_family, collected.of_layers([0, 1, 2]), {its_family.down: kept}, "cpu")
     for layer in range(3):
         name = its_family.in_layer(layer, its_family.down)
         assert second(name).shape == (96, 96)
