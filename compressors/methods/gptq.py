@@ -8,6 +8,8 @@ Knows no checkpoint.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from compressors import rounding
@@ -119,12 +121,55 @@ def _columns(rest: torch.Tensor, each: torch.Tensor, factor: torch.Tensor, schem
     values = torch.empty_like(rest)
     for start in range(0, len(rest), BLOCK):
         stop = min(start + BLOCK, len(rest))
-        block, inner = rest[start:stop], factor[start:stop, start:stop].contiguous()
-        errors = torch.empty_like(block)
-        for i in range(stop - start):
-            scale = each[start + i]
-            values[start + i] = rounding.to_grid(block[i] / scale, scheme)
-            torch.addcmul(block[i], values[start + i], scale, value=-1, out=errors[i]).div_(inner[i, i])
-            block[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
+        parts = rest[start:stop], each[start:stop], factor[start:stop, start:stop]
+        if rest.is_cuda and stop - start == BLOCK:
+            values[start:stop], errors = _recorded(rest.shape[1], scheme, rest.device)(*parts)
+        else:
+            values[start:stop], errors = _block(*parts, scheme)
         rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return values
+
+
+def _block(
+    block: torch.Tensor, each: torch.Tensor, inner: torch.Tensor, scheme: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values, errors to pass on), both [B, N], of the B columns in `block` [B, N]; each [B, N], inner [B, B]."""
+    block, inner = block.clone(), inner.contiguous()
+    values, errors = torch.empty_like(block), torch.empty_like(block)
+    for i in range(len(block)):
+        values[i] = rounding.to_grid(block[i] / each[i], scheme)
+        torch.addcmul(block[i], values[i], each[i], value=-1, out=errors[i]).div_(inner[i, i])
+        block[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
+    return values, errors
+
+
+class _Recorded:
+    """`_block` of BLOCK columns as a CUDA graph: its thousand small kernels wait for no host. Tensors that it returns
+    are its own, and the next call's.
+    """
+
+    def __init__(self, rows: int, scheme: str, device: torch.device) -> None:
+        block, each = (torch.ones(BLOCK, rows, device=device) for _ in range(2))
+        self.given = block, each, torch.eye(BLOCK, device=device)
+        # a recording wants its kernels to have run before, on another stream
+        aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside):
+            _block(*self.given, scheme)
+        torch.cuda.current_stream(device).wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.found = _block(*self.given, scheme)
+
+    def __call__(
+        self, block: torch.Tensor, each: torch.Tensor, inner: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        for place, value in zip(self.given, (block, each, inner), strict=True):
+            place.copy_(value)
+        self.graph.replay()
+        return self.found
+
+
+@functools.lru_cache(maxsize=8)  # a model's projections have three or four widths
+def _recorded(rows: int, scheme: str, device: torch.device) -> _Recorded:
+    return _Recorded(rows, scheme, device)

@@ -183,3 +183,19 @@ def test_the_factor_is_of_the_inverse():
     assert torch.equal(factor, factor.triu())
     torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(moment), rtol=1e-6, atol=1e-9)
     assert torch.isfinite(gptq.inverse_factor(torch.ones(48, 48).double())).all()  # of rank 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_gpu_finds_the_same(scheme):
+    """Its blocks are a recording that is played again: another weight of the same width must not meet the first's."""
+    size = SCHEMES[scheme]
+    for seed in range(2):
+        weight, x = correlated(320, seed=seed)
+        values, scales = gptq.gptq(weight, moment_of(x), scheme, size)
+        there, its_scales = gptq.gptq(weight.cuda(), moment_of(x).cuda(), scheme, size)
+        assert torch.equal(its_scales.cpu(), scales)
+        assert (there.cpu() == values).float().mean() > 0.97  # a tie falls either way
+        assert lost(weight, (there.cpu(), scales), moment_of(x)) == pytest.approx(
+            lost(weight, (values, scales), moment_of(x)), rel=0.02
+        )
