@@ -99,8 +99,7 @@ def main() -> None:
     moment = moments.collect(base, windows, arguments.work / f"moments-{base.digest()[:8]}-{digest}", device)
     print(f"second moments: {time.monotonic() - started:.0f} s", flush=True)
     statistics = calibration.calibrate(base, [window for those in windows.values() for window in those], device)
-    dtype = torch.float32 if device == "cpu" else None
-    model = base.to_model(device, dtype)
+    model = base.to_model(device, torch.float32)
     reference = {name: quality.Reference.of(model, those, max_bytes=1 << 34) for name, those in shards.items()}
     del model
 
@@ -113,7 +112,7 @@ def main() -> None:
             plan = dataclasses.replace(own, **changes, **options)
             started = time.monotonic()
             made = build.apply(plan, base, kind, statistics, moments=moment, simulate=True, device=device)
-            made = made.to_model(device, dtype)
+            made = made.to_model(device, torch.float32)
             built = time.monotonic() - started
             row = {"cut": cut, "how": how, "seconds": built}
             for name, those in shards.items():

@@ -398,7 +398,9 @@ def method_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 IMPORTANCE = click.option("--importance", metavar="activation|flap|obs", help="How those that stay are chosen.")
-REPAIR = click.option("--repair", metavar="none|ridge", help="What stays takes over what goes, by least squares.")
+REPAIR = click.option(
+    "--repair", metavar="none|ridge|stream", help="What stays takes over what goes, by least squares."
+)
 
 
 @compress.command(BY_CONFIG, cls=StudyCommand)

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # On a small real EXAONE-4.0 model with the vLLM backend: the recipes that teams try by hand, then a study over all of it
-# on the same baseline, its best trials distilled; the best one exported and served by a fresh vLLM with the server's
-# defaults.   study.sh MODEL TEXT_DIRECTORY OUT [TRIALS]
+# on the same baseline, its best trials distilled; the best one exported, measured anew in turn with the recipes, and
+# served by a fresh vLLM with the server's defaults.   study.sh MODEL TEXT_DIRECTORY OUT [TRIALS [SECONDS]]
 set -uo pipefail
-model=$1 text=$(realpath "$2") out=$3 trials=${4:-24}
+model=$1 text=$(realpath "$2") out=$3 trials=${4:-24} seconds=${5:-1200}
 model=$(realpath "$model")
 export PYTHONPATH=$PWD:${PYTHONPATH:-} OPTUNA_SEARCH_CACHE=/tmp/optuna-search-cache PYTHONUNBUFFERED=1
 rm -rf /tmp/mini; mkdir -p /tmp/mini/studies/experiments; cd /tmp/mini
 study=(--study exaone4-1.2b "storage=sqlite:////tmp/mini/mini.db" "model.source=$model" tracking.mlflow=false
   "text.calibration=[$text/calibration_en.txt]" "text.search=[$text/search_en.txt]" text.report=null text.window=256
-  text.shards=16 text.windows_per_shard=2 text.moments_windows=128 export.for_transformers=null)
+  text.shards=16 text.windows_per_shard=2 text.moments_windows=128 export.for_transformers=null
+  "evaluation.workload.batch_sizes=[${BATCH_SIZES:-1}]")
 space=("space.num_hidden_layers={low: 8, high: 12}" "space.num_key_value_heads={low: 1, high: 2}"
   "space.num_attention_heads={low: 4, high: 8}" "space.hidden_size={low: 448, high: 512, step: 64}"
   "space.intermediate_size={low: 768, high: 1024, step: 64}" "space.drop_from=[kl,importance]"
@@ -33,7 +34,7 @@ time python3 -m search.cli compress "${study[@]}" -m "experiments=$(IFS=,; echo 
 cat "$out/hand.txt"
 
 echo "== the study, $trials trials"
-time python3 -m search.cli run "${study[@]}" --study-name mini "${space[@]}" --trials "$trials" --distill-top 2 --tokens 1000000 \
+time timeout --signal INT "$seconds" python3 -m search.cli run "${study[@]}" --study-name mini "${space[@]}" --trials "$trials" --distill-top 2 --tokens 1000000 \
   2>"$out/run.err" >"$out/status.txt" || tail -20 "$out/run.err"
 grep -v '^…' "$out/run.err" | cut -c1-230
 cat "$out/status.txt"
@@ -47,8 +48,16 @@ for trial in study.trials:
 PY
 cp /tmp/mini/mini.db "$out/"
 
-echo "== the export, served by a fresh vLLM with its defaults"
-time python3 -m search.cli export "${study[@]}" --study-name mini "${space[@]}" --to /tmp/mini/submit/best 2>&1 | grep -v '^…'
+echo "== the export, and anew in turn with the recipes: what was picked as the best of many was lucky too"
+python3 -m search.cli export "${study[@]}" --study-name mini "${space[@]}" --to /tmp/mini/submit/best 2>&1 | grep -v '^…'
+for _ in 1 2 3; do
+  for name in best model_by_hand_fp16 model_by_hand_w8a8 model_by_hand_fp8; do
+    echo "$name $(python3 -m search.cli evaluate "${study[@]}" --model "submit/$name" --json 2>>"$out/anew.err" |
+      python3 -c 'import json, sys; f = json.load(sys.stdin); print(*(round(f[k], 4) for k in ("score", "perf_norm", "speed_norm")))')"
+  done
+done
+
+echo "== served by a fresh vLLM with its defaults"
 python3 -m vllm.entrypoints.openai.api_server --model /tmp/mini/submit/best --served-model-name best --host 127.0.0.1 --port 8123 \
   --gpu-memory-utilization 0.5 >"$out/serve.log" 2>&1 &
 server=$!

@@ -197,6 +197,9 @@ def _arguments(config: dict[str, Any], settings: EngineSettings, *, on_cpu: bool
         "max_num_batched_tokens": max(BATCHED_TOKENS, max(settings.batch_sizes)),
         "enable_prefix_caching": False,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
+        # Said, so that vLLM neither takes that share whole (of a CPU's memory too), nor measures what is left of it,
+        # which fails when another engine on the same GPU ends meanwhile.
+        "kv_cache_memory_bytes": _kv_cache_bytes(config, settings),
         "seed": 0,
         "compilation_config": {
             "cudagraph_mode": "FULL_DECODE_ONLY",
@@ -205,8 +208,6 @@ def _arguments(config: dict[str, Any], settings: EngineSettings, *, on_cpu: bool
         },
     }
     if on_cpu:
-        # There gpu_memory_utilization is a share of the machine's memory, and all of it is taken.
-        arguments["kv_cache_memory_bytes"] = _kv_cache_bytes(config, settings)
         arguments["compilation_config"] = {"mode": 0}
     return arguments
 

@@ -1,13 +1,14 @@
 """What is particular to one family: what its config.json leaves open, what is refused, and what vLLM makes of it."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
 import torch
 import transformers
 
-from compressors import build, calibration, family
+from compressors import build, calibration, family, moments
 from compressors.checkpoint import Checkpoint, stock_config
 from compressors.errors import CheckpointError
 from compressors.methods import depth, heads, hidden
@@ -213,45 +214,88 @@ SERVED = {name: (name, {}) for name in family.names()} | {
 PRECISIONS_SERVED = {
     "bfloat16": {"precision": "bfloat16"},
     "W8A8": {"precision": "W8A8"},
+    "W8A8, GPTQ": {"precision": "W8A8", "quantizer": "gptq"},
     "W8A8, 8-bit lm_head": {"precision": "W8A8", "lm_head": "8-bit"},
     "W8A8, FP8 cache": {"precision": "W8A8", "kv_cache": "fp8"},
     "FP8_DYNAMIC": {"precision": "FP8_DYNAMIC"},
     "FP8_DYNAMIC, 8-bit lm_head": {"precision": "FP8_DYNAMIC", "lm_head": "8-bit"},
-    "W4A16": {"precision": "W4A16", "hidden_size": 128},  # Marlin wants multiples of 128
+    "W4A16": {"precision": "W4A16", "hidden_size": 128},  # the kernels want multiples of 128
+    "W4A16, GPTQ, group 32": {"precision": "W4A16", "hidden_size": 128, "quantizer": "gptq", "group_size": 32},
     "W4A16, 8-bit lm_head": {"precision": "W4A16", "hidden_size": 128, "lm_head": "8-bit"},
 }
+ALPHABET = 128
+
+
+def walks(count, length, seed):
+    """Token ids [count, length]; each is one of four that follow the one two before it: attention has to find that."""
+    table = torch.randint(3, 3 + ALPHABET, (ALPHABET, 4), generator=torch.Generator().manual_seed(0))
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 3 + ALPHABET, (count, length), generator=random)
+    turns = torch.randint(4, (count, length), generator=random)
+    for at in range(2, length):
+        ids[:, at] = table[ids[:, at - 2] - 3, turns[:, at]]
+    return ids
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, write_pico_model):
+    """Writes what SERVED names, trained for some seconds: a random model's loss says little of how it was loaded."""
+
+    @functools.cache
+    def write(name):
+        model_type, changes = SERVED[name]
+        path = tmp_path_factory.mktemp("served") / "base"
+        sizes = {"head_dim": 32 if model_type == "qwen2" else 64, "hidden_size": 192, "intermediate_size": 320}
+        sizes["vocab_size"] = 384  # a multiple of 128, as of the hidden size below, for Hopper's 4-bit kernels
+        write_pico_model(path, model_type, initializer_range=0.05, **sizes, **changes)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=F32).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for step in range(200):
+            ids = walks(16, 64, 100 + step).to(device)
+            loss = model(ids, labels=ids, use_cache=False).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert loss < 2.5  # of ln 128 = 4.85
+        model.to(torch.bfloat16).cpu().save_pretrained(path)
+        return path
+
+    return write
 
 
 @pytest.mark.vllm
 @pytest.mark.skipif(backends.unavailable("vllm") is not None, reason=str(backends.unavailable("vllm")))
 @pytest.mark.parametrize("how", PRECISIONS_SERVED)
 @pytest.mark.parametrize("served", SERVED)
-def test_vllm_serves_a_cut_model_as_transformers_does(tmp_path, write_pico_model, windows, served, how):
+def test_vllm_serves_a_cut_model_as_transformers_does(tmp_path, trained, served, how):
     if "kv_cache" in PRECISIONS_SERVED[how] and not torch.cuda.is_available():
         pytest.skip("vLLM has FP8 caches on GPUs")
-    model_type, changes = SERVED[served]
-    sizes = {"head_dim": 32 if model_type == "qwen2" else 64, "hidden_size": 192, "intermediate_size": 320}
-    base, its_family = read(write_pico_model(tmp_path / "base", model_type, **sizes, **changes))
+    if how == "W4A16, 8-bit lm_head" and not torch.cuda.is_available():
+        pytest.skip("vLLM's CPU build multiplies no 8-bit weights with 16-bit activations")
+    base, its_family = read(trained(served))
     own = CompressionPlan.identity(base.config)
     assert own.hidden_size == 192
     plan = dataclasses.replace(
         own,
         num_hidden_layers=4,
-        drop_from="1",
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=256,
         **{"hidden_size": 160, **PRECISIONS_SERVED[how]},
     )
     assert build.check(plan, base, its_family, kernel_alignment=True, max_bytes=None) is None
-    build.apply(plan, base, its_family, calibration.calibrate(base, windows)).write(tmp_path / "cut")
+    seen = walks(64, 64, 1).tolist()
+    moment = moments.collect(base, {"walks": seen}, tmp_path / "moments", "cpu")
+    build.apply(plan, base, its_family, calibration.calibrate(base, seen), moments=moment).write(tmp_path / "cut")
+    windows = walks(16, 128, 2).tolist()
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "cut", dtype=F32).eval()
     scores = logits(model, windows)[:, :-1].log_softmax(-1)
     exact = -scores.gather(-1, torch.tensor(windows)[:, 1:, None])[..., 0]
     settings = backends.EngineSettings(max_model_len=256, threads=1, gpu_memory_utilization=0.1)
     with EngineProcess("vllm", tmp_path / "cut", settings, tmp_path / "log") as engine:
         found = torch.tensor(engine.nll(windows))
-    assert float(found.mean()) == pytest.approx(float(exact.mean()), rel=0.005)
-    # activations rounded to 8 bits from bfloat16 and from float32 are less alike; another model's are off by 1.4
+    assert float((found.mean() - exact.mean()).exp()) == pytest.approx(1, abs=0.02)  # perplexity
+    # activations rounded to 8 bits from bfloat16 and from float32 are less alike
     far = 0.05 if plan.precision in ("bfloat16", "W4A16") else 0.15
     assert float((found - exact).abs().mean()) < far * float(exact.std())
