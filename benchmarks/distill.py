@@ -1,15 +1,16 @@
 """Distil a cut model and judge it before and after: tokens per second, share of the device's matrix rate, KL, PerfNorm.
 
-    python benchmarks/distill.py MODEL --text DIRECTORY [--layers 10] [--ffn 768] [--tokens 300000] [--device cuda]
+    python benchmarks/distill.py MODEL --text DIRECTORY [--layers 10] [--ffn 768] [--repair none] [--tokens 300000]
     python benchmarks/distill.py --random-1.2b --tokenizer MODEL --layers 28 --tokens 2000000 --device cuda
 
-DIRECTORY holds calibration_*.txt, which it is trained on (its last tenth is held out), and search_*.txt, on which it
-is judged. --random-1.2b: EXAONE-4.0-1.2B's dimensions with random weights (MODEL, where `gpu/random_model.py` has
-written it), trained on random tokens, to time it, and not judged. FLOP are counted as `Distilled` says: 6·N of the
-student and 2·N of the teacher per token.
+DIRECTORY holds calibration_*.txt, which it is cut, repaired and trained on (its last tenth is held out), and
+search_*.txt, on which it is judged. --random-1.2b: EXAONE-4.0-1.2B's dimensions with random weights (MODEL, where
+`gpu/random_model.py` has written it), trained on random tokens, to time it, and not judged. FLOP are counted as
+`Distilled` says: 6·N of the student and 2·N of the teacher per token.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import statistics
 import subprocess
@@ -20,10 +21,11 @@ import time
 import torch
 import transformers
 
+from compressors import build, calibration, moments
 from compressors.checkpoint import Checkpoint
 from compressors.family import family_of
-from compressors.methods import depth, ffn
 from compressors.methods.distill import Distillation, distill
+from compressors.plan import CompressionPlan
 from evaluator import quality, score, texts
 
 SHARD = 4  # windows
@@ -35,8 +37,10 @@ def main() -> None:
     parser.add_argument("--random-1.2b", dest="random", action="store_true")
     parser.add_argument("--tokenizer", type=pathlib.Path, help="of the random model")
     parser.add_argument("--text", type=pathlib.Path)
-    parser.add_argument("--layers", type=int, help="that stay: those whose removal one by one costs most")
-    parser.add_argument("--ffn", type=int, help="channels that stay: those of the largest weights")
+    parser.add_argument("--layers", type=int, help="that stay: `drop_from: kl`; of the random model all but the middle")
+    parser.add_argument("--ffn", type=int, help="channels that stay: `importance: flap`")
+    parser.add_argument("--repair", default="stream", help="none, ridge or stream; the random model gets none")
+    parser.add_argument("--fitted", type=int, default=64, help="windows of each text that the cut is chosen by")
     parser.add_argument("--judged", type=int, default=16, help="windows of each search text")
     parser.add_argument("--work", type=pathlib.Path, help="where the state is kept; a temporary directory if not said")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -73,13 +77,14 @@ def run(arguments: argparse.Namespace, settings: Distillation, scratch: pathlib.
             script = pathlib.Path(__file__).parent / "gpu" / "random_model.py"
             subprocess.run([sys.executable, script, there, "--tokenizer", arguments.tokenizer], check=True)
         teacher = Checkpoint.read(there)
-        windows = random_windows(settings.window, max(settings.tokens // settings.window, 1), seed=0)
+        training = {"random": random_windows(settings.window, max(settings.tokens // settings.window, 1), seed=0)}
         held_out = random_windows(settings.window, settings.held_out_windows, seed=1)
         judged = {}
     else:
         teacher = Checkpoint.read(arguments.model)
-        windows, held_out, judged = read_texts(arguments, settings)
-    student = cut(teacher, arguments, windows)
+        training, held_out, judged = read_texts(arguments, settings)
+    windows = [window for those in training.values() for window in those]
+    student = cut(teacher, arguments, training, scratch)
     print(
         f"teacher {teacher.total_parameters:,} parameters, student {student.total_parameters:,}; {len(windows)} "
         f"windows of {settings.window} tokens, {len(held_out)} held out"
@@ -118,7 +123,7 @@ def random_windows(length: int, count: int, seed: int) -> list[list[int]]:
 
 
 def read_texts(arguments: argparse.Namespace, settings: Distillation):
-    """(training windows, held-out windows, {search text: shards of windows})."""
+    """({text: training windows}, held-out windows, {search text: shards of windows})."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
 
     def every_window(documents):
@@ -128,47 +133,39 @@ def read_texts(arguments: argparse.Namespace, settings: Distillation):
         length = settings.window
         return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
 
-    windows, held_out, judged = [], [], {}
+    training, held_out, judged = {}, [], {}
     for file in sorted(arguments.text.glob("calibration_*.txt")):
         documents = texts.read_documents([file])
         split = round(0.9 * len(documents))
-        windows += every_window(documents[:split])
+        training[file.stem] = every_window(documents[:split])
         held_out.append(every_window(documents[split:]))
     share = settings.held_out_windows // len(held_out)
     held_out = [window for each in held_out for window in each[:share]]
     for file in sorted(arguments.text.glob("search_*.txt")):
         taken = texts.windows(tokenizer, texts.read_documents([file]), settings.window, arguments.judged)
         judged[file.stem] = [taken[start : start + SHARD] for start in range(0, len(taken), SHARD)]
-    return windows, held_out, judged
+    return training, held_out, judged
 
 
-def cut(teacher: Checkpoint, arguments: argparse.Namespace, windows: list[list[int]]) -> Checkpoint:
-    student, family = teacher, family_of(teacher)
-    layers = int(teacher.config["num_hidden_layers"])
+def cut(teacher: Checkpoint, arguments: argparse.Namespace, training, scratch: pathlib.Path) -> Checkpoint:
+    own = CompressionPlan.identity(teacher.config)
+    plan = dataclasses.replace(own, intermediate_size=arguments.ffn or own.intermediate_size)
     if arguments.layers:
-        kept = list(range(layers))
-        probe = [windows[index * len(windows) // 4] for index in range(4)]
-        while len(kept) > arguments.layers:
-            if arguments.random:
-                kept.pop(len(kept) // 2)
-                continue
-            losses = {}
-            for gone in kept:
-                model = depth.cut(teacher, family, [layer for layer in kept if layer != gone]).to_model(
-                    arguments.device, torch.float32
-                )
-                losses[gone] = quality.shard_quality(model, probe).nll
-            kept.remove(min(losses, key=losses.get))
-        student = depth.cut(student, family, kept)
-    if arguments.ffn:
-        index = []
-        for layer in range(int(student.config["num_hidden_layers"])):
-            parts = [student.tensors[f"{family.in_layer(layer, part)}.weight"] for part in (family.gate, family.up)]
-            size = parts[0].load().float().norm(dim=1) * parts[1].load().float().norm(dim=1)
-            size *= student.tensors[f"{family.in_layer(layer, family.down)}.weight"].load().float().norm(dim=0)
-            index.append(size.topk(arguments.ffn).indices.sort().values)
-        student = ffn.cut(student, family, index)
-    return student
+        going = own.num_hidden_layers - arguments.layers
+        middle = ",".join(str(arguments.layers // 2 + layer) for layer in range(going))
+        plan = dataclasses.replace(
+            plan, num_hidden_layers=arguments.layers, drop_from=middle if arguments.random else "kl"
+        )
+    if not arguments.random:
+        plan = dataclasses.replace(plan, importance="flap" if arguments.ffn else "activation", repair=arguments.repair)
+    fitted = {name: those[: arguments.fitted] for name, those in training.items()}
+    moment = None
+    if build.needs_moments(plan):
+        moment = moments.collect(teacher, fitted, scratch / "moments", arguments.device)
+    statistics = calibration.calibrate(teacher, [w for those in fitted.values() for w in those], arguments.device)
+    made = build.apply(plan, teacher, family_of(teacher), statistics, moments=moment, device=arguments.device)
+    made.write(scratch / "student")  # a repair's tensors are worked out as they are read
+    return Checkpoint.read(scratch / "student")
 
 
 def judge(checkpoint: Checkpoint, teacher: Checkpoint, shards, device: str) -> str:

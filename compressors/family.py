@@ -46,6 +46,7 @@ class Family:
     per_layer: config keys that hold a list with one entry per layer, given or by the stock config's default.
     with_head_dim: what a model becomes whose head_dim isn't hidden_size / num_attention_heads any more, where vLLM's
         class computes it so and reads no head_dim; None: it is read.
+    fp8_cache: whether vLLM's class takes the scales of an FP8 cache; its transformers backend doesn't.
     """
 
     model_type: str
@@ -69,6 +70,7 @@ class Family:
     required: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     per_layer: tuple[str, ...] = ("layer_types",)
     with_head_dim: Recast | None = None
+    fp8_cache: bool = True
 
     def layer(self, index: int) -> str:
         return f"{self.layers}.{index}"

@@ -2,7 +2,8 @@
 https://github.com/huggingface/transformers, models/smollm3.
 
 `no_rope_layers` says which (1: rotary, 0: none); a depth cut carries each layer's own. Sliding windows (off in the
-released model) and biases are refused. vLLM runs it through its transformers backend.
+released model) and biases are refused. vLLM runs it through its transformers backend,
+which has no place for the scales of an FP8 cache.
 """
 
 from __future__ import annotations
@@ -21,4 +22,5 @@ FAMILY = Family(
         "layer_types": ("full_attention",),
     },
     per_layer=("no_rope_layers", "layer_types"),
+    fp8_cache=False,
 )

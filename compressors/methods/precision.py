@@ -147,7 +147,7 @@ def quantize(
     device: where weights are rounded; one at a time is there. Raises InfeasiblePlan.
     """
     parameters = checkpoint.total_parameters
-    size = _checked(checkpoint, family, scheme, quantizer, group_size, keep, lm_head_8bit, moments)
+    size = _checked(checkpoint, family, scheme, quantizer, group_size, keep, kv_cache_fp8)
     checkpoint = in_16_bits(checkpoint)
     rounded = _Rounding(quantizer, moments, device)
     quantised = {f"{name}.weight" for name in linears(checkpoint, family) if name not in keep}
@@ -188,7 +188,7 @@ def simulate(
 
     An FP8 cache is not imitated: keys and values stay as they are. Rounded weights stay on `device`.
     """
-    size = _checked(checkpoint, family, scheme, quantizer, group_size, keep, lm_head_8bit, moments)
+    size = _checked(checkpoint, family, scheme, quantizer, group_size, keep, kv_cache_fp8)
     checkpoint = in_16_bits(checkpoint)
     rounded = _Rounding(quantizer, moments, device)
     tensors = dict(checkpoint.tensors)
@@ -286,13 +286,17 @@ def _checked(
     quantizer: str,
     wanted: int,
     keep: Collection[str],
-    lm_head_8bit: bool,
-    moments: Moments | None,
+    kv_cache_fp8: bool,
 ) -> int | None:
     """The group size, None where a scheme has none. Raises InfeasiblePlan."""
     reason = check_options(scheme, quantizer=quantizer, group_size=wanted)
     if reason:
         raise InfeasiblePlan(reason)
+    if kv_cache_fp8 and not family.fp8_cache:
+        raise InfeasiblePlan(
+            f"kv_cache: vLLM runs a {family.model_type} through its transformers backend, which has no place for the "
+            "scales of an FP8 cache; choose auto"
+        )
     groups = fused_groups(checkpoint, family)
     for parts in groups:
         kept = [part for part in parts if part in keep]

@@ -96,7 +96,7 @@ def test_every_family_loads_with_every_option(pico, scheme, windows, tmp_path):
     its = family.family_of(base)
     keep = precision.fused_groups(base, its)[0]
     options = {"quantizer": "mse", "keep": keep, "lm_head_8bit": True}
-    precision.quantize(base, its, scheme, kv_cache_fp8=True, **options).write(tmp_path / "m")
+    precision.quantize(base, its, scheme, kv_cache_fp8=its.fp8_cache, **options).write(tmp_path / "m")
     simulated = precision.simulate(base, its, scheme, **options).to_model("cpu", F32)
     served = stock(tmp_path / "m")
     assert served.config.tie_word_embeddings is False
