@@ -79,6 +79,8 @@ QUANTIZATION_ARGS = frozenset(
         "observer_kwargs",
     }
 )
+# Its get_quant_method in 0.14.1, 0.17.1, 0.18.1, 0.19.1 and 0.20.0
+NO_LM_HEAD = "vLLM reads no 8-bit lm_head before 0.20"
 TOKENIZER_NOISE = ("backend", "is_local", "local_files_only")  # transformers 5 notes for itself how it loaded them
 FAST_TOKENIZER = "PreTrainedTokenizerFast"  # tokenizer.json as it is; known to every version
 
@@ -265,10 +267,21 @@ def _quantization(given: Mapping[str, Any], version: str) -> dict[str, Any]:
             f"for transformers {version}: its compressed-tensors doesn't know the format {newer[0]}; known are "
             f"{', '.join(sorted(QUANTIZATION_FORMATS))}"
         )
+    if quantises_lm_head(given):
+        raise CheckpointError(
+            f"for transformers {version}: {NO_LM_HEAD}; choose lm_head: 16-bit, or for_transformers of 5.x where the "
+            "server has a newer vLLM"
+        )
     made["config_groups"] = {name: _scheme(group, version) for name, group in groups.items()}
     if isinstance(given.get("kv_cache_scheme"), Mapping):
         made["kv_cache_scheme"] = _known(given["kv_cache_scheme"], QUANTIZATION_ARGS, version)
     return made
+
+
+def quantises_lm_head(quantization: Mapping[str, Any]) -> bool:
+    """Whether a quantization_config names lm_head as a target, as it must: to vLLM it is no Linear."""
+    groups = (quantization.get("config_groups") or {}).values()
+    return any("lm_head" in (group.get("targets") or ()) for group in groups if isinstance(group, Mapping))
 
 
 def _scheme(group: Any, version: str) -> Any:

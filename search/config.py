@@ -25,6 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from compressors import target
+from compressors.errors import CheckpointError
 from compressors.plan import CHOICES, DROP_FROM, DTYPES, PRECISIONS, SCHEMES
 from search.errors import ConfigError
 
@@ -331,6 +333,21 @@ class StudyFile(Section):
     def _weights(self) -> Self:
         if self.score.weight_perf + self.score.weight_speed <= 0:
             raise ValueError("score: weight_perf and weight_speed are both 0, so that every trial would score 0")
+        return self
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        version = self.export.for_transformers
+        if version is not None and "8-bit" in (*self.space.lm_head, self.compression.lm_head):
+            try:
+                old = target.in_old_form(version)
+            except CheckpointError:  # said where it is exported
+                old = False
+            if old:
+                raise ValueError(
+                    f"lm_head: 8-bit beside export.for_transformers: {version}: {target.NO_LM_HEAD}; choose 16-bit, or "
+                    "export.for_transformers=null where the server has a newer vLLM"
+                )
         return self
 
 

@@ -377,6 +377,20 @@ def test_newer_keys_of_compressed_tensors(config):
         target.config_for({**config, "quantization_config": given}, TARGET)
 
 
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A16"])  # in the layers' group, and in one of its own
+def test_an_8_bit_lm_head_is_refused_where_vllm_does_not_read_it(pico_exaone4, scheme):
+    base = Checkpoint.read(pico_exaone4)
+    its = family.family_of(base)
+    plan = dataclasses.replace(
+        CompressionPlan.identity(base.config), precision=scheme, lm_head="8-bit", hidden_size=64, intermediate_size=128,
+        num_attention_heads=4, num_key_value_heads=2
+    )  # fmt: skip
+    made = build.apply(plan, base, its, None).config
+    with pytest.raises(CheckpointError, match=r"reads no 8-bit lm_head before 0\.20"):
+        target.config_for(made, TARGET)
+    assert target.config_for(made, "5.17.0")["quantization_config"] == made["quantization_config"]
+
+
 def test_a_tokenizer_without_its_json_is_refused():
     with pytest.raises(CheckpointError, match="SentencePieceBackend"):
         target.tokenizer_config_for({"tokenizer_class": "SentencePieceBackend"}, TARGET, tokenizer_json=False)

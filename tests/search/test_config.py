@@ -75,6 +75,14 @@ def test_bad_overrides_say_what_and_how(override, parts):
         assert part in text
 
 
+@pytest.mark.parametrize("head", ["space.lm_head=[16-bit,8-bit]", "compression.lm_head=8-bit"])
+def test_an_8_bit_lm_head_is_refused_for_servers_that_read_none(head):
+    text = refused(head, "export.for_transformers=4.57.3")
+    assert "export.for_transformers: 4.57.3: vLLM reads no 8-bit lm_head before 0.20; choose 16-bit, or" in text
+    for version in ("5.17.0", "null"):
+        config.load("demo", [head, f"export.for_transformers={version}"])
+
+
 def test_unknown_study_names_the_nearest():
     assert "did you mean 'demo'" in refused(study="dmo")
 
