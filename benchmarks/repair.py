@@ -33,10 +33,15 @@ SMOLLM2 = {
 }
 HOW = {
     "activation": {},
+    "energy": {"importance": "energy"},
+    "flap": {"importance": "flap"},
+    "obs": {"importance": "obs"},
     "activation, ridge": {"repair": "ridge"},
     "activation, stream": {"repair": "stream"},
     "flap, ridge": {"importance": "flap", "repair": "ridge"},
     "obs, ridge": {"importance": "obs", "repair": "ridge"},
+    "energy, ridge": {"importance": "energy", "repair": "ridge"},
+    "energy, stream": {"importance": "energy", "repair": "stream"},
     "flap, stream": {"importance": "flap", "repair": "stream"},
     "obs, stream": {"importance": "obs", "repair": "stream"},
 }

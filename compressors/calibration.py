@@ -42,13 +42,16 @@ class Calibration:
     norm_mean_square: dict[str, torch.Tensor]
 
     def save(self, path: Path) -> None:
-        """As safetensors, written beside its place and renamed."""
+        """As safetensors, written beside its place and renamed. Raises CheckpointError."""
         tensors = {NORM + name: value for name, value in self.norm_mean_square.items()}
         tensors |= {field: getattr(self, field) for field in FIELDS}
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            written = Path(scratch, path.name)
-            save_file({name: value.contiguous() for name, value in tensors.items()}, written)
-            written.replace(path)
+        try:
+            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+                written = Path(scratch, path.name)
+                save_file({name: value.contiguous() for name, value in tensors.items()}, written)
+                written.replace(path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"calibration {path}: can't be written ({error}); free some space") from None
 
     @classmethod
     def load(cls, path: Path) -> Calibration:

@@ -22,24 +22,26 @@ from compressors.checkpoint import Checkpoint
 from compressors.errors import CheckpointError
 from compressors.family import Family
 from compressors.layerwise import Layers
+from compressors.lock import alone
 
 WINDOWS = 5  # of each domain of the calibration text
 CANDIDATES = 10  # the cheapest of a step are tried in the next
 AHEAD = 4  # the cheapest of a step that look-ahead follows
 CHUNK = 128  # tokens whose logits are held at a time
-RULES = [1, WINDOWS, CANDIDATES, AHEAD]  # what an order that was kept must have been found by
+RULES = [2, WINDOWS, CANDIDATES, AHEAD]  # what an order that was kept must have been found by
 
 Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """removed: layers of the base model in the order in which they go. kl: nats per token after each. candidates: the
-    layers that the next step would try; None: all."""
+    """removed: layers of the base model in the order in which they go. kl: nats per token after each. ranking: those
+    that are left, the cheapest first as they were last tried: the next step tries its first CANDIDATES; None: all.
+    """
 
     removed: tuple[int, ...] = ()
     kl: tuple[float, ...] = ()
-    candidates: tuple[int, ...] | None = None
+    ranking: tuple[int, ...] | None = None
 
 
 def order(
@@ -63,15 +65,23 @@ def order(
     path = directory / (f"order-look-ahead-{count}.json" if look_ahead else "order.json")
     found = _read(path)
     if len(found.removed) < count:
-        say("leaving out layers: reading the model")
-        windows = [window for those in domains.values() for window in those[:: max(1, len(those) // WINDOWS)][:WINDOWS]]
-        search = _Search(base, family, windows, device, batch)
-        while len(found.removed) < count:
-            place = f"leaving out layer {len(found.removed) + 1} of {count}"
-            ahead = look_ahead and len(found.removed) + 1 < count
-            found = search.step(found, _saying(say, place), ahead)
-            _write(path, found)
+        say("leaving out layers: waiting for another process that does so")
+        with alone(path):
+            found = _read(path)
+            if len(found.removed) < count:
+                say("leaving out layers: reading the model")
+                windows = [window for those in domains.values() for window in _spread(those)]
+                search = _Search(base, family, windows, device, batch)
+            while len(found.removed) < count:
+                place = f"leaving out layer {len(found.removed) + 1} of {count}"
+                ahead = look_ahead and len(found.removed) + 1 < count
+                found = search.step(found, _saying(say, place), ahead)
+                _write(path, found)
     return found.removed[:count]
+
+
+def _spread(windows: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+    return windows[:: max(1, len(windows) // WINDOWS)][:WINDOWS]
 
 
 def _read(path: Path) -> Order:
@@ -81,8 +91,8 @@ def _read(path: Path) -> Order:
         stored = json.loads(path.read_text())
         if stored.pop("rules") != RULES:
             return Order()
-        tried = stored["candidates"]
-        return Order(tuple(stored["removed"]), tuple(stored["kl"]), None if tried is None else tuple(tried))
+        ranking = stored["ranking"]
+        return Order(tuple(stored["removed"]), tuple(stored["kl"]), None if ranking is None else tuple(ranking))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"layer order {path}: can't be read ({error}); delete it, it is made again") from None
 
@@ -92,9 +102,6 @@ def _saying(say: Say, where: str) -> Say:
 
 
 def _write(path: Path, made: Order) -> None:
-    """Unless another process has come further meanwhile."""
-    if len(_read(path).removed) > len(made.removed):
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as out:
         json.dump({"rules": RULES, **dataclasses.asdict(made)}, out)
@@ -120,12 +127,14 @@ class _Search:
     def step(self, there: Order, say: Say, look_ahead: bool) -> Order:
         """One layer more. look_ahead: the one that leaves the cheapest next one."""
         left = [layer for layer in range(self.layers.count) if layer not in there.removed]
-        costs = self.costs(left, there.candidates, say)
+        before = left if there.ranking is None else there.ranking
+        costs = self.costs(left, None if there.ranking is None else before[:CANDIDATES], say)
         ranked = sorted(costs, key=lambda layer: (costs[layer], layer))
         gone = ranked[0]
+        ranked += [layer for layer in before if layer not in costs]
         if look_ahead and len(left) > 2:
             after = {}
-            for first in ranked[:AHEAD]:
+            for first in ranked[: min(AHEAD, len(costs))]:
                 rest = [layer for layer in left if layer != first]
                 nexts = [layer for layer in ranked if layer != first][:CANDIDATES]
                 after[first] = min(self.costs(rest, nexts, _saying(say, f"{first} and one more")).values())
@@ -133,7 +142,7 @@ class _Search:
         return Order(
             (*there.removed, gone),
             (*there.kl, costs[gone]),
-            tuple(layer for layer in ranked if layer != gone)[:CANDIDATES],
+            tuple(layer for layer in ranked if layer != gone),
         )
 
     def costs(self, left: Sequence[int], candidates: Sequence[int] | None, say: Say) -> dict[int, float]:

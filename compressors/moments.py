@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from compressors.checkpoint import Checkpoint
 from compressors.errors import CheckpointError
 from compressors.family import Family, family_of
 from compressors.layerwise import Called, Layers
+from compressors.lock import alone
 
 WINDOWS = "windows.json"
 CLIP = 4.0  # × the median L2 norm of a window's tokens
@@ -111,16 +113,32 @@ def collect(
 ) -> Moments:
     """Run `base` over the windows of each domain and write `path`, beside its place and then renamed.
 
-    Raises CheckpointError when activations are not finite.
+    Another process that does the same is waited for. Raises CheckpointError when activations are not finite, or it
+    can't be written.
     """
     if path.is_dir():
         return opened(path)
+    with alone(path):
+        for left in path.parent.glob(f".{path.name}.*/"):  # of calls that were killed
+            shutil.rmtree(left, ignore_errors=True)
+        if not path.is_dir():
+            _collect(base, domains, path, device, batch, progress)
+    return opened(path)
+
+
+def _collect(
+    base: Checkpoint,
+    domains: Mapping[str, Sequence[Sequence[int]]],
+    path: Path,
+    device: str,
+    batch: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
     family = family_of(base)
     count = int(base.config["num_hidden_layers"])
     model = base.to_model(device, dtype=torch.float32 if device == "cpu" else None)
     called: Called = {}
     streams = {name: Layers(model, family, windows, batch, called) for name, windows in domains.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         made = Path(scratch, path.name)
         made.mkdir()
@@ -136,15 +154,16 @@ def collect(
                     tokens[name] = of_part.tokens
             if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
                 raise CheckpointError(f"calibration: activations of layer {index} are NaN or infinite: broken weights")
-            save_file(tensors, made / f"layer-{index}.safetensors", {"tokens": json.dumps(tokens)})
+            try:
+                save_file(tensors, made / f"layer-{index}.safetensors", {"tokens": json.dumps(tokens)})
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"moments {path}: can't be written ({error}); free some space") from None
             if progress is not None:
                 progress(index + 1, count)
         described = {"domains": list(domains), "layers": count}
         (made / "moments.json").write_text(json.dumps(described))
         (made / WINDOWS).write_text(json.dumps({name: list(map(list, those)) for name, those in domains.items()}))
-        if not path.is_dir():  # else another process was faster
-            made.replace(path)
-    return opened(path)
+        made.replace(path)
 
 
 def opened(path: Path) -> Moments:

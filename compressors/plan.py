@@ -16,7 +16,7 @@ SCHEMES = ("W8A8", "FP8_DYNAMIC", "W4A16")  # compressed-tensors preset schemes,
 PRECISIONS = DTYPES + SCHEMES
 DROP_FROM = ("importance", "kl", "kl-look-ahead", "top", "bottom")
 CHOICES = {  # of a plan's options, the default first
-    "importance": ("activation", "flap", "obs"),
+    "importance": ("activation", "energy", "flap", "obs"),
     "repair": ("none", "ridge", "stream"),
     "quantizer": ("nearest", "mse", "gptq"),
     "group_size": (0, 32, 64, 128),
@@ -38,7 +38,7 @@ class CompressionPlan:
         one without which the predictions change least, "kl-look-ahead": the one that leaves the cheapest next one
         (`compressors.leave_one_out`); "top": the last ones before the final norm; "bottom": the first ones; "3,7": just
         these go, numbered from 0.
-    importance: how heads and channels are chosen: by "activation" (Minitron), "flap" or "obs".
+    importance: how heads and channels are chosen: by "activation" (Minitron), "energy", "flap" or "obs".
     repair: what is done to the weights that stay, by least squares on the calibration text: "none"; "ridge", each
         projection by itself; or "stream", one layer after the other, so that the residual stream is the base model's.
     quantizer: how a scheme's weights are rounded: "nearest", with scales of least squared error ("mse"), or "gptq".

@@ -53,9 +53,15 @@ def _status(error: Exception) -> int | None:
         return error.exit_status
     if isinstance(error, CompressionError | EvaluationError):
         return 2
-    if isinstance(error, (OSError, *_database_errors())):
+    if isinstance(error, (OSError, *_out_of_memory(), *_database_errors())):
         return 2
     return None
+
+
+def _out_of_memory() -> tuple[type[Exception], ...]:
+    from search.failures import OUT_OF_MEMORY
+
+    return OUT_OF_MEMORY
 
 
 def _database_errors() -> tuple[type[Exception], ...]:
@@ -397,7 +403,7 @@ def method_options(command: Callable[..., None]) -> Callable[..., None]:
     return study_options(command)
 
 
-IMPORTANCE = click.option("--importance", metavar="activation|flap|obs", help="How those that stay are chosen.")
+IMPORTANCE = click.option("--importance", metavar="activation|energy|flap|obs", help="How those that stay are chosen.")
 REPAIR = click.option(
     "--repair", metavar="none|ridge|stream", help="What stays takes over what goes, by least squares."
 )

@@ -106,6 +106,13 @@ class Space(Section):
             raise ValueError("needs at least one value, and none twice")
         return names
 
+    @property
+    def wants_moments(self) -> bool:
+        """Whether any of its plans may rest on second moments, see `compressors.build.needs_moments`."""
+        nothing = {"drop_from": {"importance", "top", "bottom"}, "importance": {"activation"}, "repair": {"none"}}
+        nothing["quantizer"] = {"nearest", "mse"}
+        return self.keep_16_bit != 0 or any(set(getattr(self, name)) - those for name, those in nothing.items())
+
 
 class Model(Section):
     source: str  # a local directory, a hub id, or the name of the embedded model
@@ -234,7 +241,7 @@ class Text(Section):
     report: Texts | None = "embedded"  # confirms what was found on text that no search saw; null: nothing
     window: Annotated[int, Field(ge=16)] = 256  # tokens
     calibration_windows: Annotated[int, Field(ge=1)] = 16
-    moments_windows: Annotated[int, Field(ge=1)] = 32  # of each domain: for kl, flap, obs, repair and gptq
+    moments_windows: Annotated[int, Field(ge=1)] = 32  # of each domain: for kl, energy, flap, obs, repair and gptq
     shards: Annotated[int, Field(ge=2)] = 16
     windows_per_shard: Annotated[int, Field(ge=1)] = 1
 

@@ -89,9 +89,7 @@ def evaluate(bench: Bench, path: Path, name: str, words: Sequence[str] = ()) -> 
         require_memory(described.parameters * (4 if setting.device == "cpu" else 2), setting.device, "this model")
         screen = _screen_of_directory(bench, path)
     nll: list[list[list[float]]] = []
-    measured = bench.measure(
-        plan, path, weights_sha256, then=lambda engine: nll.extend(_nll(engine, report, bench.say))
-    )
+    measured = bench.measure(path, weights_sha256, then=lambda engine: nll.extend(_nll(engine, report, bench.say)))
     measured = dataclasses.replace(
         measured, kl_nats_per_token=mean_known(screen.kl), top1_agreement=mean_known(screen.agreement)
     )

@@ -21,14 +21,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from compressors import build, checkpoint, family
 from compressors.distillation.settings import Distillation, require_valid
-from compressors.errors import CompressionError
 from compressors.plan import CompressionPlan
 from compressors.target import in_old_form
 from evaluator import measure
-from evaluator.errors import EngineOutOfMemory, EvaluationError
 from search import compress, distillation, evaluation, jobs, space, status, workers
 from search.config import StudyFile
-from search.errors import SearchError, UsageError
+from search.errors import UsageError
+from search.failures import FAILURES, why
 from search.objective import Bench
 from search.setting import Say, Setting, prepare, read_json, require_disk
 
@@ -124,29 +123,24 @@ def distil(wanted: Wanted, study: optuna.Study, say: Say, warn: Say, words: Sequ
 
     def failed(finalist: Finalist, error: Exception) -> None:
         number, path = finalist.trial.number, paths[finalist.trial.number]
-        rows[number] = {**_begun(finalist, path), **_why(error)}
+        rows[number] = {**_begun(finalist, path), **why(error)}
         earlier = _measured(study, number)
         stays = "" if earlier is None else f"; the result that {earlier['path']} has from an earlier call stays"
         warn(f"trial {number}, {path.name}: {rows[number]['reason']}{stays}")
         if earlier is None:
             _store(study, rows[number])
 
-    collected: set[Path] = set()
     with Bench(setting, say) as bench:
-        try:
-            for place, finalist in enumerate(finalists):  # all of them before an engine takes its memory
+        for place, finalist in enumerate(finalists):  # all of them before an engine takes its memory
 
-                def said(text: str, where: str = f"finalist {place + 1} of {len(finalists)}") -> None:
-                    say(f"{where}: {text}")
+            def said(text: str, where: str = f"finalist {place + 1} of {len(finalists)}") -> None:
+                say(f"{where}: {text}")
 
-                bench.say = said
-                try:
-                    _make(finalist, paths[finalist.trial.number], wanted, study, bench, collected)
-                except FAILURES as error:
-                    failed(finalist, error)
-        finally:
-            for path in collected:
-                shutil.rmtree(path, ignore_errors=True)
+            bench.say = said
+            try:
+                _make(finalist, paths[finalist.trial.number], wanted, study, bench)
+            except FAILURES as error:
+                failed(finalist, error)
         bench.say = say
         for finalist in finalists:
             number, path = finalist.trial.number, paths[finalist.trial.number]
@@ -163,16 +157,6 @@ def distil(wanted: Wanted, study: optuna.Study, say: Say, warn: Say, words: Sequ
             _store(study, rows[number])
             rows[number] = {**rows[number], "reused": not fresh}
     return Outcome(status.by_score(list(rows.values())), passed_over)
-
-
-FAILURES = (SearchError, CompressionError, EvaluationError, torch.OutOfMemoryError, MemoryError)
-
-
-def _why(error: Exception) -> dict[str, str]:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        first = (str(error).splitlines() or [""])[0]
-        return {"failure": EngineOutOfMemory.__name__, "reason": first or "the machine's memory is exhausted"}
-    return {"failure": type(error).__name__, "reason": " ".join(str(error).split())}
 
 
 def _free(device: str) -> None:
@@ -206,10 +190,8 @@ def _distilled(path: Path) -> Mapping[str, Any]:
 # -- how each is made ----------------------------------------------------------------------------------------
 
 
-def _make(
-    finalist: Finalist, path: Path, wanted: Wanted, study: optuna.Study, bench: Bench, collected: set[Path]
-) -> None:
-    """Write the finalist's model to `path`, unless it is there. collected: takes the places of second moments."""
+def _make(finalist: Finalist, path: Path, wanted: Wanted, study: optuna.Study, bench: Bench) -> None:
+    """Write the finalist's model to `path`, unless it is there."""
     setting = wanted.setting
     digest = setting.plan_digest(finalist.structure)
     key = distillation.key(setting, digest, wanted.settings, wanted.text)
@@ -225,7 +207,7 @@ def _make(
         finally:
             _free(setting.device)
     _drop_student(digest, study, setting)  # also that of a call that was killed here
-    _apply_precision(finalist, source, path, key, wanted, bench.say, collected)
+    _apply_precision(finalist, source, path, key, wanted, bench.say)
 
 
 def _is_there(path: Path, key: str, finalist: Finalist, wanted: Wanted) -> bool:
@@ -247,9 +229,7 @@ def _drop_student(digest: str, study: optuna.Study, setting: Setting) -> None:
         shutil.rmtree(setting.outputs / "checkpoints" / digest, ignore_errors=True)
 
 
-def _apply_precision(
-    finalist: Finalist, source: Path, path: Path, key: str, wanted: Wanted, say: Say, collected: set[Path]
-) -> None:
+def _apply_precision(finalist: Finalist, source: Path, path: Path, key: str, wanted: Wanted, say: Say) -> None:
     """The distilled model in `source` in the finalist's precision, with second moments of its own."""
     setting = wanted.setting
     distilled = checkpoint.Checkpoint.read(source)
@@ -267,11 +247,6 @@ def _apply_precision(
             identity=own,
         )
         moments = its_own.moments_for(to_apply, say)
-    if moments is not None:
-        collected.add(moments.path)
-    made = build.apply(to_apply, distilled, its_family, None, moments=moments)
-    require_disk(made.file_bytes + 50_000_000, path.parent, "the distilled model")
-    say(f"writing {path.name}, {made.file_bytes / 1e6:.0f} MB")
     how = {
         **_distilled(source),
         "distillation": key,
@@ -279,7 +254,15 @@ def _apply_precision(
         "plan_digest": setting.plan_digest(finalist.plan),
         "trial": finalist.trial.number,
     }
-    distillation.write(made, path, wanted.target, setting, how)
+    try:
+        made = build.apply(to_apply, distilled, its_family, None, moments=moments, device=setting.device, say=say)
+        require_disk(made.file_bytes + 50_000_000, path.parent, "the distilled model")
+        say(f"writing {path.name}, {made.file_bytes / 1e6:.0f} MB")
+        distillation.write(made, path, wanted.target, setting, how)
+    finally:
+        if moments is not None:
+            shutil.rmtree(moments.path, ignore_errors=True)
+        _free(setting.device)
 
 
 # -- what is said of each ------------------------------------------------------------------------------------

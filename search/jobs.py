@@ -22,6 +22,7 @@ from search import analyze as analysis
 from search import compress, evaluation, sources, tracking
 from search.config import StudyFile
 from search.errors import SearchError, UsageError
+from search.failures import FAILURES, why
 from search.objective import Bench
 from search.setting import CACHE, Say, Setting, prepare, read_json
 
@@ -154,8 +155,8 @@ def run(
             bench.setting = setting
             try:
                 done = _run(job, bench, warn)
-            except (SearchError, CompressionError, EvaluationError) as error:
-                done = {"name": job.name, "path": str(job.path), "failure": type(error).__name__, "reason": str(error)}
+            except FAILURES as error:
+                done = {"name": job.name, "path": str(job.path), **why(error)}
             rows.append(done)
             ended(number, done)
     finally:

@@ -278,16 +278,9 @@ class Bench:
         return path, weights_sha256
 
     def measure(
-        self,
-        plan: CompressionPlan | None,
-        path: Path,
-        weights_sha256: str,
-        then: Callable[[EngineProcess], None] = lambda _: None,
+        self, path: Path, weights_sha256: str, then: Callable[[EngineProcess], None] = lambda _: None
     ) -> Measurement:
-        """The checkpoint in `path`, by the plan that made it or, None, by none that is known here.
-
-        then: called with the candidate's engine before it is closed.
-        """
+        """The checkpoint in `path`. then: called with the candidate's engine before it is closed."""
         setting = self.setting
         measured = setting.file.evaluation.speed == "measured"
         baseline = self.baseline_engine() if measured else None
@@ -307,8 +300,7 @@ class Bench:
             )
             then(engine)
         if not measured:
-            ratio = self._ratio_by_size(path) if plan is None else self.predicted_time_ratio(plan)
-            found = with_predicted_time(found, ratio)
+            found = with_predicted_time(found, self._ratio_by_size(path))  # what is there, not what was foreseen
         return found
 
     def _ratio_by_size(self, path: Path) -> float:
@@ -422,7 +414,7 @@ class Objective:
             path, weights_sha256 = bench.build(plan)
             self._enter(trial, record, "measure")
             kl, agreement = mean_known(record.screen.kl), mean_known(record.screen.agreement)
-            measured = bench.measure(plan, path, weights_sha256)
+            measured = bench.measure(path, weights_sha256)
             record.measurement = dataclasses.replace(measured, kl_nats_per_token=kl, top1_agreement=agreement)
             write_json(measurement_path, record.measurement.to_dict())
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,8 @@ def beside(to: Path, what: str) -> Iterator[Path]:
 
 def _sweep(directory: Path, prefix: str) -> None:
     """What others left there when they were killed."""
-    for left in directory.glob(f"{prefix}*"):
-        pid = left.name.removeprefix(prefix).removesuffix("-old")
-        if not (pid.isdigit() and process_alive(int(pid))):
-            shutil.rmtree(left, ignore_errors=True)
+    for dots in ("", "."):  # what is written into a scratch directory is made beside that, with a dot more
+        for left in directory.glob(f"{dots}{prefix}*"):
+            pid = re.match(r"\d+", left.name.removeprefix(dots).removeprefix(prefix))
+            if pid is None or not process_alive(int(pid[0])):
+                shutil.rmtree(left, ignore_errors=True)

@@ -168,7 +168,9 @@ class Setting:
             searched[name] = "searched" if isinstance(value, dict) else value
         circumstances = json.loads(json.dumps(self.circumstances))
         del circumstances["engine_version"]  # a newer engine measures its own baseline
+        fitted = {"moments_windows": self.file.text.moments_windows} if self.file.space.wants_moments else {}
         return {
+            **fitted,
             "model": {"source": self.file.model.source, "digest": self.base_digest},
             "space": searched,
             "calibration": self._calibration_key,
@@ -475,7 +477,8 @@ def _embedded_report() -> Documents:
 def free_memory(device: str) -> int | None:
     """Bytes that can still be used on the device, or None where that can't be known."""
     if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # torch's own, which it gives out again
+        return int(torch.cuda.mem_get_info()[0]) + unused
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

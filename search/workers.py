@@ -152,13 +152,17 @@ def sweep(directory: Path) -> None:
 
 
 def keep_best_checkpoints(the_study: optuna.Study, setting: Setting) -> None:
-    """Delete this study's checkpoints but those of its best trials; `export` builds any of them again, bit for bit."""
+    """Delete this study's checkpoints but those of its best trials; `export` builds any of them again, bit for bit.
+
+    Those of trials that failed after they were built go too.
+    """
     trials = the_study.get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
     best = sorted(complete, key=lambda trial: -(trial.value or 0.0))[: setting.file.limits.keep_checkpoints]
     running = [trial for trial in trials if trial.state == optuna.trial.TrialState.RUNNING]
     kept = {trial.user_attrs.get("checkpoint") for trial in (*best, *running)}
-    for trial in complete:
+    failed = [trial for trial in trials if trial.state == optuna.trial.TrialState.FAIL]
+    for trial in (*complete, *failed):
         name = trial.user_attrs.get("checkpoint")
         if name is not None and name not in kept:
             shutil.rmtree(setting.outputs / "checkpoints" / name, ignore_errors=True)

@@ -19,11 +19,18 @@ from compressors.family import Family, head_dim, take_columns, take_rows
 Kept = tuple[tuple[int, tuple[int, ...]], ...]  # of a layer: (key/value head, its query heads), ascending
 
 
-def choose(heads: int, groups: int, keep_heads: int, keep_groups: int, activity: Sequence[float]) -> Kept:
+def choose(
+    heads: int,
+    groups: int,
+    keep_heads: int,
+    keep_groups: int,
+    activity: Sequence[float],
+    of_groups: Sequence[float] | None = None,
+) -> Kept:
     """What stays in a layer with this activity of its query heads [heads].
 
     The groups with the largest energy (sum of squared activity) stay, and in each its most active query heads:
-    Minitron's head importance, https://arxiv.org/abs/2407.14679.
+    Minitron's head importance, https://arxiv.org/abs/2407.14679. of_groups: another measure of the groups [groups].
     """
     reason = infeasible(heads, groups, keep_heads, keep_groups)
     if reason:
@@ -34,7 +41,9 @@ def choose(heads: int, groups: int, keep_heads: int, keep_groups: int, activity:
         return list(range(group * per_group, (group + 1) * per_group))
 
     kept = []
-    for group in _largest([sum(activity[h] ** 2 for h in members(group)) for group in range(groups)], keep_groups):
+    if of_groups is None:
+        of_groups = [sum(activity[h] ** 2 for h in members(group)) for group in range(groups)]
+    for group in _largest(of_groups, keep_groups):
         best = _largest([activity[h] for h in members(group)], keep_each)
         kept.append((group, tuple(group * per_group + place for place in best)))
     return tuple(kept)

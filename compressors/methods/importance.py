@@ -4,6 +4,8 @@ Symbols: W [N, K] the projection that reads them (down_proj, o_proj), H [K, K] t
 mean.
 A channel is one input of down_proj; a head is a block of head_dim inputs of o_proj.
 
+energy: E‖W[:, P] x_P‖² = tr(W[:, P] H[P, P] W[:, P]ᵀ) of the inputs P: what they add to the output, and what is lost
+    when they go and nothing takes over.
 flap: (H[j, j] − μ[j]²) ‖W[:, j]‖², https://arxiv.org/abs/2312.11983.
 obs: the loss E‖W x − W' x_S‖² that is left after the best W', of those that go one after the other: OBS,
     https://arxiv.org/abs/2208.11580 (the block of a head: ZipLM, https://arxiv.org/abs/2302.04089).
@@ -26,6 +28,20 @@ def flap(weight: torch.Tensor, moment: Moment) -> torch.Tensor:
     """Of each input, float64 [K]."""
     variance = (moment.second.diagonal().double() - moment.mean.double().square()).clamp_min(0.0)
     return variance * weight.double().square().sum(0)
+
+
+def energy(weight: torch.Tensor, moment: Moment, size: int = 1) -> torch.Tensor:
+    """Of each block of `size` inputs, float64 [K / size]."""
+    rows, width = weight.shape
+    blocks = weight.double().reshape(rows, -1, size)  # (N, K / size, size)
+    second = moment.second.double().reshape(width // size, size, width // size, size)
+    own = second.diagonal(dim1=0, dim2=2)  # (size, size, K / size)
+    return torch.einsum("nki,ijk,nkj->k", blocks, own, blocks).clamp_min(0.0)
+
+
+def energy_choice(weight: torch.Tensor, moment: Moment, keep: int) -> torch.Tensor:
+    """The inputs that stay, int64 [keep], ascending."""
+    return torch.topk(energy(weight, moment), keep).indices.sort().values
 
 
 def flap_choice(weight: torch.Tensor, moment: Moment, keep: int) -> torch.Tensor:
@@ -79,8 +95,11 @@ def _remove(weight: torch.Tensor, inverse: torch.Tensor, block: torch.Tensor) ->
 def choose_channels(
     checkpoint: Checkpoint, family: Family, keep: int, moments: Moments, how: str, device: str = "cpu"
 ) -> list[torch.Tensor]:
-    """The FFN channels that stay in each layer, int64 [keep], ascending. how: flap | obs. device: of the arithmetic."""
-    choice = {"flap": flap_choice, "obs": obs_choice}[how]
+    """The FFN channels that stay in each layer, int64 [keep], ascending.
+
+    how: energy | flap | obs. device: of the arithmetic.
+    """
+    choice = {"energy": energy_choice, "flap": flap_choice, "obs": obs_choice}[how]
     found = []
     for layer in range(int(checkpoint.config["num_hidden_layers"])):
         weight = checkpoint.tensors[f"{family.in_layer(layer, family.down)}.weight"].load().to(device)
@@ -99,7 +118,7 @@ def choose_heads(
 ) -> list[Kept]:
     """The heads that stay in each layer: first whole key/value groups go, then as many query heads of each group.
 
-    how: flap | obs. device: of the arithmetic.
+    how: energy | flap | obs. device: of the arithmetic.
     """
     config = checkpoint.config
     count, size = int(config["num_attention_heads"]), head_dim(config)
@@ -108,9 +127,13 @@ def choose_heads(
     for layer in range(int(config["num_hidden_layers"])):
         weight = checkpoint.tensors[f"{family.in_layer(layer, family.o)}.weight"].load().to(device)
         moment = mixed(moments.of(layer, family.o)).to(device)
-        if how == "flap":
-            energy = flap(weight, moment).reshape(count, size).sum(1).sqrt()
-            found.append(heads.choose(count, groups, keep_heads, keep_groups, energy.tolist()))
+        if how == "energy":
+            of_groups = energy(weight, moment, size * count // groups).tolist()
+            of_heads = energy(weight, moment, size).tolist()
+            found.append(heads.choose(count, groups, keep_heads, keep_groups, of_heads, of_groups))
+        elif how == "flap":
+            fluctuation = flap(weight, moment).reshape(count, size).sum(1).sqrt()
+            found.append(heads.choose(count, groups, keep_heads, keep_groups, fluctuation.tolist()))
         else:
             found.append(_heads_by_obs(weight, moment, count, groups, keep_heads, keep_groups, size))
     return found

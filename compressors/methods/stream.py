@@ -40,6 +40,7 @@ from compressors.checkpoint import Checkpoint, LazyTensor
 from compressors.errors import CheckpointError
 from compressors.family import Family
 from compressors.layerwise import Called, Layers
+from compressors.lock import alone
 from compressors.methods.repair import cholesky
 from compressors.moments import Moments
 from compressors.streams import Stays, Streams, Told
@@ -69,25 +70,31 @@ def take_over(
     ]
     key = functools.cache(lambda: _key(cut, stays, device))
 
+    def fit(path: Path) -> None:
+        say("repair: reading both models")
+        made, _ = refit(
+            cut,
+            base,
+            family,
+            stays,
+            parts,
+            moments.windows(),
+            device,
+            progress=lambda done, total: say(f"repair, layer {done} of {total}"),
+        )
+        _keep(path, made)
+        del made
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()  # an engine may want it next
+
     def load(name: str) -> torch.Tensor:
         path = moments.path / f"stream-{key()}.safetensors"
         if not path.is_file():
-            say("repair: reading both models")
-            made, _ = refit(
-                cut,
-                base,
-                family,
-                stays,
-                parts,
-                moments.windows(),
-                device,
-                progress=lambda done, total: say(f"repair, layer {done} of {total}"),
-            )
-            _keep(path, made)
-            del made
-            gc.collect()
-            if device == "cuda":
-                torch.cuda.empty_cache()  # an engine may want it next
+            say("repair: waiting for another process that fits")  # one at a time: each wants the memory of two models
+            with alone(moments.path / "stream"):
+                if not path.is_file():
+                    fit(path)
         try:
             return safetensors_file.loader(path, name)()
         except (SafetensorError, OSError) as error:

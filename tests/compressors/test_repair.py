@@ -172,6 +172,25 @@ def test_flap_is_variance_times_the_columns_norm():
     assert importance.flap_choice(weight, moment_of(x), 2).tolist() == [0, 2]  # the constant one goes
 
 
+def test_energy_is_what_a_block_adds_to_the_output(problem):
+    x, weight, _ = problem
+    for size in (1, 3):
+        expected = torch.stack([
+            (x[:, start : start + size].double() @ weight[:, start : start + size].double().T).square().sum(1).mean()
+            for start in range(0, 12, size)
+        ])  # fmt: skip
+        torch.testing.assert_close(importance.energy(weight, moment_of(x), size), expected, rtol=1e-4, atol=1e-6)
+    largest = importance.energy(weight, moment_of(x)).topk(5).indices.sort().values
+    assert importance.energy_choice(weight, moment_of(x), 5).tolist() == largest.tolist()
+
+
+def test_groups_go_by_what_their_heads_add_together():
+    """Two heads whose outputs cancel add nothing, however large they are."""
+    together, alone = [9.0, 9.0, 1.0, 1.0], [0.1, 2.0]
+    assert heads.choose(4, 2, 2, 1, together, alone) == ((1, (2, 3)),)
+    assert heads.choose(4, 2, 2, 1, together) == ((0, (0, 1)),)
+
+
 def test_obs_drops_what_others_can_replace(problem):
     x, weight, _ = problem
     x = x.clone()
@@ -193,7 +212,7 @@ def test_obs_is_the_best_single_choice(problem):
     assert importance.obs_choice(weight, moment_of(x), 11).tolist() == [i for i in range(12) if i != best]
 
 
-@pytest.mark.parametrize("how", ["flap", "obs"])
+@pytest.mark.parametrize("how", ["energy", "flap", "obs"])
 def test_heads_stay_the_same_number_in_every_group(base, its_family, collected, how):
     config = base.config
     count, groups = config["num_attention_heads"], config["num_key_value_heads"]

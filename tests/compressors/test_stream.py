@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -309,6 +310,18 @@ def test_an_order_does_not_depend_on_what_was_asked_before(pico_llama, domains, 
     stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "together").iterdir()}
     assert order(2, "together") == at_once[2]
     assert stamps == {file: file.stat().st_mtime_ns for file in (tmp_path / "together").iterdir()}
+
+
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_nearly_all_layers_can_go_one_by_one(pico_llama, domains, tmp_path, look_ahead, monkeypatch):
+    monkeypatch.setattr(leave_one_out, "CANDIDATES", 2)
+    base = in_float32(Checkpoint.read(pico_llama))
+    its_family, few = family.family_of(base), {"low": domains["low"][:2]}
+    said = []
+    found = leave_one_out.order(base, its_family, few, 4, tmp_path, look_ahead=look_ahead, say=said.append)
+    assert len(set(found)) == 4
+    tries = [what for what in said if re.search(r"layer \d of 4: trying", what)]
+    assert len(tries) == 5 + 2 + 2 + 2, "the cheapest of the first step, and as many others as have gone since"
 
 
 def test_a_search_goes_on_where_it_was_killed(pico_llama, domains, tmp_path):

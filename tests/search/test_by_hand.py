@@ -199,6 +199,7 @@ def test_plans_that_differ_have_names_that_differ():
     for option, choices in {**CHOICES, "keep_16_bit": (0, 1, 4)}.items():
         named |= {compress.name_of(dataclasses.replace(cut, **{option: choice}), base) for choice in choices[1:]}
     words = {
+        "energy",
         "flap",
         "obs",
         "ridge",

@@ -1,0 +1,20 @@
+"""What may go wrong with one model among several, and is said in one line while the others go on."""
+
+from __future__ import annotations
+
+import torch
+
+from compressors.errors import CompressionError
+from evaluator.errors import EngineOutOfMemory, EvaluationError
+from search.errors import SearchError
+
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+FAILURES = (SearchError, CompressionError, EvaluationError, *OUT_OF_MEMORY)
+
+
+def why(error: Exception) -> dict[str, str]:
+    """{"failure": the kind, "reason": one line}."""
+    if isinstance(error, OUT_OF_MEMORY):
+        first = (str(error).splitlines() or [""])[0]
+        return {"failure": EngineOutOfMemory.__name__, "reason": first or "the machine's memory is exhausted"}
+    return {"failure": type(error).__name__, "reason": " ".join(str(error).split())}
