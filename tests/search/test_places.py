@@ -1,0 +1,22 @@
+"""Directories that appear whole or not at all, and what killed writers leave."""
+
+import os
+import subprocess
+import sys
+
+from search import places
+
+
+def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    live = os.getppid()
+    left = [f".m.compress-{ended.pid}", f".m.compress-{ended.pid}-old", f"..m.compress-{ended.pid}.ab12"]
+    stay = [f".m.compress-{live}", f"..m.compress-{live}.ab12", f".n.compress-{ended.pid}"]
+    for name in (*left, *stay):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"0" * 100)
+    with places.beside(tmp_path / "m", "compress") as scratch:
+        scratch.mkdir()
+        (scratch / "config.json").write_text("{}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*stay, "m"])
