@@ -157,12 +157,14 @@ def cut(teacher: Checkpoint, arguments: argparse.Namespace, training, scratch: p
             plan, num_hidden_layers=arguments.layers, drop_from=middle if arguments.random else "kl"
         )
     if not arguments.random:
-        plan = dataclasses.replace(plan, importance="flap" if arguments.ffn else "activation", repair=arguments.repair)
+        plan = dataclasses.replace(plan, importance="flap", repair=arguments.repair)
     fitted = {name: those[: arguments.fitted] for name, those in training.items()}
     moment = None
     if build.needs_moments(plan):
         moment = moments.collect(teacher, fitted, scratch / "moments", arguments.device)
-    statistics = calibration.calibrate(teacher, [w for those in fitted.values() for w in those], arguments.device)
+    statistics = None
+    if build.needs_calibration(plan, own):
+        statistics = calibration.calibrate(teacher, [w for those in fitted.values() for w in those], arguments.device)
     made = build.apply(plan, teacher, family_of(teacher), statistics, moments=moment, device=arguments.device)
     made.write(scratch / "student")  # a repair's tensors are worked out as they are read
     return Checkpoint.read(scratch / "student")

@@ -65,8 +65,7 @@ def order(
     path = directory / (f"order-look-ahead-{count}.json" if look_ahead else "order.json")
     found = _read(path)
     if len(found.removed) < count:
-        say("leaving out layers: waiting for another process that does so")
-        with alone(path):
+        with alone(path, lambda: say("leaving out layers: waiting for another process that does so")):
             found = _read(path)
             if len(found.removed) < count:
                 say("leaving out layers: reading the model")
@@ -102,7 +101,6 @@ def _saying(say: Say, where: str) -> Say:
 
 
 def _write(path: Path, made: Order) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as out:
         json.dump({"rules": RULES, **dataclasses.asdict(made)}, out)
     Path(out.name).chmod(0o644)
@@ -128,28 +126,28 @@ class _Search:
         """One layer more. look_ahead: the one that leaves the cheapest next one."""
         left = [layer for layer in range(self.layers.count) if layer not in there.removed]
         before = left if there.ranking is None else there.ranking
-        costs = self.costs(left, None if there.ranking is None else before[:CANDIDATES], say)
-        ranked = sorted(costs, key=lambda layer: (costs[layer], layer))
-        gone = ranked[0]
-        ranked += [layer for layer in before if layer not in costs]
+        costs = self.costs(left, left if there.ranking is None else before[:CANDIDATES], say)
+        cheapest = sorted(costs, key=lambda layer: (costs[layer], layer))
+        gone = cheapest[0]
+        ranking = [*cheapest, *(layer for layer in before if layer not in costs)]
         if look_ahead and len(left) > 2:
             after = {}
-            for first in ranked[: min(AHEAD, len(costs))]:
+            for first in cheapest[:AHEAD]:
                 rest = [layer for layer in left if layer != first]
-                nexts = [layer for layer in ranked if layer != first][:CANDIDATES]
+                nexts = [layer for layer in ranking if layer != first][:CANDIDATES]
                 after[first] = min(self.costs(rest, nexts, _saying(say, f"{first} and one more")).values())
             gone = min(after, key=lambda first: (after[first], first))
         return Order(
             (*there.removed, gone),
             (*there.kl, costs[gone]),
-            tuple(layer for layer in ranked if layer != gone),
+            tuple(layer for layer in ranking if layer != gone),
         )
 
-    def costs(self, left: Sequence[int], candidates: Sequence[int] | None, say: Say) -> dict[int, float]:
-        """Layer → KL in nats per token without it; of those that are `left`, the `candidates` (None: all)."""
+    def costs(self, left: Sequence[int], candidates: Sequence[int], say: Say) -> dict[int, float]:
+        """Layer → KL in nats per token without it; of those that are `left`, the `candidates`."""
         found: dict[int, float] = {}
         hidden = self.start
-        tried = [layer for layer in left if candidates is None or layer in candidates]
+        tried = [layer for layer in left if layer in candidates]
         for place, layer in enumerate(left):
             if layer in tried:
                 say(f"trying {len(found) + 1} of {len(tried)}")

@@ -267,7 +267,7 @@ def _quantization(given: Mapping[str, Any], version: str) -> dict[str, Any]:
             f"for transformers {version}: its compressed-tensors doesn't know the format {newer[0]}; known are "
             f"{', '.join(sorted(QUANTIZATION_FORMATS))}"
         )
-    if quantises_lm_head(given):
+    if _quantises_lm_head(given):
         raise CheckpointError(
             f"for transformers {version}: {NO_LM_HEAD}; choose lm_head: 16-bit, or for_transformers of 5.x where the "
             "server has a newer vLLM"
@@ -278,7 +278,7 @@ def _quantization(given: Mapping[str, Any], version: str) -> dict[str, Any]:
     return made
 
 
-def quantises_lm_head(quantization: Mapping[str, Any]) -> bool:
+def _quantises_lm_head(quantization: Mapping[str, Any]) -> bool:
     """Whether a quantization_config names lm_head as a target, as it must: to vLLM it is no Linear."""
     groups = (quantization.get("config_groups") or {}).values()
     return any("lm_head" in (group.get("targets") or ()) for group in groups if isinstance(group, Mapping))

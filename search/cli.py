@@ -53,15 +53,11 @@ def _status(error: Exception) -> int | None:
         return error.exit_status
     if isinstance(error, CompressionError | EvaluationError):
         return 2
-    if isinstance(error, (OSError, *_out_of_memory(), *_database_errors())):
+    if isinstance(error, (OSError, *_database_errors())):
         return 2
-    return None
+    from search.failures import OUT_OF_MEMORY  # imports torch: last
 
-
-def _out_of_memory() -> tuple[type[Exception], ...]:
-    from search.failures import OUT_OF_MEMORY
-
-    return OUT_OF_MEMORY
+    return 2 if isinstance(error, OUT_OF_MEMORY) else None
 
 
 def _database_errors() -> tuple[type[Exception], ...]:

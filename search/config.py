@@ -25,8 +25,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from compressors import target
-from compressors.errors import CheckpointError
 from compressors.plan import CHOICES, DROP_FROM, DTYPES, PRECISIONS, SCHEMES
 from search.errors import ConfigError
 
@@ -105,13 +103,6 @@ class Space(Section):
         if names is not None and (not names or len(set(names)) != len(names)):
             raise ValueError("needs at least one value, and none twice")
         return names
-
-    @property
-    def wants_moments(self) -> bool:
-        """Whether any of its plans may rest on second moments, see `compressors.build.needs_moments`."""
-        nothing = {"drop_from": {"importance", "top", "bottom"}, "importance": {"activation"}, "repair": {"none"}}
-        nothing["quantizer"] = {"nearest", "mse"}
-        return self.keep_16_bit != 0 or any(set(getattr(self, name)) - those for name, those in nothing.items())
 
 
 class Model(Section):
@@ -346,6 +337,9 @@ class StudyFile(Section):
     def _readable(self) -> Self:
         version = self.export.for_transformers
         if version is not None and "8-bit" in (*self.space.lm_head, self.compression.lm_head):
+            from compressors import target  # it imports torch, which no other study file waits for
+            from compressors.errors import CheckpointError
+
             try:
                 old = target.in_old_form(version)
             except CheckpointError:  # said where it is exported

@@ -77,6 +77,7 @@ def distil(
     student = checkpoint.Checkpoint.read(student_path)
     settings = settings_of(setting, tokens)
     text = text or text_of(setting, settings)
+    # float32 weights and AdamW's two moments, and the best student so far: the new ones are written beside the old ones
     require_disk(student.total_parameters * 32 + 50_000_000, setting.outputs, "the distillation's state")
     student_digest = checkpoint.digest_of(student_path, setting.outputs / "digests")
     work = setting.outputs / "distillation" / key(setting, student_digest, settings, text)

@@ -8,7 +8,6 @@ what is there under the same settings is neither distilled nor measured again.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from compressors import build, checkpoint, family
+from compressors.device import release
 from compressors.distillation.settings import Distillation, require_valid
 from compressors.plan import CompressionPlan
 from compressors.target import in_old_form
@@ -159,12 +158,6 @@ def distil(wanted: Wanted, study: optuna.Study, say: Say, warn: Say, words: Sequ
     return Outcome(status.by_score(list(rows.values())), passed_over)
 
 
-def _free(device: str) -> None:
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-
-
 # -- where each goes -----------------------------------------------------------------------------------------
 
 
@@ -205,7 +198,7 @@ def _make(finalist: Finalist, path: Path, wanted: Wanted, study: optuna.Study, b
         try:
             distillation.distil(setting, student, wanted.settings.tokens, source, None, bench.say, text=wanted.text)
         finally:
-            _free(setting.device)
+            release(setting.device)
     _drop_student(digest, study, setting)  # also that of a call that was killed here
     _apply_precision(finalist, source, path, key, wanted, bench.say)
 
@@ -262,7 +255,7 @@ def _apply_precision(finalist: Finalist, source: Path, path: Path, key: str, wan
     finally:
         if moments is not None:
             shutil.rmtree(moments.path, ignore_errors=True)
-        _free(setting.device)
+        release(setting.device)
 
 
 # -- what is said of each ------------------------------------------------------------------------------------

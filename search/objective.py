@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import hashlib
 import json
 import math
@@ -25,6 +24,7 @@ import optuna
 import torch
 
 from compressors import build, calibration, checkpoint, structure
+from compressors.device import release
 from compressors.errors import CompressionError
 from compressors.plan import CompressionPlan
 from evaluator import measure, quality, score, speed
@@ -225,7 +225,7 @@ class Bench:
             yield model
         finally:
             del model
-            _free_memory(setting.device)
+            release(setting.device)
 
     def _applied(self, plan: CompressionPlan, *, simulate: bool = False) -> checkpoint.Checkpoint:
         setting = self.setting
@@ -274,7 +274,7 @@ class Bench:
             raise CompressionError(f"build: {path}: {error.strerror or error}; nothing was left there") from None
         finally:
             shutil.rmtree(building, ignore_errors=True)
-            _free_memory(setting.device)
+            release(setting.device)
         return path, weights_sha256
 
     def measure(
@@ -313,13 +313,6 @@ class Bench:
             layers=len(found.layers),
             base_layers=self.setting.identity.num_hidden_layers,
         )
-
-
-def _free_memory(device: str) -> None:
-    """What torch keeps of the device's memory, an engine may want next."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
 
 
 def with_predicted_time(measurement: Measurement, ratio: float) -> Measurement:

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 
 from compressors import build, calibration, checkpoint, family, moments
 from compressors.errors import CheckpointError
-from compressors.plan import DTYPES, OPTIONS, RECIPE, CompressionPlan
+from compressors.plan import CHOICES, DTYPES, OPTIONS, RECIPE, CompressionPlan
 from evaluator import backends, tasks, texts
 from evaluator.backends import EngineSettings
 from evaluator.errors import BackendUnavailable
@@ -34,7 +34,7 @@ from evaluator.measurement import METHOD, Workload
 from evaluator.score import Formula
 from evaluator.tasks import lm_eval, multiple_choice
 from search import sources, space
-from search.config import StudyFile
+from search.config import Range, StudyFile
 from search.errors import UsageError
 
 CACHE = Path(os.environ.get("OPTUNA_SEARCH_CACHE", "~/.cache/optuna-search")).expanduser()
@@ -168,7 +168,7 @@ class Setting:
             searched[name] = "searched" if isinstance(value, dict) else value
         circumstances = json.loads(json.dumps(self.circumstances))
         del circumstances["engine_version"]  # a newer engine measures its own baseline
-        fitted = {"moments_windows": self.file.text.moments_windows} if self.file.space.wants_moments else {}
+        fitted = {"moments_windows": self.file.text.moments_windows} if self._may_need_moments else {}
         return {
             **fitted,
             "model": {"source": self.file.model.source, "digest": self.base_digest},
@@ -179,6 +179,19 @@ class Setting:
             "evaluation": circumstances,
             "pruner": self.file.pruner.name,  # decides what is reported: raw shards, or running means
         }
+
+    @property
+    def _may_need_moments(self) -> bool:
+        """Whether any plan of the space rests on second moments."""
+        space = self.file.space
+        choices = {name: getattr(space, name) for name in ("drop_from", *CHOICES)}
+        kept = space.keep_16_bit
+        choices["keep_16_bit"] = [kept.high if isinstance(kept, Range) else kept]
+        return any(
+            build.needs_moments(dataclasses.replace(self.identity, **{name: choice}))
+            for name, those in choices.items()
+            for choice in those
+        )
 
     @property
     def _score_definition(self) -> dict[str, Any]:

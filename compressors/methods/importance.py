@@ -41,12 +41,16 @@ def energy(weight: torch.Tensor, moment: Moment, size: int = 1) -> torch.Tensor:
 
 def energy_choice(weight: torch.Tensor, moment: Moment, keep: int) -> torch.Tensor:
     """The inputs that stay, int64 [keep], ascending."""
-    return torch.topk(energy(weight, moment), keep).indices.sort().values
+    return _largest(energy(weight, moment), keep)
 
 
 def flap_choice(weight: torch.Tensor, moment: Moment, keep: int) -> torch.Tensor:
     """The inputs that stay, int64 [keep], ascending."""
-    return torch.topk(flap(weight, moment), keep).indices.sort().values
+    return _largest(flap(weight, moment), keep)
+
+
+def _largest(scores: torch.Tensor, keep: int) -> torch.Tensor:
+    return torch.topk(scores, keep).indices.sort().values
 
 
 def obs_choice(weight: torch.Tensor, moment: Moment, keep: int) -> torch.Tensor:

@@ -21,10 +21,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +35,7 @@ from safetensors.torch import save_file
 
 from compressors import safetensors_file
 from compressors.checkpoint import Checkpoint, LazyTensor
+from compressors.device import release
 from compressors.errors import CheckpointError
 from compressors.family import Family
 from compressors.layerwise import Called, Layers
@@ -84,15 +83,13 @@ def take_over(
         )
         _keep(path, made)
         del made
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()  # an engine may want it next
+        release(device)
 
     def load(name: str) -> torch.Tensor:
         path = moments.path / f"stream-{key()}.safetensors"
         if not path.is_file():
-            say("repair: waiting for another process that fits")  # one at a time: each wants the memory of two models
-            with alone(moments.path / "stream"):
+            # one at a time, whatever they fit: each wants the memory of two models
+            with alone(moments.path / "stream", lambda: say("repair: waiting for another process that fits")):
                 if not path.is_file():
                     fit(path)
         try:
@@ -120,12 +117,11 @@ def _key(cut: Checkpoint, stays: Stays, device: str) -> str:
 def _keep(path: Path, made: dict[str, torch.Tensor]) -> None:
     """Write the file beside its place and rename it; the oldest go, and what killed processes left."""
     for left in path.parent.glob(".stream-*"):
-        if not _alive(int(left.name.split("-")[1])):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(left, ignore_errors=True)
     there = sorted(path.parent.glob("stream-*.safetensors"), key=lambda file: file.stat().st_mtime)
     for old in there[: max(0, len(there) - FILES + 1)]:
         old.unlink(missing_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".stream-{os.getpid()}-"))
+    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=".stream-"))
     try:
         save_file(made, scratch / path.name)
         (scratch / path.name).replace(path)
@@ -133,16 +129,6 @@ def _keep(path: Path, made: dict[str, torch.Tensor]) -> None:
         raise CheckpointError(f"repair: {path} can't be written ({error}); free some space") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def refit_parts(family: Family, stays: Stays, count: int) -> list[list[tuple[str, ...]]]:
