@@ -28,7 +28,7 @@ SMOLLM2 = {
     "FFN 1152": {"intermediate_size": 1152},
     "FFN 1344": {"intermediate_size": 1344},
     "2 of 3 key/value groups": {"num_key_value_heads": 2, "num_attention_heads": 6},
-    "hidden 504": {"hidden_size": 504},  # a multiple of its 9 heads, as transformers wants it
+    "hidden 513": {"hidden_size": 513},  # a multiple of its 9 heads, as transformers wants it
     "28 layers": {"num_hidden_layers": 28},
 }
 HOW = {
@@ -44,6 +44,13 @@ HOW = {
     "energy, stream": {"importance": "energy", "repair": "stream"},
     "flap, stream": {"importance": "flap", "repair": "stream"},
     "obs, stream": {"importance": "obs", "repair": "stream"},
+}
+HIDDEN = {
+    "activity": {},
+    "stream": {"repair": "stream"},
+    "pca": {"rotation": "pca"},
+    "pca, ridge": {"rotation": "pca", "repair": "ridge"},
+    "pca, stream": {"rotation": "pca", "repair": "stream"},
 }
 DEPTH = {
     "top": {"drop_from": "top"},
@@ -111,7 +118,9 @@ def main() -> None:
     rows = []
     print(f"{'cut':<26}{'choice and repair':<22}" + "".join(f"{n + ' PerfNorm':>18}{'KL':>16}" for n in shards))
     for cut, changes in arguments.plans.items():
-        for how, options in (DEPTH if "num_hidden_layers" in changes else HOW).items():
+        for how, options in (
+            DEPTH if "num_hidden_layers" in changes else HIDDEN if "hidden_size" in changes else HOW
+        ).items():
             if cut not in (arguments.only or [cut]) or how not in (arguments.how or [how]):
                 continue
             plan = dataclasses.replace(own, **changes, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,7 +14,7 @@ from compressors.calibration import Calibration
 from compressors.checkpoint import Checkpoint, stock_config
 from compressors.errors import CheckpointError, InfeasiblePlan
 from compressors.family import Family, head_dim, recast
-from compressors.methods import depth, ffn, heads, hidden, importance, precision, repair, sensitivity, stream
+from compressors.methods import depth, ffn, heads, hidden, importance, precision, repair, rotation, sensitivity, stream
 from compressors.moments import Moments, input_of, mixed
 from compressors.plan import CHOICES, DROP_FROM, DTYPES, SCHEMES, CompressionPlan
 from compressors.streams import Stays
@@ -49,6 +50,15 @@ def apply(
         )
     elif drop_from in depth.BY_KL or (drop_from == "importance" and calibration is None):
         drop_from = "top"  # shapes alone
+    turned = plan.rotation == "pca" and plan.hidden_size != own.hidden_size
+    if turned:
+        basis = None
+        if calibration is not None and moments is not None:
+            found = rotation.principal(base, family, moments.windows(), moments.path, device, say)
+            basis = found.basis
+            calibration = dataclasses.replace(calibration, norm_mean_square=found.mean_square)
+            moments = dataclasses.replace(moments, change=rotation.of_inputs(base, family, basis))
+        base = rotation.turn(base, family, basis, device)
     layers = depth.choose(own.num_hidden_layers, plan.num_hidden_layers, drop_from, calibration, order)
     made = depth.cut(base, family, layers)
     if calibration is not None:
@@ -85,7 +95,8 @@ def apply(
         squares = None
         if calibration is not None:
             squares = [calibration.norm_mean_square[name] for name in family.residual_norms(len(layers))]
-        before, dimensions = made, hidden.choose(own.hidden_size, plan.hidden_size, calibration)
+        before = made
+        dimensions = hidden.choose(own.hidden_size, plan.hidden_size, None if turned else calibration)
         made = hidden.cut(made, family, dimensions, squares)
         inputs[family.q] = inputs[family.gate] = [dimensions] * len(layers)
         if plan.repair == "ridge" and moments is not None:
@@ -139,10 +150,12 @@ def _second_moments(
 def _unquantised(
     made: Checkpoint, family: Family, plan: CompressionPlan, second: Callable[[str], torch.Tensor] | None
 ) -> list[str]:
-    """The projections that stay in 16 bits; without second moments their number alone is right."""
+    """The projections that stay in 16 bits; without second moments the smallest: no size is foreseen too large."""
     groups = precision.fused_groups(made, family)
     if plan.keep_16_bit and second is not None:
         groups = sensitivity.rank(made, family, plan.precision, second, group_size=plan.group_size)
+    elif plan.keep_16_bit:
+        groups.sort(key=lambda group: sum(made.tensors[f"{module}.weight"].nbytes for module in group))
     return [module for group in groups[: plan.keep_16_bit] for module in group]
 
 
@@ -155,7 +168,7 @@ def needs_calibration(plan: CompressionPlan, base: CompressionPlan) -> bool:
 def needs_moments(plan: CompressionPlan) -> bool:
     """Whether anything of it rests on second moments (`compressors.moments`), or on the text that they are of."""
     options = plan.importance != "activation" or plan.repair != "none" or plan.drop_from in depth.BY_KL
-    return options or plan.quantizer == "gptq" or plan.keep_16_bit > 0
+    return options or plan.rotation != "none" or plan.quantizer == "gptq" or plan.keep_16_bit > 0
 
 
 def of_layers(calibration: Calibration, family: Family, layers: tuple[int, ...]) -> Calibration:
@@ -199,7 +212,7 @@ def check(
             return f"{name}: {wanted} must be from 1 to the model's {there}"
     if plan.drop_from not in DROP_FROM and plan.dropped_layers is None:
         return f"drop_from: {plan.drop_from!r} is not one of {', '.join(DROP_FROM)}, nor a list of layers"
-    for name in ("importance", "repair"):
+    for name in ("importance", "rotation", "repair"):
         if getattr(plan, name) not in CHOICES[name]:
             return f"{name}: {getattr(plan, name)!r} is not one of {', '.join(map(str, CHOICES[name]))}"
     reason = precision.check_options(
@@ -221,11 +234,14 @@ def check(
         reason = _misaligned(plan, made, family)
         if reason:
             return reason
-    if max_bytes is not None and made.file_bytes > max_bytes:
-        return (
-            f"size: {made.file_bytes / 1e6:.1f} MB exceeds the limit of {max_bytes / 1e6:.1f} MB (limits.max_size_mb)"
-        )
-    return None
+    return oversized(made, max_bytes)
+
+
+def oversized(made: Checkpoint, max_bytes: int | None) -> str | None:
+    """Why its model.safetensors is too large, or None. Foreseen sizes (`check`) are too small with `keep_16_bit`."""
+    if max_bytes is None or made.file_bytes <= max_bytes:
+        return None
+    return f"size: {made.file_bytes / 1e6:.1f} MB exceeds the limit of {max_bytes / 1e6:.1f} MB (limits.max_size_mb)"
 
 
 def _misaligned(plan: CompressionPlan, made: Checkpoint, family: Family) -> str | None:

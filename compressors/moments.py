@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from compressors.checkpoint import Checkpoint
 from compressors.errors import CheckpointError
-from compressors.family import Family, family_of
+from compressors.family import Family, family_of, head_dim
 from compressors.layerwise import Called, Layers
 from compressors.lock import alone
 
@@ -43,6 +43,11 @@ class Moment:
     def to(self, device: str) -> Moment:
         return Moment(self.second.to(device), self.mean.to(device), self.tokens)
 
+    def through(self, change: torch.Tensor) -> Moment:
+        """Of T x, T [K, K]."""
+        change = change.to(self.second.device)
+        return Moment(change @ self.second @ change.T, change @ self.mean, self.tokens)
+
     def take(self, index: torch.Tensor) -> Moment:
         """Of these inputs alone."""
         return Moment(self.second[index][:, index], self.mean[index], self.tokens)
@@ -50,11 +55,15 @@ class Moment:
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """A directory with a file a layer. domains: the names of the calibration's texts, in order."""
+    """A directory with a file a layer. domains: the names of the calibration's texts, in order.
+
+    change: (layer of the base model, projection) → T [K, K], where a turned model reads T x; None where it reads x.
+    """
 
     path: Path
     domains: tuple[str, ...]
     layers: tuple[int, ...]  # of the base model, in the order of the model that they are of
+    change: Callable[[int, str], torch.Tensor | None] = lambda layer, part: None
 
     def of(self, layer: int, part: str) -> dict[str, Moment]:
         """By domain, of the input of the projection `part` in a layer. q, k and v have one input, gate and up another.
@@ -65,7 +74,7 @@ class Moments:
         try:
             with safe_open(file, framework="pt") as stored:
                 tokens = json.loads((stored.metadata() or {})["tokens"])
-                return {
+                found = {
                     domain: Moment(
                         stored.get_tensor(f"{domain}.{part}.second"),
                         stored.get_tensor(f"{domain}.{part}.mean"),
@@ -77,6 +86,8 @@ class Moments:
             raise CheckpointError(
                 f"moments {file}: can't be read ({error}); delete {self.path}, it is made again"
             ) from None
+        change = self.change(self.layers[layer], part)
+        return found if change is None else {domain: moment.through(change) for domain, moment in found.items()}
 
     def windows(self) -> dict[str, list[list[int]]]:
         """By domain, the token ids that they were collected on. Raises CheckpointError."""
@@ -124,6 +135,14 @@ def collect(
         if not path.is_dir():
             _collect(base, domains, path, device, batch, progress)
     return opened(path)
+
+
+def file_bytes(base: Checkpoint, domains: int) -> int:
+    """About what `collect` writes."""
+    config = base.config
+    stream, wide = int(config["hidden_size"]), int(config["intermediate_size"])
+    attention = head_dim(config) * int(config["num_attention_heads"])
+    return 4 * int(config["num_hidden_layers"]) * domains * (2 * stream**2 + attention**2 + wide**2)
 
 
 def _collect(

@@ -17,6 +17,7 @@ PRECISIONS = DTYPES + SCHEMES
 DROP_FROM = ("importance", "kl", "kl-look-ahead", "top", "bottom")
 CHOICES = {  # of a plan's options, the default first
     "importance": ("activation", "energy", "flap", "obs"),
+    "rotation": ("none", "pca"),
     "repair": ("none", "ridge", "stream"),
     "quantizer": ("nearest", "mse", "gptq"),
     "group_size": (0, 32, 64, 128),
@@ -39,6 +40,8 @@ class CompressionPlan:
         (`compressors.leave_one_out`); "top": the last ones before the final norm; "bottom": the first ones; "3,7": just
         these go, numbered from 0.
     importance: how heads and channels are chosen: by "activation" (Minitron), "energy", "flap" or "obs".
+    rotation: which dimensions of the residual stream stay when hidden_size goes down: "none", its most active ones;
+        "pca", its principal components, into which the model is turned first (`compressors.methods.rotation`).
     repair: what is done to the weights that stay, by least squares on the calibration text: "none"; "ridge", each
         projection by itself; or "stream", one layer after the other, so that the residual stream is the base model's.
     quantizer: how a scheme's weights are rounded: "nearest", with scales of least squared error ("mse"), or "gptq".
@@ -55,6 +58,7 @@ class CompressionPlan:
     precision: str
     drop_from: str = "importance"
     importance: str = "activation"
+    rotation: str = "none"
     repair: str = "none"
     quantizer: str = "nearest"
     group_size: int = 0

@@ -445,11 +445,15 @@ def prune_heads(
 
 @compress.command("reduce-hidden", cls=StudyCommand)
 @click.option("--target-dim", metavar="N", required=True, help="hidden_size of the result.")
+@click.option(
+    "--rotation", metavar="none|pca", help="pca: its principal components stay, where the model lets it turn."
+)
 @REPAIR
 @method_options
-def reduce_hidden(target_dim: str, repair: str | None, **options: Any) -> None:
+def reduce_hidden(target_dim: str, rotation: str | None, repair: str | None, **options: Any) -> None:
     """A narrower residual stream."""
-    _compress({"method": "reduce_hidden", "hidden_size": target_dim, "repair": repair}, **options)
+    keys = {"hidden_size": target_dim, "rotation": rotation, "repair": repair}
+    _compress({"method": "reduce_hidden", **keys}, **options)
 
 
 @compress.command("reduce-ffn", cls=StudyCommand)

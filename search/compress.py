@@ -28,6 +28,7 @@ SHORT = {  # how a plan is called in the names of directories and runs
 }
 CHOSEN = {  # a plan's options, where they are not at their defaults
     "importance": "{}",
+    "rotation": "{}",
     "repair": "{}",
     "quantizer": "{}",
     "group_size": "g{}",
@@ -159,7 +160,10 @@ def compress(outcome: Outcome, setting: Setting, to: Path, target: str | None, s
     made = build.apply(
         outcome.plan, setting.base, setting.family, calibration, moments=moments, device=setting.device, say=say
     )
-    say(f"writing {to.name}, {outcome.bytes / 1e6:.0f} MB")
+    too_large = build.oversized(made, setting.max_bytes)
+    if too_large:
+        raise InfeasiblePlan(too_large)
+    say(f"writing {to.name}, {made.file_bytes / 1e6:.0f} MB")
     replaced = (to / "config.json").is_file()
     with places.beside(to, "compress") as scratch:
         weights_sha256 = made.write(scratch)

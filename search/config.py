@@ -43,7 +43,7 @@ METHODS = {  # of `compress`: the keys of which each needs one
 HOW = {  # and the keys that it may take beside
     "drop_layers": ("drop_from", "repair"),
     "prune_heads": ("importance", "repair"),
-    "reduce_hidden": ("repair",),
+    "reduce_hidden": ("rotation", "repair"),
     "reduce_ffn": ("importance", "repair"),
     "quantize": ("quantizer", "group_size", "keep_16_bit", "lm_head", "kv_cache"),
     "cast": (),
@@ -84,6 +84,7 @@ class Space(Section):
     intermediate_size: Dimension = None
     precision: list[str] | None = None  # None: as in the base model
     importance: list[str] = ["activation"]
+    rotation: list[str] = ["none"]
     repair: list[str] = ["none"]
     quantizer: list[str] = ["nearest"]
     group_size: list[int] = [0]
@@ -125,6 +126,7 @@ class Compression(Section):
     scheme: str | None = None
     dtype: str | None = None
     importance: str | None = None
+    rotation: str | None = None
     repair: str | None = None
     quantizer: str | None = None
     group_size: int | None = None

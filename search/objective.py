@@ -25,7 +25,7 @@ import torch
 
 from compressors import build, calibration, checkpoint, structure
 from compressors.device import release
-from compressors.errors import CompressionError
+from compressors.errors import CompressionError, InfeasiblePlan
 from compressors.plan import CompressionPlan
 from evaluator import measure, quality, score, speed
 from evaluator.errors import EngineOutOfMemory, EvaluationError, NotFinite
@@ -262,6 +262,9 @@ class Bench:
         needed = build.predicted_bytes(plan, setting.base, setting.family)
         require_disk(needed + 50_000_000, path.parent, "this plan's checkpoint")
         made = self._applied(plan)
+        too_large = build.oversized(made, setting.max_bytes)
+        if too_large:
+            raise InfeasiblePlan(too_large)
         building = path.with_name(f"{BUILDING}{os.getpid()}")
         scratch = building / path.name
         try:
@@ -404,7 +407,11 @@ class Objective:
 
         if known is None:
             self._enter(trial, record, "build")
-            path, weights_sha256 = bench.build(plan)
+            try:
+                path, weights_sha256 = bench.build(plan)
+            except InfeasiblePlan as error:  # what stays in 16 bits, and so its size, is known now
+                record.reason = f"infeasible: {error}"
+                raise optuna.TrialPruned(record.reason) from None
             self._enter(trial, record, "measure")
             kl, agreement = mean_known(record.screen.kl), mean_known(record.screen.agreement)
             measured = bench.measure(path, weights_sha256)

@@ -26,7 +26,9 @@ from transformers import AutoTokenizer
 
 from compressors import build, calibration, checkpoint, family, moments
 from compressors.errors import CheckpointError
+from compressors.methods import rotation
 from compressors.plan import CHOICES, DTYPES, OPTIONS, RECIPE, CompressionPlan
+from compressors.target import config_for
 from evaluator import backends, tasks, texts
 from evaluator.backends import EngineSettings
 from evaluator.errors import BackendUnavailable
@@ -208,9 +210,16 @@ class Setting:
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def infeasible(self, plan: CompressionPlan) -> str | None:
-        return build.check(
+        reason = build.check(
             plan, self.base, self.family, kernel_alignment=self.kernel_alignment, max_bytes=self.max_bytes
         )
+        version = self.file.export.for_transformers
+        if reason is None and version is not None:
+            try:
+                config_for(build.apply(plan, self.base, self.family, None).config, version)
+            except CheckpointError as error:  # what is built could not be exported
+                return str(error)
+        return reason
 
     @property
     def _calibration_key(self) -> str:
@@ -247,10 +256,13 @@ class Setting:
         key = hashlib.sha256(
             json.dumps([RECIPE, "with windows", exact, self.base_digest, windows]).encode()
         ).hexdigest()[:24]
+        path = self.outputs / "calibration" / f"moments-{key}"
+        if not path.is_dir():
+            require_disk(moments.file_bytes(self.base, len(windows)) + 50_000_000, path.parent, "second moments")
         return moments.collect(
             self.base,
             windows,
-            self.outputs / "calibration" / f"moments-{key}",
+            path,
             self.device,
             progress=lambda done, total: say(f"second moments, layer {done} of {total}"),
         )
@@ -272,6 +284,10 @@ def prepare(file: StudyFile, say: Say = lambda _: None, *, search: bool = True, 
     misfit = space.out_of_range(file.space, identity)
     if search and misfit:
         raise UsageError(misfit)
+    if search and file.export.for_transformers is not None:
+        config_for(base.config, file.export.for_transformers)  # or no trial could be exported
+    if search and "pca" in file.space.rotation:
+        rotation.check(its_family)
     if identity.precision not in DTYPES:
         raise UsageError(
             f"model {path}: its dtype is {identity.precision}; optuna-search starts from {', '.join(DTYPES)}"

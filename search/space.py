@@ -65,6 +65,8 @@ def canonical(plan: CompressionPlan, base: CompressionPlan) -> CompressionPlan:
     chosen = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     if not differs(*chosen):
         nothing["importance"] = "activation"
+    if not differs("hidden_size"):
+        nothing["rotation"] = "none"
     if not differs(*chosen, "hidden_size") and not (plan.repair == "stream" and _leaves_gap(plan, base)):
         nothing["repair"] = "none"  # each projection by itself can't make up for a layer
     if plan.precision not in SCHEMES:

@@ -16,7 +16,8 @@ from compressors.family import Family, head_dim, take_columns, take_rows
 
 def choose(hidden_size: int, keep: int, calibration: Calibration | None) -> torch.Tensor:
     """The dimensions that stay, int64 [keep], ascending: those of the largest activity in the residual stream
-    (Minitron, https://arxiv.org/abs/2407.14679); without a calibration the first.
+    (Minitron, https://arxiv.org/abs/2407.14679); without a calibration the first, which are the largest components of a
+    model that was turned (`compressors.methods.rotation`).
     """
     if not 1 <= keep <= hidden_size:
         raise InfeasiblePlan(

@@ -3,11 +3,14 @@
 import collections
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from compressors import moments
+from compressors.errors import CheckpointError, InfeasiblePlan
 from evaluator import texts
-from search import config, setting
+from search import compress, config, setting
 from search.errors import UsageError
 
 
@@ -23,11 +26,14 @@ def prepared(tmp_path, pico_llama):
     (tmp_path / "fit.txt").write_text(prose(0, 120))
     (tmp_path / "search.txt").write_text(prose(1000, 80))
 
-    def prepare(**text):
+    def prepare(model=pico_llama, space=None, export=None, limits=None, **text):
         values = {
             "study_name": "texts",
             "outputs": str(tmp_path / "outputs"),
-            "model": {"source": str(pico_llama)},
+            "model": {"source": str(model)},
+            "space": space or {},
+            "export": export or {},
+            "limits": limits or {},
             "evaluation": {"backend": "transformers", "device": "cpu"},
             "text": {
                 "window": 32,
@@ -111,3 +117,48 @@ def test_text_is_shared_neither_with_the_search_nor_with_the_report(prepared, tm
     if part == "calibration":
         with pytest.raises(UsageError, match=r"text\.calibration and text\.search share text"):
             prepared(search=[str(tmp_path / "other.txt")])
+
+
+def test_what_no_trial_could_do_is_refused_before_the_first(prepared, pico_exaone4, write_pico_model, tmp_path):
+    with pytest.raises(InfeasiblePlan, match=r"exaone4 has a norm behind each block.*choose rotation none"):
+        prepared(model=pico_exaone4, space={"hidden_size": {"low": 72, "high": 96, "step": 24}, "rotation": ["pca"]})
+    two_ropes = write_pico_model(tmp_path / "gemma3", "gemma3_text")
+    with pytest.raises(CheckpointError, match=r"rope_parameters differ by the type of layer"):
+        prepared(model=two_ropes, export={"for_transformers": "4.57.3"})
+    assert prepared(model=two_ropes, export={"for_transformers": "5.17.0"}).family.model_type == "gemma3_text"
+
+
+def test_a_plan_that_the_server_could_not_read_is_infeasible(prepared):
+    head = {"precision": "W8A8", "lm_head": "8-bit"}
+    for version, refused in (("4.57.3", True), ("5.17.0", False)):
+        ready = prepared(export={"for_transformers": version})
+        assert ready.infeasible(dataclasses.replace(ready.identity, precision="W8A8")) is None
+        reason = ready.infeasible(dataclasses.replace(ready.identity, **head))
+        assert (reason is not None and "no 8-bit lm_head before 0.20" in reason) is refused
+
+
+def test_a_size_that_only_the_built_model_tells_is_held_against_the_limit(prepared, tmp_path):
+    free = prepared()
+    plan = dataclasses.replace(free.identity, precision="W8A8", keep_16_bit=4)
+    made = compress.compress(compress.foresee(plan, free), free, tmp_path / "free", None)
+    real = (made.path / "model.safetensors").stat().st_size
+    foreseen = made.outcome.bytes
+    assert foreseen < real  # the smallest projections would stay, the most sensitive ones do
+    between = prepared(limits={"max_size_mb": (foreseen + real) / 2e6})
+    with pytest.raises(InfeasiblePlan, match=r"^size: .* exceeds the limit of .*max_size_mb"):
+        compress.compress(compress.foresee(plan, between), between, tmp_path / "between", None)
+    assert not (tmp_path / "between").exists()
+    exact = prepared(limits={"max_size_mb": real / 1e6})
+    compress.compress(compress.foresee(plan, exact), exact, tmp_path / "exact", None)
+
+
+def test_second_moments_that_do_not_fit_the_disk_are_not_begun(prepared, monkeypatch):
+    ready = prepared()
+    plan = dataclasses.replace(ready.identity, precision="W8A8", quantizer="gptq")
+    monkeypatch.setattr(setting.shutil, "disk_usage", lambda path: SimpleNamespace(free=51_000_000))
+    with pytest.raises(CheckpointError, match=r"disk: second moments needs 0.05 GB .* free some"):
+        ready.moments_for(plan)
+    assert not list((ready.outputs / "calibration").glob("*"))
+    monkeypatch.undo()
+    written = sum(file.stat().st_size for file in ready.moments_for(plan).path.iterdir())
+    assert written == pytest.approx(moments.file_bytes(ready.base, 1), rel=0.1)

@@ -48,6 +48,12 @@ def test_repair_says_nothing_where_it_has_nothing_to_do():
     assert space.canonical(dataclasses.replace(BASE, repair="stream", precision="W8A8"), BASE).repair == "none"
 
 
+def test_a_rotation_says_nothing_where_no_dimension_goes():
+    narrow = CompressionPlan(30, 32, 8, 1024, 4096, "bfloat16", rotation="pca")
+    assert space.canonical(narrow, BASE) == narrow
+    assert space.canonical(dataclasses.replace(narrow, hidden_size=2048), BASE) == BASE
+
+
 @pytest.mark.parametrize(("drop_from", "refits"), [("bottom", False), ("0,1", False), ("0,2", True), ("top", True)])
 def test_stream_repair_says_nothing_where_no_layer_before_a_gap_stays(drop_from, refits):
     cut = CompressionPlan(28, 32, 8, 2048, 4096, "bfloat16", drop_from=drop_from)
