@@ -50,17 +50,15 @@ def apply(
         )
     elif drop_from in depth.BY_KL or (drop_from == "importance" and calibration is None):
         drop_from = "top"  # shapes alone
-    turned = plan.rotation == "pca" and plan.hidden_size != own.hidden_size
-    if turned:
-        basis = None
+    start, turned = base, None
+    if plan.rotation == "pca" and plan.hidden_size != own.hidden_size:
         if calibration is not None and moments is not None:
-            found = rotation.principal(base, family, moments.windows(), moments.path, device, say)
-            basis = found.basis
-            calibration = dataclasses.replace(calibration, norm_mean_square=found.mean_square)
-            moments = dataclasses.replace(moments, change=rotation.of_inputs(base, family, basis))
-        base = rotation.turn(base, family, basis, device)
+            turned = rotation.principal(base, family, moments.windows(), moments.path, device, say)
+            calibration = dataclasses.replace(calibration, norm_mean_square=turned.mean_square)
+            moments = dataclasses.replace(moments, change=rotation.of_inputs(base, family, turned.basis))
+        start = rotation.turn(base, family, turned, device)
     layers = depth.choose(own.num_hidden_layers, plan.num_hidden_layers, drop_from, calibration, order)
-    made = depth.cut(base, family, layers)
+    made = depth.cut(start, family, layers)
     if calibration is not None:
         calibration = of_layers(calibration, family, layers)
     if moments is not None:
@@ -96,13 +94,15 @@ def apply(
         if calibration is not None:
             squares = [calibration.norm_mean_square[name] for name in family.residual_norms(len(layers))]
         before = made
-        dimensions = hidden.choose(own.hidden_size, plan.hidden_size, None if turned else calibration)
+        dimensions = hidden.choose(own.hidden_size, plan.hidden_size, calibration if turned is None else None)
         made = hidden.cut(made, family, dimensions, squares)
         inputs[family.q] = inputs[family.gate] = [dimensions] * len(layers)
         if plan.repair == "ridge" and moments is not None:
             readers = [family.q, family.k, family.v, family.gate, family.up]
             made = repair.take_over(made, before, family, readers, [dimensions] * len(layers), moments, device)
     if plan.repair == "stream" and moments is not None:
+        if turned is not None and dimensions is not None:
+            dimensions = turned.basis[:, dimensions]
         stays = Stays(tuple(layers), dimensions, inputs, outputs)
         made = stream.take_over(made, base, family, stays, moments, device, say)
     made = recast(made, family)

@@ -98,6 +98,13 @@ class Family:
         there = set(norms) <= set(self.block_norms)
         return dict(zip((self.o, self.down), norms, strict=True)) if there else {}
 
+    @property
+    def input_norms(self) -> dict[str, str]:
+        """Of each projection that reads from the residual stream, the norm before it; empty where none (EXAONE 4)."""
+        mlp = "post_attention_layernorm" if not self.output_norms else "pre_feedforward_layernorm"
+        found = dict.fromkeys((self.q, self.k, self.v), "input_layernorm") | dict.fromkeys((self.gate, self.up), mlp)
+        return {part: norm for part, norm in found.items() if norm in self.block_norms}
+
     def residual_norms(self, layers: int) -> list[str]:
         """Every norm over the residual width, the final one too."""
         return [self.in_layer(i, norm) for i in range(layers) for norm in self.block_norms] + [self.final_norm]

@@ -25,8 +25,9 @@ Told = Iterator[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]]
 class Stays:
     """What a cut left of the base model.
 
-    layers: their numbers. dimensions: of the residual stream, int64 [kept]; None: all. inputs, outputs: of a projection
-    that lost some, those that stay, by its part and by layer of the cut model.
+    layers: their numbers. dimensions: of the residual stream, int64 [kept], or where it was turned
+    (`methods.rotation`), the basis of what stays, [E, kept]; None: all. inputs, outputs: of a projection that lost
+    some, those that stay, by its part and by layer of the cut model.
     """
 
     layers: tuple[int, ...]
@@ -119,7 +120,11 @@ class Streams:
 
     def _kept(self, x: torch.Tensor) -> torch.Tensor:
         dimensions = self.stays.dimensions
-        return x if dimensions is None else x.index_select(-1, dimensions.to(x.device))
+        if dimensions is None:
+            return x
+        if dimensions.dim() == 2:
+            return x.float() @ dimensions.to(x.device)
+        return x.index_select(-1, dimensions.to(x.device))
 
     @torch.inference_mode()
     def _linear(self, layers: Layers, index: int, part: str, x: torch.Tensor) -> Any:

@@ -446,7 +446,7 @@ def prune_heads(
 @compress.command("reduce-hidden", cls=StudyCommand)
 @click.option("--target-dim", metavar="N", required=True, help="hidden_size of the result.")
 @click.option(
-    "--rotation", metavar="none|pca", help="pca: its principal components stay, where the model lets it turn."
+    "--rotation", metavar="none|pca", help="pca: its principal components stay."
 )
 @REPAIR
 @method_options

@@ -26,7 +26,6 @@ from transformers import AutoTokenizer
 
 from compressors import build, calibration, checkpoint, family, moments
 from compressors.errors import CheckpointError
-from compressors.methods import rotation
 from compressors.plan import CHOICES, DTYPES, OPTIONS, RECIPE, CompressionPlan
 from compressors.target import config_for
 from evaluator import backends, tasks, texts
@@ -286,8 +285,6 @@ def prepare(file: StudyFile, say: Say = lambda _: None, *, search: bool = True, 
         raise UsageError(misfit)
     if search and file.export.for_transformers is not None:
         config_for(base.config, file.export.for_transformers)  # or no trial could be exported
-    if search and "pca" in file.space.rotation:
-        rotation.check(its_family)
     if identity.precision not in DTYPES:
         raise UsageError(
             f"model {path}: its dtype is {identity.precision}; optuna-search starts from {', '.join(DTYPES)}"
