@@ -445,9 +445,7 @@ def prune_heads(
 
 @compress.command("reduce-hidden", cls=StudyCommand)
 @click.option("--target-dim", metavar="N", required=True, help="hidden_size of the result.")
-@click.option(
-    "--rotation", metavar="none|pca", help="pca: its principal components stay."
-)
+@click.option("--rotation", metavar="none|pca", help="pca: its principal components stay.")
 @REPAIR
 @method_options
 def reduce_hidden(target_dim: str, rotation: str | None, repair: str | None, **options: Any) -> None:

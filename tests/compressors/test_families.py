@@ -213,6 +213,8 @@ SERVED = {name: (name, {}) for name in family.names()} | {
 }
 PRECISIONS_SERVED = {
     "bfloat16": {"precision": "bfloat16"},
+    "bfloat16, turned": {"precision": "bfloat16", "rotation": "pca"},
+    "W8A8, turned, stream": {"precision": "W8A8", "rotation": "pca", "repair": "stream"},
     "W8A8": {"precision": "W8A8"},
     "W8A8, GPTQ": {"precision": "W8A8", "quantizer": "gptq"},
     "W8A8, 8-bit lm_head": {"precision": "W8A8", "lm_head": "8-bit"},
