@@ -202,6 +202,7 @@ def test_plans_that_differ_have_names_that_differ():
         "energy",
         "flap",
         "obs",
+        "pca",
         "ridge",
         "stream",
         "mse",
