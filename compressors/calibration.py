@@ -7,15 +7,15 @@ Knows no study; texts come in as token ids.
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from compressors import safetensors_file
 from compressors.checkpoint import Checkpoint
 from compressors.errors import CheckpointError
 from compressors.family import Family, family_of
@@ -45,13 +45,7 @@ class Calibration:
         """As safetensors, written beside its place and renamed. Raises CheckpointError."""
         tensors = {NORM + name: value for name, value in self.norm_mean_square.items()}
         tensors |= {field: getattr(self, field) for field in FIELDS}
-        try:
-            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-                written = Path(scratch, path.name)
-                save_file({name: value.contiguous() for name, value in tensors.items()}, written)
-                written.replace(path)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"calibration {path}: can't be written ({error}); free some space") from None
+        safetensors_file.keep(path, tensors, f"calibration {path}:")
 
     @classmethod
     def load(cls, path: Path) -> Calibration:

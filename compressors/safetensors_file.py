@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import struct
+import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from compressors.errors import CheckpointError
 
@@ -110,3 +112,14 @@ def write(path: Path, tensors: Mapping[str, Any]) -> str:
                 )
             put(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def keep(path: Path, tensors: Mapping[str, torch.Tensor], named: str) -> None:
+    """Write what was worked out beside its place, and rename it. Raises CheckpointError, which begins with `named`."""
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as scratch:
+            written = Path(scratch, path.name)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, written)
+            written.replace(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{named} can't be written ({error}); free some space") from None

@@ -22,14 +22,14 @@ the embedding is another matrix then.
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from compressors import safetensors_file
 from compressors.checkpoint import Checkpoint, LazyTensor
 from compressors.device import release
 from compressors.errors import CheckpointError
@@ -69,7 +69,8 @@ def principal(
     if not file.is_file():
         with alone(path / "rotation", lambda: say("rotation: waiting for another process that finds it")):
             if not file.is_file():
-                _keep(file, _principal(base, family, windows, device, say))
+                found = _principal(base, family, windows, device, say)
+                safetensors_file.keep(file, {BASIS: found.basis, **found.mean_square}, f"rotation: {file}")
                 release(device)
     try:
         tensors = load_file(file)
@@ -114,7 +115,7 @@ def _principal(
     mean_square = {
         name: ((second.to(device) @ basis) * basis).sum(0).clamp_min(0).cpu() for name, second in of_norms.items()
     }
-    return Rotation(basis.cpu().contiguous(), mean_square)
+    return Rotation(basis.cpu(), mean_square)
 
 
 class _Sum:
@@ -137,16 +138,6 @@ class _Sum:
 
 def _mean(domains: Sequence[_Sum]) -> torch.Tensor:
     return torch.stack([torch.as_tensor(one.second) / one.tokens for one in domains]).mean(0).cpu()
-
-
-def _keep(file: Path, found: Rotation) -> None:
-    try:
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".rotation-") as scratch:
-            written = Path(scratch, file.name)
-            save_file({BASIS: found.basis, **found.mean_square}, written)
-            written.replace(file)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"rotation: {file} can't be written ({error}); free some space") from None
 
 
 def turn(base: Checkpoint, family: Family, rotation: Rotation | None, device: str = "cpu") -> Checkpoint:

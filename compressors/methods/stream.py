@@ -24,14 +24,12 @@ import functools
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from compressors import safetensors_file
 from compressors.checkpoint import Checkpoint, LazyTensor
@@ -121,14 +119,7 @@ def _keep(path: Path, made: dict[str, torch.Tensor]) -> None:
     there = sorted(path.parent.glob("stream-*.safetensors"), key=lambda file: file.stat().st_mtime)
     for old in there[: max(0, len(there) - FILES + 1)]:
         old.unlink(missing_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=".stream-"))
-    try:
-        save_file(made, scratch / path.name)
-        (scratch / path.name).replace(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"repair: {path} can't be written ({error}); free some space") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    safetensors_file.keep(path, made, f"repair: {path}")
 
 
 def refit_parts(family: Family, stays: Stays, count: int) -> list[list[tuple[str, ...]]]:
