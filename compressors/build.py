@@ -137,7 +137,7 @@ def _second_moments(
 
     @functools.lru_cache(maxsize=1)  # q, k and v have one, gate and up another
     def of_input(layer: int, stands: str) -> torch.Tensor:
-        moment = mixed({domain: moment.to(device) for domain, moment in moments.of(layer, stands).items()})
+        moment = mixed(moments.of(layer, stands, device))
         return (moment.take(inputs[stands][layer].to(device)) if stands in inputs else moment).second
 
     def second(module: str) -> torch.Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from compressors import safetensors_file
+from compressors import exaone3, safetensors_file
 from compressors.errors import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -80,7 +80,7 @@ class Checkpoint:
 
         A config that names no dtype gets that of the weights, as stock transformers loads them, one that leaves
         tie_word_embeddings to a default of true gets that, and a tied head that is stored beside the embedding is left
-        out.
+        out. EXAONE 3.0 and 3.5 are read as the Llama that they are.
         """
         path = Path(path)
         config = read_json(path / "config.json", "a model's directory holds config.json")
@@ -88,6 +88,9 @@ class Checkpoint:
         if quantized:
             how = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
             raise CheckpointError(f"model {path}: is quantised already ({how}); start from the unquantised model")
+        renamed = exaone3.is_exaone3(config)
+        if renamed:
+            config = exaone3.llama_config(config)
         for key in SIZES:
             if not isinstance(config.get(key), int) or config[key] < 1:
                 rule = foreign(config) or "it must be a number"
@@ -96,6 +99,8 @@ class Checkpoint:
         for file in weight_files(path):
             for name, (shape, dtype) in safetensors_file.shapes(file).items():
                 tensors[name] = LazyTensor(shape, dtype, safetensors_file.loader(file, name))
+        if renamed:
+            tensors = exaone3.llama_tensors(tensors)
         if config["num_hidden_layers"] > len(tensors):  # or a mere number would fill the memory with names
             raise CheckpointError(
                 f"model {path}: config.json says num_hidden_layers: {config['num_hidden_layers']}, and the weights "
@@ -234,14 +239,7 @@ def digest_of(path: Path, cache: Path) -> str:
 
     Raises CheckpointError.
     """
-    path = Path(path).resolve()
-    read_json(path / "config.json", "a model's directory holds config.json")
-    stamps = [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for file in sorted([path / "config.json", *path.glob("*.safetensors")])
-    ]
-    key = hashlib.sha256(json.dumps([str(path), stamps]).encode()).hexdigest()[:32]
-    known = cache / key
+    known = cache / stamp_of(path)
     if known.is_file():
         return known.read_text().strip()
     digest = Checkpoint.read(path).digest()
@@ -250,6 +248,20 @@ def digest_of(path: Path, cache: Path) -> str:
         out.write(digest)
     Path(out.name).replace(known)
     return digest
+
+
+def stamp_of(path: Path) -> str:
+    """Another one when a directory's config.json or weights are others, by place, size and time: 32 hexadecimal digits.
+
+    Raises CheckpointError.
+    """
+    path = Path(path).resolve()
+    read_json(path / "config.json", "a model's directory holds config.json")
+    stamps = [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted([path / "config.json", *path.glob("*.safetensors")])
+    ]
+    return hashlib.sha256(json.dumps([str(path), stamps]).encode()).hexdigest()[:32]
 
 
 def _make_buffers(model: Any, config: Any, device: str) -> None:

@@ -15,7 +15,12 @@ from compressors.checkpoint import Checkpoint, LazyTensor, foreign, stock_config
 from compressors.errors import CheckpointError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-DENSE = {"num_local_experts": (None, 0), "num_experts": (None, 0), "n_routed_experts": (None, 0)}  # no experts
+REQUIRED = {  # of every family: no experts, and no factor of the logits, which vLLM reads and transformers doesn't
+    "num_local_experts": (None, 0),
+    "num_experts": (None, 0),
+    "n_routed_experts": (None, 0),
+    "logit_scale": (None, 1.0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +213,7 @@ def family_of(checkpoint: Checkpoint) -> Family:
                 f"{family.architecture} alone; vLLM would load another model than transformers"
             )
     values = {**config, **stock.to_dict()}
-    for key, allowed in {**DENSE, **family.required}.items():
+    for key, allowed in {**REQUIRED, **family.required}.items():
         if key not in values:
             continue
         if any(value not in allowed for value in (values[key] if isinstance(values[key], list) else [values[key]])):

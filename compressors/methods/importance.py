@@ -107,7 +107,7 @@ def choose_channels(
     found = []
     for layer in range(int(checkpoint.config["num_hidden_layers"])):
         weight = checkpoint.tensors[f"{family.in_layer(layer, family.down)}.weight"].load().to(device)
-        found.append(choice(weight, mixed(moments.of(layer, family.down)).to(device), keep).cpu())
+        found.append(choice(weight, mixed(moments.of(layer, family.down, device)), keep).cpu())
     return found
 
 
@@ -130,7 +130,7 @@ def choose_heads(
     found = []
     for layer in range(int(config["num_hidden_layers"])):
         weight = checkpoint.tensors[f"{family.in_layer(layer, family.o)}.weight"].load().to(device)
-        moment = mixed(moments.of(layer, family.o)).to(device)
+        moment = mixed(moments.of(layer, family.o, device))
         if how == "energy":
             of_groups = energy(weight, moment, size * count // groups).tolist()
             of_heads = energy(weight, moment, size).tolist()

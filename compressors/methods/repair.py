@@ -58,7 +58,7 @@ def _lazily(
     whole: LazyTensor, there: LazyTensor, kept: torch.Tensor, moments: Moments, layer: int, part: str, device: str
 ) -> LazyTensor:
     def load() -> torch.Tensor:
-        by_domain = {domain: moment.to(device) for domain, moment in moments.of(layer, part).items()}
+        by_domain = moments.of(layer, part, device)
         weight, index = whole.load().to(device), kept.to(device)
         factor = _remembered(moments, layer, part, weight, kept, lambda: strength(weight, index, by_domain))
         return ridge(weight, index, mixed(by_domain).second, factor).to(whole.dtype).cpu()

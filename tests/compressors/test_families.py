@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from compressors import build, calibration, family, moments
 from compressors.checkpoint import Checkpoint, stock_config
@@ -48,6 +49,7 @@ def read(path):
     [
         ("llama", (), {"qkv_bias": True}, "qkv_bias is True"),
         ("llama", (), {"is_causal": False}, "is_causal is False"),
+        ("llama", (), {"logit_scale": 0.5}, "logit_scale is 0.5"),
         ("qwen2", (), {"use_sliding_window": True, "max_window_layers": 3}, "use_sliding_window is True"),
         ("qwen2", (), {"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config is {"),
         (
@@ -81,7 +83,6 @@ def test_what_would_change_the_meaning_is_refused_by_name(
 
 
 def test_models_that_bring_their_own_code_are_refused_with_that_reason(pico_llama, tmp_path):
-    """As EXAONE 3.5's config.json on the hub was, whose sizes have names of their own."""
     config = {
         "architectures": ["ElsewhereForCausalLM"],
         "auto_map": {"AutoConfig": "configuration_elsewhere.ElsewhereConfig"},
@@ -204,6 +205,82 @@ def test_a_qwen2_whose_head_dim_changes_becomes_the_llama_that_computes_the_same
     assert "max_window_layers" not in made.config
     family.family_of(made)
     assert torch.equal(logits(made.to_model("cpu", F32), windows), logits(cut.to_model("cpu", F32), windows))
+
+
+# -- EXAONE 3.5 as a Llama -------------------------------------------------------------------------------------
+
+
+def test_exaone_3_is_read_as_the_llama_that_it_is(tmp_path, write_pico_exaone3, windows):
+    path = write_pico_exaone3(tmp_path / "m", tie_word_embeddings=False)
+    base, its_family = read(path)
+    assert its_family.model_type == base.config["model_type"] == "llama"
+    assert "auto_map" not in base.config
+    base.write(tmp_path / "llama")
+    again, _ = read(tmp_path / "llama")
+    assert again.digest() == base.digest()
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    assert torch.equal(logits(model, windows), logits(base.to_model("cpu"), windows))
+
+
+@pytest.mark.skipif("exaone" not in CONFIG_MAPPING_NAMES, reason="this transformers knows no EXAONE 3")
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}], ids=["tied", "untied"])
+def test_stock_transformers_computes_the_same_of_an_exaone_3(tmp_path, write_pico_exaone3, windows, changes):
+    path = write_pico_exaone3(tmp_path / "m", **changes)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    base, _ = read(path)
+    assert torch.equal(logits(base.to_model("cpu"), windows), logits(model.eval(), windows))
+    model.save_pretrained(tmp_path / "again")  # with transformers' own keys beside them
+    transformers.AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path / "again")
+    again, _ = read(tmp_path / "again")
+    assert torch.equal(logits(again.to_model("cpu"), windows), logits(model, windows))
+
+
+@pytest.mark.parametrize("precision", ["float32", "W8A8"])
+def test_a_cut_exaone_3_is_a_llama_for_everyone(tmp_path, write_pico_exaone3, windows, precision):
+    base, its_family = read(write_pico_exaone3(tmp_path / "m"))
+    plan = dataclasses.replace(
+        CompressionPlan.identity(base.config),
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        hidden_size=72,
+        precision=precision,
+    )
+    assert build.check(plan, base, its_family, kernel_alignment=False, max_bytes=None) is None
+    statistics = calibration.calibrate(base, windows)
+    simulated = build.apply(plan, base, its_family, statistics, simulate=True).to_model("cpu", F32)
+    build.apply(plan, base, its_family, statistics).write(tmp_path / "cut")
+    config = json.loads((tmp_path / "cut" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("llama", ["LlamaForCausalLM"])
+    assert config["rope_scaling" if "rope_scaling" in config else "rope_parameters"]["rope_type"] == "llama3"
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "cut", dtype=F32)
+    torch.testing.assert_close(logits(simulated, windows), logits(model, windows), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dropped", "changes", "said"),
+    [
+        (("rope_theta", "num_key_value_heads"), {}, "says no num_key_value_heads, rope_theta, and its defaults differ"),
+        (("layer_norm_epsilon",), {}, "says no rms_norm_eps, and its defaults differ"),
+        (
+            (),
+            {"architectures": ["ExaoneForSequenceClassification"]},
+            "is understood as ExaoneForCausalLM or LlamaForCausalLM alone",
+        ),
+        ((), {"logit_scale": 0.5}, "logit_scale is 0.5"),
+        ((), {"num_layers": 6}, "weights: 9 are missing, model.layers.5.input_layernorm.weight first"),
+        (("num_layers",), {}, "config.json says num_hidden_layers: None; it must be a number"),
+    ],
+)
+def test_an_exaone_3_that_is_something_else(tmp_path, write_pico_exaone3, dropped, changes, said):
+    path = write_pico_exaone3(tmp_path / "m")
+    edit_config(path, *dropped, **changes)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
 
 
 # -- vLLM ------------------------------------------------------------------------------------------------------

@@ -57,6 +57,23 @@ def test_a_hub_that_can_not_be_reached_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def test_an_exaone_3_is_written_once_as_a_llama(tmp_path, write_pico_exaone3):
+    path, cache, said = write_pico_exaone3(tmp_path / "EXAONE-3.5"), tmp_path / "cache", []
+    place = sources.resolve(str(path), cache, say=said.append)
+    assert place.parent == cache / "models"
+    assert place.name.startswith("EXAONE-3.5-as-llama-")
+    assert said == [f"model EXAONE-3.5: written as the Llama that it is, into {place}"]
+    model = AutoModelForCausalLM.from_pretrained(place)
+    assert model.config.model_type == "llama"
+    assert AutoTokenizer.from_pretrained(place)("a b")["input_ids"]
+    times = {file: file.stat().st_mtime_ns for file in place.iterdir()}
+    assert sources.resolve(str(path), cache, say=said.append) == place
+    assert {file: file.stat().st_mtime_ns for file in place.iterdir()} == times
+    assert len(said) == 1
+    write_pico_exaone3(path, num_hidden_layers=4)  # another model in its place
+    assert sources.resolve(str(path), cache) != place
+
+
 def test_a_damaged_demo_package_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     whole = sources._gguf_file()
     monkeypatch.setattr(sources, "_gguf_file", lambda: tmp_path / "damaged.gguf")
