@@ -97,6 +97,11 @@ def main() -> None:
     built("build W4A16, nearest", {"precision": "W4A16", "group_size": 64})
     built("build W4A16, GPTQ", {"precision": "W4A16", "group_size": 64, "quantizer": "gptq"})
     built("build W8A8, GPTQ", {"precision": "W8A8", "quantizer": "gptq"})
+    narrow = own.hidden_size * 7 // 8 // own.num_attention_heads * own.num_attention_heads
+    turned = {"hidden_size": narrow, "rotation": "pca"}
+    built(f"build hidden {narrow}, pca", turned, few)
+    built(f"build hidden {narrow}, pca + stream ({read})", {**turned, "repair": "stream"}, few)
+    built(f"build hidden {narrow}, pca, W8A8 by GPTQ", {**turned, "precision": "W8A8", "quantizer": "gptq"}, few)
     less = own.num_hidden_layers - max(1, own.num_hidden_layers // 15)
     built(f"build {less} layers, kl", {"num_hidden_layers": less, "drop_from": "kl"}, few)
     built(f"build {less} layers, kl + stream", {"num_hidden_layers": less, "drop_from": "kl", "repair": "stream"}, few)

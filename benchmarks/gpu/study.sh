@@ -16,7 +16,7 @@ study=(--study exaone4-1.2b "storage=sqlite:////tmp/mini/mini.db" "model.source=
 space=("space.num_hidden_layers={low: 8, high: 12}" "space.num_key_value_heads={low: 1, high: 2}"
   "space.num_attention_heads={low: 4, high: 8}" "space.hidden_size={low: 448, high: 512, step: 64}"
   "space.intermediate_size={low: 768, high: 1024, step: 64}" "space.drop_from=[kl,importance]"
-  "space.importance=[energy]" "space.repair=[stream,none]" "space.quantizer=[gptq,nearest]"
+  "space.importance=[energy]" "space.rotation=[pca,none]" "space.repair=[stream,none]" "space.quantizer=[gptq,nearest]"
   "space.group_size=[64]" "space.kv_cache=[auto,fp8]")
 search() { python3 -m search.cli "$@"; }
 stage() { [[ $stages == *$1* ]] && echo "== $1 $(date +%T)"; }

@@ -155,3 +155,17 @@ def test_the_size_is_foreseen_with_an_lm_head_of_its_own(base, its, texts, tmp_p
     made = build.apply(plan, base, its, calibration.calibrate(base, windows), moments=moment)
     made.write(tmp_path / "made")
     assert (tmp_path / "made" / "model.safetensors").stat().st_size == build.predicted_bytes(plan, base, its)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("base", ["llama_untied", "exaone4"], indirect=True)
+@pytest.mark.parametrize("options", [{}, {"repair": "ridge"}, {"repair": "stream"}], ids=["cut", "ridge", "stream"])
+def test_a_gpu_makes_the_same_model(base, its, texts, tmp_path, options):
+    windows = [window for those in texts.values() for window in those]
+    plan = dataclasses.replace(CompressionPlan.identity(base.config), hidden_size=72, rotation="pca", **options)
+    made = {}
+    for device in ("cpu", "cuda"):
+        statistics = calibration.calibrate(base, windows, device)
+        moment = moments.collect(base, texts, tmp_path / device, device)
+        made[device] = build.apply(plan, base, its, statistics, moments=moment, device=device)
+    assert lost(made["cuda"], logits(made["cpu"], windows), windows) < 1e-5  # components are known but for their sign
