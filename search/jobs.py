@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,17 +109,20 @@ def plan_jobs(
 ) -> list[Job]:
     """A job per study file and the words that chose it, checked before any begins. Raises UsageError and its kin.
 
-    One job writes to `save_path`; several to model_NAME beside it. engine: whether they are to be evaluated too.
+    One job writes to `save_path`; several to model_NAME beside it, where NAME is the experiment_name of a job that
+    shares it with no other, and else the plan's. engine: whether they are to be evaluated too.
     """
     found: list[Job] = []
     settings: list[Setting] = []
+    given = Counter(file.experiment_name for file, _ in files)
     swept = {word for _, words in files for word in words if any(word not in others for _, others in files)}
     for file, words in files:
         setting = _setting(file, settings, say, engine)
         plan = compress.plan_of(file.compression, setting.identity)
         name = compress.name_of(plan, setting.identity)
+        if file.experiment_name is not None and given[file.experiment_name] == 1:
+            name = file.experiment_name
         if len(files) == 1:
-            name = file.experiment_name or name
             path = save_path or Path("submit/model")
         else:
             others = [word for word in words if word in swept and not word.startswith(MADE)]

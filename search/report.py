@@ -16,9 +16,9 @@ def status_table(state: dict[str, Any]) -> RenderableType:
     counts = ", ".join(
         f"{state[name]} {name}" for name in ("complete", "pruned", "failed", "running", "waiting") if state[name]
     )
-    parts: list[RenderableType] = [
-        Text(f"study {state['study']}: {state['finished']} of {state['trials']} trials finished ({counts})")
-    ]
+    more = (state["trials"] or 0) >= state["finished"]  # else a later call asked for fewer than there were
+    done = f"{state['finished']} of {state['trials']}" if more else str(state["finished"])
+    parts: list[RenderableType] = [Text(f"study {state['study']}: {done} trials finished ({counts})")]
     baseline = state["baseline"]
     if baseline:
         parts.append(

@@ -44,7 +44,7 @@ cp /tmp/mini/mini.db "$out/"
 
 recipes=()
 recipe() { # the manual's, of 30 layers and 32 heads, as near as 12 and 8 come
-  printf '# @package _global_\nexperiment_name: by_hand_%s\ncompression: {%s}\n' "$1" "$2" >"studies/experiments/01-01_by_hand_$1.yaml"
+  printf '# @package _global_\nexperiment_name: %s\ncompression: {%s}\n' "$1" "$2" >"studies/experiments/01-01_by_hand_$1.yaml"
   recipes+=("by_hand_$1")
 }
 recipe fp16 "dtype: float16"

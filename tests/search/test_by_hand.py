@@ -16,7 +16,7 @@ import transformers
 
 from compressors.plan import CHOICES, CompressionPlan
 from evaluator import texts
-from search import compress, config, workers
+from search import compress, config, jobs, workers
 
 ROOT = Path(__file__).parents[2]
 
@@ -189,6 +189,29 @@ def test_a_multirun_compares_and_a_second_call_skips_what_is_done(cli, shared):
     scores = [float(re.findall(r"(-?\d\.\d{4})±", line)[-1]) for line in table if "±" in line]
     assert scores == sorted(scores, reverse=True)
     assert len(scores) >= 3
+
+
+def test_jobs_of_a_multirun_are_called_by_their_experiments(tmp_path, pico_llama, monkeypatch):
+    home = make_home(tmp_path / "home", pico_llama)
+    (home / "studies" / "experiments").mkdir()
+    for name, cut in (("one", "keep_layers: 3"), ("two", "keep_layers: 3, scheme: W8A8")):
+        said = f"# @package _global_\nexperiment_name: my_{name}\ncompression: {{{cut}}}\n"
+        (home / "studies" / "experiments" / f"01-01_{name}.yaml").write_text(said)
+    monkeypatch.chdir(home)
+
+    def names(*words):
+        each = config.sweep(list(words), None)
+        planned = jobs.plan_jobs([(config.load("hand", one, None), one) for one in each], None, print, engine=False)
+        assert all(job.path == Path("submit", f"model_{job.name}") for job in planned)
+        return [job.name for job in planned]
+
+    assert names("experiments=one,two") == ["my_one", "my_two"]
+    assert names("experiments=one,two", "compression.drop_from=top") == ["my_one", "my_two"]
+    # one experiment of several jobs names none of them
+    assert names("experiments=one", "compression.keep_layers=3,4") == ["drop3", "drop4"]
+    assert names("experiments=one,two", "text.window=32,64") == [
+        f"{plan}_window-{window}" for plan in ("drop3", "drop3_w8a8") for window in (32, 64)
+    ]
 
 
 def test_plans_that_differ_have_names_that_differ():
