@@ -24,6 +24,7 @@ from compressors.errors import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # Llama 2 stored them
 SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 CARRIED = (
@@ -101,6 +102,8 @@ class Checkpoint:
                 tensors[name] = LazyTensor(shape, dtype, safetensors_file.loader(file, name))
         if renamed:
             tensors = exaone3.llama_tensors(tensors)
+            config.setdefault("tie_word_embeddings", HEAD not in tensors)  # versions differ in its default
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(COMPUTED)}
         if config["num_hidden_layers"] > len(tensors):  # or a mere number would fill the memory with names
             raise CheckpointError(
                 f"model {path}: config.json says num_hidden_layers: {config['num_hidden_layers']}, and the weights "
@@ -250,17 +253,18 @@ def digest_of(path: Path, cache: Path) -> str:
     return digest
 
 
-def stamp_of(path: Path) -> str:
+def stamp_of(path: Path, *, carried: bool = False) -> str:
     """Another one when a directory's config.json or weights are others, by place, size and time: 32 hexadecimal digits.
 
+    carried: or its tokenizer, or what else a checkpoint carries along.
     Raises CheckpointError.
     """
     path = Path(path).resolve()
     read_json(path / "config.json", "a model's directory holds config.json")
-    stamps = [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for file in sorted([path / "config.json", *path.glob("*.safetensors")])
-    ]
+    files = {path / "config.json", *path.glob("*.safetensors")}
+    if carried:
+        files |= {file for pattern in CARRIED for file in path.glob(pattern)}
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
     return hashlib.sha256(json.dumps([str(path), stamps]).encode()).hexdigest()[:32]
 
 

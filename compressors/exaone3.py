@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from compressors.errors import CheckpointError
 
 MODEL_TYPE = "exaone"
+VERSION = 1  # raised when the same model would be written otherwise
 ARCHITECTURES = ("ExaoneForCausalLM", "LlamaForCausalLM")  # as it was made, and as transformers saves it
 KEYS = {  # its own names in config.json
     "num_layers": "num_hidden_layers",

@@ -22,7 +22,7 @@ DEFAULT = "4.57.3"
 OLD = (Version("4.55"), Version("4.58"))  # from, and up to without it: compared with 4.57.3 itself
 NEW = (Version("5.16"), Version("6"))  # what optuna-search runs on
 KNOWN = "4.55 to 4.57 and 5.16 to 5.x"
-DEFAULT_THETA = 10_000.0  # of both versions, where a config names none
+DEFAULT_THETA = 10_000.0  # where a config names none, and its class has no other
 
 # What 4.57 computes just as 5.x does: (keys that it wants, keys that it also knows). longrope is not among them: 4.57
 # reads its original length from elsewhere.
@@ -213,9 +213,18 @@ def _rope(config: Mapping[str, Any], version: str) -> dict[str, Any]:
                 f"for transformers {version}: config.json contradicts itself ({said}); take out the one that is wrong"
             )
     return {
-        "rope_theta": next(iter(thetas.values()), DEFAULT_THETA),
+        "rope_theta": next(iter(thetas.values()), _default_theta(config)),
         "rope_scaling": next(iter(scalings.values()), None),
     }
+
+
+def _default_theta(config: Mapping[str, Any]) -> float:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = str(config.get("model_type"))
+    if model_type not in CONFIG_MAPPING:
+        return DEFAULT_THETA
+    return float(getattr(CONFIG_MAPPING[model_type], "default_theta", DEFAULT_THETA))
 
 
 def _scaling(given: Mapping[str, Any], version: str) -> dict[str, Any] | None:

@@ -120,7 +120,7 @@ def foresee(plan: CompressionPlan, setting: Setting) -> Outcome:
     if remark is not None and remark != plan.num_hidden_layers:
         warnings.append(f"model.num_layers says {remark}, and the result has {plan.num_hidden_layers}")
     if plan.precision in SCHEMES and setting.identity.precision == "float32":
-        warnings.append(f"the base model is float32: what {plan.precision} leaves out stays in float32")
+        warnings.append(f"the base model is float32: what {plan.precision} leaves out becomes bfloat16")
     made = build.apply(plan, setting.base, setting.family, None)
     return Outcome(
         plan=plan,
@@ -152,7 +152,7 @@ def compress(outcome: Outcome, setting: Setting, to: Path, target: str | None, s
     there = made_before(to, described)
     if there is not None:
         return Compressed(to, outcome, there, reused=True)
-    places.refuse_foreign(to, "compress")
+    places.refuse_foreign(to, "compress", setting.base_path)
     require_disk(outcome.bytes + 50_000_000, to.parent, "the compressed model")
     needed = build.needs_calibration(outcome.plan, setting.identity)
     calibration = setting.calibrate(say) if needed else None

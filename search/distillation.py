@@ -73,7 +73,7 @@ def distil(
     transformers that is to read it. text: `text_of` this setting, where it is at hand. Raises UsageError and
     CompressionError.
     """
-    places.refuse_foreign(to, "distill")
+    places.refuse_foreign(to, "distill", setting.base_path, student_path)
     student = checkpoint.Checkpoint.read(student_path)
     settings = settings_of(setting, tokens)
     text = text or text_of(setting, settings)

@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from compressors import build, checkpoint, family
 from compressors.device import release
 from compressors.distillation.settings import Distillation, require_valid
+from compressors.errors import InfeasiblePlan
 from compressors.plan import CompressionPlan
 from compressors.target import in_old_form
 from evaluator import measure
@@ -194,7 +195,7 @@ def _make(finalist: Finalist, path: Path, wanted: Wanted, study: optuna.Study, b
         raise UsageError(f"distill to {path}: holds another model; move it away")
     source = setting.outputs / "distilled" / key
     if not _distilled(source):
-        student, _ = bench.build(finalist.structure)
+        student, _ = bench.build(finalist.structure, limited=False)  # its precision is still to come
         try:
             distillation.distil(setting, student, wanted.settings.tokens, source, None, bench.say, text=wanted.text)
         finally:
@@ -249,6 +250,9 @@ def _apply_precision(finalist: Finalist, source: Path, path: Path, key: str, wan
     }
     try:
         made = build.apply(to_apply, distilled, its_family, None, moments=moments, device=setting.device, say=say)
+        too_large = build.oversized(made, setting.max_bytes)
+        if too_large:
+            raise InfeasiblePlan(too_large)
         require_disk(made.file_bytes + 50_000_000, path.parent, "the distilled model")
         say(f"writing {path.name}, {made.file_bytes / 1e6:.0f} MB")
         distillation.write(made, path, wanted.target, setting, how)

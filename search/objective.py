@@ -252,8 +252,8 @@ class Bench:
 
     # -- build and measure -----------------------------------------------------------------------------------
 
-    def build(self, plan: CompressionPlan) -> tuple[Path, str]:
-        """The checkpoint directory of this plan, and its weights' sha256."""
+    def build(self, plan: CompressionPlan, *, limited: bool = True) -> tuple[Path, str]:
+        """The checkpoint directory of this plan, and its weights' sha256. limited: by the study's largest size."""
         setting = self.setting
         path = setting.outputs / "checkpoints" / setting.plan_digest(plan)
         known = read_json(path / compress.DESCRIPTION)
@@ -262,7 +262,7 @@ class Bench:
         needed = build.predicted_bytes(plan, setting.base, setting.family)
         require_disk(needed + 50_000_000, path.parent, "this plan's checkpoint")
         made = self._applied(plan)
-        too_large = build.oversized(made, setting.max_bytes)
+        too_large = build.oversized(made, setting.max_bytes if limited else None)
         if too_large:
             raise InfeasiblePlan(too_large)
         building = path.with_name(f"{BUILDING}{os.getpid()}")

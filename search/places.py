@@ -13,8 +13,11 @@ from search.errors import UsageError
 from search.study import process_alive
 
 
-def refuse_foreign(to: Path, what: str) -> None:
-    """Raises UsageError when `to` holds something that is not a model, which must not be replaced."""
+def refuse_foreign(to: Path, what: str, *sources: Path) -> None:
+    """Raises UsageError when `to` holds something that is not a model, which must not be replaced, or is one of the
+    models that are read."""
+    if any(to.resolve() == source.resolve() for source in sources):
+        raise UsageError(f"{what} to {to}: is the model that is read, and would be lost; name another with --save-path")
     for place in (to, *to.parents):
         if place.exists() and not place.is_dir():
             raise UsageError(f"{what} to {to}: {'is' if place == to else f'{place} is'} a file; name a directory")

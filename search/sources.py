@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from compressors import exaone3
 from compressors.checkpoint import Checkpoint, read_json, stamp_of
 from compressors.errors import CheckpointError
+from compressors.family import family_of
 from compressors.lock import alone
 
 EMBEDDED = "smollm2-135m"
@@ -35,7 +36,10 @@ def resolve(source: str, cache: Path, revision: str | None = None, say: Callable
     """
     if source == EMBEDDED:
         return embedded(cache)
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise CheckpointError(f"model {source}: {error}; name the directory in full") from None
     if path.is_dir():
         return _served(path.resolve(), cache, say)
     if path.exists():
@@ -51,11 +55,13 @@ def _served(path: Path, cache: Path, say: Callable[[str], None]) -> Path:
     """The directory itself, or where its model is written as one that every server loads."""
     if not (path / "config.json").is_file() or not exaone3.is_exaone3(read_json(path / "config.json", "")):
         return path
-    place = cache / "models" / f"{path.name}-as-llama-{stamp_of(path)[:12]}"
+    place = cache / "models" / f"{path.name}-as-llama-{exaone3.VERSION}-{stamp_of(path, carried=True)[:12]}"
     with alone(place, lambda: say(f"model {path.name}: waiting for another process that writes it as a Llama")):
         if not place.is_dir():
             say(f"model {path.name}: written as the Llama that it is, into {place}")
-            Checkpoint.read(path).write(place)
+            made = Checkpoint.read(path)
+            family_of(made)  # or what is refused would lie there
+            made.write(place)
     return place
 
 

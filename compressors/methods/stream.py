@@ -161,6 +161,7 @@ def refit(
     called: tuple[Called, Called] = ({}, {})
     modules = dict(small.named_modules())
     streams = []
+    batch = max(1, min(batch, min(map(len, windows.values())) // 2))  # two at least, of which one is not fitted to
     for those in windows.values():
         of_base, of_cut = Layers(whole, family, those, batch, called[0]), Layers(small, family, those, batch, called[1])
         streams.append(Streams(of_base, of_cut, family, stays))
@@ -247,6 +248,7 @@ def change(fits: Sequence[Sequence[Fit]]) -> tuple[torch.Tensor, Strength]:
 
     λ loses the least on text that the fit did not see: each domain in turn left out, and the second half of each left
     out, which counts the same: neither text of another kind nor more of the same may lose. Zero where nothing gains.
+    λ is the middle of STRENGTHS where a single window is all there is, and no text is unseen.
     """
     halves = [[half.means() for half in of_domain if half.tokens] for of_domain in fits]
     whole = [sum(of_domain[1:], of_domain[0]).means() for of_domain in fits]
@@ -257,15 +259,18 @@ def change(fits: Sequence[Sequence[Fit]]) -> tuple[torch.Tensor, Strength]:
             unseen.append((others, whole[place]))
         if len(of_domain) > 1:
             unseen.append(([*others, of_domain[0]], of_domain[1]))
+    if not unseen:
+        middle = STRENGTHS[len(STRENGTHS) // 2]
+        return _solver(whole)(middle), Strength(middle, 1.0)
     some = slice(None, None, max(1, len(whole[0].cross) // ROWS))
     lost = dict.fromkeys(STRENGTHS, 0.0)
-    for fitted, judged in unseen or [(whole, whole[0])]:
+    for fitted, judged in unseen:
         solve = _solver(fitted, some)
         cross, square = judged.cross[some], max(float(judged.square[some].sum()), 1e-30)
         for factor in STRENGTHS:
             made = solve(factor).float()
             gained = 2 * (made * cross).sum() - ((made @ judged.second) * made).sum()
-            lost[factor] += (1 - float(gained) / square) / max(len(unseen), 1)
+            lost[factor] += (1 - float(gained) / square) / len(unseen)
     best = min(lost, key=lambda factor: lost[factor])
     if not lost[best] < 1.0:
         return torch.zeros_like(whole[0].cross, dtype=torch.float64), Strength(float("inf"), 1.0)

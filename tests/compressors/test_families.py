@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import json
+import shutil
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from compressors import build, calibration, family, moments
@@ -235,6 +237,25 @@ def test_stock_transformers_computes_the_same_of_an_exaone_3(tmp_path, write_pic
     transformers.AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path / "again")
     again, _ = read(tmp_path / "again")
     assert torch.equal(logits(again.to_model("cpu"), windows), logits(model, windows))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_exaone_3_that_leaves_it_open_is_tied_as_its_weights_say(tmp_path, write_pico_exaone3, tied):
+    path = write_pico_exaone3(tmp_path / "m", tie_word_embeddings=tied)
+    edit_config(path, "tie_word_embeddings")  # of transformers 4 the default is true, of 5 false
+    base, _ = read(path)
+    assert base.config["tie_word_embeddings"] is tied
+
+
+def test_rotary_frequencies_that_llama_2_stored_are_left_out(tmp_path, pico_llama, windows):
+    path = shutil.copytree(pico_llama, tmp_path / "m")
+    tensors = load_file(path / "model.safetensors")
+    stored = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.rand(12) for layer in range(5)}
+    save_file({**tensors, **stored}, path / "model.safetensors", metadata={"format": "pt"})
+    base, _ = read(path)
+    assert base.tensors.keys() == tensors.keys()
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    assert torch.equal(logits(base.to_model("cpu"), windows), logits(model, windows))
 
 
 @pytest.mark.parametrize("precision", ["float32", "W8A8"])

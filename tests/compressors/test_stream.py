@@ -177,6 +177,15 @@ def test_what_one_domain_says_and_another_denies_changes_nothing():
     torch.testing.assert_close(delta.float(), change, rtol=0.01, atol=0.01)
 
 
+def test_a_single_window_is_not_judged_on_itself():
+    """Noise: what is left of it is small on the text that was fitted to, and says nothing."""
+    draw = torch.Generator().manual_seed(0)
+    fit = stream.Fit()
+    fit.add(torch.randn(1, 8, 6, generator=draw), torch.randn(1, 8, 4, generator=draw), torch.ones(1, 8, 1))
+    strength = stream.change([[fit, stream.Fit()]])[1]
+    assert strength == stream.Strength(0.3, 1.0)
+
+
 def test_the_strength_is_between_what_the_same_domain_and_another_ask_for():
     """A domain's halves agree, and the other domain asks for a third of that."""
     x = torch.randn(1, 400, 6, generator=torch.Generator().manual_seed(0))

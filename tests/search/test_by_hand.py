@@ -191,6 +191,16 @@ def test_a_multirun_compares_and_a_second_call_skips_what_is_done(cli, shared):
     assert len(scores) >= 3
 
 
+def test_the_model_that_is_compressed_is_not_replaced(cli, tmp_path, pico_llama):
+    home = make_home(tmp_path / "home", pico_llama)
+    shutil.copytree(pico_llama, home / "submit" / "model")
+    before = (home / "submit" / "model" / "config.json").read_bytes()
+    found = cli("compress", "cast", "--dtype", "float16", "--study", "hand", "--model", "submit/model", cwd=home)
+    assert found.status == 2
+    assert "is the model that is read, and would be lost" in found.err
+    assert (home / "submit" / "model" / "config.json").read_bytes() == before
+
+
 def test_jobs_of_a_multirun_are_called_by_their_experiments(tmp_path, pico_llama, monkeypatch):
     home = make_home(tmp_path / "home", pico_llama)
     (home / "studies" / "experiments").mkdir()

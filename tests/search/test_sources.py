@@ -39,6 +39,8 @@ def test_the_embedded_model_reads_english(model, tokenizer):
 
 
 def test_a_model_that_is_nowhere(tmp_path):
+    with pytest.raises(CheckpointError, match="name the directory in full"):
+        sources.resolve("~nobody-of-that-name/model", tmp_path)
     for source in ("/no/such", "not a model", "nosuchname"):
         with pytest.raises(CheckpointError, match="no such directory"):
             sources.resolve(source, tmp_path)
@@ -70,8 +72,11 @@ def test_an_exaone_3_is_written_once_as_a_llama(tmp_path, write_pico_exaone3):
     assert sources.resolve(str(path), cache, say=said.append) == place
     assert {file: file.stat().st_mtime_ns for file in place.iterdir()} == times
     assert len(said) == 1
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    other = sources.resolve(str(path), cache)
+    assert (other / "chat_template.jinja").read_text() == "{{ messages }}"
     write_pico_exaone3(path, num_hidden_layers=4)  # another model in its place
-    assert sources.resolve(str(path), cache) != place
+    assert sources.resolve(str(path), cache) not in (place, other)
 
 
 def test_a_damaged_demo_package_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
