@@ -224,7 +224,8 @@ def _default_theta(config: Mapping[str, Any]) -> float:
     model_type = str(config.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         return DEFAULT_THETA
-    return float(getattr(CONFIG_MAPPING[model_type], "default_theta", DEFAULT_THETA))
+    theta = getattr(CONFIG_MAPPING[model_type], "default_theta", DEFAULT_THETA)
+    return float(theta["global"] if isinstance(theta, Mapping) else theta)  # Gemma's local one has a key of its own
 
 
 def _scaling(given: Mapping[str, Any], version: str) -> dict[str, Any] | None:

@@ -431,5 +431,5 @@ def test_a_directory_that_can_not_be_retargeted_is_left_as_it_was(pico_exaone4, 
 
 @pytest.mark.parametrize(("model_type", "theta"), [("llama", 1e4), ("smollm3", 2e6), ("gemma3_text", 1e6)])
 def test_a_rope_theta_that_is_left_open_is_the_familys(model_type, theta):
-    config = {"model_type": model_type, "rope_scaling": None, "torch_dtype": "bfloat16"}
+    config = {"model_type": model_type, "rope_scaling": None, "head_dim": 64, "torch_dtype": "bfloat16"}
     assert target.config_for(config, "4.57.3")["rope_theta"] == theta
