@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import optuna
 import sqlalchemy
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
@@ -306,9 +307,15 @@ class Stop:
             self._old[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
+        self._raise_what_was_meant(error)
+
+    def _raise_what_was_meant(self, error: BaseException | None) -> None:
+        """A storage that was interrupted in a commit calls it an error of its own."""
+        if self.asked and isinstance(error, StorageInternalError):
+            raise KeyboardInterrupt from error
 
     def _on_signal(self, number: int, frame: object) -> None:
         again, self.asked = self.asked, True
@@ -331,6 +338,9 @@ class Stop:
         try:
             self.check()
             yield
+        except StorageInternalError as error:
+            self._raise_what_was_meant(error)
+            raise
         finally:
             self._held = before
 

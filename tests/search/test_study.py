@@ -1,11 +1,15 @@
 """Storages, resuming and counting, on real databases and with real dead processes."""
 
+import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
 from search import study as studies
@@ -201,3 +205,32 @@ def test_each_pruner_prunes_a_clearly_worse_trial_when_fed_what_it_needs(name):
     study.optimize(lambda trial: objective(trial, 0.2), n_trials=3)
     assert TrialState.PRUNED in [trial.state for trial in study.trials[6:]]
     assert len(study.trials[-1].intermediate_values) < len(shards) or name == "hyperband"
+
+
+@pytest.mark.parametrize("within_released", [True, False])
+def test_a_storage_that_is_interrupted_in_a_commit_is_a_stop(within_released):
+    def commit():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt as error:  # what SQLAlchemy's clean-up, and then Optuna, make of it
+            raise StorageInternalError("An exception is raised during the commit.") from error
+
+    seen = []
+
+    def trial(stop):
+        if not within_released:
+            commit()
+        with stop.held():
+            try:
+                with stop.released():
+                    commit()
+            except KeyboardInterrupt:  # where the trial is recorded as interrupted
+                seen.append("trial")
+                raise
+
+    with pytest.raises(KeyboardInterrupt), studies.Stop() as stop:
+        trial(stop)
+    assert seen == ["trial"] * within_released
+    with pytest.raises(StorageInternalError), studies.Stop() as stop, stop.released():
+        raise StorageInternalError("the disk is full")
