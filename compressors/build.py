@@ -237,6 +237,13 @@ def check(
     return oversized(made, max_bytes)
 
 
+def require_size(made: Checkpoint, max_bytes: int | None) -> None:
+    """Raises InfeasiblePlan for what is `oversized`."""
+    reason = oversized(made, max_bytes)
+    if reason:
+        raise InfeasiblePlan(reason)
+
+
 def oversized(made: Checkpoint, max_bytes: int | None) -> str | None:
     """Why its model.safetensors is too large, or None. Foreseen sizes (`check`) are too small with `keep_16_bit`."""
     if max_bytes is None or made.file_bytes <= max_bytes:

@@ -99,11 +99,11 @@ class Checkpoint:
         tensors: dict[str, LazyTensor] = {}
         for file in weight_files(path):
             for name, (shape, dtype) in safetensors_file.shapes(file).items():
-                tensors[name] = LazyTensor(shape, dtype, safetensors_file.loader(file, name))
+                if not name.endswith(COMPUTED):
+                    tensors[name] = LazyTensor(shape, dtype, safetensors_file.loader(file, name))
         if renamed:
             tensors = exaone3.llama_tensors(tensors)
             config.setdefault("tie_word_embeddings", HEAD not in tensors)  # versions differ in its default
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(COMPUTED)}
         if config["num_hidden_layers"] > len(tensors):  # or a mere number would fill the memory with names
             raise CheckpointError(
                 f"model {path}: config.json says num_hidden_layers: {config['num_hidden_layers']}, and the weights "

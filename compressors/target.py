@@ -213,7 +213,7 @@ def _rope(config: Mapping[str, Any], version: str) -> dict[str, Any]:
                 f"for transformers {version}: config.json contradicts itself ({said}); take out the one that is wrong"
             )
     return {
-        "rope_theta": next(iter(thetas.values()), _default_theta(config)),
+        "rope_theta": next(iter(thetas.values())) if thetas else _default_theta(config),
         "rope_scaling": next(iter(scalings.values()), None),
     }
 
@@ -225,7 +225,9 @@ def _default_theta(config: Mapping[str, Any]) -> float:
     if model_type not in CONFIG_MAPPING:
         return DEFAULT_THETA
     theta = getattr(CONFIG_MAPPING[model_type], "default_theta", DEFAULT_THETA)
-    return float(theta["global"] if isinstance(theta, Mapping) else theta)  # Gemma's local one has a key of its own
+    return float(
+        theta.get("global", DEFAULT_THETA) if isinstance(theta, Mapping) else theta
+    )  # Gemma's local one has a key of its own
 
 
 def _scaling(given: Mapping[str, Any], version: str) -> dict[str, Any] | None:

@@ -160,9 +160,7 @@ def compress(outcome: Outcome, setting: Setting, to: Path, target: str | None, s
     made = build.apply(
         outcome.plan, setting.base, setting.family, calibration, moments=moments, device=setting.device, say=say
     )
-    too_large = build.oversized(made, setting.max_bytes)
-    if too_large:
-        raise InfeasiblePlan(too_large)
+    build.require_size(made, setting.max_bytes)
     say(f"writing {to.name}, {made.file_bytes / 1e6:.0f} MB")
     replaced = (to / "config.json").is_file()
     with places.beside(to, "compress") as scratch:

@@ -20,7 +20,6 @@ from optuna.trial import FrozenTrial, TrialState
 from compressors import build, checkpoint, family
 from compressors.device import release
 from compressors.distillation.settings import Distillation, require_valid
-from compressors.errors import InfeasiblePlan
 from compressors.plan import CompressionPlan
 from compressors.target import in_old_form
 from evaluator import measure
@@ -250,9 +249,7 @@ def _apply_precision(finalist: Finalist, source: Path, path: Path, key: str, wan
     }
     try:
         made = build.apply(to_apply, distilled, its_family, None, moments=moments, device=setting.device, say=say)
-        too_large = build.oversized(made, setting.max_bytes)
-        if too_large:
-            raise InfeasiblePlan(too_large)
+        build.require_size(made, setting.max_bytes)
         require_disk(made.file_bytes + 50_000_000, path.parent, "the distilled model")
         say(f"writing {path.name}, {made.file_bytes / 1e6:.0f} MB")
         distillation.write(made, path, wanted.target, setting, how)

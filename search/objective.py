@@ -262,9 +262,7 @@ class Bench:
         needed = build.predicted_bytes(plan, setting.base, setting.family)
         require_disk(needed + 50_000_000, path.parent, "this plan's checkpoint")
         made = self._applied(plan)
-        too_large = build.oversized(made, setting.max_bytes if limited else None)
-        if too_large:
-            raise InfeasiblePlan(too_large)
+        build.require_size(made, setting.max_bytes if limited else None)
         building = path.with_name(f"{BUILDING}{os.getpid()}")
         scratch = building / path.name
         try:

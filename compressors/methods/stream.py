@@ -43,7 +43,7 @@ from compressors.moments import Moments
 from compressors.streams import Stays, Streams, Told
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # λ over the median of diag A
-VERSION = 2  # raised when the same cut would be refit otherwise
+VERSION = 3  # raised when the same cut would be refit otherwise
 FILES = 16  # that are kept
 ROWS = 128  # about as many outputs choose the strength
 
