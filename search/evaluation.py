@@ -173,8 +173,11 @@ def _screen_of_directory(bench: Bench, path: Path) -> Screen:
 def _require_same_tokens(path: Path, setting: Setting) -> None:
     """Perplexities per token of two tokenizers can't be compared."""
     sample = "\n\n".join(document.text for document in texts.embedded_documents())[:SAMPLE]
-    own, base = tokenizer_of(path), tokenizer_of(setting.base_path)
-    if own.encode(sample, add_special_tokens=False) != base.encode(sample, add_special_tokens=False):
+    own, base = (
+        tokenizer_of(where).encode(sample, add_special_tokens=False, verbose=False)
+        for where in (path, setting.base_path)
+    )
+    if own != base:
         raise UsageError(
             f"evaluate: {path}: its tokenizer reads text otherwise than the base model's "
             f"({setting.file.model.source}), "

@@ -244,8 +244,8 @@ class Bench:
         setting = self.setting
         simulated = build.apply(plan, setting.base, setting.family, self.calibration())
         return speed.predicted_time_ratio(
-            candidate_bytes=simulated.decode_bytes,
-            base_bytes=setting.base.decode_bytes,
+            candidate_bytes=self._served(simulated.decode_bytes, plan.precision),
+            base_bytes=self._served(setting.base.decode_bytes, setting.identity.precision),
             layers=plan.num_hidden_layers,
             base_layers=setting.identity.num_hidden_layers,
         )
@@ -306,14 +306,18 @@ class Bench:
 
     def _ratio_by_size(self, path: Path) -> float:
         """Of a checkpoint of any origin, from what a decode step reads, as a plan's is predicted."""
-        found, base = structure.describe_any(path), self.setting.base
+        found, base, own = structure.describe_any(path), self.setting.base, self.setting.identity
         read = found.decode_bytes
         return speed.predicted_time_ratio(
-            candidate_bytes=found.bytes if read is None else read,
-            base_bytes=base.size_bytes if read is None else base.decode_bytes,
+            candidate_bytes=self._served(found.bytes if read is None else read, found.dtype),
+            base_bytes=self._served(base.size_bytes if read is None else base.decode_bytes, own.precision),
             layers=len(found.layers),
-            base_layers=self.setting.identity.num_hidden_layers,
+            base_layers=own.num_hidden_layers,
         )
+
+    def _served(self, stored: int, dtype: str) -> int:
+        """Bytes that the engine reads of these: vLLM casts a float32 checkpoint to 16 bits when it loads it."""
+        return stored // 2 if dtype == "float32" and self.setting.backend == "vllm" else stored
 
 
 def with_predicted_time(measurement: Measurement, ratio: float) -> Measurement:

@@ -289,7 +289,8 @@ def prepare(file: StudyFile, say: Say = lambda _: None, *, search: bool = True, 
         raise UsageError(
             f"model {path}: its dtype is {identity.precision}; optuna-search starts from {', '.join(DTYPES)}"
         )
-    require_memory(base.total_parameters * (4 if device == "cpu" else 2), device, "the base model")
+    wide = device == "cpu" or identity.precision == "float32"
+    require_memory(base.total_parameters * (4 if wide else 2), device, "the base model")
     tokenizer = tokenizer_of(path)
     domains, shards, windows = _texts(file, tokenizer)
     digest = checkpoint.digest_of(path, CACHE / "digests")

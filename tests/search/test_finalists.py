@@ -195,6 +195,39 @@ def test_other_tokens_are_another_distillation_and_what_is_not_ours_stays(done, 
     assert {row["name"] for row in other.json["distilled"]} >= {"model_kd_drop3_trial1"}
 
 
+def test_a_size_limit_is_asked_of_what_is_made_and_not_of_what_is_distilled(done, cli, tmp_path):
+    home, _ = done
+    sizes = [
+        (home / "submit" / name / "model.safetensors").stat().st_size
+        for name in ("model_kd_drop3_w8a8", "model_kd_drop3")
+    ]
+    limit = sum(sizes) / 2
+    assert sizes[0] < 0.9 * limit < 1.1 * limit < sizes[1]
+    file = (home / "studies" / "finals.yaml").read_text()
+    for was, becomes in (
+        ("study_name: finals", "study_name: small"),
+        ("{low: 3, high: 5}", "3"),
+        ("[nearest, gptq]", "[nearest]"),
+        ("tracking:", f"limits: {{max_size_mb: {limit / 1e6}}}\ntracking:"),
+    ):
+        assert was in file
+        file = file.replace(was, becomes)
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "small.yaml").write_text(file)
+    ended = cli(
+        "run", "--study", "small", "--trials", "2", "--distill-top", "1", "--tokens", "512", "--json", cwd=tmp_path
+    )
+    assert ended.status == 0, ended.err
+    (row,) = ended.json["distilled"]
+    assert row["name"] == "model_kd_drop3_w8a8"
+    assert (tmp_path / row["path"] / "model.safetensors").stat().st_size <= limit
+    (distilled,) = (tmp_path / "outputs" / "distilled").iterdir()
+    assert (distilled / "model.safetensors").stat().st_size > limit
+    (pruned,) = ended.json["ended"]
+    assert "bfloat16" in str(pruned["plan"])
+    assert "max_size_mb" in pruned["reason"]
+
+
 def test_a_distillation_that_fails_has_its_reason_in_its_row(cli, home):
     (home / "outputs" / "distillation").write_text("no directory")
     ended = cli(*DISTIL, "--json", cwd=home)

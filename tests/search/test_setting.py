@@ -10,7 +10,7 @@ import pytest
 from compressors import moments
 from compressors.errors import CheckpointError, InfeasiblePlan
 from evaluator import texts
-from search import compress, config, setting
+from search import compress, config, objective, setting
 from search.errors import UsageError
 
 
@@ -159,3 +159,19 @@ def test_second_moments_that_do_not_fit_the_disk_are_not_begun(prepared, monkeyp
     monkeypatch.undo()
     written = sum(file.stat().st_size for file in ready.moments_for(plan).path.iterdir())
     assert written == pytest.approx(moments.file_bytes(ready.base, 1), rel=0.1)
+
+
+def test_float32_weights_count_as_the_engine_reads_them(prepared, write_pico_model, tmp_path):
+    """vLLM casts them to 16 bits, transformers doesn't."""
+    its = prepared(write_pico_model(tmp_path / "wide", "llama", dtype="float32"))
+    halved = dataclasses.replace(its.identity, precision="bfloat16")
+    shallow = dataclasses.replace(halved, num_hidden_layers=3)
+
+    def ratios(backend):
+        with objective.Bench(dataclasses.replace(its, backend=backend)) as bench:
+            return [bench.predicted_time_ratio(plan) for plan in (its.identity, halved, shallow)]
+
+    own, of_vllm = ratios("transformers"), ratios("vllm")
+    assert own[:2] == [1.0, 0.75]  # half of a step is reading weights, and half of the bytes are left
+    assert of_vllm[:2] == [1.0, 1.0]
+    assert own[2] < of_vllm[2] < 1.0
