@@ -71,15 +71,13 @@ def result(
 def evaluate(bench: Bench, path: Path, name: str, words: Sequence[str] = ()) -> dict[str, Any]:
     """Measure the checkpoint in `path` against the baseline, write `path`/eval_result.json and return what it holds.
 
-    words: of the command line that chose the study file, so that a report can say how to do it again.
-    Raises UsageError, CheckpointError and what the engines raise; then nothing is written.
+    words: of the command line that chose the study file, so that a report can say how to do it again. `require` has
+    been asked of it. Raises UsageError, CheckpointError and what the engines raise; then nothing is written.
     """
     setting = bench.setting
     described = measure.describe(path)
     weights_sha256 = measure.weights_sha256_of(path)
     plan = plan_in(path, weights_sha256, setting)
-    if plan is None:
-        _require_same_tokens(path, setting)
     baseline = bench.baseline()
     report = report_shards(setting)
     base_report = _base_report(bench, report) if report else None
@@ -102,11 +100,13 @@ def evaluate(bench: Bench, path: Path, name: str, words: Sequence[str] = ()) -> 
     return found
 
 
-def require_whole(path: Path) -> None:
+def require(path: Path, setting: Setting) -> None:
     """Raises UsageError and CheckpointError for what can't be evaluated, before anything is measured."""
     if not path.is_dir():
         raise UsageError(f"evaluate: {path}: no such directory; name a checkpoint, such as submit/model")
     structure.describe_any(path)
+    if plan_in(path, measure.weights_sha256_of(path), setting) is None:
+        _require_same_tokens(path, setting)
 
 
 def known(path: Path, setting: Setting) -> dict[str, Any] | None:

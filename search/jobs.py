@@ -58,7 +58,7 @@ def baseline(bench: Bench, warn: Warn) -> Measurement:
 
 def evaluate(bench: Bench, path: Path, name: str, warn: Warn, words: Sequence[str] = ()) -> dict[str, Any]:
     """Measure `path` against the baseline: `path`/eval_result.json and an MLflow run called `name`."""
-    evaluation.require_whole(path)
+    evaluation.require(path, bench.setting)
     baseline(bench, warn)
     began = time.time()
     found = evaluation.evaluate(bench, path, name, words)
