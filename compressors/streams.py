@@ -50,7 +50,7 @@ class Streams:
     def advance_base(self, skipped: Sequence[int], layer: int, then: Sequence[int], *, look: bool = True) -> None:
         """Through layers that were dropped, one that stays, with a look at it, and the dropped ones behind it."""
         family = self.family
-        readers = () if self.stays.dimensions is None else (family.q, family.gate)
+        readers = (family.q, family.gate)
         for dropped in skipped:
             self.base.forward(dropped)
         self._layer, self._inputs, self._middle = layer, [], []
@@ -80,11 +80,12 @@ class Streams:
                 stream = stream + self._added(self.cut, layer, family.o, by_o)
                 self._last.append((stream.cpu(), x.cpu()))
             target = targets[place].to(x.device)
-            weight = 1 / _root_mean_square(target).square().clamp_min(1e-30)
+            weight = 1 / _root_mean_square(target).clamp_min(1e-30)
             put_out = self._linear(self.cut, layer, part, x)
             missing = self._kept(target).float() - stream.float() - self._added(self.cut, layer, part, put_out).float()
             if self.norm_of:
-                root = _root_mean_square(put_out).clamp_min(1e-30)
+                # with the norm's own epsilon: a token whose output is next to nothing would count for all others
+                root = (_root_mean_square(put_out).square() + float(self.cut.model.config.rms_norm_eps)).sqrt()
                 gain = self._gain(layer, part)
                 missing = missing * root * gain / (gain.square() + GAIN * gain.square().median())
                 weight = weight / root.square()

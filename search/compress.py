@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compressors import build
+from compressors.device import release
 from compressors.errors import InfeasiblePlan
 from compressors.plan import OPTIONS, SCHEMES, CompressionPlan
 from compressors.target import retarget
@@ -167,6 +168,7 @@ def compress(outcome: Outcome, setting: Setting, to: Path, target: str | None, s
         weights_sha256 = made.write(scratch)
         changes = retarget(scratch, target) if target is not None else []
         write_json(scratch / DESCRIPTION, {**described, "weights_sha256": weights_sha256})
+    release(setting.device)
     return Compressed(to, outcome, weights_sha256, tuple(changes), replaced=replaced)
 
 

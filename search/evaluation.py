@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import gc
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from compressors import structure
+from compressors.device import release
 from compressors.errors import CheckpointError
 from compressors.plan import CompressionPlan
 from evaluator import measure, quality, score, texts
@@ -118,6 +118,9 @@ def known(path: Path, setting: Setting) -> dict[str, Any] | None:
         return None
     if found["measurement"]["weights_sha256"] != measure.weights_sha256_of(path):
         return None
+    report = report_shards(setting)
+    if (found.get("report_text") or {}).get("text_digest") != (_digest(report) if report else None):
+        return None
     return found
 
 
@@ -167,7 +170,7 @@ def _screen_of_directory(bench: Bench, path: Path) -> Screen:
         return bench.screen_of(model.to(device).eval().requires_grad_(False))
     finally:
         del model
-        gc.collect()
+        release(device)
 
 
 def _require_same_tokens(path: Path, setting: Setting) -> None:

@@ -218,7 +218,7 @@ class Bench:
         on_cpu = setting.device == "cpu"
         need = simulated.total_parameters * 4 if on_cpu else simulated.size_bytes
         if plan.repair == "stream":  # beside it, for a while, the base model and the cut one
-            need *= 3
+            need = 2 * need + (setting.base.total_parameters * 4 if on_cpu else setting.base.size_bytes)
         require_memory(need, setting.device, "screening this plan")
         model = simulated.to_model(setting.device, dtype=torch.float32 if on_cpu else None)
         try:

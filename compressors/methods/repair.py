@@ -131,7 +131,10 @@ def cholesky(matrix: torch.Tensor) -> torch.Tensor:
         if not int(found.info):
             factor: torch.Tensor = found.L
             return factor
-    raise CheckpointError("repair: a second moment is not positive definite; its file is damaged, delete it")
+    raise CheckpointError(
+        "repair: a second moment is not positive definite: the weights before it are broken, or its file is damaged; "
+        "delete outputs/calibration, it is made again"
+    )
 
 
 def loss(weight: torch.Tensor, made: torch.Tensor, kept: torch.Tensor, second: torch.Tensor) -> float:

@@ -74,12 +74,17 @@ def refit(cut, base, its_family, domains, *, layers=range(5), inputs=None, outpu
     return stream.refit(cut, base, its_family, stays, parts, domains)[0]
 
 
+def of_ffn(its_family, kept):
+    """(inputs, outputs) that a cut of the FFN leaves."""
+    return {its_family.down: kept}, dict.fromkeys((its_family.gate, its_family.up), kept)
+
+
 # -- repair --------------------------------------------------------------------------------------------------
 
 
 def test_what_loses_nothing_stays_as_it_is(base, its_family, domains):
     made = refit(base, base, its_family, domains, inputs={its_family.o: [], its_family.down: []})
-    assert len(made) == 2 * 5
+    assert len(made) == 7 * 5 - 3  # before the first o nothing differs
     for name, weight in made.items():
         assert torch.equal(weight, base.tensors[name].load()), name
 
@@ -96,28 +101,32 @@ def test_a_channel_that_there_is_twice_is_taken_over_by_its_twin(base, its_famil
                     weight[140:] = weight[:20]
                     changed[name] = weight
     twins = with_tensors(base, changed)
-    cut = ffn.cut(twins, its_family, [torch.arange(140)] * 5)
-    made = with_tensors(cut, refit(cut, twins, its_family, domains, inputs={its_family.down: []}))
+    kept = [torch.arange(140)] * 5
+    cut = ffn.cut(twins, its_family, kept)
+    inputs, outputs = of_ffn(its_family, kept)
+    made = with_tensors(cut, refit(cut, twins, its_family, domains, inputs=inputs, outputs=outputs))
     unseen = windows_of(9, 3, 320)
     lost, left = kl(twins, cut, unseen), kl(twins, made, unseen)
     assert lost > 0.05
     assert left < 0.03 * lost
 
 
-@pytest.mark.parametrize("cut_of", ["FFN", "depth", "hidden"])
+@pytest.mark.parametrize("cut_of", ["FFN", "depth", "bottom", "hidden"])
 def test_the_stream_is_nearer_to_the_base_models_on_text_that_was_not_seen(base, its_family, domains, cut_of):
     base = in_float32(base)
-    layers, lost, dimensions = list(range(5)), {}, None
+    layers, inputs, outputs, dimensions = list(range(5)), {}, {}, None
     if cut_of == "FFN":
-        cut, lost = ffn.cut(base, its_family, [torch.arange(128)] * 5), {its_family.down: []}
-    elif cut_of == "depth":
-        layers = [0, 1, 3, 4]
+        kept = [torch.arange(128)] * 5
+        cut, (inputs, outputs) = ffn.cut(base, its_family, kept), of_ffn(its_family, kept)
+    elif cut_of in ("depth", "bottom"):
+        layers = [0, 1, 3, 4] if cut_of == "depth" else [1, 2, 3, 4]
         cut = depth.cut(base, its_family, layers)
     else:
         width = int(base.config["hidden_size"])
         dimensions = torch.arange(width - 24)
         cut = hidden.cut(base, its_family, dimensions, None)
-    made = with_tensors(cut, refit(cut, base, its_family, domains, layers=layers, inputs=lost, dimensions=dimensions))
+    made = refit(cut, base, its_family, domains, layers=layers, inputs=inputs, outputs=outputs, dimensions=dimensions)
+    made = with_tensors(cut, made)
     unseen = windows_of(9, 3, 320, 8)
     whole = hidden_states(base, unseen)[-1][1]
     if dimensions is not None:
@@ -126,40 +135,83 @@ def test_the_stream_is_nearer_to_the_base_models_on_text_that_was_not_seen(base,
     assert after < 0.98 * before
 
 
-def test_it_is_the_least_squares_of_what_the_cut_model_reads(pico_llama, domains):
-    """Layer 1's down_proj, against a solution from the stock models' hidden states."""
+@pytest.mark.parametrize("which", ["down", "gate"])
+def test_it_is_the_least_squares_of_what_the_cut_model_reads(pico_llama, domains, which):
+    """Of layer 1, against a solution from the stock models' hidden states: down aims at the stream, gate at its own
+    output in the base model."""
     base = in_float32(Checkpoint.read(pico_llama))
     its_family = family.family_of(base)
     kept = [torch.arange(128)] * 5
     cut = ffn.cut(base, its_family, kept)
-    made = refit(cut, base, its_family, domains, inputs={its_family.down: []})
-    name = f"{its_family.in_layer(1, its_family.down)}.weight"
-    below = {key: value for key, value in made.items() if not key.startswith(tuple(f"model.layers.{n}" for n in "234"))}
-    del below[name]
-    repaired = with_tensors(cut, below)  # up to down of layer 1
+    inputs, outputs = of_ffn(its_family, kept)
+    made = refit(cut, base, its_family, domains, inputs=inputs, outputs=outputs)
+    part = getattr(its_family, which)
+    name = f"{its_family.in_layer(1, part)}.weight"
+    later = [*(f"{its_family.in_layer(layer, '')}" for layer in (2, 3, 4)), name]
+    if which == "gate":
+        later.append(its_family.in_layer(1, its_family.down))
+    repaired = with_tensors(cut, {key: value for key, value in made.items() if not key.startswith(tuple(later))})
     fits = {}
     for domain, windows in domains.items():
-        model = repaired.to_model("cpu", F32)
-        seen = []
-        model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
-            lambda module, args, seen=seen: seen.append(args[0])
-        )
-        with torch.inference_mode():
-            model(input_ids=torch.tensor(windows), use_cache=False)
-        target = hidden_states(base, windows)[1][1]
-        missing = target - hidden_states(repaired, windows)[1][1]
-        weight = 1 / target.square().mean(-1, keepdim=True)
-        x, missing = ((those * weight.sqrt()).flatten(0, 1).double() for those in (seen[0], missing))
+        (x, put_out), (of_base, wanted) = (seen(one, 1, part, windows) for one in (repaired, base))
+        if which == "down":
+            wanted, put_out = (hidden_states(one, windows)[1][1] for one in (base, repaired))
+            weight = 1 / wanted.square().mean(-1, keepdim=True).sqrt()
+        else:
+            wanted = wanted[..., :128]
+            weight = 1 / of_base.square().mean(-1, keepdim=True)
+        x, missing = ((those * weight.sqrt()).flatten(0, 1).double() for those in (x, wanted - put_out))
         fits[domain] = (x.T @ x / len(x), missing.T @ x / len(x))
     second = sum(one for one, _ in fits.values()) / 2
     cross = sum(one for _, one in fits.values()) / 2
     change = made[name].double() - cut.tensors[name].load().double()
-    eye = torch.eye(128, dtype=torch.float64) * second.diagonal().median()
+    eye = torch.eye(len(second), dtype=torch.float64) * second.diagonal().median()
     off = {
         factor: float((change - cross @ torch.linalg.inv(second + factor * eye)).norm() / change.norm())
         for factor in stream.STRENGTHS
     }
     assert min(off.values()) < 1e-3, off
+
+
+def seen(checkpoint, layer, part, windows):
+    """(input, output) of a projection of the stock model."""
+    found = []
+    model = checkpoint.to_model("cpu", F32)
+    module = model.get_submodule(family.family_of(checkpoint).in_layer(layer, part))
+    module.register_forward_hook(lambda module, args, out: found.append((args[0], out)))
+    with torch.inference_mode():
+        model(input_ids=torch.tensor(windows), use_cache=False)
+    return found[0]
+
+
+@pytest.mark.parametrize("silent", ["o", "down"])
+def test_a_projection_that_puts_out_nothing_hinders_nobody(pico_exaone4, domains, silent):
+    """The norm behind it divides by its size."""
+    base = in_float32(Checkpoint.read(pico_exaone4))
+    its_family = family.family_of(base)
+    name = f"{its_family.in_layer(2, getattr(its_family, silent))}.weight"
+    base = with_tensors(base, {name: torch.zeros(base.tensors[name].shape)})
+    kept = [torch.arange(128)] * 5
+    cut = ffn.cut(base, its_family, kept)
+    inputs, outputs = of_ffn(its_family, kept)
+    made = with_tensors(cut, refit(cut, base, its_family, domains, inputs=inputs, outputs=outputs))
+    unseen = windows_of(9, 3, 320, 8)
+    assert kl(base, made, unseen) < kl(base, cut, unseen)
+
+
+def test_what_reads_is_refit_from_where_the_streams_differ(pico_llama):
+    its_family = family.family_of(Checkpoint.read(pico_llama))
+    readers, o, gated, down = its_family.fused
+
+    def parts(layers=range(5), inputs=()):
+        return stream.refit_parts(its_family, Stays(tuple(layers), None, {part: [] for part in inputs}, {}), 5)
+
+    assert parts() == [[]] * 5
+    assert parts(inputs=[its_family.down]) == [[down], *[[readers, gated, down]] * 4]
+    assert parts(inputs=[its_family.o]) == [[o, gated], *[[readers, o, gated]] * 4]
+    assert parts([0, 1, 3, 4]) == [[], [down], [readers, gated], [readers, gated]]
+    assert parts([0, 1, 2, 3]) == [[], [], [], [down]]
+    assert parts([1, 2]) == [[readers, gated], [readers, gated, down]]
 
 
 def test_what_one_domain_says_and_another_denies_changes_nothing():

@@ -1,5 +1,6 @@
 """The manual workflow: every command line of docs/by-hand.md, and what its steps promise."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,7 +17,7 @@ import transformers
 
 from compressors.plan import CHOICES, CompressionPlan
 from evaluator import texts
-from search import compress, config, jobs, workers
+from search import compress, config, evaluation, jobs, setting, workers
 
 ROOT = Path(__file__).parents[2]
 
@@ -298,8 +299,6 @@ def test_a_checkpoint_of_another_origin(cli, shared, pico_llama, tmp_path):
     assert found["measurement"]["kl_nats_per_token"] > 1e-3
     base = transformers.AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.float32)
     file = config.load("hand", config_dir=shared / "studies")
-    from search import setting
-
     kl = []
     for shard in setting.prepare(file).shards:
         for window in shard:
@@ -310,6 +309,10 @@ def test_a_checkpoint_of_another_origin(cli, shared, pico_llama, tmp_path):
     assert found["report_text"]["perf_norm"] == pytest.approx(
         found["report_text"]["base_perplexity"] / found["report_text"]["perplexity"]
     )
+    unconfirmed = file.model_copy(update={"text": file.text.model_copy(update={"report": None})})
+    with contextlib.chdir(shared):
+        known = [evaluation.known(path, setting.prepare(one)) for one in (file, unconfirmed)]
+    assert known == [found, None]  # on another text it is confirmed anew
 
 
 def test_weights_that_were_changed_since_are_not_taken_for_the_plans(cli, shared):

@@ -9,6 +9,7 @@ import pytest
 
 from compressors import moments
 from compressors.errors import CheckpointError, InfeasiblePlan
+from compressors.methods import stream
 from evaluator import texts
 from search import compress, config, objective, setting
 from search.errors import UsageError
@@ -159,6 +160,15 @@ def test_second_moments_that_do_not_fit_the_disk_are_not_begun(prepared, monkeyp
     monkeypatch.undo()
     written = sum(file.stat().st_size for file in ready.moments_for(plan).path.iterdir())
     assert written == pytest.approx(moments.file_bytes(ready.base, 1), rel=0.1)
+
+
+def test_a_plan_that_is_repaired_otherwise_now_is_another(prepared, monkeypatch):
+    its = prepared()
+    narrow = dataclasses.replace(its.identity, intermediate_size=96)
+    plans = [dataclasses.replace(narrow, repair=repair) for repair in ("none", "ridge", "stream")]
+    before = [its.plan_digest(plan) for plan in plans]
+    monkeypatch.setattr(stream, "VERSION", stream.VERSION + 1)
+    assert [its.plan_digest(plan) == was for plan, was in zip(plans, before, strict=True)] == [True, True, False]
 
 
 def test_float32_weights_count_as_the_engine_reads_them(prepared, write_pico_model, tmp_path):
