@@ -10,7 +10,7 @@ from typing import Any
 
 import optuna
 
-from compressors.plan import CHOICES, SCHEMES, CompressionPlan
+from compressors.plan import CHOICES, SCHEMES, CompressionPlan, layers_named
 from search.config import Range, Space
 
 DIMENSIONS = (
@@ -67,13 +67,20 @@ def canonical(plan: CompressionPlan, base: CompressionPlan) -> CompressionPlan:
         nothing["importance"] = "activation"
     if not differs("hidden_size"):
         nothing["rotation"] = "none"
-    if not differs(*chosen, "hidden_size") and not (plan.repair == "stream" and differs("num_hidden_layers")):
+    if not differs(*chosen, "hidden_size") and not (plan.repair == "stream" and _leaves_gap(plan, base)):
         nothing["repair"] = "none"  # each projection by itself can't make up for a layer
     if plan.precision not in SCHEMES:
         nothing |= {"quantizer": "nearest", "keep_16_bit": 0, "lm_head": "16-bit", "kv_cache": "auto"}
     if plan.precision != "W4A16":
         nothing["group_size"] = 0
     return dataclasses.replace(plan, **nothing)  # type: ignore[arg-type]
+
+
+def _leaves_gap(plan: CompressionPlan, base: CompressionPlan) -> bool:
+    """Whether a layer that goes has one before it that stays, whose last projection `stream` can refit."""
+    going = base.num_hidden_layers - plan.num_hidden_layers
+    first = plan.drop_from == "bottom" or layers_named(plan.drop_from) == tuple(range(going))
+    return going > 0 and not first
 
 
 def uncut(space: Space, base: CompressionPlan) -> list[dict[str, int | str]]:
