@@ -171,11 +171,10 @@ def needs_moments(plan: CompressionPlan) -> bool:
     return options or plan.rotation != "none" or plan.quantizer == "gptq" or plan.keep_16_bit > 0
 
 
-def versions(plan: CompressionPlan) -> str:
+def versions(plan: CompressionPlan) -> list[str]:
     """Of the methods that this plan is fitted by and that know one: another makes another model of the same plan."""
-    repaired = f"stream {stream.VERSION}" if plan.repair == "stream" else ""
-    turned = f"rotation {rotation.VERSION}" if plan.rotation != "none" else ""
-    return " ".join(filter(None, (repaired, turned)))
+    repaired = [f"stream {stream.VERSION}"] if plan.repair == "stream" else []
+    return repaired + ([f"rotation {rotation.VERSION}"] if plan.rotation != "none" else [])
 
 
 def of_layers(calibration: Calibration, family: Family, layers: tuple[int, ...]) -> Calibration:

@@ -47,10 +47,14 @@ class Streams:
         self._last: list[tuple[torch.Tensor, torch.Tensor]] = []  # r' there, and the input of down
         self._layer = 0
 
-    def advance_base(self, skipped: Sequence[int], layer: int, then: Sequence[int], *, look: bool = True) -> None:
-        """Through layers that were dropped, one that stays, with a look at it, and the dropped ones behind it."""
+    def advance_base(
+        self, skipped: Sequence[int], layer: int, then: Sequence[int], readers: Sequence[str], *, look: bool = True
+    ) -> None:
+        """Through layers that were dropped, one that stays, with a look at it, and the dropped ones behind it.
+
+        readers: of q and gate, those whose inputs `of_readers` will want.
+        """
         family = self.family
-        readers = (family.q, family.gate)
         for dropped in skipped:
             self.base.forward(dropped)
         self._layer, self._inputs, self._middle = layer, [], []

@@ -200,8 +200,8 @@ class Setting:
         return {**self.file.score.model_dump(), **parts}
 
     def plan_digest(self, plan: CompressionPlan) -> str:
-        fitted = f" {self.moments_text.digest} {build.versions(plan)}" if build.needs_moments(plan) else ""
-        return plan.digest(f"{self.base_digest} {self._calibration_key}{fitted}")
+        fitted = [self.moments_text.digest, *build.versions(plan)] if build.needs_moments(plan) else []
+        return plan.digest(" ".join([self.base_digest, self._calibration_key, *fitted]))
 
     def key(self, plan: CompressionPlan) -> str:
         """Names a plan's measurement under these circumstances."""

@@ -199,16 +199,18 @@ def refit(
             module.weight.data = made.to(module.weight.dtype)  # what follows is fit to what will be written
             weights[name] = made.cpu()
 
-    layers = stays.layers
+    layers, writers = stays.layers, ((family.o,), (family.down,))
     following = [*layers[1:], int(base.config["num_hidden_layers"])]
     last = max((new for new, groups in enumerate(parts) if groups), default=-1)
     alike = stays.dimensions is None and layers[0] == 0  # the streams, so far
     for new, old in enumerate(layers[: last + 1]):
         alike = alike and not parts[new]
+        readers = [group[0] for group in parts[new] if group not in writers]
+        skipped = range(old) if new == 0 else ()
         for domain in streams:
-            domain.advance_base(range(old) if new == 0 else (), old, range(old + 1, following[new]), look=not alike)
+            domain.advance_base(skipped, old, range(old + 1, following[new]), readers, look=not alike)
         for group in parts[new]:
-            if group in ((family.o,), (family.down,)):
+            if group in writers:
                 fit(new, group, functools.partial(Streams.of_writer, layer=new, part=group[0]))
             else:
                 fit(new, group, functools.partial(Streams.of_readers, layer=new, parts=group))
