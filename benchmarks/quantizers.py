@@ -1,6 +1,7 @@
 """What each quantizer loses: PerfNorm and KL to the base model, on text like the calibration's and on another kind.
 
     python benchmarks/quantizers.py judge                         # the project's own, made in memory
+    python benchmarks/quantizers.py judge W8A8-gptq-smoothquant   # of inputs that are smoothed before
     python benchmarks/quantizers.py judge --checkpoint DIR        # checkpoints that somebody wrote
     python benchmarks/quantizers.py write W4A16-gptq DIR          # one checkpoint; under /usr/bin/time -v
     python benchmarks/quantizers.py peer W4A16-gptq DIR           # the same by llmcompressor, in its own environment
@@ -31,14 +32,17 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64, help="of W4A16")
     commands = parser.add_subparsers(dest="command", required=True)
     judge = commands.add_parser("judge")
-    judge.add_argument("names", nargs="*", metavar="SCHEME-QUANTIZER", help=f"default: {' '.join(DEFAULT)}")
+    judge.add_argument(
+        "names", nargs="*", metavar="SCHEME-QUANTIZER[-smoothquant]", help=f"default: {' '.join(DEFAULT)}"
+    )
     judge.add_argument("--checkpoint", type=Path, action="append", default=[], help="judge this instead")
     judge.add_argument("--tokens", type=int, default=16_384, help="of each judged text")
     judge.add_argument("--other", type=Path, action="append", help="text of another kind; default: docstrings")
     for name in ("write", "peer"):
         command = commands.add_parser(name)
-        command.add_argument("name", metavar="SCHEME-QUANTIZER")
+        command.add_argument("name", metavar="SCHEME-QUANTIZER[-smoothquant]")
         command.add_argument("save", type=Path, metavar="DIR")
+        command.add_argument("--smoothing-strength", type=float, default=0.5, help="of the peer's SmoothQuant")
     arguments = parser.parse_args()
     if arguments.model is None:
         arguments.model = embedded_model()
@@ -106,21 +110,24 @@ class Own:
 
     def made(self, name: str, how: str):
         """how: "quantize" or "simulate"."""
-        from compressors.methods import precision
+        from compressors.methods import precision, smoothing
 
-        scheme, quantizer = name.split("-")
-        if quantizer != "nearest" and not self.moments:
+        scheme, quantizer, *smooth = name.split("-")
+        if (quantizer != "nearest" or smooth) and not self.moments:
             began = time.perf_counter()
             groups = precision.fused_groups(self.base, self.family)
             self.moments = second_moments(self.model(), groups, calibration_windows(self.arguments))
             print(f"second moments: {time.perf_counter() - began:.0f} s", flush=True)
+        base, moments = self.base, self.moments.__getitem__ if self.moments else None
+        if smooth:
+            base, moments = smoothing.smooth(base, self.family, moments)
         return getattr(precision, how)(
-            self.base,
+            base,
             self.family,
             scheme,
             quantizer=quantizer,
             group_size=self.arguments.group_size if scheme == "W4A16" else 0,
-            moments=self.moments.__getitem__ if self.moments else None,
+            moments=moments,
         )
 
 
@@ -170,23 +177,30 @@ def measured(model, windows: list[list[int]], reference: quality.Reference) -> t
 
 
 def peer(arguments: argparse.Namespace) -> None:
-    """By llmcompressor with its own defaults, on the same windows: run it where that is installed."""
+    """By llmcompressor with its own defaults, on the same windows: run it where that is installed.
+
+    --smoothing-strength is its SmoothQuant's; its examples for W8A8 take 0.8, its default is 0.5.
+    """
     from compressed_tensors.quantization import preset_name_to_scheme
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
     from transformers import AutoModelForCausalLM
 
-    scheme, quantizer = arguments.name.split("-")
+    scheme, quantizer, *smooth = arguments.name.split("-")
     began = time.perf_counter()
     preset = preset_name_to_scheme(scheme, ["Linear"])
     if scheme == "W4A16":
         preset.weights.group_size = arguments.group_size
     modifier = {"nearest": QuantizationModifier, "gptq": GPTQModifier}[quantizer]
-    recipe = modifier(config_groups={"group_0": preset}, ignore=["lm_head"])
+    recipe = [modifier(config_groups={"group_0": preset}, ignore=["lm_head"])]
+    if smooth:
+        from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+        recipe.insert(0, SmoothQuantModifier(smoothing_strength=arguments.smoothing_strength))
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
     text = {}
-    if quantizer == "gptq":
+    if quantizer == "gptq" or smooth:
         windows = calibration_windows(arguments)
         rows = {"input_ids": windows, "attention_mask": [[1] * len(window) for window in windows]}
         text = {

@@ -14,7 +14,19 @@ from compressors.calibration import Calibration
 from compressors.checkpoint import Checkpoint, stock_config
 from compressors.errors import CheckpointError, InfeasiblePlan
 from compressors.family import Family, head_dim, recast
-from compressors.methods import depth, ffn, heads, hidden, importance, precision, repair, rotation, sensitivity, stream
+from compressors.methods import (
+    depth,
+    ffn,
+    heads,
+    hidden,
+    importance,
+    precision,
+    repair,
+    rotation,
+    sensitivity,
+    smoothing,
+    stream,
+)
 from compressors.moments import Moments, input_of, mixed
 from compressors.plan import CHOICES, DROP_FROM, DTYPES, SCHEMES, CompressionPlan
 from compressors.streams import Stays
@@ -110,6 +122,8 @@ def apply(
         made = precision.cast(made, plan.precision)
     elif plan.precision in SCHEMES:
         second = None if moments is None else _second_moments(family, moments, inputs, device)
+        if plan.smoothing == "smoothquant" and second is not None:
+            made, second = smoothing.smooth(made, family, second)
         made = (precision.simulate if simulate else precision.quantize)(
             made,
             family,
@@ -168,13 +182,15 @@ def needs_calibration(plan: CompressionPlan, base: CompressionPlan) -> bool:
 def needs_moments(plan: CompressionPlan) -> bool:
     """Whether anything of it rests on second moments (`compressors.moments`), or on the text that they are of."""
     options = plan.importance != "activation" or plan.repair != "none" or plan.drop_from in depth.BY_KL
-    return options or plan.rotation != "none" or plan.quantizer == "gptq" or plan.keep_16_bit > 0
+    rounding = plan.quantizer == "gptq" or plan.smoothing != "none" or plan.keep_16_bit > 0
+    return options or plan.rotation != "none" or rounding
 
 
 def versions(plan: CompressionPlan) -> list[str]:
     """Of the methods that this plan is fitted by and that know one: another makes another model of the same plan."""
     repaired = [f"stream {stream.VERSION}"] if plan.repair == "stream" else []
-    return repaired + ([f"rotation {rotation.VERSION}"] if plan.rotation != "none" else [])
+    turned = [f"rotation {rotation.VERSION}"] if plan.rotation != "none" else []
+    return repaired + turned + ([f"smoothing {smoothing.VERSION}"] if plan.smoothing != "none" else [])
 
 
 def of_layers(calibration: Calibration, family: Family, layers: tuple[int, ...]) -> Calibration:
@@ -223,6 +239,7 @@ def check(
             return f"{name}: {getattr(plan, name)!r} is not one of {', '.join(map(str, CHOICES[name]))}"
     reason = precision.check_options(
         plan.precision,
+        smoothing=plan.smoothing,
         quantizer=plan.quantizer,
         group_size=plan.group_size,
         keep_16_bit=plan.keep_16_bit,

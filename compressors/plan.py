@@ -19,6 +19,7 @@ CHOICES = {  # of a plan's options, the default first
     "importance": ("activation", "energy", "flap", "obs"),
     "rotation": ("none", "pca"),
     "repair": ("none", "ridge", "stream"),
+    "smoothing": ("none", "smoothquant"),
     "quantizer": ("nearest", "mse", "gptq"),
     "group_size": (0, 32, 64, 128),
     "lm_head": ("16-bit", "8-bit"),
@@ -44,6 +45,8 @@ class CompressionPlan:
         "pca", its principal components, into which the model is turned first (`compressors.methods.rotation`).
     repair: what is done to the weights that stay, by least squares on the calibration text: "none"; "ridge", each
         projection by itself; or "stream", one layer after the other, so that the residual stream is the base model's.
+    smoothing: of W8A8: "smoothquant" scales the channels of each projection's input, and its weights against them,
+        before both are rounded (`compressors.methods.smoothing`).
     quantizer: how a scheme's weights are rounded: "nearest", with scales of least squared error ("mse"), or "gptq".
     group_size: of W4A16; 0: the largest of 128, 64, 32 that fits.
     keep_16_bit: how many projections (those that vLLM fuses count as one) stay unquantised, the most sensitive first.
@@ -60,6 +63,7 @@ class CompressionPlan:
     importance: str = "activation"
     rotation: str = "none"
     repair: str = "none"
+    smoothing: str = "none"
     quantizer: str = "nearest"
     group_size: int = 0
     keep_16_bit: int = 0

@@ -84,7 +84,7 @@ class Streams:
                 stream = stream + self._added(self.cut, layer, family.o, by_o)
                 self._last.append((stream.cpu(), x.cpu()))
             target = targets[place].to(x.device)
-            weight = 1 / _root_mean_square(target).square().clamp_min(1e-30)
+            weight = 1 / _root_mean_square(target).clamp_min(1e-15)
             put_out = self._linear(self.cut, layer, part, x)
             missing = self._kept(target).float() - stream.float() - self._added(self.cut, layer, part, put_out).float()
             if self.norm_of:

@@ -467,15 +467,22 @@ def reduce_ffn(target_dim: str, importance: str | None, repair: str | None, **op
 
 @compress.command("quantize", cls=StudyCommand)
 @click.option("--scheme", metavar="W8A8|FP8_DYNAMIC|W4A16", required=True)
+@click.option("--smoothing", metavar="none|smoothquant", help="smoothquant: inputs are scaled before they are rounded.")
 @click.option("--quantizer", metavar="nearest|mse|gptq")
 @click.option("--group-size", metavar="32|64|128", help="Of W4A16; the largest that fits by default.")
 @click.option("--keep-16-bit", metavar="N", help="So many projections stay unquantised, the most sensitive first.")
 @method_options
 def quantize(
-    scheme: str, quantizer: str | None, group_size: str | None, keep_16_bit: str | None, **options: Any
+    scheme: str,
+    smoothing: str | None,
+    quantizer: str | None,
+    group_size: str | None,
+    keep_16_bit: str | None,
+    **options: Any,
 ) -> None:
     """Weights as compressed-tensors."""
-    keys = {"scheme": scheme, "quantizer": quantizer, "group_size": group_size, "keep_16_bit": keep_16_bit}
+    how = {"smoothing": smoothing, "quantizer": quantizer, "group_size": group_size, "keep_16_bit": keep_16_bit}
+    keys = {"scheme": scheme, **how}
     _compress({"method": "quantize", **keys}, **options)
 
 

@@ -31,6 +31,7 @@ CHOSEN = {  # a plan's options, where they are not at their defaults
     "importance": "{}",
     "rotation": "{}",
     "repair": "{}",
+    "smoothing": "{}",
     "quantizer": "{}",
     "group_size": "g{}",
     "keep_16_bit": "keep{}",

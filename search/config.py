@@ -45,7 +45,7 @@ HOW = {  # and the keys that it may take beside
     "prune_heads": ("importance", "repair"),
     "reduce_hidden": ("rotation", "repair"),
     "reduce_ffn": ("importance", "repair"),
-    "quantize": ("quantizer", "group_size", "keep_16_bit", "lm_head", "kv_cache"),
+    "quantize": ("smoothing", "quantizer", "group_size", "keep_16_bit", "lm_head", "kv_cache"),
     "cast": (),
 }
 
@@ -86,6 +86,7 @@ class Space(Section):
     importance: list[str] = ["activation"]
     rotation: list[str] = ["none"]
     repair: list[str] = ["none"]
+    smoothing: list[str] = ["none"]
     quantizer: list[str] = ["nearest"]
     group_size: list[int] = [0]
     keep_16_bit: Range | Annotated[int, Field(ge=0)] = 0
@@ -128,6 +129,7 @@ class Compression(Section):
     importance: str | None = None
     rotation: str | None = None
     repair: str | None = None
+    smoothing: str | None = None
     quantizer: str | None = None
     group_size: int | None = None
     keep_16_bit: Annotated[int, Field(ge=0)] | None = None

@@ -97,6 +97,9 @@ def main() -> None:
     built("build W4A16, nearest", {"precision": "W4A16", "group_size": 64})
     built("build W4A16, GPTQ", {"precision": "W4A16", "group_size": 64, "quantizer": "gptq"})
     built("build W8A8, GPTQ", {"precision": "W8A8", "quantizer": "gptq"})
+    smooth = {"precision": "W8A8", "smoothing": "smoothquant"}
+    built("build W8A8, nearest, smoothquant", smooth)
+    built("build W8A8, GPTQ, smoothquant", {**smooth, "quantizer": "gptq"})
     narrow = own.hidden_size * 7 // 8 // own.num_attention_heads * own.num_attention_heads
     turned = {"hidden_size": narrow, "rotation": "pca"}
     built(f"build hidden {narrow}, pca", turned, few)

@@ -25,6 +25,7 @@ GROUP_SIZES = (128, 64, 32)
 QUANTIZERS = ("nearest", "mse", "gptq")
 HEADS = ("16-bit", "8-bit")
 KV_CACHES = ("auto", "fp8")
+SMOOTHINGS = ("none", "smoothquant")
 BITS = {"W4A16": 4, "W8A16": 8}  # of packed weights
 
 Moments = Callable[[str], torch.Tensor]
@@ -51,6 +52,7 @@ def _cast_to(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
 def check_options(
     precision: str,
     *,
+    smoothing: str = "none",
     quantizer: str = "nearest",
     group_size: int = 0,
     keep_16_bit: int = 0,
@@ -59,6 +61,7 @@ def check_options(
 ) -> str | None:
     """Why these options of a plan don't go together, whatever the model; None if they do."""
     choices: tuple[tuple[str, object, tuple[object, ...]], ...] = (
+        ("smoothing", smoothing, SMOOTHINGS),
         ("quantizer", quantizer, QUANTIZERS),
         ("group_size", group_size, (0, *sorted(GROUP_SIZES))),
         ("lm_head", lm_head, HEADS),
@@ -70,6 +73,7 @@ def check_options(
     if keep_16_bit < 0:
         return f"keep_16_bit: {keep_16_bit} projections can't stay unquantised; take 0 or more"
     options: dict[str, tuple[object, object]] = {
+        "smoothing": (smoothing, "none"),
         "quantizer": (quantizer, "nearest"),
         "group_size": (group_size, 0),
         "keep_16_bit": (keep_16_bit, 0),
@@ -83,6 +87,11 @@ def check_options(
                     f"{name}: {chosen} goes with a scheme, and {precision} quantises nothing; choose {default}, or one "
                     f"of {', '.join(FORMATS)}"
                 )
+    if smoothing != "none" and precision != "W8A8":
+        return (
+            f"smoothing: {smoothing} is of W8A8 alone, whose inputs are rounded to integers; with {precision} it wins "
+            "nothing; choose none"
+        )
     if group_size and precision != "W4A16":
         return f"group_size: {group_size} is of W4A16 alone, and {precision} has one scale per output channel; choose 0"
     return None

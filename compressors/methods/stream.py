@@ -4,16 +4,17 @@ the base model's again.
 Symbols: r the base model's residual stream and r' the cut model's, x' [K] what a projection W' [N, K] reads in the cut
 model, whose layers before it have been repaired already, t = r − r' what W' x' has to add there.
 
-    W' = W + B (A + λ I)⁻¹,   A = E[w x' x'ᵀ],   B = E[w (t − W x') x'ᵀ],   w = 1 / mean(r²)
+    W' = W + B (A + λ I)⁻¹,   A = E[w x' x'ᵀ],   B = E[w (t − W x') x'ᵀ],   w = 1 / √mean(r²)
 
-minimises E w ‖W' x' − t‖² + λ ‖W' − W‖². A token counts by what is wrong relative to its stream, since every reader
-divides by that: the massive first tokens (https://arxiv.org/abs/2402.17762) crush nothing. Refit is what lost inputs;
-and where layers were dropped, the last projection before the gap aims at the stream behind it. Where a norm follows the
-projection (EXAONE 4, Gemma), t is carried back through it. What reads a stream that is not the base model's any more,
-q, k, v, gate and up, is refit toward the base model's outputs (w: relative to what that reads) where no layer was
-dropped: from all of r' more can be told of r than from one projection's inputs. Closed-form updates that see what the
-cut model really reads, with the base model's output as their target, are those of GPTAQ
-(https://arxiv.org/abs/2504.02692) for quantization; no bias and no tensor is added.
+minimises E w ‖W' x' − t‖² + λ ‖W' − W‖². Every reader divides by √mean(r²), and a few massive tokens
+(https://arxiv.org/abs/2402.17762) hold nearly all of an error that isn't divided: with w = 1 they crush the others.
+With the relative error's 1 / mean(r²) a few windows lost much on SmolLM2; between the two none does. Refit is what lost
+inputs; and where layers were dropped, the last projection before the gap aims at the stream behind it. Where a norm
+follows the projection (EXAONE 4, Gemma), t is carried back through it. What reads a stream that is not the base model's
+any more, q, k, v, gate and up, is refit toward the base model's outputs (w = 1 / mean of the square of what the base
+model reads there) where no layer was dropped: from all of r' more can be told of r than from one projection's inputs.
+Closed-form updates that see what the cut model really reads, with the base model's output as their target, are those of
+GPTAQ (https://arxiv.org/abs/2504.02692) for quantization; no bias and no tensor is added.
 
 λ is chosen for each projection by calibration text that the fit did not see: `change`.
 """
@@ -44,7 +45,7 @@ from compressors.moments import Moments
 from compressors.streams import Stays, Streams, Told
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # λ over the median of diag A
-VERSION = 6  # raised when the same cut would be refit otherwise
+VERSION = 7  # raised when the same cut would be refit otherwise
 FILES = 16  # that are kept
 ROWS = 128  # about as many outputs choose the strength
 

@@ -315,6 +315,7 @@ PRECISIONS_SERVED = {
     "W8A8, turned, stream": {"precision": "W8A8", "rotation": "pca", "repair": "stream"},
     "W8A8": {"precision": "W8A8"},
     "W8A8, GPTQ": {"precision": "W8A8", "quantizer": "gptq"},
+    "W8A8, smoothed": {"precision": "W8A8", "quantizer": "gptq", "smoothing": "smoothquant"},
     "W8A8, 8-bit lm_head": {"precision": "W8A8", "lm_head": "8-bit"},
     "W8A8, FP8 cache": {"precision": "W8A8", "kv_cache": "fp8"},
     "FP8_DYNAMIC": {"precision": "FP8_DYNAMIC"},

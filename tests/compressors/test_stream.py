@@ -156,7 +156,7 @@ def test_it_is_the_least_squares_of_what_the_cut_model_reads(pico_llama, domains
         (x, put_out), (of_base, wanted) = (seen(one, 1, part, windows) for one in (repaired, base))
         if which == "down":
             wanted, put_out = (hidden_states(one, windows)[1][1] for one in (base, repaired))
-            weight = 1 / wanted.square().mean(-1, keepdim=True)
+            weight = 1 / wanted.square().mean(-1, keepdim=True).sqrt()
         else:
             wanted = wanted[..., :128]
             weight = 1 / of_base.square().mean(-1, keepdim=True)

@@ -54,6 +54,12 @@ def test_a_rotation_says_nothing_where_no_dimension_goes():
     assert space.canonical(dataclasses.replace(narrow, hidden_size=2048), BASE) == BASE
 
 
+def test_smoothing_says_nothing_where_no_input_becomes_an_integer():
+    rounded = dataclasses.replace(BASE, precision="W8A8", smoothing="smoothquant")
+    assert space.canonical(rounded, BASE) == rounded
+    assert space.canonical(dataclasses.replace(rounded, precision="W4A16"), BASE).smoothing == "none"
+
+
 @pytest.mark.parametrize(("drop_from", "refits"), [("bottom", False), ("0,1", False), ("0,2", True), ("top", True)])
 def test_stream_repair_says_nothing_where_no_layer_before_a_gap_stays(drop_from, refits):
     cut = CompressionPlan(28, 32, 8, 2048, 4096, "bfloat16", drop_from=drop_from)
