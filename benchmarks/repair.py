@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import sys
 import time
 
 import torch
@@ -44,6 +45,8 @@ HOW = {
     "energy, stream": {"importance": "energy", "repair": "stream"},
     "flap, stream": {"importance": "flap", "repair": "stream"},
     "obs, stream": {"importance": "obs", "repair": "stream"},
+    "kl": {"importance": "kl"},  # of key/value groups
+    "kl, stream": {"importance": "kl", "repair": "stream"},
 }
 HIDDEN = {
     "activity": {},
@@ -125,7 +128,7 @@ def main() -> None:
                 continue
             plan = dataclasses.replace(own, **changes, **options)
             started = time.monotonic()
-            made = build.apply(plan, base, kind, statistics, moments=moment, simulate=True, device=device)
+            made = build.apply(plan, base, kind, statistics, moments=moment, simulate=True, device=device, say=say)
             made = made.to_model(device, torch.float32)
             built = time.monotonic() - started
             row = {"cut": cut, "how": how, "seconds": built}
@@ -137,6 +140,10 @@ def main() -> None:
             )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def say(what: str) -> None:
+    print(f"{time.strftime('%T')} {what}", file=sys.stderr, flush=True)
 
 
 def columns(row: dict, name: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import transformers
 
-from compressors import leave_one_out
+from compressors import leave_heads_out, leave_one_out
 from compressors.calibration import Calibration
 from compressors.checkpoint import Checkpoint, stock_config
 from compressors.errors import CheckpointError, InfeasiblePlan
@@ -62,6 +62,7 @@ def apply(
         )
     elif drop_from in depth.BY_KL or (drop_from == "importance" and calibration is None):
         drop_from = "top"  # shapes alone
+    whole, by_moments = moments, "energy" if plan.importance == "kl" else plan.importance
     start, turned = base, None
     if plan.rotation == "pca" and plan.hidden_size != own.hidden_size:
         if calibration is not None and moments is not None:
@@ -79,11 +80,18 @@ def apply(
     inputs: dict[str, list[torch.Tensor]] = {}  # of a projection, by its part and by layer: those that stay
     outputs: dict[str, list[torch.Tensor]] = {}
     if (plan.num_attention_heads, plan.num_key_value_heads) != (own.num_attention_heads, own.num_key_value_heads):
-        before, wanted = made, (plan.num_attention_heads, plan.num_key_value_heads)
+        before, wanted, gone = made, (plan.num_attention_heads, plan.num_key_value_heads), None
+        if plan.importance == "kl" and whole is not None and plan.num_key_value_heads != own.num_key_value_heads:
+            # of the whole model, so that one choice serves all depths
+            energy = importance.group_energy(base, family, whole, device)
+            gone = leave_heads_out.choose(
+                base, family, whole.windows(), energy, plan.num_key_value_heads, whole.path, device, say=say
+            )
+            gone = [gone[layer] for layer in layers]
         if plan.importance == "activation" or moments is None:
             kept = heads.choose_all(made, *wanted, calibration)
         else:
-            kept = importance.choose_heads(made, family, *wanted, moments, plan.importance, device)
+            kept = importance.choose_heads(made, family, *wanted, moments, by_moments, device, gone)
         made = heads.cut(made, family, kept)
         inputs[family.o] = outputs[family.q] = [heads.inputs_of(those, size) for those in kept]
         outputs[family.k] = outputs[family.v] = [heads.outputs_of(those, size) for those in kept]
@@ -94,8 +102,7 @@ def apply(
         if plan.importance == "activation" or moments is None:
             channels = ffn.choose_all(made, plan.intermediate_size, calibration)
         else:
-            wide, how = plan.intermediate_size, plan.importance
-            channels = importance.choose_channels(made, family, wide, moments, how, device)
+            channels = importance.choose_channels(made, family, plan.intermediate_size, moments, by_moments, device)
         made = ffn.cut(made, family, channels)
         inputs[family.down] = outputs[family.gate] = outputs[family.up] = channels
         if plan.repair == "ridge" and moments is not None:
@@ -189,6 +196,8 @@ def needs_moments(plan: CompressionPlan) -> bool:
 def versions(plan: CompressionPlan) -> list[str]:
     """Of the methods that this plan is fitted by and that know one: another makes another model of the same plan."""
     repaired = [f"stream {stream.VERSION}"] if plan.repair == "stream" else []
+    if plan.importance == "kl":
+        repaired.append(f"heads {leave_heads_out.RULES[0]}")
     turned = [f"rotation {rotation.VERSION}"] if plan.rotation != "none" else []
     return repaired + turned + ([f"smoothing {smoothing.VERSION}"] if plan.smoothing != "none" else [])
 

@@ -3,8 +3,6 @@
 Greedy: the layer goes whose removal is the cheapest, then the next in what is left, as in LaCo's and SLEB's searches
 (SLEB, https://arxiv.org/abs/2402.09025). With look-ahead, the one goes whose removal leaves the cheapest next one:
 layers that are redundant only together are not torn apart. Knows no plan: it orders the layers.
-
-Symbols: B windows of a batch, T tokens of a window, E hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,22 +10,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from compressors.checkpoint import Checkpoint
 from compressors.errors import CheckpointError
 from compressors.family import Family
-from compressors.layerwise import Layers
 from compressors.lock import alone
+from compressors.predictions import Predictions, spread
 
 WINDOWS = 5  # of each domain of the calibration text
 CANDIDATES = 10  # the cheapest of a step are tried in the next
 AHEAD = 4  # the cheapest of a step that look-ahead follows
-CHUNK = 128  # tokens whose logits are held at a time
 RULES = [2, WINDOWS, CANDIDATES, AHEAD]  # what an order that was kept must have been found by
 
 Say = Callable[[str], None]
@@ -69,7 +63,7 @@ def order(
             found = _read(path)
             if len(found.removed) < count:
                 say("leaving out layers: reading the model")
-                windows = [window for those in domains.values() for window in _spread(those)]
+                windows = [window for those in domains.values() for window in spread(those, WINDOWS)]
                 search = _Search(base, family, windows, device, batch)
             while len(found.removed) < count:
                 place = f"leaving out layer {len(found.removed) + 1} of {count}"
@@ -77,10 +71,6 @@ def order(
                 found = search.step(found, _saying(say, place), ahead)
                 _write(path, found)
     return found.removed[:count]
-
-
-def _spread(windows: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-    return windows[:: max(1, len(windows) // WINDOWS)][:WINDOWS]
 
 
 def _read(path: Path) -> Order:
@@ -107,20 +97,8 @@ def _write(path: Path, made: Order) -> None:
     Path(out.name).replace(path)
 
 
-class _Search:
-    """The base model with its predictions; layers are left out by not calling them."""
-
-    def __init__(
-        self, base: Checkpoint, family: Family, windows: Sequence[Sequence[int]], device: str, batch: int
-    ) -> None:
-        model = base.to_model(device, dtype=torch.float32 if device == "cpu" else None)
-        self.layers = Layers(model, family, windows, batch)
-        self.norm, self.head = self.layers.modules[family.final_norm], model.get_output_embeddings()
-        self.start = list(self.layers.hidden)
-        self.base = [
-            [logits.log_softmax(-1).half().cpu() for logits in self._logits(hidden)]
-            for hidden in self._through(range(self.layers.count), self.start)
-        ]
+class _Search(Predictions):
+    """Layers are left out by not calling them."""
 
     def step(self, there: Order, say: Say, look_ahead: bool) -> Order:
         """One layer more. look_ahead: the one that leaves the cheapest next one."""
@@ -151,33 +129,8 @@ class _Search:
         for place, layer in enumerate(left):
             if layer in tried:
                 say(f"trying {len(found) + 1} of {len(tried)}")
-                found[layer] = self.kl(self._through(left[place + 1 :], hidden))
+                found[layer] = self.kl(self.through(left[place + 1 :], hidden))
             if len(found) == len(tried):
                 break
-            hidden = list(self._through([layer], hidden))
+            hidden = list(self.through([layer], hidden))
         return found
-
-    def _through(self, those: Sequence[int], hidden: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """What comes out of these layers, batch by batch [B, T, E]."""
-        for place, of_batch in enumerate(hidden):
-            self.layers.hidden[place] = of_batch
-            for layer in those:
-                out, _ = self.layers.run(layer, place)
-                self.layers.hidden[place] = out
-            yield self.layers.hidden[place].cpu()
-
-    def kl(self, hidden: Iterator[torch.Tensor]) -> float:
-        """Of the base model's predictions from those made of the last layer's output."""
-        total, tokens = 0.0, 0
-        for of_batch, known in zip(hidden, self.base, strict=True):
-            for logits, base in zip(self._logits(of_batch), known, strict=True):
-                base = base.to(logits.device).float().log_softmax(-1)
-                total += float((base.exp() * (base - logits.log_softmax(-1))).sum(dtype=torch.float64))
-                tokens += len(base)
-        return total / tokens
-
-    @torch.inference_mode()
-    def _logits(self, hidden: torch.Tensor) -> Iterator[Any]:
-        """float32 [≤ CHUNK, V]."""
-        for part in self.norm(hidden.to(self.layers.model.device)).flatten(0, 1).split(CHUNK):
-            yield self.head(part).float()

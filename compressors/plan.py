@@ -16,7 +16,7 @@ SCHEMES = ("W8A8", "FP8_DYNAMIC", "W4A16")  # compressed-tensors preset schemes,
 PRECISIONS = DTYPES + SCHEMES
 DROP_FROM = ("importance", "kl", "kl-look-ahead", "top", "bottom")
 CHOICES = {  # of a plan's options, the default first
-    "importance": ("activation", "energy", "flap", "obs"),
+    "importance": ("activation", "energy", "flap", "obs", "kl"),
     "rotation": ("none", "pca"),
     "repair": ("none", "ridge", "stream"),
     "smoothing": ("none", "smoothquant"),
@@ -40,7 +40,8 @@ class CompressionPlan:
         one without which the predictions change least, "kl-look-ahead": the one that leaves the cheapest next one
         (`compressors.leave_one_out`); "top": the last ones before the final norm; "bottom": the first ones; "3,7": just
         these go, numbered from 0.
-    importance: how heads and channels are chosen: by "activation" (Minitron), "energy", "flap" or "obs".
+    importance: how heads and channels are chosen: by "activation" (Minitron), "energy", "flap" or "obs"; "kl":
+        key/value groups by what the predictions lose (`compressors.leave_heads_out`), the rest by energy.
     rotation: which dimensions of the residual stream stay when hidden_size goes down: "none", its most active ones;
         "pca", its principal components, into which the model is turned first (`compressors.methods.rotation`).
     repair: what is done to the weights that stay, by least squares on the calibration text: "none"; "ridge", each

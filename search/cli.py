@@ -399,7 +399,9 @@ def method_options(command: Callable[..., None]) -> Callable[..., None]:
     return study_options(command)
 
 
-IMPORTANCE = click.option("--importance", metavar="activation|energy|flap|obs", help="How those that stay are chosen.")
+IMPORTANCE = click.option(
+    "--importance", metavar="activation|energy|flap|obs|kl", help="How those that stay are chosen."
+)
 REPAIR = click.option(
     "--repair", metavar="none|ridge|stream", help="What stays takes over what goes, by least squares."
 )

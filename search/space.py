@@ -65,6 +65,8 @@ def canonical(plan: CompressionPlan, base: CompressionPlan) -> CompressionPlan:
     chosen = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     if not differs(*chosen):
         nothing["importance"] = "activation"
+    elif plan.importance == "kl" and not differs("num_key_value_heads"):
+        nothing["importance"] = "energy"
     if not differs("hidden_size"):
         nothing["rotation"] = "none"
     if not differs(*chosen, "hidden_size") and not (plan.repair == "stream" and _leaves_gap(plan, base)):

@@ -13,6 +13,8 @@ obs: the loss E‖W x − W' x_S‖² that is left after the best W', of those t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from compressors.checkpoint import Checkpoint
@@ -119,10 +121,12 @@ def choose_heads(
     moments: Moments,
     how: str,
     device: str = "cpu",
+    gone: Sequence[tuple[int, ...]] | None = None,
 ) -> list[Kept]:
     """The heads that stay in each layer: first whole key/value groups go, then as many query heads of each group.
 
-    how: energy | flap | obs. device: of the arithmetic.
+    how: energy | flap | obs. device: of the arithmetic. gone: the groups that go, by layer, where something else has
+    chosen them; with energy alone.
     """
     config = checkpoint.config
     count, size = int(config["num_attention_heads"]), head_dim(config)
@@ -133,6 +137,8 @@ def choose_heads(
         moment = mixed(moments.of(layer, family.o, device))
         if how == "energy":
             of_groups = energy(weight, moment, size * count // groups).tolist()
+            if gone is not None:
+                of_groups = [0.0 if group in gone[layer] else 1.0 for group in range(groups)]
             of_heads = energy(weight, moment, size).tolist()
             found.append(heads.choose(count, groups, keep_heads, keep_groups, of_heads, of_groups))
         elif how == "flap":
@@ -140,6 +146,18 @@ def choose_heads(
             found.append(heads.choose(count, groups, keep_heads, keep_groups, fluctuation.tolist()))
         else:
             found.append(_heads_by_obs(weight, moment, count, groups, keep_heads, keep_groups, size))
+    return found
+
+
+def group_energy(checkpoint: Checkpoint, family: Family, moments: Moments, device: str = "cpu") -> list[list[float]]:
+    """By layer, of each key/value group: what its heads add to o_proj's output."""
+    config = checkpoint.config
+    count = int(config["num_attention_heads"])
+    width = head_dim(config) * count // int(config.get("num_key_value_heads") or count)
+    found = []
+    for layer in range(int(config["num_hidden_layers"])):
+        weight = checkpoint.tensors[f"{family.in_layer(layer, family.o)}.weight"].load().to(device)
+        found.append(energy(weight, mixed(moments.of(layer, family.o, device)), width).tolist())
     return found
 
 

@@ -236,6 +236,8 @@ def test_plans_that_differ_have_names_that_differ():
         "energy",
         "flap",
         "obs",
+        "kl",
+        "smoothquant",
         "pca",
         "ridge",
         "stream",

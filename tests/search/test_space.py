@@ -54,6 +54,14 @@ def test_a_rotation_says_nothing_where_no_dimension_goes():
     assert space.canonical(dataclasses.replace(narrow, hidden_size=2048), BASE) == BASE
 
 
+def test_the_kl_of_key_value_heads_says_nothing_where_they_all_stay():
+    fewer = dataclasses.replace(BASE, num_attention_heads=24, num_key_value_heads=6, importance="kl")
+    assert space.canonical(fewer, BASE) == fewer
+    narrow = dataclasses.replace(BASE, intermediate_size=2048, num_attention_heads=24, importance="kl")
+    assert space.canonical(narrow, BASE).importance == "energy"
+    assert space.canonical(dataclasses.replace(BASE, importance="kl"), BASE) == BASE
+
+
 def test_smoothing_says_nothing_where_no_input_becomes_an_integer():
     rounded = dataclasses.replace(BASE, precision="W8A8", smoothing="smoothquant")
     assert space.canonical(rounded, BASE) == rounded
