@@ -68,16 +68,23 @@ def result(
     }
 
 
-def evaluate(bench: Bench, path: Path, name: str, words: Sequence[str] = ()) -> dict[str, Any]:
-    """Measure the checkpoint in `path` against the baseline, write `path`/eval_result.json and return what it holds.
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A checkpoint that can be evaluated. plan: what made it of this base model, if that is known."""
 
-    words: of the command line that chose the study file, so that a report can say how to do it again. `require` has
-    been asked of it. Raises UsageError, CheckpointError and what the engines raise; then nothing is written.
+    path: Path
+    weights_sha256: str
+    plan: CompressionPlan | None
+
+
+def evaluate(bench: Bench, candidate: Candidate, name: str, words: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure the candidate against the baseline, write eval_result.json into its directory and return what it holds.
+
+    words: of the command line that chose the study file, so that a report can say how to do it again. Raises
+    UsageError, CheckpointError and what the engines raise; then nothing is written.
     """
-    setting = bench.setting
+    setting, path, plan = bench.setting, candidate.path, candidate.plan
     described = measure.describe(path)
-    weights_sha256 = measure.weights_sha256_of(path)
-    plan = plan_in(path, weights_sha256, setting)
     baseline = bench.baseline()
     report = report_shards(setting)
     base_report = _base_report(bench, report) if report else None
@@ -87,7 +94,9 @@ def evaluate(bench: Bench, path: Path, name: str, words: Sequence[str] = ()) -> 
         require_memory(described.parameters * (4 if setting.device == "cpu" else 2), setting.device, "this model")
         screen = _screen_of_directory(bench, path)
     nll: list[list[list[float]]] = []
-    measured = bench.measure(path, weights_sha256, then=lambda engine: nll.extend(_nll(engine, report, bench.say)))
+    measured = bench.measure(
+        path, candidate.weights_sha256, then=lambda engine: nll.extend(_nll(engine, report, bench.say))
+    )
     measured = dataclasses.replace(
         measured, kl_nats_per_token=mean_known(screen.kl), top1_agreement=mean_known(screen.agreement)
     )
@@ -100,13 +109,16 @@ def evaluate(bench: Bench, path: Path, name: str, words: Sequence[str] = ()) -> 
     return found
 
 
-def require(path: Path, setting: Setting) -> None:
+def candidate_in(path: Path, setting: Setting) -> Candidate:
     """Raises UsageError and CheckpointError for what can't be evaluated, before anything is measured."""
     if not path.is_dir():
         raise UsageError(f"evaluate: {path}: no such directory; name a checkpoint, such as submit/model")
     structure.describe_any(path)
-    if plan_in(path, measure.weights_sha256_of(path), setting) is None:
+    weights_sha256 = measure.weights_sha256_of(path)
+    plan = plan_in(path, weights_sha256, setting)
+    if plan is None:
         _require_same_tokens(path, setting)
+    return Candidate(path, weights_sha256, plan)
 
 
 def known(path: Path, setting: Setting) -> dict[str, Any] | None:

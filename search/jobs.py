@@ -58,10 +58,10 @@ def baseline(bench: Bench, warn: Warn) -> Measurement:
 
 def evaluate(bench: Bench, path: Path, name: str, warn: Warn, words: Sequence[str] = ()) -> dict[str, Any]:
     """Measure `path` against the baseline: `path`/eval_result.json and an MLflow run called `name`."""
-    evaluation.require(path, bench.setting)
+    candidate = evaluation.candidate_in(path, bench.setting)
     baseline(bench, warn)
     began = time.time()
-    found = evaluation.evaluate(bench, path, name, words)
+    found = evaluation.evaluate(bench, candidate, name, words)
     values = {
         **(found["plan"] or {}),
         **tracking.measured(Measurement.from_dict(found["measurement"])),
