@@ -197,7 +197,7 @@ def versions(plan: CompressionPlan) -> list[str]:
     """Of the methods that this plan is fitted by and that know one: another makes another model of the same plan."""
     repaired = [f"stream {stream.VERSION}"] if plan.repair == "stream" else []
     if plan.importance == "kl":
-        repaired.append(f"heads {leave_heads_out.RULES[0]}")
+        repaired.append(f"heads {leave_heads_out.RULES}")
     turned = [f"rotation {rotation.VERSION}"] if plan.rotation != "none" else []
     return repaired + turned + ([f"smoothing {smoothing.VERSION}"] if plan.smoothing != "none" else [])
 

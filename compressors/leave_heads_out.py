@@ -18,15 +18,17 @@ from typing import Any
 import torch
 
 from compressors.checkpoint import Checkpoint
+from compressors.device import release
 from compressors.errors import CheckpointError
 from compressors.family import Family, head_dim
 from compressors.lock import alone
 from compressors.predictions import Predictions, spread
 
 WINDOWS = 16  # of each domain of the calibration text
-CANDIDATES = 4  # groups of a layer that are tried, those of the least energy
+CANDIDATES = 4  # for each group that goes, so many of the least energy are tried
 SWEEPS = 2
-RULES = [1, WINDOWS, CANDIDATES, SWEEPS]  # what a choice that was kept must have been found by
+EVERY = 4  # tokens, of which one's prediction is looked at
+RULES = [2, WINDOWS, CANDIDATES, SWEEPS, EVERY]  # what a choice that was kept must have been found by
 
 Say = Callable[[str], None]
 Gone = list[tuple[int, ...]]  # by layer, the groups that go
@@ -52,23 +54,25 @@ def choose(
     """
     path = directory / f"groups-{keep}.json"
     gone, done = _read(path, energy, keep)
-    steps = SWEEPS * len(energy)
-    if done < steps:
+    if done < SWEEPS * len(energy):
         with alone(path, lambda: say("leaving out heads: waiting for another process that does so")):
             gone, done = _read(path, energy, keep)
-            if done < steps:
+            if done < SWEEPS * len(energy):
                 say("leaving out heads: reading the model")
                 windows = [window for those in domains.values() for window in spread(those, WINDOWS)]
-                search = _Search(base, family, windows, device, batch)
-            while done < steps:
-                sweep, layer = divmod(done, len(energy))
-                say(f"leaving out heads, sweep {sweep + 1} of {SWEEPS}: layer {layer + 1} of {len(energy)}")
-                order = sorted(range(len(energy[layer])), key=lambda group: (energy[layer][group], group))
-                tried = order[: max(CANDIDATES, len(energy[layer]) - keep)]
-                gone[layer] = search.cheapest(layer, tried, gone)
-                done += 1
-                _write(path, gone, done)
+                _descend(_Search(base, family, windows, device, batch), gone, done, energy, path, say)
+        release(device)
     return gone
+
+
+def _descend(search: _Search, gone: Gone, done: int, energy: Sequence[Sequence[float]], path: Path, say: Say) -> None:
+    """Change `gone` in place, layer after layer; `done` layers of all sweeps are behind."""
+    for step in range(done, SWEEPS * len(energy)):
+        sweep, layer = divmod(step, len(energy))
+        say(f"leaving out heads, sweep {sweep + 1} of {SWEEPS}: layer {layer + 1} of {len(energy)}")
+        order = sorted(range(len(energy[layer])), key=lambda group: (energy[layer][group], group))
+        gone[layer] = search.cheapest(layer, order[: len(gone[layer]) + CANDIDATES - 1], gone)
+        _write(path, gone, step + 1)
 
 
 def _read(path: Path, energy: Sequence[Sequence[float]], keep: int) -> tuple[Gone, int]:
@@ -97,10 +101,11 @@ class _Search(Predictions):
         self, base: Checkpoint, family: Family, windows: Sequence[Sequence[int]], device: str, batch: int
     ) -> None:
         self.absent: Gone = []  # while it is empty, all are there
-        super().__init__(base, family, windows, device, batch)
+        super().__init__(base, family, windows, device, batch, EVERY)
         heads = int(base.config["num_attention_heads"])
         self.width = head_dim(base.config) * heads // int(base.config.get("num_key_value_heads") or heads)
         self.reached: tuple[int, list[torch.Tensor]] = (0, self.start)  # a layer, and what goes into it
+        self.now: float | None = None  # what costs the choice as it is
         for layer in range(self.layers.count):
             self.layers.modules[family.in_layer(layer, family.o)].register_forward_pre_hook(self._leaving_out(layer))
 
@@ -117,17 +122,28 @@ class _Search(Predictions):
         return hook
 
     def cheapest(self, layer: int, tried: Sequence[int], gone: Gone) -> tuple[int, ...]:
-        """The groups of `tried` that cost least when as many go as do now, one after the other; others as in `gone`."""
+        """As many groups of this layer as go now, others as in `gone`: the cheapest of `tried`, one after the other, or
+        those that go now where that is cheaper.
+        """
         self.absent = list(gone)
         start, hidden = self.reached if self.reached[0] <= layer else (0, self.start)
         hidden = list(self.through(range(start, layer), hidden))
         self.reached = layer, hidden
+
+        def cost(groups: tuple[int, ...]) -> float:
+            self.absent[layer] = groups
+            return self.kl(self.through(range(layer, self.layers.count), hidden))
+
+        if self.now is None:
+            self.now = cost(gone[layer])
+        known, least = {gone[layer]: self.now}, self.now
         going: tuple[int, ...] = ()
         for _ in gone[layer]:
-            costs = {group: self._cost(layer, (*going, group), hidden) for group in tried if group not in going}
-            going = (*going, min(costs, key=lambda group: (costs[group], group)))
-        return tuple(sorted(going))
-
-    def _cost(self, layer: int, groups: tuple[int, ...], hidden: Sequence[torch.Tensor]) -> float:
-        self.absent[layer] = groups
-        return self.kl(self.through(range(layer, self.layers.count), hidden))
+            each = [tuple(sorted((*going, group))) for group in tried if group not in going]
+            costs = {groups: known[groups] if groups in known else cost(groups) for groups in each}
+            going = min(each, key=lambda groups: (costs[groups], groups))
+            least = costs[going]
+        if self.now <= least:
+            return gone[layer]
+        self.now = least
+        return going

@@ -18,7 +18,7 @@ CHUNK = 128  # tokens whose logits are held at a time
 
 
 def spread(windows: Sequence[Sequence[int]], count: int) -> Sequence[Sequence[int]]:
-    """So many of them, evenly."""
+    """So many of them at most, at equal steps from the first."""
     return windows[:: max(1, len(windows) // count)][:count]
 
 
@@ -32,17 +32,25 @@ def _home(device: str, needed: int) -> str:
 class Predictions:
     """A model in memory with what it predicts of some windows.
 
+    every: of so many tokens one's prediction is looked at, the last; the vocabulary costs as much as many layers.
     start: what goes into its first layer, batch by batch [B, T, E].
     """
 
     def __init__(
-        self, base: Checkpoint, family: Family, windows: Sequence[Sequence[int]], device: str, batch: int
+        self,
+        base: Checkpoint,
+        family: Family,
+        windows: Sequence[Sequence[int]],
+        device: str,
+        batch: int,
+        every: int = 1,
     ) -> None:
+        self.every = every
         model = base.to_model(device, dtype=torch.float32 if device == "cpu" else None)
         self.layers = Layers(model, family, windows, batch)
         self.norm, self.head = self.layers.modules[family.final_norm], model.get_output_embeddings()
         self.start = list(self.layers.hidden)
-        tokens = sum(map(len, windows))
+        tokens = sum(map(len, windows)) // every
         home = _home(device, 2 * tokens * int(model.config.vocab_size))
         self.base = [
             [logits.log_softmax(-1).half().to(home) for logits in self._logits(hidden)]
@@ -59,7 +67,9 @@ class Predictions:
             yield self.layers.hidden[place].cpu()
 
     def kl(self, hidden: Iterator[torch.Tensor]) -> float:
-        """Of the whole model's predictions from those made of a last layer's output, nats per token."""
+        """Of the whole model's predictions from those made of a last layer's output, nats per token that is looked
+        at.
+        """
         total, tokens = 0.0, 0
         for of_batch, known in zip(hidden, self.base, strict=True):
             for logits, base in zip(self._logits(of_batch), known, strict=True):
@@ -71,5 +81,6 @@ class Predictions:
     @torch.inference_mode()
     def _logits(self, hidden: torch.Tensor) -> Iterator[Any]:
         """float32 [≤ CHUNK, V]."""
-        for part in self.norm(hidden.to(self.layers.model.device)).flatten(0, 1).split(CHUNK):
+        looked_at = hidden[:, self.every - 1 :: self.every].to(self.layers.model.device)
+        for part in self.norm(looked_at).flatten(0, 1).split(CHUNK):
             yield self.head(part).float()

@@ -7,7 +7,7 @@ a row's its largest |W_nc| s_c. With sums of squares in place of the largest, wh
 
     E Σ_c x_c² / s_c²  ·  Σ_c s_c² ‖W_c‖²,    least (Cauchy and Schwarz) at    s_c² = √(E x_c²) / ‖W_c‖.
 
-The factors are powers of two, so that nothing is rounded by them: the model in 16 bits computes the same, bit for bit.
+The factors are powers of two, so that nothing is rounded by them: in bfloat16 the model computes the same, bit for bit.
 What divides x is what made it: the gains of the norm before q, k, v or gate, up; v's outputs for o, one factor for all
 query heads that read it; up's outputs for down. Where projections read the residual stream itself (EXAONE 4) nothing
 divides it, and they stay as they are.
@@ -26,7 +26,7 @@ from compressors.family import Family, head_dim
 from compressors.methods.precision import Moments
 
 VERSION = 1  # raised when the same model would be smoothed otherwise
-MOST = 8  # factors are from 2⁻⁸ to 2⁸: float16 has no room for more
+MOST = 8  # factors are from 2⁻⁸ to 2⁸: float16 has no room for more, and rounds what they make very small
 
 Factors = Callable[[], torch.Tensor]  # float32 [K], on the CPU
 

@@ -12,7 +12,7 @@ from compressors.errors import CheckpointError
 from compressors.methods import importance
 from compressors.plan import CompressionPlan
 
-SHAPES = {"num_attention_heads": 8, "num_key_value_heads": 4}
+GROUPS = 8
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,8 @@ def domains():
 @pytest.fixture(scope="module", params=["llama", "exaone4"])
 def model(request, tmp_path_factory, write_pico_model):
     path = tmp_path_factory.mktemp("heads") / "model"
-    return Checkpoint.read(write_pico_model(path, request.param, dtype="float32", num_hidden_layers=3, **SHAPES))
+    shapes = {"num_hidden_layers": 3, "num_attention_heads": 2 * GROUPS, "num_key_value_heads": GROUPS}
+    return Checkpoint.read(write_pico_model(path, request.param, dtype="float32", **shapes))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def collected(model, domains, tmp_path_factory):
 
 
 def kl_without(model, gone, windows):
-    """Nats per token of a stock model whose o_proj has zeros for these groups, by layer."""
+    """Nats per token, of every fourth, of a stock model whose o_proj has zeros for these groups, by layer."""
     its, size = family.family_of(model), family.head_dim(model.config)
     width, tensors = 2 * size, dict(model.tensors)
     for layer, groups in enumerate(gone):
@@ -44,44 +45,64 @@ def kl_without(model, gone, windows):
         tensors[name] = LazyTensor(weight.shape, weight.dtype, lambda weight=weight: weight)
     with torch.inference_mode():
         p, q = (
-            one.to_model("cpu", torch.float32)(torch.tensor(windows), use_cache=False).logits.log_softmax(-1)
+            one.to_model("cpu", torch.float32)(torch.tensor(windows), use_cache=False).logits[:, 3::4].log_softmax(-1)
             for one in (model, dataclasses.replace(model, tensors=tensors))
         )
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
+def least_of(energy, keep):
+    return [tuple(sorted(sorted(range(GROUPS), key=lambda group: those[group])[: GROUPS - keep])) for those in energy]
+
+
 def by_hand(model, energy, keep, windows):
-    order = [sorted(range(4), key=lambda group: those[group]) for those in energy]
-    gone = [tuple(sorted(groups[: 4 - keep])) for groups in order]
+    gone, costs = least_of(energy, keep), []
     for _ in range(leave_heads_out.SWEEPS):
         for layer in range(3):
+            tried = sorted(range(GROUPS), key=lambda group: energy[layer][group])[: GROUPS - keep + 3]
+
+            def without(groups, layer=layer):
+                return kl_without(model, [*gone[:layer], groups, *gone[layer + 1 :]], windows)
+
             going = ()
-            for _ in range(4 - keep):
-                costs = {
-                    group: kl_without(model, [*gone[:layer], (*going, group), *gone[layer + 1 :]], windows)
-                    for group in range(4)
-                    if group not in going
-                }
-                going = (*going, min(costs, key=lambda group: costs[group]))
-            gone[layer] = tuple(sorted(going))
-    return gone
+            for _ in range(GROUPS - keep):
+                going = min(
+                    (tuple(sorted((*going, group))) for group in tried if group not in going),
+                    key=without,
+                )
+            gone[layer] = min((gone[layer], going), key=without)
+            costs.append(without(gone[layer]))
+    return gone, costs
 
 
-@pytest.mark.parametrize("keep", [2, 3])
+@pytest.mark.parametrize("keep", [7, 5, 3])
 def test_each_layer_goes_without_what_costs_least_beside_the_others(model, domains, collected, tmp_path, keep):
     its = family.family_of(model)
     energy = importance.group_energy(model, its, collected)
     windows = [window for those in domains.values() for window in those]
     found = leave_heads_out.choose(model, its, domains, energy, keep, tmp_path)
-    assert found == by_hand(model, energy, keep, windows)
-    least = [tuple(sorted(sorted(range(4), key=lambda group: those[group])[: 4 - keep])) for those in energy]
-    assert kl_without(model, found, windows) <= kl_without(model, least, windows)
+    expected, costs = by_hand(model, energy, keep, windows)
+    assert found == expected
+    assert found != least_of(energy, keep)
+    assert costs == sorted(costs, reverse=True), "no step makes it worse"
+    assert costs[-1] < kl_without(model, least_of(energy, keep), windows)
+
+
+def test_the_windows_are_spread_over_the_text(model, domains, collected, tmp_path, monkeypatch):
+    monkeypatch.setattr(leave_heads_out, "WINDOWS", 2)
+    its = family.family_of(model)
+    energy = importance.group_energy(model, its, collected)
+    few = {name: [windows[0], windows[3]] for name, windows in domains.items()}
+    (tmp_path / "few").mkdir()
+    assert leave_heads_out.choose(model, its, domains, energy, 6, tmp_path) == leave_heads_out.choose(
+        model, its, few, energy, 6, tmp_path / "few"
+    )
 
 
 def test_a_search_goes_on_where_it_was_killed(model, domains, collected, tmp_path):
     its = family.family_of(model)
     energy = importance.group_energy(model, its, collected)
-    expected = leave_heads_out.choose(model, its, domains, energy, 3, tmp_path)
+    expected = leave_heads_out.choose(model, its, domains, energy, 6, tmp_path)
 
     def interrupt(what):
         if "sweep 2 of 2: layer 2 of 3" in what:
@@ -89,31 +110,31 @@ def test_a_search_goes_on_where_it_was_killed(model, domains, collected, tmp_pat
 
     (tmp_path / "cut").mkdir()
     with pytest.raises(KeyboardInterrupt):
-        leave_heads_out.choose(model, its, domains, energy, 3, tmp_path / "cut", say=interrupt)
+        leave_heads_out.choose(model, its, domains, energy, 6, tmp_path / "cut", say=interrupt)
     said = []
-    assert leave_heads_out.choose(model, its, domains, energy, 3, tmp_path / "cut", say=said.append) == expected
+    assert leave_heads_out.choose(model, its, domains, energy, 6, tmp_path / "cut", say=said.append) == expected
     assert [what for what in said if "sweep" in what] == [
         f"leaving out heads, sweep 2 of 2: layer {layer} of 3" for layer in (2, 3)
     ]
     said.clear()
-    assert leave_heads_out.choose(model, its, domains, energy, 3, tmp_path / "cut", say=said.append) == expected
+    assert leave_heads_out.choose(model, its, domains, energy, 6, tmp_path / "cut", say=said.append) == expected
     assert said == []
-    file = tmp_path / "cut" / "groups-3.json"
+    file = tmp_path / "cut" / "groups-6.json"
     stored = json.loads(file.read_text())
-    file.write_text(json.dumps({**stored, "rules": [0], "gone": [[0]] * 3}))  # by other rules: made again
-    assert leave_heads_out.choose(model, its, domains, energy, 3, tmp_path / "cut") == expected
+    file.write_text(json.dumps({**stored, "rules": [0], "gone": [[0, 1]] * 3}))  # by other rules: made again
+    assert leave_heads_out.choose(model, its, domains, energy, 6, tmp_path / "cut") == expected
     file.write_text("{")
     with pytest.raises(CheckpointError, match="delete it"):
-        leave_heads_out.choose(model, its, domains, energy, 3, tmp_path / "cut")
+        leave_heads_out.choose(model, its, domains, energy, 6, tmp_path / "cut")
 
 
 def test_a_plan_keeps_the_others_in_the_layers_that_stay(model, domains, collected):
     """Chosen in the whole model: a plan with fewer layers asks for no other choice."""
     its, own = family.family_of(model), CompressionPlan.identity(model.config)
     energy = importance.group_energy(model, its, collected)
-    gone = leave_heads_out.choose(model, its, domains, energy, 3, collected.path)
+    gone = leave_heads_out.choose(model, its, domains, energy, 6, collected.path)
     plan = dataclasses.replace(
-        own, num_hidden_layers=2, drop_from="0", num_key_value_heads=3, num_attention_heads=6, importance="kl"
+        own, num_hidden_layers=2, drop_from="0", num_key_value_heads=6, num_attention_heads=12, importance="kl"
     )
     said = []
     statistics = calibration.calibrate(model, domains["one"])
@@ -121,13 +142,13 @@ def test_a_plan_keeps_the_others_in_the_layers_that_stay(model, domains, collect
     assert said == []
     size = family.head_dim(model.config)
     for new, old in enumerate((1, 2)):
-        stay = [group for group in range(4) if group not in gone[old]]
+        stay = [group for group in range(GROUPS) if group not in gone[old]]
         rows = torch.cat([torch.arange(group * size, (group + 1) * size) for group in stay])
         whole = model.tensors[f"{its.in_layer(old, its.k)}.weight"].load()
         assert torch.equal(made.tensors[f"{its.in_layer(new, its.k)}.weight"].load(), whole[rows])
-    assert "heads 1" in build.versions(plan)
+    assert build.versions(plan) == [f"heads {leave_heads_out.RULES}"]
     # fewer query heads of the same groups, and channels: by energy
-    narrow = dataclasses.replace(own, num_attention_heads=4, intermediate_size=64)
+    narrow = dataclasses.replace(own, num_attention_heads=8, intermediate_size=64)
     one, other = (
         build.apply(dataclasses.replace(narrow, importance=how), model, its, statistics, moments=collected)
         for how in ("kl", "energy")
