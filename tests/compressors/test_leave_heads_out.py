@@ -1,6 +1,7 @@
 """Key/value groups chosen by what the predictions lose when those of all layers are left out."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -57,12 +58,17 @@ def least_of(energy, keep):
 
 def by_hand(model, energy, keep, windows):
     gone, costs = least_of(energy, keep), []
+
+    @functools.cache
+    def cost(*those):
+        return kl_without(model, those, windows)
+
     for _ in range(leave_heads_out.SWEEPS):
         for layer in range(3):
             tried = sorted(range(GROUPS), key=lambda group: energy[layer][group])[: GROUPS - keep + 3]
 
             def without(groups, layer=layer):
-                return kl_without(model, [*gone[:layer], groups, *gone[layer + 1 :]], windows)
+                return cost(*gone[:layer], groups, *gone[layer + 1 :])
 
             going = ()
             for _ in range(GROUPS - keep):
@@ -75,7 +81,7 @@ def by_hand(model, energy, keep, windows):
     return gone, costs
 
 
-@pytest.mark.parametrize("keep", [7, 5, 3])
+@pytest.mark.parametrize("keep", [6, 3])
 def test_each_layer_goes_without_what_costs_least_beside_the_others(model, domains, collected, tmp_path, keep):
     its = family.family_of(model)
     energy = importance.group_energy(model, its, collected)
