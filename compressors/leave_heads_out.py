@@ -10,7 +10,6 @@ out of the whole model, SmolLM2's groups were worse than by energy (benchmarks/R
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from compressors.checkpoint import Checkpoint
 from compressors.device import release
 from compressors.errors import CheckpointError
 from compressors.family import Family, head_dim
+from compressors.json_file import write_json
 from compressors.lock import alone
 from compressors.predictions import Predictions, spread
 
@@ -70,9 +70,8 @@ def _descend(search: _Search, gone: Gone, done: int, energy: Sequence[Sequence[f
     for step in range(done, SWEEPS * len(energy)):
         sweep, layer = divmod(step, len(energy))
         say(f"leaving out heads, sweep {sweep + 1} of {SWEEPS}: layer {layer + 1} of {len(energy)}")
-        order = sorted(range(len(energy[layer])), key=lambda group: (energy[layer][group], group))
-        gone[layer] = search.cheapest(layer, order[: len(gone[layer]) + CANDIDATES - 1], gone)
-        _write(path, gone, step + 1)
+        gone[layer] = search.cheapest(layer, _least(energy[layer], len(gone[layer]) + CANDIDATES - 1), gone)
+        write_json(path, {"rules": RULES, "gone": gone, "done": step + 1})
 
 
 def _read(path: Path, energy: Sequence[Sequence[float]], keep: int) -> tuple[Gone, int]:
@@ -83,15 +82,12 @@ def _read(path: Path, energy: Sequence[Sequence[float]], keep: int) -> tuple[Gon
             return [tuple(map(int, those)) for those in stored["gone"]], int(stored["done"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"heads {path}: can't be read ({error}); delete it, it is made again") from None
-    least = [sorted(range(len(those)), key=lambda group: (those[group], group)) for those in energy]
-    return [tuple(sorted(groups[: len(groups) - keep])) for groups in least], 0
+    return [tuple(sorted(_least(those, len(those) - keep))) for those in energy], 0
 
 
-def _write(path: Path, gone: Gone, done: int) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as out:
-        json.dump({"rules": RULES, "gone": gone, "done": done}, out)
-    Path(out.name).chmod(0o644)
-    Path(out.name).replace(path)
+def _least(energy: Sequence[float], count: int) -> list[int]:
+    """So many groups of a layer, the one of the least energy first."""
+    return sorted(range(len(energy)), key=lambda group: (energy[group], group))[:count]
 
 
 class _Search(Predictions):

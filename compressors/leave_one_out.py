@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from compressors.checkpoint import Checkpoint
 from compressors.errors import CheckpointError
 from compressors.family import Family
+from compressors.json_file import write_json
 from compressors.lock import alone
 from compressors.predictions import Predictions, spread
 
@@ -69,7 +69,7 @@ def order(
                 place = f"leaving out layer {len(found.removed) + 1} of {count}"
                 ahead = look_ahead and len(found.removed) + 1 < count
                 found = search.step(found, _saying(say, place), ahead)
-                _write(path, found)
+                write_json(path, {"rules": RULES, **dataclasses.asdict(found)})
     return found.removed[:count]
 
 
@@ -88,13 +88,6 @@ def _read(path: Path) -> Order:
 
 def _saying(say: Say, where: str) -> Say:
     return lambda what: say(f"{where}: {what}")
-
-
-def _write(path: Path, made: Order) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as out:
-        json.dump({"rules": RULES, **dataclasses.asdict(made)}, out)
-    Path(out.name).chmod(0o644)
-    Path(out.name).replace(path)
 
 
 class _Search(Predictions):

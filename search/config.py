@@ -236,9 +236,7 @@ class Text(Section):
     report: Texts | None = "embedded"  # confirms what was found on text that no search saw; null: nothing
     window: Annotated[int, Field(ge=16)] = 256  # tokens
     calibration_windows: Annotated[int, Field(ge=1)] = 16
-    moments_windows: Annotated[int, Field(ge=1)] = (
-        32  # of each domain: for kl, energy, flap, obs, repair, smoothing and gptq
-    )
+    moments_windows: Annotated[int, Field(ge=1)] = 32  # of each domain: for what `build.needs_moments`
     shards: Annotated[int, Field(ge=2)] = 16
     windows_per_shard: Annotated[int, Field(ge=1)] = 1
 

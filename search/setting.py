@@ -16,7 +16,6 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from transformers import AutoTokenizer
 
 from compressors import build, calibration, checkpoint, family, moments
 from compressors.errors import CheckpointError
+from compressors.json_file import write_json as write_json
 from compressors.plan import CHOICES, DTYPES, OPTIONS, RECIPE, CompressionPlan
 from compressors.target import config_for
 from evaluator import backends, tasks, texts
@@ -535,16 +535,6 @@ def require_disk(needed: int, directory: Path, what: str) -> None:
 
 
 # -- small files ---------------------------------------------------------------------------------------------
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Written beside its place and renamed into it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as out:
-        json.dump(values, out, indent=1, allow_nan=False)
-        out.write("\n")
-    Path(out.name).chmod(0o644)
-    Path(out.name).replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -72,13 +72,7 @@ def canonical(plan: CompressionPlan, base: CompressionPlan) -> CompressionPlan:
     if not differs(*chosen, "hidden_size") and not (plan.repair == "stream" and _leaves_gap(plan, base)):
         nothing["repair"] = "none"  # each projection by itself can't make up for a layer
     if plan.precision not in SCHEMES:
-        nothing |= {
-            "smoothing": "none",
-            "quantizer": "nearest",
-            "keep_16_bit": 0,
-            "lm_head": "16-bit",
-            "kv_cache": "auto",
-        }
+        nothing |= {"quantizer": "nearest", "keep_16_bit": 0, "lm_head": "16-bit", "kv_cache": "auto"}
     if plan.precision != "W8A8":
         nothing["smoothing"] = "none"
     if plan.precision != "W4A16":
