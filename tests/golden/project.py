@@ -1,0 +1,73 @@
+"""Where the golden tests find things in the project.
+
+The only file of this folder that may change when code moves: it adapts names, and computes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from compressors import build
+from compressors.plan import CompressionPlan
+from search import compress, config, objective, setting, space
+
+Setting = setting.Setting
+
+
+def prepare(values: dict[str, Any], *, search: bool = True) -> Setting:
+    """The setting of a study file's values, on a machine and an engine that have fixed names."""
+    prepared = setting.prepare(config.validate(values, "golden"), search=search)
+    return dataclasses.replace(prepared, device_name="golden device", engine_version="golden engine 1.0")
+
+
+def identity(of: Setting) -> CompressionPlan:
+    return of.identity
+
+
+def canonical(plan: CompressionPlan, of: Setting) -> CompressionPlan:
+    return space.canonical(plan, of.identity)
+
+
+def name_of(plan: CompressionPlan, of: Setting) -> str:
+    return compress.name_of(plan, of.identity)
+
+
+def plan_digest(plan: CompressionPlan, of: Setting) -> str:
+    return of.plan_digest(plan)
+
+
+def key(plan: CompressionPlan, of: Setting) -> str:
+    return of.key(plan)
+
+
+def infeasible(plan: CompressionPlan, of: Setting, *, gpu: bool, max_bytes: int | None = None) -> str | None:
+    return build.check(plan, of.base, of.family, kernel_alignment=gpu, max_bytes=max_bytes)
+
+
+def file_bytes(plan: CompressionPlan, of: Setting) -> int:
+    return build.predicted_bytes(plan, of.base, of.family)
+
+
+def definition(of: Setting) -> dict[str, Any]:
+    return of.definition
+
+
+def suggest(trial: Any, of: Setting) -> CompressionPlan:
+    return space.suggest(trial, of.file.space, of.identity)
+
+
+def uncut(of: Setting) -> list[dict[str, Any]]:
+    return space.uncut(of.file.space, of.identity)
+
+
+def write(plan: CompressionPlan, of: Setting, to: Path) -> str:
+    """Build the plan's checkpoint in `to`, as `compress` does; returns its weights' sha256."""
+    return compress.compress(compress.foresee(plan, of), of, to, None).weights_sha256
+
+
+def screen(plan: CompressionPlan, of: Setting) -> dict[str, Any]:
+    """Quality in memory, a number a shard."""
+    with objective.Bench(of) as bench:
+        return dataclasses.asdict(bench.screen(plan))
