@@ -13,8 +13,9 @@ import shutil
 import statistics
 import time
 
-from compressors import build, family
-from compressors.checkpoint import WEIGHTS, Checkpoint
+from compressors import build
+from compressors.model import family
+from compressors.model.checkpoint import WEIGHTS, Checkpoint
 from compressors.plan import CompressionPlan
 
 

@@ -21,11 +21,12 @@ import time
 import torch
 import transformers
 
-from compressors import build, calibration, moments
-from compressors.checkpoint import Checkpoint
-from compressors.family import family_of
-from compressors.methods.distill import Distillation, distill
+from compressors import build
+from compressors.distillation.distill import Distillation, distill
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.family import family_of
 from compressors.plan import CompressionPlan
+from compressors.statistics import activations, second_moments
 from evaluator import quality, score, texts
 
 SHARD = 4  # windows
@@ -161,10 +162,10 @@ def cut(teacher: Checkpoint, arguments: argparse.Namespace, training, scratch: p
     fitted = {name: those[: arguments.fitted] for name, those in training.items()}
     moment = None
     if build.needs_moments(plan):
-        moment = moments.collect(teacher, fitted, scratch / "moments", arguments.device)
+        moment = second_moments.collect(teacher, fitted, scratch / "moments", arguments.device)
     statistics = None
     if build.needs_calibration(plan, own):
-        statistics = calibration.calibrate(teacher, [w for those in fitted.values() for w in those], arguments.device)
+        statistics = activations.calibrate(teacher, [w for those in fitted.values() for w in those], arguments.device)
     made = build.apply(plan, teacher, family_of(teacher), statistics, moments=moment, device=arguments.device)
     made.write(scratch / "student")  # a repair's tensors are worked out as they are read
     return Checkpoint.read(scratch / "student")

@@ -16,15 +16,15 @@ import time
 import optuna
 
 from evaluator.measurement import Measurement
-from search import study as studies
-from search import tracking
+from search.study import mlflow_runs, storage
+from search.study import trials as study_trials
 
 WORK = ("screen", "build", "measure")
 
 
 def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = studies.load(studies.open_storage(sys.argv[1]), sys.argv[2])
+    study = storage.load(storage.open_storage(sys.argv[1]), sys.argv[2])
     trials = [trial for trial in study.trials if trial.datetime_complete is not None]
     wall = (trials[-1].datetime_complete - trials[0].datetime_start).total_seconds()
     work = sum(trial.user_attrs["seconds"].get(stage, 0.0) for trial in trials for stage in WORK)
@@ -34,11 +34,11 @@ def main() -> None:
     baseline = Measurement.from_dict(study.user_attrs["baseline"])
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stderr(None):
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{scratch}/runs.db"
-        tracking.load_environment()
+        mlflow_runs.load_environment()
         began = time.thread_time()
-        runs = tracking._Runs("overhead", study.study_name, baseline, 0.5)
+        runs = mlflow_runs._Runs("overhead", study.study_name, baseline, 0.5)
         started = time.thread_time()
-        runs.catch_up(studies.finished(trials))
+        runs.catch_up(study_trials.finished(trials))
         ended = time.thread_time()
     print(
         f"MLflow's thread: {started - began:.2f} s for its store, {ended - started:.2f} s for the trials, beside them"

@@ -50,9 +50,10 @@ def main() -> None:
 
 
 def embedded_model() -> Path:
-    from search import setting, sources
+    from search import files
+    from search.setup import sources
 
-    return sources.resolve(sources.EMBEDDED, setting.CACHE)
+    return sources.resolve(sources.EMBEDDED, files.CACHE)
 
 
 def documents(other: list[Path] | None = None) -> tuple[list, list, list]:
@@ -97,8 +98,8 @@ def second_moments(model: torch.nn.Module, groups: list[tuple[str, ...]], window
 
 class Own:
     def __init__(self, arguments: argparse.Namespace) -> None:
-        from compressors import family
-        from compressors.checkpoint import Checkpoint
+        from compressors.model import family
+        from compressors.model.checkpoint import Checkpoint
 
         self.arguments = arguments
         self.base = Checkpoint.read(arguments.model)

@@ -19,11 +19,14 @@ import time
 import torch
 from transformers import AutoTokenizer
 
-from compressors import build, calibration, family, moments
-from compressors.checkpoint import Checkpoint
+from compressors import build
+from compressors.model import family
+from compressors.model.checkpoint import Checkpoint
 from compressors.plan import CompressionPlan
+from compressors.statistics import activations, second_moments
 from evaluator import quality, score, texts
-from search import setting, sources
+from search import files
+from search.setup import machine, sources
 
 SMOLLM2 = {
     "FFN 1152": {"intermediate_size": 1152},
@@ -82,12 +85,12 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path)
     arguments = parser.parse_args()
 
-    path = sources.resolve(arguments.model, setting.CACHE)
+    path = sources.resolve(arguments.model, files.CACHE)
     base = Checkpoint.read(path)
     kind = family.family_of(base)
     own = CompressionPlan.identity(base.config)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    device = setting.best_device()
+    device = machine.best_device()
 
     domains = texts.embedded_domains()
     if arguments.calibration:
@@ -111,9 +114,9 @@ def main() -> None:
     }
     digest = texts.text_digest([window for those in windows.values() for window in those])
     started = time.monotonic()
-    moment = moments.collect(base, windows, arguments.work / f"moments-{base.digest()[:8]}-{digest}", device)
+    moment = second_moments.collect(base, windows, arguments.work / f"moments-{base.digest()[:8]}-{digest}", device)
     print(f"second moments: {time.monotonic() - started:.0f} s", flush=True)
-    statistics = calibration.calibrate(base, [window for those in windows.values() for window in those], device)
+    statistics = activations.calibrate(base, [window for those in windows.values() for window in those], device)
     model = base.to_model(device, torch.float32)
     reference = {name: quality.Reference.of(model, those, max_bytes=1 << 34) for name, those in shards.items()}
     del model

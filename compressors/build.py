@@ -9,17 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import transformers
 
-from compressors import leave_heads_out, leave_one_out
-from compressors.calibration import Calibration
-from compressors.checkpoint import Checkpoint, stock_config
 from compressors.errors import CheckpointError, InfeasiblePlan
-from compressors.family import Family, head_dim, recast
 from compressors.methods import (
     depth,
     ffn,
     heads,
+    heads_by_kl,
     hidden,
     importance,
+    layers_by_kl,
     precision,
     repair,
     rotation,
@@ -27,9 +25,12 @@ from compressors.methods import (
     smoothing,
     stream,
 )
-from compressors.moments import Moments, input_of, mixed
+from compressors.model.checkpoint import Checkpoint, stock_config
+from compressors.model.family import Family, head_dim, recast
 from compressors.plan import CHOICES, DROP_FROM, DTYPES, SCHEMES, CompressionPlan
-from compressors.streams import Stays
+from compressors.statistics.activations import Calibration
+from compressors.statistics.residual_streams import Stays
+from compressors.statistics.second_moments import Moments, input_of, mixed
 
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
 
@@ -57,7 +58,7 @@ def apply(
     if drop_from in depth.BY_KL and moments is not None:
         going = own.num_hidden_layers - plan.num_hidden_layers
         ahead = drop_from == "kl-look-ahead"
-        order = leave_one_out.order(
+        order = layers_by_kl.order(
             base, family, moments.windows(), going, moments.path, device, look_ahead=ahead, say=say
         )
     elif drop_from in depth.BY_KL or (drop_from == "importance" and calibration is None):
@@ -84,7 +85,7 @@ def apply(
         if plan.importance == "kl" and whole is not None and plan.num_key_value_heads != own.num_key_value_heads:
             # of the whole model, so that one choice serves all depths
             energy = importance.group_energy(base, family, whole, device)
-            gone = leave_heads_out.choose(
+            gone = heads_by_kl.choose(
                 base, family, whole.windows(), energy, plan.num_key_value_heads, whole.path, device, say=say
             )
             gone = [gone[layer] for layer in layers]
@@ -197,7 +198,7 @@ def versions(plan: CompressionPlan) -> list[str]:
     """Of the methods that this plan is fitted by and that know one: another makes another model of the same plan."""
     repaired = [f"stream {stream.VERSION}"] if plan.repair == "stream" else []
     if plan.importance == "kl":
-        repaired.append(f"heads {leave_heads_out.RULES}")
+        repaired.append(f"heads {heads_by_kl.RULES}")
     turned = [f"rotation {rotation.VERSION}"] if plan.rotation != "none" else []
     return repaired + turned + ([f"smoothing {smoothing.VERSION}"] if plan.smoothing != "none" else [])
 

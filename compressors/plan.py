@@ -120,3 +120,80 @@ def layers_named(drop_from: str) -> tuple[int, ...] | None:
     if not all(word.strip().isascii() and word.strip().isdigit() for word in words):
         return None
     return tuple(sorted({int(word) for word in words}))
+
+
+DIMENSIONS = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_size",
+    "intermediate_size",
+)
+DESCRIPTION = "compression.json"  # beside the weights: what was made of which model
+SHORT = {  # how a plan is called in the names of directories and runs
+    "num_hidden_layers": "drop",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv",
+    "hidden_size": "hidden",
+    "intermediate_size": "ffn",
+}
+CHOSEN = {  # a plan's options, where they are not at their defaults
+    "importance": "{}",
+    "rotation": "{}",
+    "repair": "{}",
+    "smoothing": "{}",
+    "quantizer": "{}",
+    "group_size": "g{}",
+    "keep_16_bit": "keep{}",
+    "lm_head": "lmhead8",
+    "kv_cache": "kv{}",
+}
+PRECISION_NAMES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "FP8_DYNAMIC": "fp8"}
+
+
+def canonical(plan: CompressionPlan, base: CompressionPlan) -> CompressionPlan:
+    """Plans that make the same model become equal: how layers go says nothing when none goes, and so on."""
+
+    def differs(*names: str) -> bool:
+        return any(getattr(plan, name) != getattr(base, name) for name in names)
+
+    nothing: dict[str, str | int] = {}
+    if not differs("num_hidden_layers"):
+        nothing["drop_from"] = "importance"
+    chosen = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    if not differs(*chosen):
+        nothing["importance"] = "activation"
+    elif plan.importance == "kl" and not differs("num_key_value_heads"):
+        nothing["importance"] = "energy"
+    if not differs("hidden_size"):
+        nothing["rotation"] = "none"
+    if not differs(*chosen, "hidden_size") and not (plan.repair == "stream" and _leaves_gap(plan, base)):
+        nothing["repair"] = "none"  # each projection by itself can't make up for a layer
+    if plan.precision not in SCHEMES:
+        nothing |= {"quantizer": "nearest", "keep_16_bit": 0, "lm_head": "16-bit", "kv_cache": "auto"}
+    if plan.precision != "W8A8":
+        nothing["smoothing"] = "none"
+    if plan.precision != "W4A16":
+        nothing["group_size"] = 0
+    return dataclasses.replace(plan, **nothing)  # type: ignore[arg-type]
+
+
+def _leaves_gap(plan: CompressionPlan, base: CompressionPlan) -> bool:
+    """Whether a layer that goes has one before it that stays, whose last projection `stream` can refit."""
+    going = base.num_hidden_layers - plan.num_hidden_layers
+    first = plan.drop_from == "bottom" or layers_named(plan.drop_from) == tuple(range(going))
+    return going > 0 and not first
+
+
+def name_of(plan: CompressionPlan, base: CompressionPlan) -> str:
+    """`drop28_w8a8_gptq`: what differs from the base model and the defaults, for the names of directories and runs.
+
+    Different plans have different names.
+    """
+    words = [f"{short}{getattr(plan, key)}" for key, short in SHORT.items() if getattr(plan, key) != getattr(base, key)]
+    if plan.num_hidden_layers != base.num_hidden_layers and plan.drop_from != "importance":
+        words[0] += f"-{plan.drop_from.replace(',', '-')}"
+    if plan.precision != base.precision:
+        words.append(PRECISION_NAMES.get(plan.precision, plan.precision.lower()))
+    words += [said.format(getattr(plan, key)) for key, said in CHOSEN.items() if getattr(plan, key) != OPTIONS[key]]
+    return "_".join(words) or "base"

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from evaluator import backends
-from search import setting, tracking
+from search.setup import machine
+from search.study import mlflow_runs
 
 PACKAGES = (
     "optuna",
@@ -28,15 +29,15 @@ PACKAGES = (
 
 
 def examine(outputs: Path = Path("outputs")) -> dict[str, Any]:
-    tracking.load_environment()
-    device = setting.best_device()
-    memory = setting.free_memory(device)
+    mlflow_runs.load_environment()
+    device = machine.best_device()
+    memory = machine.free_memory(device)
     place = outputs if outputs.exists() else Path()
     return {
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "device": device,
-        "device_name": setting.device_name(device),
+        "device_name": machine.device_name(device),
         "compute_capability": ".".join(map(str, torch.cuda.get_device_capability())) if device == "cuda" else None,
         "free_memory_gb": None if memory is None else round(memory / 1e9, 1),
         "free_disk_gb": round(shutil.disk_usage(place).free / 1e9, 1),

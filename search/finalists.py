@@ -17,18 +17,22 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from compressors import build, checkpoint, family
+from compressors import build
 from compressors.device import release
 from compressors.distillation.settings import Distillation, require_valid
-from compressors.plan import CompressionPlan
-from compressors.target import in_old_form
+from compressors.model import checkpoint, family
+from compressors.model.transformers_version import in_old_form
+from compressors.plan import DESCRIPTION, CompressionPlan, canonical, name_of
 from evaluator import measure
-from search import compress, distillation, evaluation, jobs, space, status, workers
-from search.config import StudyFile
+from search.by_hand import distill, evaluate, multirun
+from search.config.study_file import StudyFile
 from search.errors import UsageError
 from search.failures import FAILURES, why
-from search.objective import Bench
-from search.setting import Say, Setting, prepare, read_json, require_disk
+from search.files import read_json
+from search.setup.machine import require_disk
+from search.setup.setting import Say, Setting, prepare
+from search.stages.bench import Bench
+from search.study import status, workers
 
 SUBMIT = Path("submit")
 KEYS = ("score", "score_se", "perf_norm", "perf_norm_se", "speed_norm", "speed_norm_se", "kl_nats_per_token")
@@ -41,7 +45,7 @@ class Wanted:
     top: int
     setting: Setting
     settings: Distillation
-    text: distillation.Text
+    text: distill.Text
 
     @property
     def target(self) -> str | None:
@@ -71,11 +75,11 @@ def wanted_of(file: StudyFile, top: int, tokens: int, count: int, say: Say) -> W
     Raises UsageError and its kin, CompressionError for settings that can't be trained with.
     """
     setting = workers.shared(prepare(file, say), count)
-    settings = distillation.settings_of(setting, tokens)
+    settings = distill.settings_of(setting, tokens)
     require_valid(settings)
     if file.export.for_transformers is not None:
         in_old_form(file.export.for_transformers)
-    return Wanted(top, setting, settings, distillation.text_of(setting, settings))
+    return Wanted(top, setting, settings, distill.text_of(setting, settings))
 
 
 def choose(study: optuna.Study, top: int, base: CompressionPlan) -> tuple[list[Finalist], list[dict[str, Any]]]:
@@ -90,9 +94,9 @@ def choose(study: optuna.Study, top: int, base: CompressionPlan) -> tuple[list[F
         if its in seen:
             continue
         seen.add(its)
-        structure = space.canonical(dataclasses.replace(its, precision=base.precision), base)
+        structure = canonical(dataclasses.replace(its, precision=base.precision), base)
         if structure == base:
-            reason = f"{compress.name_of(its, base)} cuts nothing: in {base.precision} there is nothing to win back"
+            reason = f"{name_of(its, base)} cuts nothing: in {base.precision} there is nothing to win back"
             passed_over.append({"trial": trial.number, "reason": reason})
         else:
             chosen.append(Finalist(trial, its, structure))
@@ -146,9 +150,9 @@ def distil(wanted: Wanted, study: optuna.Study, say: Say, warn: Say, words: Sequ
             if number in rows:
                 continue
             try:
-                found = evaluation.known(path, setting)
+                found = evaluate.known(path, setting)
                 fresh = found is None
-                found = found or jobs.evaluate(bench, path, path.name, warn, words)
+                found = found or multirun.evaluate(bench, path, path.name, warn, words)
             except FAILURES as error:
                 failed(finalist, error)
                 continue
@@ -164,7 +168,7 @@ def distil(wanted: Wanted, study: optuna.Study, say: Say, warn: Say, words: Sequ
 def _paths(finalists: Sequence[Finalist], setting: Setting) -> Iterator[Path]:
     """submit/model_kd_NAME; _trialN behind it where that holds another model than this plan's."""
     for finalist in finalists:
-        path = SUBMIT / f"model_kd_{compress.name_of(finalist.plan, setting.identity)}"
+        path = SUBMIT / f"model_kd_{name_of(finalist.plan, setting.identity)}"
         if path.exists() and not _is_of(path, finalist.plan, setting):
             path = path.with_name(f"{path.name}_trial{finalist.trial.number}")
         yield path
@@ -176,7 +180,7 @@ def _is_of(path: Path, its: CompressionPlan, setting: Setting) -> bool:
 
 
 def _distilled(path: Path) -> Mapping[str, Any]:
-    found = (read_json(path / compress.DESCRIPTION) or {}).get("distilled")
+    found = (read_json(path / DESCRIPTION) or {}).get("distilled")
     return found if isinstance(found, dict) else {}
 
 
@@ -187,7 +191,7 @@ def _make(finalist: Finalist, path: Path, wanted: Wanted, study: optuna.Study, b
     """Write the finalist's model to `path`, unless it is there."""
     setting = wanted.setting
     digest = setting.plan_digest(finalist.structure)
-    key = distillation.key(setting, digest, wanted.settings, wanted.text)
+    key = distill.key(setting, digest, wanted.settings, wanted.text)
     if _is_there(path, key, finalist, wanted):
         return
     if path.exists() and not _is_of(path, finalist.plan, setting):
@@ -196,7 +200,7 @@ def _make(finalist: Finalist, path: Path, wanted: Wanted, study: optuna.Study, b
     if not _distilled(source):
         student, _ = bench.build(finalist.structure, limited=False)  # its precision is still to come
         try:
-            distillation.distil(setting, student, wanted.settings.tokens, source, None, bench.say, text=wanted.text)
+            distill.distil(setting, student, wanted.settings.tokens, source, None, bench.say, text=wanted.text)
         finally:
             release(setting.device)
     _drop_student(digest, study, setting)  # also that of a call that was killed here
@@ -204,7 +208,7 @@ def _make(finalist: Finalist, path: Path, wanted: Wanted, study: optuna.Study, b
 
 
 def _is_there(path: Path, key: str, finalist: Finalist, wanted: Wanted) -> bool:
-    there = read_json(path / compress.DESCRIPTION) or {}
+    there = read_json(path / DESCRIPTION) or {}
     return (
         _is_of(path, finalist.plan, wanted.setting)
         and _distilled(path).get("distillation") == key
@@ -227,7 +231,7 @@ def _apply_precision(finalist: Finalist, source: Path, path: Path, key: str, wan
     setting = wanted.setting
     distilled = checkpoint.Checkpoint.read(source)
     own = CompressionPlan.identity(distilled.config)
-    to_apply = space.canonical(finalist.plan, own)  # its dimensions are those of `own`: precision is what is left
+    to_apply = canonical(finalist.plan, own)  # its dimensions are those of `own`: precision is what is left
     its_family = family.family_of(distilled)
     moments = None
     if build.needs_moments(to_apply):
@@ -252,7 +256,7 @@ def _apply_precision(finalist: Finalist, source: Path, path: Path, key: str, wan
         build.require_size(made, setting.max_bytes)
         require_disk(made.file_bytes + 50_000_000, path.parent, "the distilled model")
         say(f"writing {path.name}, {made.file_bytes / 1e6:.0f} MB")
-        distillation.write(made, path, wanted.target, setting, how)
+        distill.write(made, path, wanted.target, setting, how)
     finally:
         if moments is not None:
             shutil.rmtree(moments.path, ignore_errors=True)

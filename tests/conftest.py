@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from compressors import family as families
+from compressors.model import family as families
 from evaluator import texts
 
 VOCABULARY = 320
@@ -190,9 +190,10 @@ def pico(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The embedded model, converted once and kept in the user's cache."""
-    from search import setting, sources
+    from search import files
+    from search.setup import sources
 
-    return sources.resolve(sources.EMBEDDED, setting.CACHE)
+    return sources.resolve(sources.EMBEDDED, files.CACHE)
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,11 @@ import time
 
 import torch
 
-from compressors import build, calibration, family, moments
-from compressors.checkpoint import WEIGHTS, Checkpoint
+from compressors import build
+from compressors.model import family
+from compressors.model.checkpoint import WEIGHTS, Checkpoint
 from compressors.plan import CompressionPlan
+from compressors.statistics import activations, second_moments
 
 
 def main() -> None:
@@ -59,19 +61,19 @@ def main() -> None:
 
     print(f"{'step':<64}{'':>10}{'own GB':>8}{'GPU GB' if device == 'cuda' else '':>8}")
     step("read the model", lambda: [tensor.load().sum() for tensor in base.tensors.values()])
-    statistics = calibration.calibrate(base, [window for those in fitted.values() for window in those], device)
+    statistics = activations.calibrate(base, [window for those in fitted.values() for window in those], device)
     step(
         f"activation statistics, {3 * arguments.fitted * arguments.window:,} tokens",
-        lambda: calibration.calibrate(base, [window for those in fitted.values() for window in those], device),
+        lambda: activations.calibrate(base, [window for those in fitted.values() for window in those], device),
     )
     step(
         f"second moments, {3 * each * arguments.window:,} tokens",
-        lambda: moments.collect(base, domains, arguments.work / "all", device),
+        lambda: second_moments.collect(base, domains, arguments.work / "all", device),
     )
     # `stream` and `kl` read the windows of the moments again: those of a study are fewer
-    few = moments.collect(base, fitted, arguments.work / "fitted", device)
+    few = second_moments.collect(base, fitted, arguments.work / "fitted", device)
     there = arguments.work / "all"
-    all_of_them = moments.opened(there) if there.is_dir() else few
+    all_of_them = second_moments.opened(there) if there.is_dir() else few
 
     def built(name, changes, moment=all_of_them):  # type: ignore[no-untyped-def]
         plan = dataclasses.replace(own, **changes)

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from compressors.checkpoint import Checkpoint
 from compressors.distillation import loss as distill_loss
 from compressors.errors import CheckpointError
-from compressors.family import family_of
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.family import family_of
 
 PROBE_TOKENS = 16  # of a window, on which the logits are compared
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from compressors import safetensors_file
-from compressors.checkpoint import LazyTensor
 from compressors.errors import CheckpointError
+from compressors.model import safetensors_file
+from compressors.model.checkpoint import LazyTensor
 
 STATE = "state.json"
 FORMAT = 1  # raised whenever a directory of before could not be gone on with

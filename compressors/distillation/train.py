@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from compressors.checkpoint import Checkpoint
 from compressors.distillation import fit as distill_fit
 from compressors.distillation import pair as distill_pair
 from compressors.distillation import state as distill_state
@@ -23,6 +22,7 @@ from compressors.distillation.pair import Pair
 from compressors.distillation.settings import Distillation, batch_of, learning_rate
 from compressors.distillation.state import Evaluation, Standing
 from compressors.errors import CheckpointError, CompressionError
+from compressors.model.checkpoint import Checkpoint
 
 MOST_BAD = 3  # batches in a row whose loss or gradient is not finite
 OUT_OF_TOKENS, NO_IMPROVEMENT, NOT_FINITE = "tokens", "no improvement", "not finite"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from compressors.calibration import Calibration
-from compressors.checkpoint import Checkpoint, stock_config
 from compressors.errors import InfeasiblePlan
-from compressors.family import Family
+from compressors.model.checkpoint import Checkpoint, stock_config
+from compressors.model.family import Family
 from compressors.plan import DROP_FROM, layers_named
+from compressors.statistics.activations import Calibration
 
 BY_KL = ("kl", "kl-look-ahead")
 

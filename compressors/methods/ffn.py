@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from compressors.calibration import Calibration
-from compressors.checkpoint import Checkpoint
 from compressors.errors import InfeasiblePlan
-from compressors.family import Family, take_columns, take_rows
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.family import Family, take_columns, take_rows
+from compressors.statistics.activations import Calibration
 
 
 def choose_all(checkpoint: Checkpoint, keep: int, calibration: Calibration | None) -> list[torch.Tensor]:

@@ -12,8 +12,8 @@ import functools
 
 import torch
 
-from compressors import rounding
 from compressors.errors import CheckpointError
+from compressors.methods import rounding
 
 DIAGONAL = 0.1  # both: see `damp`
 MEDIAN = 0.1

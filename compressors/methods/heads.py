@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import torch
 
-from compressors.calibration import Calibration
-from compressors.checkpoint import Checkpoint
 from compressors.errors import InfeasiblePlan
-from compressors.family import Family, head_dim, take_columns, take_rows
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.family import Family, head_dim, take_columns, take_rows
+from compressors.statistics.activations import Calibration
 
 Kept = tuple[tuple[int, tuple[int, ...]], ...]  # of a layer: (key/value head, its query heads), ascending
 

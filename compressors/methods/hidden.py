@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import torch
 
-from compressors.calibration import Calibration
-from compressors.checkpoint import Checkpoint
 from compressors.errors import InfeasiblePlan
-from compressors.family import Family, head_dim, take_columns, take_rows
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.family import Family, head_dim, take_columns, take_rows
+from compressors.statistics.activations import Calibration
 
 
 def choose(hidden_size: int, keep: int, calibration: Calibration | None) -> torch.Tensor:

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 
 import torch
 
-from compressors.checkpoint import Checkpoint
-from compressors.family import Family, head_dim
 from compressors.methods import heads
 from compressors.methods.heads import Kept
-from compressors.moments import Moment, Moments, mixed
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.family import Family, head_dim
+from compressors.statistics.second_moments import Moment, Moments, mixed
 
 DAMPING = 1e-2  # × the median of diag H
 

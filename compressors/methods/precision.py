@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from compressors import rounding
-from compressors.checkpoint import Checkpoint, LazyTensor
 from compressors.errors import InfeasiblePlan
-from compressors.family import Family
-from compressors.methods import gptq
+from compressors.methods import gptq, rounding
+from compressors.model.checkpoint import Checkpoint, LazyTensor
+from compressors.model.family import Family
 
 FORMATS = {"W8A8": "int-quantized", "FP8_DYNAMIC": "float-quantized", "W4A16": "pack-quantized"}
 GROUP_SIZES = (128, 64, 32)

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 
-from compressors.checkpoint import Checkpoint, LazyTensor
 from compressors.errors import CheckpointError
-from compressors.family import Family
-from compressors.moments import Moment, Moments, input_of, mixed
+from compressors.model.checkpoint import Checkpoint, LazyTensor
+from compressors.model.family import Family
+from compressors.statistics.second_moments import Moment, Moments, input_of, mixed
 
 STRENGTHS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # λ over the median of diag H[S, S]
 NO_REPAIR = float("inf")

@@ -29,13 +29,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from compressors import safetensors_file
-from compressors.checkpoint import Checkpoint, LazyTensor
 from compressors.device import release
 from compressors.errors import CheckpointError
-from compressors.family import Family
-from compressors.layerwise import Called, Layers
-from compressors.lock import alone
+from compressors.files import alone
+from compressors.model import safetensors_file
+from compressors.model.checkpoint import Checkpoint, LazyTensor
+from compressors.model.family import Family
+from compressors.statistics.layerwise import Called, Layers
 
 VERSION = 1  # raised when the same text would give another basis
 BASIS = "basis"

@@ -14,10 +14,9 @@ from collections.abc import Iterator
 
 import torch
 
-from compressors import rounding
-from compressors.checkpoint import Checkpoint
-from compressors.family import Family
-from compressors.methods import precision
+from compressors.methods import precision, rounding
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.family import Family
 
 BITS = {"W8A8": 8, "FP8_DYNAMIC": 8, "W4A16": 4}
 FP8_ERROR = 2**-6 / 12 * 0.541  # mean square relative error of rounding to 3 bits of mantissa, magnitudes log-uniform

@@ -21,9 +21,9 @@ from collections.abc import Callable
 
 import torch
 
-from compressors.checkpoint import Checkpoint, LazyTensor
-from compressors.family import Family, head_dim
 from compressors.methods.precision import Moments
+from compressors.model.checkpoint import Checkpoint, LazyTensor
+from compressors.model.family import Family, head_dim
 
 VERSION = 1  # raised when the same model would be smoothed otherwise
 MOST = 8  # factors are from 2⁻⁸ to 2⁸: float16 has no room for more, and rounds what they make very small

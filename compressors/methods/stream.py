@@ -33,16 +33,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from compressors import safetensors_file
-from compressors.checkpoint import Checkpoint, LazyTensor
 from compressors.device import release
 from compressors.errors import CheckpointError
-from compressors.family import Family
-from compressors.layerwise import Called, Layers
-from compressors.lock import alone
+from compressors.files import alone
 from compressors.methods.repair import cholesky
-from compressors.moments import Moments
-from compressors.streams import Stays, Streams, Told
+from compressors.model import safetensors_file
+from compressors.model.checkpoint import Checkpoint, LazyTensor
+from compressors.model.family import Family
+from compressors.statistics.layerwise import Called, Layers
+from compressors.statistics.residual_streams import Stays, Streams, Told
+from compressors.statistics.second_moments import Moments
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # λ over the median of diag A
 VERSION = 7  # raised when the same cut would be refit otherwise

@@ -2,8 +2,8 @@
 
 import pytest
 
-from compressors import family
-from compressors.checkpoint import Checkpoint
+from compressors.model import family
+from compressors.model.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressors import checkpoint, family
-from compressors.checkpoint import Checkpoint
 from compressors.errors import CheckpointError
+from compressors.model import checkpoint as model_checkpoint
+from compressors.model import family
+from compressors.model.checkpoint import Checkpoint
 
 
 @pytest.fixture
@@ -68,14 +69,14 @@ def test_sharded_checkpoints_are_read_and_written_as_one(pico_llama, copy, tmp_p
 
 def test_the_digest_changes_with_a_weight_and_with_the_config(copy, tmp_path):
     cache = tmp_path / "cache"
-    first = checkpoint.digest_of(copy, cache)
-    assert first == Checkpoint.read(copy).digest() == checkpoint.digest_of(copy, cache)
+    first = model_checkpoint.digest_of(copy, cache)
+    assert first == Checkpoint.read(copy).digest() == model_checkpoint.digest_of(copy, cache)
     edit_config(copy, rms_norm_eps=1e-4)
-    second = checkpoint.digest_of(copy, cache)
+    second = model_checkpoint.digest_of(copy, cache)
     tensors = load_file(copy / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    assert len({first, second, checkpoint.digest_of(copy, cache)}) == 3
+    assert len({first, second, model_checkpoint.digest_of(copy, cache)}) == 3
 
 
 def test_truncated_and_corrupt_weights(copy):
@@ -201,7 +202,7 @@ def test_a_write_that_fails_keeps_what_was_there(pico_llama, tmp_path):
     base = Checkpoint.read(pico_llama)
     base.write(tmp_path / "out")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
-    wrong = checkpoint.LazyTensor((2, 2), torch.float32, lambda: torch.zeros(3, 2))
+    wrong = model_checkpoint.LazyTensor((2, 2), torch.float32, lambda: torch.zeros(3, 2))
     with pytest.raises(CheckpointError, match="announced as"):
         Checkpoint(base.config, {**base.tensors, "wrong": wrong}, base.files).write(tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
@@ -231,7 +232,7 @@ def test_a_rename_that_fails_puts_back_what_was_there(pico_llama, tmp_path, monk
 
 def test_the_digest_of_no_model_is_one_line(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        checkpoint.digest_of(tmp_path, tmp_path / "cache")
+        model_checkpoint.digest_of(tmp_path, tmp_path / "cache")
 
 
 def test_an_untied_head_is_kept_cut_and_counted(tmp_path, write_pico_model):
@@ -267,7 +268,7 @@ def test_a_full_disk_leaves_nothing_half_written(pico_llama, tmp_path):
 
 def test_a_config_in_the_form_of_transformers_4_is_left_as_it_is(pico_exaone4, tmp_path):
     """EXAONE-4.0's own on the hub: transformers 5 writes into the nested dict that it is given."""
-    from compressors.target import retarget
+    from compressors.model.transformers_version import retarget
 
     path = shutil.copytree(pico_exaone4, tmp_path / "model")
     retarget(path, "4.57.3")

@@ -10,11 +10,13 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from compressors import build, calibration, family
-from compressors.checkpoint import Checkpoint
+from compressors import build
 from compressors.errors import CheckpointError
 from compressors.methods import depth, ffn, heads, hidden, precision
+from compressors.model import family
+from compressors.model.checkpoint import Checkpoint
 from compressors.plan import CompressionPlan
+from compressors.statistics import activations
 
 F32 = torch.float32
 
@@ -26,7 +28,7 @@ def windows():
 
 @pytest.fixture(scope="module")
 def statistics(base, windows):
-    return calibration.calibrate(base, windows)
+    return activations.calibrate(base, windows)
 
 
 @pytest.fixture(scope="module")
@@ -337,17 +339,17 @@ def test_hidden_activity_is_the_mean_over_layers_that_count_alike(base, its_fami
 
 def test_windows_of_different_lengths_weigh_by_their_tokens(base, its_family, windows):
     short, long = windows[0][:10], windows[1]
-    both = calibration.calibrate(base, [short, long])
-    alone = [calibration.calibrate(base, [window]) for window in (short, long)]
+    both = activations.calibrate(base, [short, long])
+    alone = [activations.calibrate(base, [window]) for window in (short, long)]
     expected = (10 * alone[0].block_influence + 40 * alone[1].block_influence) / 50
     torch.testing.assert_close(both.block_influence, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_text_of_another_tokenizer_and_no_text_are_refused(base):
     with pytest.raises(CheckpointError, match="token 320, and the model has 320"):
-        calibration.calibrate(base, [[3, 320]])
+        activations.calibrate(base, [[3, 320]])
     with pytest.raises(CheckpointError, match="no text"):
-        calibration.calibrate(base, [])
+        activations.calibrate(base, [])
 
 
 def test_activations_that_are_not_finite_are_refused(base, windows):
@@ -355,12 +357,12 @@ def test_activations_that_are_not_finite_are_refused(base, windows):
     name = "model.layers.2.mlp.up_proj.weight"
     broken[name] = broken[name].map(lambda weight: torch.full_like(weight, torch.nan))
     with pytest.raises(CheckpointError, match="NaN"):
-        calibration.calibrate(dataclasses.replace(base, tensors=broken), windows)
+        activations.calibrate(dataclasses.replace(base, tensors=broken), windows)
 
 
 def test_statistics_survive_the_disk(statistics, tmp_path):
     statistics.save(tmp_path / "s.safetensors")
-    again = calibration.Calibration.load(tmp_path / "s.safetensors")
+    again = activations.Calibration.load(tmp_path / "s.safetensors")
     assert torch.equal(again.ffn_activity, statistics.ffn_activity)
     assert again.norm_mean_square.keys() == statistics.norm_mean_square.keys()
 
@@ -411,7 +413,7 @@ def test_a_real_exaone4_agrees_with_stock_transformers(exaone4_mini, tmp_path):
     real = Checkpoint.read(exaone4_mini)
     real_family, plan = family.family_of(real), CompressionPlan.identity(real.config)
     text = torch.randint(3, 8000, (2, 64), generator=torch.Generator().manual_seed(2)).tolist()
-    found = calibration.calibrate(real, text)
+    found = activations.calibrate(real, text)
     plan = dataclasses.replace(plan, num_hidden_layers=plan.num_hidden_layers - 1, precision="W8A8")
     build.apply(plan, real, real_family, found).write(tmp_path / "m")
     simulated = build.apply(plan, real, real_family, found, simulate=True).to_model("cpu", F32)

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from compressors.checkpoint import Checkpoint
 from compressors.distillation import fit as distill_fit
 from compressors.distillation import loss as distill_loss
 from compressors.distillation import pair as distill_pair
+from compressors.distillation.distill import Distillation, batch_of, best, distill, learning_rate
 from compressors.errors import CheckpointError, CompressionError
-from compressors.family import family_of
 from compressors.methods import depth, ffn, precision
-from compressors.methods.distill import Distillation, batch_of, best, distill, learning_rate
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.family import family_of
 
 WINDOW = 32
 SETTINGS = Distillation(

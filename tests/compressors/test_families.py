@@ -11,11 +11,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from compressors import build, calibration, family, moments
-from compressors.checkpoint import Checkpoint, stock_config
+from compressors import build
 from compressors.errors import CheckpointError
 from compressors.methods import depth, heads, hidden
+from compressors.model import family
+from compressors.model.checkpoint import Checkpoint, stock_config
 from compressors.plan import CompressionPlan
+from compressors.statistics import activations, second_moments
 from evaluator import backends
 from evaluator.process import EngineProcess
 
@@ -271,7 +273,7 @@ def test_a_cut_exaone_3_is_a_llama_for_everyone(tmp_path, write_pico_exaone3, wi
         precision=precision,
     )
     assert build.check(plan, base, its_family, kernel_alignment=False, max_bytes=None) is None
-    statistics = calibration.calibrate(base, windows)
+    statistics = activations.calibrate(base, windows)
     simulated = build.apply(plan, base, its_family, statistics, simulate=True).to_model("cpu", F32)
     build.apply(plan, base, its_family, statistics).write(tmp_path / "cut")
     config = json.loads((tmp_path / "cut" / "config.json").read_text())
@@ -392,8 +394,8 @@ def test_vllm_serves_a_cut_model_as_transformers_does(tmp_path, trained, served,
         return
     assert refused is None
     seen = walks(64, 64, 1).tolist()
-    moment = moments.collect(base, {"walks": seen}, tmp_path / "moments", "cpu")
-    build.apply(plan, base, its_family, calibration.calibrate(base, seen), moments=moment).write(tmp_path / "cut")
+    moment = second_moments.collect(base, {"walks": seen}, tmp_path / "moments", "cpu")
+    build.apply(plan, base, its_family, activations.calibrate(base, seen), moments=moment).write(tmp_path / "cut")
     windows = walks(16, 128, 2).tolist()
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "cut", dtype=F32).eval()
     scores = logits(model, windows)[:, :-1].log_softmax(-1)

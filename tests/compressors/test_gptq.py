@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from compressors import rounding
 from compressors.errors import CheckpointError
-from compressors.methods import gptq
+from compressors.methods import gptq, rounding
 
 SCHEMES = {"W4A16": 32, "W8A8": None, "FP8_DYNAMIC": None}
 

@@ -7,11 +7,13 @@ import json
 import pytest
 import torch
 
-from compressors import build, calibration, family, leave_heads_out, moments
-from compressors.checkpoint import Checkpoint, LazyTensor
+from compressors import build
 from compressors.errors import CheckpointError
-from compressors.methods import importance
+from compressors.methods import heads_by_kl, importance
+from compressors.model import family
+from compressors.model.checkpoint import Checkpoint, LazyTensor
 from compressors.plan import CompressionPlan
+from compressors.statistics import activations, second_moments
 
 GROUPS = 8
 
@@ -31,7 +33,7 @@ def model(request, tmp_path_factory, write_pico_model):
 
 @pytest.fixture(scope="module")
 def collected(model, domains, tmp_path_factory):
-    return moments.collect(model, domains, tmp_path_factory.mktemp("moments") / "moments")
+    return second_moments.collect(model, domains, tmp_path_factory.mktemp("moments") / "moments")
 
 
 def kl_without(model, gone, windows):
@@ -63,7 +65,7 @@ def by_hand(model, energy, keep, windows):
     def cost(*those):
         return kl_without(model, those, windows)
 
-    for _ in range(leave_heads_out.SWEEPS):
+    for _ in range(heads_by_kl.SWEEPS):
         for layer in range(3):
             tried = sorted(range(GROUPS), key=lambda group: energy[layer][group])[: GROUPS - keep + 3]
 
@@ -86,7 +88,7 @@ def test_each_layer_goes_without_what_costs_least_beside_the_others(model, domai
     its = family.family_of(model)
     energy = importance.group_energy(model, its, collected)
     windows = [window for those in domains.values() for window in those]
-    found = leave_heads_out.choose(model, its, domains, energy, keep, tmp_path)
+    found = heads_by_kl.choose(model, its, domains, energy, keep, tmp_path)
     expected, costs = by_hand(model, energy, keep, windows)
     assert found == expected
     assert found != least_of(energy, keep)
@@ -95,12 +97,12 @@ def test_each_layer_goes_without_what_costs_least_beside_the_others(model, domai
 
 
 def test_the_windows_are_spread_over_the_text(model, domains, collected, tmp_path, monkeypatch):
-    monkeypatch.setattr(leave_heads_out, "WINDOWS", 2)
+    monkeypatch.setattr(heads_by_kl, "WINDOWS", 2)
     its = family.family_of(model)
     energy = importance.group_energy(model, its, collected)
     few = {name: [windows[0], windows[3]] for name, windows in domains.items()}
     (tmp_path / "few").mkdir()
-    assert leave_heads_out.choose(model, its, domains, energy, 6, tmp_path) == leave_heads_out.choose(
+    assert heads_by_kl.choose(model, its, domains, energy, 6, tmp_path) == heads_by_kl.choose(
         model, its, few, energy, 6, tmp_path / "few"
     )
 
@@ -108,7 +110,7 @@ def test_the_windows_are_spread_over_the_text(model, domains, collected, tmp_pat
 def test_a_search_goes_on_where_it_was_killed(model, domains, collected, tmp_path):
     its = family.family_of(model)
     energy = importance.group_energy(model, its, collected)
-    expected = leave_heads_out.choose(model, its, domains, energy, 6, tmp_path)
+    expected = heads_by_kl.choose(model, its, domains, energy, 6, tmp_path)
 
     def interrupt(what):
         if "sweep 2 of 2: layer 2 of 3" in what:
@@ -116,34 +118,34 @@ def test_a_search_goes_on_where_it_was_killed(model, domains, collected, tmp_pat
 
     (tmp_path / "cut").mkdir()
     with pytest.raises(KeyboardInterrupt):
-        leave_heads_out.choose(model, its, domains, energy, 6, tmp_path / "cut", say=interrupt)
+        heads_by_kl.choose(model, its, domains, energy, 6, tmp_path / "cut", say=interrupt)
     said = []
-    assert leave_heads_out.choose(model, its, domains, energy, 6, tmp_path / "cut", say=said.append) == expected
+    assert heads_by_kl.choose(model, its, domains, energy, 6, tmp_path / "cut", say=said.append) == expected
     assert [what for what in said if "sweep" in what] == [
         f"leaving out heads, sweep 2 of 2: layer {layer} of 3" for layer in (2, 3)
     ]
     said.clear()
-    assert leave_heads_out.choose(model, its, domains, energy, 6, tmp_path / "cut", say=said.append) == expected
+    assert heads_by_kl.choose(model, its, domains, energy, 6, tmp_path / "cut", say=said.append) == expected
     assert said == []
     file = tmp_path / "cut" / "groups-6.json"
     stored = json.loads(file.read_text())
     file.write_text(json.dumps({**stored, "rules": [0], "gone": [[0, 1]] * 3}))  # by other rules: made again
-    assert leave_heads_out.choose(model, its, domains, energy, 6, tmp_path / "cut") == expected
+    assert heads_by_kl.choose(model, its, domains, energy, 6, tmp_path / "cut") == expected
     file.write_text("{")
     with pytest.raises(CheckpointError, match="delete it"):
-        leave_heads_out.choose(model, its, domains, energy, 6, tmp_path / "cut")
+        heads_by_kl.choose(model, its, domains, energy, 6, tmp_path / "cut")
 
 
 def test_a_plan_keeps_the_others_in_the_layers_that_stay(model, domains, collected):
     """Chosen in the whole model: a plan with fewer layers asks for no other choice."""
     its, own = family.family_of(model), CompressionPlan.identity(model.config)
     energy = importance.group_energy(model, its, collected)
-    gone = leave_heads_out.choose(model, its, domains, energy, 6, collected.path)
+    gone = heads_by_kl.choose(model, its, domains, energy, 6, collected.path)
     plan = dataclasses.replace(
         own, num_hidden_layers=2, drop_from="0", num_key_value_heads=6, num_attention_heads=12, importance="kl"
     )
     said = []
-    statistics = calibration.calibrate(model, domains["one"])
+    statistics = activations.calibrate(model, domains["one"])
     made = build.apply(plan, model, its, statistics, moments=collected, say=said.append)
     assert said == []
     size = family.head_dim(model.config)
@@ -152,7 +154,7 @@ def test_a_plan_keeps_the_others_in_the_layers_that_stay(model, domains, collect
         rows = torch.cat([torch.arange(group * size, (group + 1) * size) for group in stay])
         whole = model.tensors[f"{its.in_layer(old, its.k)}.weight"].load()
         assert torch.equal(made.tensors[f"{its.in_layer(new, its.k)}.weight"].load(), whole[rows])
-    assert build.versions(plan) == [f"heads {leave_heads_out.RULES}"]
+    assert build.versions(plan) == [f"heads {heads_by_kl.RULES}"]
     # fewer query heads of the same groups, and channels: by energy
     narrow = dataclasses.replace(own, num_attention_heads=8, intermediate_size=64)
     one, other = (

@@ -4,12 +4,13 @@ import json
 import pytest
 import torch
 
-from compressors import build, family
-from compressors.calibration import Calibration
-from compressors.checkpoint import Checkpoint
+from compressors import build
 from compressors.errors import InfeasiblePlan
 from compressors.methods import depth, heads, precision
+from compressors.model import family
+from compressors.model.checkpoint import Checkpoint
 from compressors.plan import CompressionPlan
+from compressors.statistics.activations import Calibration
 
 
 def statistics(influence):

@@ -11,10 +11,10 @@ from packaging.version import Version
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from compressors import family, rounding
-from compressors.checkpoint import Checkpoint
 from compressors.errors import InfeasiblePlan
-from compressors.methods import precision, sensitivity
+from compressors.methods import precision, rounding, sensitivity
+from compressors.model import family
+from compressors.model.checkpoint import Checkpoint
 
 F32 = torch.float32
 WIDE = {"hidden_size": 192, "head_dim": 32, "intermediate_size": 128}  # widths 192 and 128: groups of 64 and 32

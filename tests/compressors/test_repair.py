@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 
-from compressors import build, calibration, moments
+from compressors import build
 from compressors.errors import CheckpointError
 from compressors.methods import heads, importance, repair
-from compressors.moments import Moment
 from compressors.plan import CompressionPlan
+from compressors.statistics import activations, second_moments
+from compressors.statistics.second_moments import Moment
 
 
 def moment_of(x):
@@ -30,7 +31,7 @@ def domains():
 
 @pytest.fixture(scope="module")
 def collected(base, domains, tmp_path_factory):
-    return moments.collect(base, domains, tmp_path_factory.mktemp("moments") / "m", batch=2)
+    return second_moments.collect(base, domains, tmp_path_factory.mktemp("moments") / "m", batch=2)
 
 
 # -- second moments ------------------------------------------------------------------------------------------
@@ -48,8 +49,8 @@ def test_they_are_those_of_a_whole_forward_pass(base, its_family, domains, colle
                 for window in windows:
                     model(input_ids=torch.tensor([window]), use_cache=False)
             hook.remove()
-            x = moments.clipped(torch.stack(seen)).flatten(0, 1)
-            found = collected.of(layer, moments.input_of(its_family, part))[domain]
+            x = second_moments.clipped(torch.stack(seen)).flatten(0, 1)
+            found = collected.of(layer, second_moments.input_of(its_family, part))[domain]
             assert found.tokens == len(x) == len(windows) * 24
             torch.testing.assert_close(found.second, x.T @ x / len(x), rtol=1e-3, atol=1e-5)
             torch.testing.assert_close(found.mean, x.mean(0), rtol=1e-3, atol=1e-5)
@@ -59,16 +60,18 @@ def test_one_token_does_not_hold_the_trace():
     x = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))
     calm = x.clone()
     x[0, 0] *= 1e4
-    found = moments.clipped(x)
+    found = second_moments.clipped(x)
     assert torch.equal(found[1], calm[1])
     assert torch.equal(found[0, 1:], calm[0, 1:])
-    assert float(found[0, 0].norm()) == pytest.approx(moments.CLIP * float(calm[0].norm(dim=-1).median()), rel=0.05)
+    assert float(found[0, 0].norm()) == pytest.approx(
+        second_moments.CLIP * float(calm[0].norm(dim=-1).median()), rel=0.05
+    )
     torch.testing.assert_close(found[0, 0] / found[0, 0].norm(), calm[0, 0] / calm[0, 0].norm())
 
 
 def test_they_are_collected_once_and_renumbered_with_the_layers(base, domains, collected):
     stamp = (collected.path / "layer-0.safetensors").stat().st_mtime_ns
-    assert moments.collect(base, domains, collected.path) == collected
+    assert second_moments.collect(base, domains, collected.path) == collected
     assert (collected.path / "layer-0.safetensors").stat().st_mtime_ns == stamp
     kept = collected.of_layers([0, 2, 4])
     part = "mlp.down_proj"
@@ -76,7 +79,7 @@ def test_they_are_collected_once_and_renumbered_with_the_layers(base, domains, c
 
 
 def test_a_damaged_file_says_what_to_do(base, domains, tmp_path):
-    found = moments.collect(base, {"low": domains["low"][:1]}, tmp_path / "m")
+    found = second_moments.collect(base, {"low": domains["low"][:1]}, tmp_path / "m")
     file = tmp_path / "m" / "layer-1.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="delete") as caught:
@@ -86,7 +89,7 @@ def test_a_damaged_file_says_what_to_do(base, domains, tmp_path):
 
 def test_windows_of_several_lengths_are_refused(base, tmp_path):
     with pytest.raises(CheckpointError, match="same length"):
-        moments.collect(base, {"odd": [[3, 4, 5], [3, 4]]}, tmp_path / "m")
+        second_moments.collect(base, {"odd": [[3, 4, 5], [3, 4]]}, tmp_path / "m")
     assert [path.name for path in tmp_path.iterdir()] == [".m.lock"]
 
 
@@ -246,7 +249,7 @@ def test_a_repaired_plan_loses_less_and_loads(base, its_family, domains, collect
     if base.config["num_key_value_heads"] < 3 and cut == "heads":
         pytest.skip("no group to spare")
     windows = [window for those in domains.values() for window in those]
-    statistics = calibration.calibrate(base, windows)
+    statistics = activations.calibrate(base, windows)
     plan = dataclasses.replace(own, **CUTS[cut])
     reason = build.check(plan, base, its_family, kernel_alignment=False, max_bytes=None)
     if reason:
@@ -289,5 +292,5 @@ def test_gptq_sees_the_inputs_of_the_cut_model(base, its_family, collected):
         assert made.tensors[f"{name}.weight"].shape[1] == 96
     assert torch.equal(
         second(its_family.in_layer(1, its_family.up)),
-        moments.mixed(collected.of(1, its_family.gate)).second,
+        second_moments.mixed(collected.of(1, its_family.gate)).second,
     )

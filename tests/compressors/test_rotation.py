@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from compressors import build, calibration, family, moments
-from compressors.checkpoint import Checkpoint
+from compressors import build
 from compressors.methods import rotation
+from compressors.model import family
+from compressors.model.checkpoint import Checkpoint
 from compressors.plan import CompressionPlan
+from compressors.statistics import activations, second_moments
 
 RANK = 64  # of 96 dimensions
 
@@ -113,8 +115,8 @@ def test_principal_components_are_orthonormal_and_hold_the_whole_stream(base, it
 def test_a_stream_of_few_dimensions_loses_nothing_in_so_many(base, its, texts, tmp_path):
     few = of_low_rank(with_even_gains(base, its), its)
     windows = [window for those in texts.values() for window in those]
-    statistics = calibration.calibrate(few, windows)
-    moment = moments.collect(few, texts, tmp_path / "moments")
+    statistics = activations.calibrate(few, windows)
+    moment = second_moments.collect(few, texts, tmp_path / "moments")
     keep = RANK + -RANK % base.config["num_attention_heads"]  # transformers wants a multiple of the heads of some
     plan = dataclasses.replace(CompressionPlan.identity(base.config), hidden_size=keep)
     expected = logits(few, texts["one"])
@@ -132,10 +134,10 @@ def test_a_stream_of_few_dimensions_loses_nothing_in_so_many(base, its, texts, t
 def test_what_is_known_of_the_inputs_is_known_of_the_turned_model_s(base, its, texts, tmp_path):
     even = with_even_gains(base, its)
     found = rotation.principal(even, its, texts, tmp_path)
-    of_base = moments.collect(even, texts, tmp_path / "base-moments")
+    of_base = second_moments.collect(even, texts, tmp_path / "base-moments")
     changed = dataclasses.replace(of_base, change=rotation.of_inputs(even, its, found.basis)).of_layers((1, 3))
     turned = rotation.turn(even, its, found)
-    collected = moments.collect(turned, texts, tmp_path / "turned-moments").of_layers((1, 3))
+    collected = second_moments.collect(turned, texts, tmp_path / "turned-moments").of_layers((1, 3))
     for part in (its.q, its.o, its.gate, its.down):
         for domain, expected in collected.of(1, part).items():
             moment = changed.of(1, part)[domain]
@@ -151,8 +153,8 @@ def test_the_size_is_foreseen_with_an_lm_head_of_its_own(base, its, texts, tmp_p
         CompressionPlan.identity(base.config), hidden_size=72, precision="W8A8", quantizer="gptq", rotation="pca"
     )
     assert build.needs_moments(plan)
-    moment = moments.collect(base, texts, tmp_path / "moments")
-    made = build.apply(plan, base, its, calibration.calibrate(base, windows), moments=moment)
+    moment = second_moments.collect(base, texts, tmp_path / "moments")
+    made = build.apply(plan, base, its, activations.calibrate(base, windows), moments=moment)
     made.write(tmp_path / "made")
     assert (tmp_path / "made" / "model.safetensors").stat().st_size == build.predicted_bytes(plan, base, its)
 
@@ -165,7 +167,7 @@ def test_a_gpu_makes_the_same_model(base, its, texts, tmp_path, options):
     plan = dataclasses.replace(CompressionPlan.identity(base.config), hidden_size=72, rotation="pca", **options)
     made = {}
     for device in ("cpu", "cuda"):
-        statistics = calibration.calibrate(base, windows, device)
-        moment = moments.collect(base, texts, tmp_path / device, device)
+        statistics = activations.calibrate(base, windows, device)
+        moment = second_moments.collect(base, texts, tmp_path / device, device)
         made[device] = build.apply(plan, base, its, statistics, moments=moment, device=device)
     assert lost(made["cuda"], logits(made["cpu"], windows), windows) < 1e-5  # components are known but for their sign

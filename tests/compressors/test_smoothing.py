@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from compressors import build, calibration, family, moments
-from compressors.checkpoint import Checkpoint, LazyTensor
+from compressors import build
 from compressors.methods import precision, smoothing
+from compressors.model import family
+from compressors.model.checkpoint import Checkpoint, LazyTensor
 from compressors.plan import CompressionPlan
+from compressors.statistics import activations, second_moments
 
 FAMILIES = ["llama", "llama_untied", "qwen2", "qwen3", "smollm3", "exaone4", "gemma3_text"]
 LOUD = (1, 5, 7)  # channels
@@ -40,7 +42,7 @@ def its(base):
 
 @pytest.fixture
 def second(base, its, texts, tmp_path):
-    return build._second_moments(its, moments.collect(base, texts, tmp_path / "moments"), {}, "cpu")
+    return build._second_moments(its, second_moments.collect(base, texts, tmp_path / "moments"), {}, "cpu")
 
 
 def logits(checkpoint, windows, dtype=torch.float32):
@@ -114,8 +116,8 @@ def test_one_factor_for_all_query_heads_that_are_left_of_a_value(base, its, text
     own = CompressionPlan.identity(base.config)
     plan = dataclasses.replace(own, num_attention_heads=own.num_key_value_heads)
     assert plan != own
-    cut = build.apply(plan, base, its, calibration.calibrate(base, texts["one"]))
-    second = build._second_moments(its, moments.collect(cut, texts, tmp_path / "moments"), {}, "cpu")
+    cut = build.apply(plan, base, its, activations.calibrate(base, texts["one"]))
+    second = build._second_moments(its, second_moments.collect(cut, texts, tmp_path / "moments"), {}, "cpu")
     smooth, _ = smoothing.smooth(cut, its, second)
     assert torch.equal(logits(smooth, texts["one"]), logits(cut, texts["one"]))
     name = f"{its.in_layer(0, its.o)}.weight"
@@ -183,9 +185,9 @@ def test_no_other_factors_cost_less():
 def test_loud_channels_make_the_others_no_coarser(quiet, base, its, texts, tmp_path, quantizer):
     def lost(model, name, how):
         plan = dataclasses.replace(CompressionPlan.identity(model.config), precision="W8A8", quantizer=quantizer, **how)
-        its_moments = moments.collect(model, texts, tmp_path / name)
+        its_moments = second_moments.collect(model, texts, tmp_path / name)
         made = build.apply(
-            plan, model, its, calibration.calibrate(model, texts["one"]), moments=its_moments, simulate=True
+            plan, model, its, activations.calibrate(model, texts["one"]), moments=its_moments, simulate=True
         )
         expected, found = (logits(one, texts["other"]).log_softmax(-1) for one in (model, made))
         return float((expected.exp() * (expected - found)).sum(-1).mean())
@@ -208,8 +210,8 @@ def test_written_it_is_what_was_scored(base, its, texts, tmp_path):
         smoothing="smoothquant",
         keep_16_bit=1,
     )
-    its_moments = moments.collect(base, texts, tmp_path / "moments")
-    statistics = calibration.calibrate(base, texts["one"])
+    its_moments = second_moments.collect(base, texts, tmp_path / "moments")
+    statistics = activations.calibrate(base, texts["one"])
     simulated, written = (
         build.apply(plan, base, its, statistics, moments=its_moments, simulate=simulate) for simulate in (True, False)
     )

@@ -8,12 +8,14 @@ import re
 import pytest
 import torch
 
-from compressors import build, calibration, family, leave_one_out, moments
-from compressors.checkpoint import Checkpoint, LazyTensor
+from compressors import build
 from compressors.errors import CheckpointError
-from compressors.methods import depth, ffn, hidden, stream
+from compressors.methods import depth, ffn, hidden, layers_by_kl, stream
+from compressors.model import family
+from compressors.model.checkpoint import Checkpoint, LazyTensor
 from compressors.plan import CompressionPlan
-from compressors.streams import Stays
+from compressors.statistics import activations, second_moments
+from compressors.statistics.residual_streams import Stays
 
 F32 = torch.float32
 
@@ -263,8 +265,8 @@ COMPOSED = {
 
 
 def test_every_cut_at_once_is_repaired(base, its_family, domains, tmp_path):
-    moment = moments.collect(base, domains, tmp_path / "m")
-    statistics = calibration.calibrate(base, domains["low"])
+    moment = second_moments.collect(base, domains, tmp_path / "m")
+    statistics = activations.calibrate(base, domains["low"])
     own = CompressionPlan.identity(base.config)
     plan = dataclasses.replace(own, **COMPOSED, hidden_size=own.hidden_size - 24, precision="W8A8")
     made, plain = (
@@ -279,9 +281,9 @@ def test_every_cut_at_once_is_repaired(base, its_family, domains, tmp_path):
 def test_broken_weights_and_damaged_files_are_said(pico_llama, domains, tmp_path):
     base = Checkpoint.read(pico_llama)
     its_family = family.family_of(base)
-    moment = moments.collect(base, {"low": domains["low"][:4]}, tmp_path / "m")
+    moment = second_moments.collect(base, {"low": domains["low"][:4]}, tmp_path / "m")
     plan = dataclasses.replace(CompressionPlan.identity(base.config), intermediate_size=128, repair="stream")
-    statistics = calibration.calibrate(base, domains["low"][:4])
+    statistics = activations.calibrate(base, domains["low"][:4])
     (moment.path / ".stream-999999-left").mkdir()  # of a process that was killed
     made = build.apply(plan, base, its_family, statistics, moments=moment)
     made.digest()
@@ -305,8 +307,8 @@ def test_broken_weights_and_damaged_files_are_said(pico_llama, domains, tmp_path
 def test_a_plan_is_repaired_when_its_weights_are_read_and_once(pico_exaone4, domains, tmp_path):
     base = Checkpoint.read(pico_exaone4)
     its_family = family.family_of(base)
-    moment = moments.collect(base, domains, tmp_path / "m")
-    statistics = calibration.calibrate(base, domains["low"])
+    moment = second_moments.collect(base, domains, tmp_path / "m")
+    statistics = activations.calibrate(base, domains["low"])
     own = CompressionPlan.identity(base.config)
     plan = dataclasses.replace(own, intermediate_size=128, num_hidden_layers=4, repair="stream", drop_from="kl")
     said = []
@@ -348,7 +350,7 @@ def test_layers_go_by_what_the_predictions_lose(base, its_family, domains, tmp_p
     model = dead(in_float32(base), its_family, [1, 3])
     few = {name: windows[:2] for name, windows in domains.items()}
     windows = [window for those in few.values() for window in those]
-    found = leave_one_out.order(model, its_family, few, 3, tmp_path, batch=3)
+    found = layers_by_kl.order(model, its_family, few, 3, tmp_path, batch=3)
     kls = json.loads((tmp_path / "order.json").read_text())["kl"]
     assert set(found[:2]) == {1, 3}
     assert max(kls[:2]) < 1e-4
@@ -359,12 +361,12 @@ def test_layers_go_by_what_the_predictions_lose(base, its_family, domains, tmp_p
 
 @pytest.mark.parametrize("look_ahead", [False, True])
 def test_an_order_does_not_depend_on_what_was_asked_before(pico_llama, domains, tmp_path, look_ahead, monkeypatch):
-    monkeypatch.setattr(leave_one_out, "CANDIDATES", 2)
+    monkeypatch.setattr(layers_by_kl, "CANDIDATES", 2)
     base = Checkpoint.read(pico_llama)
     its_family, few = family.family_of(base), {"low": domains["low"][:2]}
 
     def order(count, place):
-        return leave_one_out.order(base, its_family, few, count, tmp_path / place, look_ahead=look_ahead)
+        return layers_by_kl.order(base, its_family, few, count, tmp_path / place, look_ahead=look_ahead)
 
     at_once = {count: order(count, f"alone-{count}") for count in (1, 2, 3)}
     assert {count: order(count, "together") for count in (1, 2, 3)} == at_once
@@ -376,11 +378,11 @@ def test_an_order_does_not_depend_on_what_was_asked_before(pico_llama, domains, 
 
 @pytest.mark.parametrize("look_ahead", [False, True])
 def test_nearly_all_layers_can_go_one_by_one(pico_llama, domains, tmp_path, look_ahead, monkeypatch):
-    monkeypatch.setattr(leave_one_out, "CANDIDATES", 2)
+    monkeypatch.setattr(layers_by_kl, "CANDIDATES", 2)
     base = in_float32(Checkpoint.read(pico_llama))
     its_family, few = family.family_of(base), {"low": domains["low"][:2]}
     said = []
-    found = leave_one_out.order(base, its_family, few, 4, tmp_path, look_ahead=look_ahead, say=said.append)
+    found = layers_by_kl.order(base, its_family, few, 4, tmp_path, look_ahead=look_ahead, say=said.append)
     assert len(set(found)) == 4
     tries = [what for what in said if re.search(r"layer \d of 4: trying", what)]
     assert len(tries) == 5 + 2 + 2 + 2, "the cheapest of the first step, and as many others as have gone since"
@@ -389,26 +391,26 @@ def test_nearly_all_layers_can_go_one_by_one(pico_llama, domains, tmp_path, look
 def test_a_search_goes_on_where_it_was_killed(pico_llama, domains, tmp_path):
     base = Checkpoint.read(pico_llama)
     its_family, few = family.family_of(base), {"low": domains["low"][:2]}
-    expected = leave_one_out.order(base, its_family, few, 3, tmp_path / "whole")
+    expected = layers_by_kl.order(base, its_family, few, 3, tmp_path / "whole")
 
     def interrupt(what):
         if "layer 3 of 3" in what:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        leave_one_out.order(base, its_family, few, 3, tmp_path / "cut", say=interrupt)
+        layers_by_kl.order(base, its_family, few, 3, tmp_path / "cut", say=interrupt)
     said = []
-    assert leave_one_out.order(base, its_family, few, 3, tmp_path / "cut", say=said.append) == expected
+    assert layers_by_kl.order(base, its_family, few, 3, tmp_path / "cut", say=said.append) == expected
     assert not [what for what in said if "layer 1 of 3" in what or "layer 2 of 3" in what]
     (tmp_path / "cut" / "order.json").write_text("{")
     with pytest.raises(CheckpointError, match="delete it"):
-        leave_one_out.order(base, its_family, few, 1, tmp_path / "cut")
+        layers_by_kl.order(base, its_family, few, 1, tmp_path / "cut")
 
 
 def test_look_ahead_takes_the_layer_that_leaves_the_cheapest_next_one(pico_llama, domains, tmp_path):
     base = in_float32(Checkpoint.read(pico_llama))
     its_family, few = family.family_of(base), {"low": domains["low"][:2]}
-    found = leave_one_out.order(base, its_family, few, 2, tmp_path, look_ahead=True)
+    found = layers_by_kl.order(base, its_family, few, 2, tmp_path, look_ahead=True)
     pairs = {
         pair: kl(base, depth.cut(base, its_family, sorted(set(range(5)) - set(pair))), few["low"])
         for pair in itertools.combinations(range(5), 2)
@@ -417,6 +419,6 @@ def test_look_ahead_takes_the_layer_that_leaves_the_cheapest_next_one(pico_llama
     single = {
         layer: kl(base, depth.cut(base, its_family, sorted(set(range(5)) - {layer})), few["low"]) for layer in found
     }
-    greedy = leave_one_out.order(base, its_family, few, 2, tmp_path)
+    greedy = layers_by_kl.order(base, its_family, few, 2, tmp_path)
     assert greedy[0] == min(single, key=lambda layer: single[layer])
     assert found != greedy  # of a pair, either may go first: look-ahead takes what it tried first

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressors import build, structure
-from compressors.checkpoint import Checkpoint
+from compressors import build, possible_cuts
 from compressors.errors import CheckpointError
-from compressors.family import family_of
+from compressors.model import structure
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.family import family_of
 from compressors.plan import CompressionPlan
 
 
@@ -110,7 +111,7 @@ def test_describing_a_known_family_reads_no_weights(base, its_family):
         base, tensors={name: dataclasses.replace(tensor, load=fails) for name, tensor in base.tensors.items()}
     )
     assert structure.describe(blind, its_family) == structure.describe(base, its_family)
-    assert structure.cuts(blind, its_family) == structure.cuts(base, its_family)
+    assert possible_cuts.cuts(blind, its_family) == possible_cuts.cuts(base, its_family)
 
 
 # -- cuts ----------------------------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ def test_what_a_cut_saves_is_the_difference_of_the_files_that_are_written(base, 
         "bfloat16 → FP8_DYNAMIC": {"precision": "FP8_DYNAMIC"},
         "bfloat16 → W4A16": {"precision": "W4A16"},
     }
-    found = {cut.what: cut for cut in structure.cuts(base, its_family)}
+    found = {cut.what: cut for cut in possible_cuts.cuts(base, its_family)}
     assert list(found) == list(changes)
     own = CompressionPlan.identity(base.config)
     for what, change in changes.items():
@@ -154,7 +155,7 @@ def test_what_a_cut_saves_is_the_difference_of_the_files_that_are_written(base, 
 
 def test_a_wide_ffn_is_cut_by_128_channels(write_pico_model, tmp_path):
     base = Checkpoint.read(write_pico_model(tmp_path / "wide", "llama", intermediate_size=1024, num_hidden_layers=2))
-    widths = {cut.plan.intermediate_size for cut in structure.cuts(base, family_of(base))}
+    widths = {cut.plan.intermediate_size for cut in possible_cuts.cuts(base, family_of(base))}
     assert widths == {1024, 896}
 
 
@@ -162,7 +163,7 @@ def test_an_infeasible_cut_says_why(write_pico_model, tmp_path):
     base = Checkpoint.read(
         write_pico_model(tmp_path / "one", "llama", num_hidden_layers=1, num_key_value_heads=1, num_attention_heads=2)
     )
-    found = structure.cuts(base, family_of(base))
+    found = possible_cuts.cuts(base, family_of(base))
     one, two, groups = found[:3]
     assert one.infeasible == "num_hidden_layers: 0 must be from 1 to the model's 1"
     assert two.infeasible == "num_hidden_layers: -1 must be from 1 to the model's 1"
@@ -173,8 +174,8 @@ def test_an_infeasible_cut_says_why(write_pico_model, tmp_path):
 def test_kernel_alignment_is_asked_for_or_not(write_pico_model, tmp_path):
     base = Checkpoint.read(write_pico_model(tmp_path / "wide", "llama", head_dim=16, num_hidden_layers=1))
     known = family_of(base)
-    anywhere = {cut.what: cut for cut in structure.cuts(base, known)}
-    on_gpu = {cut.what: cut for cut in structure.cuts(base, known, kernel_alignment=True)}
+    anywhere = {cut.what: cut for cut in possible_cuts.cuts(base, known)}
+    on_gpu = {cut.what: cut for cut in possible_cuts.cuts(base, known, kernel_alignment=True)}
     assert anywhere["bfloat16 → W4A16"].infeasible is None
     assert "Marlin kernel wants multiples of 64 × 128" in on_gpu["bfloat16 → W4A16"].infeasible
     assert on_gpu["bfloat16 → W4A16"].bytes_saved == anywhere["bfloat16 → W4A16"].bytes_saved > 0
@@ -183,11 +184,11 @@ def test_kernel_alignment_is_asked_for_or_not(write_pico_model, tmp_path):
 def test_cuts_of_thirty_layers_take_well_under_a_second(smollm2):
     base = Checkpoint.read(smollm2)
     known = family_of(base)
-    structure.cuts(base, known)  # imports
+    possible_cuts.cuts(base, known)  # imports
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        found = structure.cuts(base, known, kernel_alignment=True)
+        found = possible_cuts.cuts(base, known, kernel_alignment=True)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.5
     assert found[0].bytes_saved == 7_080_192

@@ -17,14 +17,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from compressors import build, calibration, family, target
-from compressors.checkpoint import Checkpoint
+from compressors import build
 from compressors.errors import CheckpointError
+from compressors.model import family, transformers_version
+from compressors.model.checkpoint import Checkpoint
 from compressors.plan import CompressionPlan
-from search import setting
+from compressors.statistics import activations
+from search import files
 
 F32 = torch.float32
-TARGET = target.DEFAULT
+TARGET = transformers_version.DEFAULT
 REQUIREMENTS = [  # the rest (torch, numpy, safetensors, …) is lent by the running environment
     f"transformers=={TARGET}",
     "huggingface-hub>=0.34,<1",
@@ -114,7 +116,7 @@ def one_thread():
 def environment():
     """transformers 4.57.3, to be put first on the path; installed once and kept in the user's cache."""
     wanted = hashlib.sha256("\n".join(REQUIREMENTS).encode()).hexdigest()[:8]
-    place = setting.CACHE / "targets" / f"transformers-{TARGET}-{wanted}"
+    place = files.CACHE / "targets" / f"transformers-{TARGET}-{wanted}"
     if not place.is_dir():
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
@@ -167,13 +169,13 @@ def export(base_path, plans, windows, to):
     """(logits before, directory after) of every plan, by name."""
     base = Checkpoint.read(base_path)
     its_family = family.family_of(base)
-    statistics = calibration.calibrate(base, windows)
+    statistics = activations.calibrate(base, windows)
     here, directories = {}, {}
     for name, changes in plans.items():
         plan = dataclasses.replace(CompressionPlan.identity(base.config), **changes)
         build.apply(plan, base, its_family, statistics).write(to / name)
         here[name], directories[name] = logits(to / name, windows), to / name
-        target.retarget(to / name, TARGET)
+        transformers_version.retarget(to / name, TARGET)
     return here, directories
 
 
@@ -194,8 +196,10 @@ def exports(environment, pico_exaone4, pico_llama, tmp_path_factory):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|x|>"]})
     tokenizer.save_pretrained(home / "more tokens")
     shutil.copy(pico_exaone4 / "config.json", home / "more tokens")
-    target.retarget(home / "more tokens", TARGET)
-    ropes = {name: target.config_for(rope_config(parameters), TARGET) for name, parameters in ROPES.items()}
+    transformers_version.retarget(home / "more tokens", TARGET)
+    ropes = {
+        name: transformers_version.config_for(rope_config(parameters), TARGET) for name, parameters in ROPES.items()
+    }
     there, said = ask(
         environment,
         home,
@@ -290,7 +294,7 @@ def config(pico_exaone4):
 
 
 def test_the_form_of_4_57(config):
-    made = target.config_for(config, TARGET)
+    made = transformers_version.config_for(config, TARGET)
     assert made["rope_theta"] == 1e6
     assert made["rope_scaling"] == {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
     assert made["torch_dtype"] == "bfloat16"
@@ -303,34 +307,34 @@ def test_the_form_of_4_57(config):
 
 
 def test_it_is_idempotent_and_takes_the_old_form(config):
-    made = target.config_for(config, TARGET)
-    assert target.config_for(made, TARGET) == made
+    made = transformers_version.config_for(config, TARGET)
+    assert transformers_version.config_for(made, TARGET) == made
     old = {**made, "rope_scaling": {"type": "linear", "factor": 2.0}}
-    assert target.config_for(old, TARGET)["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert transformers_version.config_for(old, TARGET)["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
     both = {**made, "rope_parameters": config["rope_parameters"], "dtype": config["dtype"]}
-    assert target.config_for(both, TARGET) == made
+    assert transformers_version.config_for(both, TARGET) == made
     inside = {**made, "rope_scaling": {**made["rope_scaling"], "rope_theta": 1e6}}  # as transformers 5 leaves it
-    assert target.config_for(inside, TARGET) == made
+    assert transformers_version.config_for(inside, TARGET) == made
 
 
 def test_head_dim_is_always_said(config):
     del config["head_dim"]
-    assert target.config_for(config, TARGET)["head_dim"] == 96 // 6
+    assert transformers_version.config_for(config, TARGET)["head_dim"] == 96 // 6
 
 
 @pytest.mark.parametrize("version", ["5.16", "5.16.2", transformers.__version__, "5.99.1"])
 def test_the_running_major_reads_it_as_it_is(config, version):
-    assert target.config_for(config, version) == {**config, "transformers_version": version}
+    assert transformers_version.config_for(config, version) == {**config, "transformers_version": version}
     tokenizer = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}
-    assert target.tokenizer_config_for(tokenizer, version, tokenizer_json=True) == tokenizer
+    assert transformers_version.tokenizer_config_for(tokenizer, version, tokenizer_json=True) == tokenizer
 
 
 @pytest.mark.parametrize("version", ["4.54.1", "4.58.0", "5.0.0", "5.15.9", "6.0", "latest", ""])
 def test_unknown_targets_are_refused(config, version, tmp_path):
     with pytest.raises(CheckpointError, match=r"4\.55 to 4\.57 and 5\.16 to 5\.x"):
-        target.config_for(config, version)
+        transformers_version.config_for(config, version)
     with pytest.raises(CheckpointError, match=r"4\.55 to 4\.57"):
-        target.retarget(tmp_path, version)
+        transformers_version.retarget(tmp_path, version)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +357,7 @@ def test_unknown_targets_are_refused(config, version, tmp_path):
 )
 def test_what_the_target_can_not_express_is_refused(config, changes, said):
     with pytest.raises(CheckpointError) as caught:
-        target.config_for({**config, **changes}, TARGET)
+        transformers_version.config_for({**config, **changes}, TARGET)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -362,7 +366,7 @@ def test_newer_keys_of_compressed_tensors(config):
     args = {"num_bits": 8, "type": "int", "scale_dtype": None, "newer": None}
     scheme = {"targets": ["Linear"], "weights": args, "input_activations": None, "newer": None, "format": "dense"}
     given = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": scheme}}
-    made = target.config_for({**config, "quantization_config": given}, TARGET)["quantization_config"]
+    made = transformers_version.config_for({**config, "quantization_config": given}, TARGET)["quantization_config"]
     assert made["config_groups"]["group_0"] == {
         "targets": ["Linear"],
         "weights": {"num_bits": 8, "type": "int", "scale_dtype": None},
@@ -371,10 +375,10 @@ def test_newer_keys_of_compressed_tensors(config):
     }
     args["newer"] = 3
     with pytest.raises(CheckpointError, match="newer: 3"):
-        target.config_for({**config, "quantization_config": given}, TARGET)
+        transformers_version.config_for({**config, "quantization_config": given}, TARGET)
     args["newer"], given["format"] = None, "mxfp8-quantized"
     with pytest.raises(CheckpointError, match="format mxfp8-quantized"):
-        target.config_for({**config, "quantization_config": given}, TARGET)
+        transformers_version.config_for({**config, "quantization_config": given}, TARGET)
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "W4A16"])  # in the layers' group, and in one of its own
@@ -387,13 +391,15 @@ def test_an_8_bit_lm_head_is_refused_where_vllm_does_not_read_it(pico_exaone4, s
     )  # fmt: skip
     made = build.apply(plan, base, its, None).config
     with pytest.raises(CheckpointError, match=r"reads no 8-bit lm_head before 0\.20"):
-        target.config_for(made, TARGET)
-    assert target.config_for(made, "5.17.0")["quantization_config"] == made["quantization_config"]
+        transformers_version.config_for(made, TARGET)
+    assert transformers_version.config_for(made, "5.17.0")["quantization_config"] == made["quantization_config"]
 
 
 def test_a_tokenizer_without_its_json_is_refused():
     with pytest.raises(CheckpointError, match="SentencePieceBackend"):
-        target.tokenizer_config_for({"tokenizer_class": "SentencePieceBackend"}, TARGET, tokenizer_json=False)
+        transformers_version.tokenizer_config_for(
+            {"tokenizer_class": "SentencePieceBackend"}, TARGET, tokenizer_json=False
+        )
 
 
 def test_retarget_says_what_it_changed_and_changes_nothing_twice(pico_exaone4, tmp_path):
@@ -401,7 +407,7 @@ def test_retarget_says_what_it_changed_and_changes_nothing_twice(pico_exaone4, t
     shutil.copytree(pico_exaone4, model)
     weights = (model / "model.safetensors").stat()
     version = transformers.__version__
-    assert target.retarget(model, TARGET) == [
+    assert transformers_version.retarget(model, TARGET) == [
         "config.json: rope_parameters → rope_theta, rope_scaling",
         "config.json: dtype → torch_dtype",
         f"config.json: transformers_version {version} → {TARGET}",
@@ -413,7 +419,7 @@ def test_retarget_says_what_it_changed_and_changes_nothing_twice(pico_exaone4, t
     assert (model / "model.safetensors").stat().st_mtime_ns == weights.st_mtime_ns
     assert (model / "config.json").stat().st_mode & 0o777 == 0o644
     stamps = {path: path.stat().st_mtime_ns for path in model.iterdir()}
-    assert target.retarget(model, TARGET) == []
+    assert transformers_version.retarget(model, TARGET) == []
     assert {path: path.stat().st_mtime_ns for path in model.iterdir()} == stamps
 
 
@@ -423,13 +429,13 @@ def test_a_directory_that_can_not_be_retargeted_is_left_as_it_was(pico_exaone4, 
     (model / "tokenizer_config.json").write_text("{")  # the last of the three to be read
     before = {path.name: path.read_bytes() for path in model.iterdir()}
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json can't be read"):
-        target.retarget(model, TARGET)
+        transformers_version.retarget(model, TARGET)
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
-        target.retarget(tmp_path, TARGET)
+        transformers_version.retarget(tmp_path, TARGET)
 
 
 @pytest.mark.parametrize(("model_type", "theta"), [("llama", 1e4), ("smollm3", 2e6), ("gemma3_text", 1e6)])
 def test_a_rope_theta_that_is_left_open_is_the_familys(model_type, theta):
     config = {"model_type": model_type, "rope_scaling": None, "head_dim": 64, "torch_dtype": "bfloat16"}
-    assert target.config_for(config, "4.57.3")["rope_theta"] == theta
+    assert transformers_version.config_for(config, "4.57.3")["rope_theta"] == theta

@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from compressors import build
+from compressors import plan as plans
 from compressors.plan import CompressionPlan
-from search import compress, config, objective, setting, space
+from search.by_hand import compress
+from search.config import compose
+from search.setup import setting
+from search.stages import bench as objective
+from search.study import space
 
 Setting = setting.Setting
 
 
 def prepare(values: dict[str, Any], *, search: bool = True) -> Setting:
     """The setting of a study file's values, on a machine and an engine that have fixed names."""
-    prepared = setting.prepare(config.validate(values, "golden"), search=search)
+    prepared = setting.prepare(compose.validate(values, "golden"), search=search)
     return dataclasses.replace(prepared, device_name="golden device", engine_version="golden engine 1.0")
 
 
@@ -27,11 +32,11 @@ def identity(of: Setting) -> CompressionPlan:
 
 
 def canonical(plan: CompressionPlan, of: Setting) -> CompressionPlan:
-    return space.canonical(plan, of.identity)
+    return plans.canonical(plan, of.identity)
 
 
 def name_of(plan: CompressionPlan, of: Setting) -> str:
-    return compress.name_of(plan, of.identity)
+    return plans.name_of(plan, of.identity)
 
 
 def plan_digest(plan: CompressionPlan, of: Setting) -> str:

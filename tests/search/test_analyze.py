@@ -10,12 +10,12 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from compressors import build
-from compressors.calibration import Calibration
-from compressors.checkpoint import Checkpoint
-from compressors.family import family_of
 from compressors.methods import depth
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.family import family_of
 from compressors.plan import CompressionPlan
-from search import analyze
+from compressors.statistics.activations import Calibration
+from search.by_hand import analyze
 from search.errors import UsageError
 
 INFLUENCE = [0.9, 0.125, 0.0625, 0.125, 0.5]  # by layer

@@ -15,9 +15,12 @@ import pytest
 import torch
 import transformers
 
-from compressors.plan import CHOICES, CompressionPlan
+from compressors.plan import CHOICES, CompressionPlan, name_of
 from evaluator import texts
-from search import compress, config, evaluation, jobs, setting, workers
+from search.by_hand import evaluate, multirun
+from search.config import compose
+from search.setup import setting
+from search.study import workers
 
 ROOT = Path(__file__).parents[2]
 
@@ -154,7 +157,7 @@ def tracked(home):
 @pytest.mark.parametrize("precision", ["bfloat16", "W8A8"])
 def test_a_plan_by_hand_is_measured_as_the_study_measures_it(cli, shared, precision):
     overrides = [f"space={{num_hidden_layers: 3, intermediate_size: 128, precision: [{precision}]}}", "trials=1"]
-    file = config.load("hand", [*overrides, f"study_name={precision}"], shared / "studies")
+    file = compose.load("hand", [*overrides, f"study_name={precision}"], shared / "studies")
     file = file.model_copy(update={"outputs": shared / "outputs", "storage": f"sqlite:///{shared}/outputs/studies.db"})
     trial = workers.run(file).best_trial
     keys = ["compression.keep_layers=3", "compression.intermediate_size=128"]
@@ -211,8 +214,10 @@ def test_jobs_of_a_multirun_are_called_by_their_experiments(tmp_path, pico_llama
     monkeypatch.chdir(home)
 
     def names(*words):
-        each = config.sweep(list(words), None)
-        planned = jobs.plan_jobs([(config.load("hand", one, None), one) for one in each], None, print, engine=False)
+        each = compose.sweep(list(words), None)
+        planned = multirun.plan_jobs(
+            [(compose.load("hand", one, None), one) for one in each], None, print, engine=False
+        )
         assert all(job.path == Path("submit", f"model_{job.name}") for job in planned)
         return [job.name for job in planned]
 
@@ -228,10 +233,10 @@ def test_jobs_of_a_multirun_are_called_by_their_experiments(tmp_path, pico_llama
 def test_plans_that_differ_have_names_that_differ():
     base = CompressionPlan(30, 32, 8, 2048, 4096, "bfloat16")
     cut = dataclasses.replace(base, num_hidden_layers=28, precision="W4A16")
-    assert compress.name_of(cut, base) == "drop28_w4a16"
-    named = {compress.name_of(cut, base)}
+    assert name_of(cut, base) == "drop28_w4a16"
+    named = {name_of(cut, base)}
     for option, choices in {**CHOICES, "keep_16_bit": (0, 1, 4)}.items():
-        named |= {compress.name_of(dataclasses.replace(cut, **{option: choice}), base) for choice in choices[1:]}
+        named |= {name_of(dataclasses.replace(cut, **{option: choice}), base) for choice in choices[1:]}
     words = {
         "energy",
         "flap",
@@ -253,7 +258,7 @@ def test_plans_that_differ_have_names_that_differ():
     }
     assert named == {"drop28_w4a16"} | {f"drop28_w4a16_{word}" for word in words}
     both = dataclasses.replace(cut, drop_from="top", precision="W8A8", repair="stream", quantizer="gptq")
-    assert compress.name_of(both, base) == "drop28-top_w8a8_stream_gptq"
+    assert name_of(both, base) == "drop28-top_w8a8_stream_gptq"
 
 
 def test_a_job_that_can_not_be_built_says_so_in_its_row_and_the_others_go_on(cli, shared):
@@ -300,7 +305,7 @@ def test_a_checkpoint_of_another_origin(cli, shared, pico_llama, tmp_path):
     assert found["plan"] is None
     assert found["measurement"]["kl_nats_per_token"] > 1e-3
     base = transformers.AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.float32)
-    file = config.load("hand", config_dir=shared / "studies")
+    file = compose.load("hand", config_dir=shared / "studies")
     kl = []
     for shard in setting.prepare(file).shards:
         for window in shard:
@@ -313,7 +318,7 @@ def test_a_checkpoint_of_another_origin(cli, shared, pico_llama, tmp_path):
     )
     unconfirmed = file.model_copy(update={"text": file.text.model_copy(update={"report": None})})
     with contextlib.chdir(shared):
-        known = [evaluation.known(path, setting.prepare(one)) for one in (file, unconfirmed)]
+        known = [evaluate.known(path, setting.prepare(one)) for one in (file, unconfirmed)]
     assert known == [found, None]  # on another text it is confirmed anew
 
 

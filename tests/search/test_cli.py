@@ -101,9 +101,10 @@ def test_export_writes_a_model_that_stock_transformers_loads_and_that_scores_the
     model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    from search import config, setting
+    from search.config import compose
+    from search.setup import setting
 
-    file = config.load("small", config_dir=home / "studies")
+    file = compose.load("small", config_dir=home / "studies")
     shards = setting.prepare(file).shards
     nll = []
     for window in (window for shard in shards for window in shard):

@@ -3,20 +3,21 @@ from pathlib import Path
 import pytest
 import yaml
 
-from search import config
-from search.config import ConfigError, Range, StudyFile
+from search.config import compose
+from search.config.compose import ConfigError
+from search.config.study_file import Range, StudyFile
 
 
 def refused(*overrides: str, study: str = "demo") -> str:
     with pytest.raises(ConfigError) as caught:
-        config.load(study, overrides)
+        compose.load(study, overrides)
     text = str(caught.value)
     assert "\n" not in text
     return text
 
 
 def test_base_study_documents_every_default():
-    documented = yaml.safe_load((config.PACKAGED / "_base.yaml").read_text())
+    documented = yaml.safe_load((compose.PACKAGED / "_base.yaml").read_text())
     defaults = StudyFile(study_name="x", model={"source": "y"}).model_dump(mode="json")
     assert StudyFile(**documented | {"study_name": "x", "model": documented["model"] | {"source": "y"}}) == StudyFile(
         **defaults
@@ -30,13 +31,13 @@ def keys(values):
     return {name: keys(value) for name, value in values.items()} if isinstance(values, dict) else None
 
 
-@pytest.mark.parametrize("name", config.studies())
+@pytest.mark.parametrize("name", compose.studies())
 def test_packaged_studies_load(name):
-    assert config.load(name).study_name == name
+    assert compose.load(name).study_name == name
 
 
 def test_overrides_reach_every_depth():
-    file = config.load(
+    file = compose.load(
         "demo", ["trials=7", "space.hidden_size=512", "space.intermediate_size={low: 1024, high: 1536, step: 256}",
                  "evaluation.workload.turns=5", "text.search=[a.txt, b.jsonl]", "limits.max_size_mb=200"]
     )  # fmt: skip
@@ -49,7 +50,7 @@ def test_overrides_reach_every_depth():
 
 
 def test_model_group_can_be_swapped():
-    assert config.load("demo", ["model=exaone4-1.2b"]).model.source == "LGAI-EXAONE/EXAONE-4.0-1.2B"
+    assert compose.load("demo", ["model=exaone4-1.2b"]).model.source == "LGAI-EXAONE/EXAONE-4.0-1.2B"
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_an_8_bit_lm_head_is_refused_for_servers_that_read_none(head):
     text = refused(head, "export.for_transformers=4.57.3")
     assert "export.for_transformers: 4.57.3: vLLM reads no 8-bit lm_head before 0.20; choose 16-bit, or" in text
     for version in ("5.17.0", "null"):
-        config.load("demo", [head, f"export.for_transformers={version}"])
+        compose.load("demo", [head, f"export.for_transformers={version}"])
 
 
 def test_unknown_study_names_the_nearest():
@@ -92,8 +93,8 @@ def test_own_study_files_come_first_and_build_on_ours(tmp_path: Path, monkeypatc
     own.mkdir()
     (own / "mine.yaml").write_text("defaults: [_base, {model: smollm2-135m}, _self_]\nstudy_name: mine\ntrials: 3\n")
     monkeypatch.chdir(tmp_path)
-    assert config.studies()[0] == "mine"
-    file = config.load("mine")
+    assert compose.studies()[0] == "mine"
+    file = compose.load("mine")
     assert (file.trials, file.model.source, file.pruner.p_threshold) == (3, "smollm2-135m", 0.1)
     (own / "wrong.yaml").write_text("defaults: [_base, _self_]\nstudy_name: wrong\nmodel: {source: x}\nsapce: {}\n")
     assert "sapce: unknown key; did you mean 'space'" in refused(study="wrong")
@@ -101,6 +102,6 @@ def test_own_study_files_come_first_and_build_on_ours(tmp_path: Path, monkeypatc
 
 def test_a_depth_cut_is_repaired_through_the_stream_alone(tmp_path):
     words = ["compression.method=drop_layers", "compression.keep_layers=28"]
-    assert config.load("demo", [*words, "compression.repair=stream"], tmp_path).compression.repair == "stream"
+    assert compose.load("demo", [*words, "compression.repair=stream"], tmp_path).compression.repair == "stream"
     with pytest.raises(ConfigError, match="ridge has nothing to repair where only layers go"):
-        config.load("demo", [*words, "compression.repair=ridge"], tmp_path)
+        compose.load("demo", [*words, "compression.repair=ridge"], tmp_path)

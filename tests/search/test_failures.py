@@ -14,7 +14,8 @@ import pytest
 from optuna.trial import TrialState
 
 from evaluator.process import EngineProcess
-from search import config, status, workers
+from search.config import compose
+from search.study import status, workers
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def file(tmp_path, pico_llama):
         "pruner": {"name": "none"},
         "tracking": {"mlflow": False},
     }
-    return config.validate(values, "this test")
+    return compose.validate(values, "this test")
 
 
 def test_a_hanging_and_a_memory_starved_engine_fail_their_trials_alone(file, monkeypatch):

@@ -19,8 +19,10 @@ from click.testing import CliRunner
 from compressors.distillation import state as distill_state
 from evaluator import measure
 from search import cli as commands
-from search import config, distillation, evaluation, setting, workers
-from search import study as studies
+from search.by_hand import distill, evaluate
+from search.config import compose
+from search.setup import setting
+from search.study import storage, workers
 
 STUDY = """
 defaults: [_base, _self_]
@@ -55,10 +57,10 @@ def studied(tmp_path_factory, pico_llama):
     (home.parent / "prose.txt").write_text("\n\n".join(paragraphs)[:60_000])
     (home.parent / "search.txt").write_text("\n\n".join(paragraphs)[61_000:71_000])
     (home / "studies" / "finals.yaml").write_text(STUDY.format(model=pico_llama, texts=home.parent))
-    file = config.load("finals", config_dir=home / "studies")
+    file = compose.load("finals", config_dir=home / "studies")
     file = file.model_copy(update={"outputs": home / "outputs", "storage": f"sqlite:///{home}/outputs/studies.db"})
-    study = studies.create_or_resume(
-        studies.open_storage(file.storage), file.study_name, setting.prepare(file).definition
+    study = storage.create_or_resume(
+        storage.open_storage(file.storage), file.study_name, setting.prepare(file).definition
     )
     for layers, precision, quantizer in TRIALS:
         study.enqueue_trial({"num_hidden_layers": layers, "precision": precision, "quantizer": quantizer})
@@ -123,11 +125,11 @@ def test_finalists_are_distilled_quantised_and_measured(done):
 def test_it_is_not_taken_for_the_undistilled_plan(done, monkeypatch):
     home, state = done
     monkeypatch.chdir(home)
-    prepared = setting.prepare(config.load("finals", config_dir=home / "studies"))
+    prepared = setting.prepare(compose.load("finals", config_dir=home / "studies"))
     for row in state["distilled"]:
         path = home / row["path"]
-        assert evaluation.plan_in(path, measure.weights_sha256_of(path), prepared) is None
-        assert evaluation.known(path, prepared)["name"] == row["name"]
+        assert evaluate.plan_in(path, measure.weights_sha256_of(path), prepared) is None
+        assert evaluate.known(path, prepared)["name"] == row["name"]
 
 
 def test_a_second_call_does_nothing_again_and_status_shows_it(done, cli):
@@ -270,19 +272,19 @@ def test_what_is_only_needed_on_the_way_goes_however_a_call_ends(done, cli, tmp_
     shutil.rmtree(home / "submit")
     (first,) = [
         trial
-        for trial in studies.load(studies.open_storage(f"sqlite:///{home}/outputs/studies.db"), "finals").trials
+        for trial in storage.load(storage.open_storage(f"sqlite:///{home}/outputs/studies.db"), "finals").trials
         if trial.number == 1
     ]
     student = home / "outputs" / "checkpoints" / first.user_attrs["checkpoint"]  # of what all three were distilled
     student.mkdir(exist_ok=True)  # left by a call that was killed when the distilled model was written
-    write = distillation.write
+    write = distill.write
 
     def interrupted(*args):
         if args[-1]["plan"]["quantizer"] == "gptq":
             raise KeyboardInterrupt
         write(*args)
 
-    monkeypatch.setattr(distillation, "write", interrupted)
+    monkeypatch.setattr(distill, "write", interrupted)
     assert cli(*DISTIL, "limits.keep_checkpoints=1", cwd=home).status == 130
     assert len(list((home / "outputs" / "calibration").glob("moments-*"))) == 1  # the base model's alone
     assert not student.exists()
@@ -313,9 +315,10 @@ def test_wrong_usage_is_refused_before_the_study_runs(refused, studied, tmp_path
 KILLED = """
     import dataclasses, itertools, os, signal
     from compressors.distillation import state
-    from search import cli, distillation
+    from search import cli
+    from search.by_hand import distill
 
-    calls, save, settings_of = itertools.count(1), state.save, distillation.settings_of
+    calls, save, settings_of = itertools.count(1), state.save, distill.settings_of
 
     def dies(*args):
         if next(calls) == 3:
@@ -323,7 +326,7 @@ KILLED = """
         return save(*args)
 
     state.save = dies
-    distillation.settings_of = lambda *args: dataclasses.replace(settings_of(*args), save_every=0)
+    distill.settings_of = lambda *args: dataclasses.replace(settings_of(*args), save_every=0)
     cli.main()
 """
 

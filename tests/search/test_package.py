@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from compressors import build, family
-from compressors.checkpoint import Checkpoint
+from compressors import build
 from compressors.errors import CheckpointError
+from compressors.model import family
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.transformers_version import DEFAULT, retarget
 from compressors.plan import CompressionPlan
-from compressors.target import DEFAULT, retarget
-from search import package
+from search.by_hand import package
 from search.errors import UsageError
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,10 @@ import torch
 from matplotlib.text import Text
 from PIL import Image
 
-from compressors.calibration import Calibration
-from search import analyze, plots
+from compressors.statistics.activations import Calibration
+from search.by_hand import analyze
 from search.errors import UsageError
+from search.show import plots
 
 NAMES = ("drop_28", "w8a8", "$x$ 한국어", "<b>bold</b>")
 ROWS = [

@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
-from search import study as studies
+from search.study import storage as study_storage
+from search.study import trials as study_trials
 
 TRIALS = 8
 
@@ -46,7 +47,9 @@ tracking: {{mlflow: false}}
 KILLED = """
     import itertools, os, signal
     from evaluator.process import EngineProcess
-    from search import cli, objective
+    from search import cli
+    from search.stages import bench
+    from search.study import objective
 
     stage, wanted = os.environ["KILL_IN"].split(":")
     inside, calls = [], itertools.count(1)
@@ -70,12 +73,12 @@ KILLED = """
 
     if stage == "screen":
         objective.Objective._screen = within(objective.Objective._screen)
-        objective.quality.shard_quality = die_inside(objective.quality.shard_quality)
+        bench.quality.shard_quality = die_inside(bench.quality.shard_quality)
     elif stage == "build":  # the weights are written, but not yet described or renamed
-        objective.Bench.build = within(objective.Bench.build)
-        objective.write_json = die_inside(objective.write_json)
+        bench.Bench.build = within(bench.Bench.build)
+        bench.write_json = die_inside(bench.write_json)
     elif stage == "measure":
-        objective.Bench.measure = within(objective.Bench.measure)
+        bench.Bench.measure = within(bench.Bench.measure)
         EngineProcess.nll = die_inside(EngineProcess.nll)
     cli.main()
 """
@@ -138,8 +141,8 @@ def finish_here(cli, home):
 
 def results(storage):
     """The finished trials in the order in which they were tried: parameters, state and value."""
-    study = studies.load(studies.open_storage(storage), "killed")
-    return [(trial.params, trial.state.name, trial.value) for trial in studies.finished(study.trials)]
+    study = study_storage.load(study_storage.open_storage(storage), "killed")
+    return [(trial.params, trial.state.name, trial.value) for trial in study_trials.finished(study.trials)]
 
 
 def storage_of(home):
@@ -182,7 +185,9 @@ def test_killed_in_a_stage(make_study, whole, kill_in):
     assert process.returncode == -signal.SIGKILL, "the run ended before it reached the stage it was to die in"
     before = results(storage_of(home))
     assert 0 < len(before) < TRIALS
-    killed = studies.load(studies.open_storage(storage_of(home)), "killed").get_trials(states=(TrialState.RUNNING,))
+    killed = study_storage.load(study_storage.open_storage(storage_of(home)), "killed").get_trials(
+        states=(TrialState.RUNNING,)
+    )
     assert [trial.user_attrs["stage"] for trial in killed] == [kill_in.partition(":")[0]]
     state = finish(home)
     after = results(storage_of(home))
@@ -225,7 +230,7 @@ def test_ctrl_c_records_the_running_trial_and_the_next_run_goes_on(make_study, w
             break
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    study = studies.load(studies.open_storage(storage_of(home)), "killed")
+    study = study_storage.load(study_storage.open_storage(storage_of(home)), "killed")
     assert not study.get_trials(states=(TrialState.RUNNING,))
     finish_here(cli, home)
     assert results(storage_of(home)) == whole
@@ -289,5 +294,5 @@ def test_two_workers_finish_exactly_n_trials(make_study, kind, request):
     home = make_study("two", storage)
     state = finish(home, "--workers", "2")
     assert state["finished"] == TRIALS
-    study = studies.load(studies.open_storage(storage_of(home)), "killed")
+    study = study_storage.load(study_storage.open_storage(storage_of(home)), "killed")
     assert len({trial.user_attrs["worker"]["pid"] for trial in study.trials}) == 2

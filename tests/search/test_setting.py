@@ -7,12 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from compressors import moments
 from compressors.errors import CheckpointError, InfeasiblePlan
 from compressors.methods import stream
+from compressors.statistics import second_moments
 from evaluator import texts
-from search import compress, config, objective, setting
+from search.by_hand import compress
+from search.config import compose
 from search.errors import UsageError
+from search.setup import setting
+from search.setup import texts as setup_texts
+from search.stages import bench as objective
 
 
 def prose(start, count):
@@ -45,7 +49,7 @@ def prepared(tmp_path, pico_llama):
                 **text,
             },
         }
-        return setting.prepare(config.validate(values, "this test"))
+        return setting.prepare(compose.validate(values, "this test"))
 
     return prepare
 
@@ -68,10 +72,10 @@ def test_a_text_is_read_once_until_it_changes(prepared, read, tmp_path):
     (tmp_path / "report.txt").write_text(prose(2000, 80))
     whole = prepared(report=[str(tmp_path / "report.txt")])
     assert len(setting.report_shards(whole)) == 2
-    first = setting.calibration_documents(whole.file)
+    first = setup_texts.calibration_documents(whole.file)
     assert read == {"fit.txt": 1, "search.txt": 1, "report.txt": 1}
     (tmp_path / "fit.txt").write_text(prose(100, 121))
-    assert setting.calibration_documents(whole.file) != first
+    assert setup_texts.calibration_documents(whole.file) != first
     assert read["fit.txt"] == 2
 
 
@@ -82,7 +86,7 @@ def test_moments_are_of_the_text_that_was_there_when_the_study_began(prepared, t
     cut = collections.Counter()
     windows = texts.windows
     monkeypatch.setattr(texts, "windows", lambda *args: cut.update(["cut"]) or windows(*args))
-    monkeypatch.setattr(setting, "tokenizer_of", None)  # there is one already
+    monkeypatch.setattr(setup_texts, "tokenizer_of", None)  # there is one already
     plain = first.plan_digest(plan)
     assert not cut  # no moments are needed, and no text for them
     digest = first.plan_digest(repaired)
@@ -101,7 +105,7 @@ def test_moments_are_of_the_text_that_was_there_when_the_study_began(prepared, t
 
 @pytest.mark.parametrize("domain", ["topics", "docstrings", "code"])
 def test_a_report_of_what_the_calibration_holds_is_refused(prepared, tmp_path, domain):
-    document = setting._embedded_domains()[domain][0]
+    document = setup_texts._embedded_domains()[domain][0]
     (tmp_path / "report.txt").write_text(prose(2000, 80) + "\n\n" + document.text)
     whole = prepared(calibration="embedded", report=[str(tmp_path / "report.txt")])
     with pytest.raises(UsageError, match=r"text\.calibration and text\.report share text"):
@@ -159,7 +163,7 @@ def test_second_moments_that_do_not_fit_the_disk_are_not_begun(prepared, monkeyp
     assert not list((ready.outputs / "calibration").glob("*"))
     monkeypatch.undo()
     written = sum(file.stat().st_size for file in ready.moments_for(plan).path.iterdir())
-    assert written == pytest.approx(moments.file_bytes(ready.base, 1), rel=0.1)
+    assert written == pytest.approx(second_moments.file_bytes(ready.base, 1), rel=0.1)
 
 
 def test_a_plan_that_is_repaired_otherwise_now_is_another(prepared, monkeypatch):

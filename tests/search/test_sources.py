@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressors.errors import CheckpointError
 from evaluator import quality, texts
-from search import sources
+from search.setup import sources
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,10 @@ import dataclasses
 import optuna
 import pytest
 
-from compressors.plan import CompressionPlan
-from search import space
-from search.config import Space
+from compressors.plan import CompressionPlan, canonical
+from search.config.study_file import Space
+from search.setup import setting
+from search.study import space
 
 BASE = CompressionPlan(30, 32, 8, 2048, 4096, "bfloat16")
 
@@ -35,46 +36,46 @@ def test_integer_ranges_may_change_on_resume_and_categorical_choices_may_not():
 
 def test_how_layers_go_says_nothing_when_none_goes():
     top = CompressionPlan(30, 32, 8, 2048, 4096, "bfloat16", drop_from="top")
-    assert space.canonical(top, BASE) == BASE
+    assert canonical(top, BASE) == BASE
     cut = CompressionPlan(29, 32, 8, 2048, 4096, "bfloat16", drop_from="top")
-    assert space.canonical(cut, BASE) == cut
+    assert canonical(cut, BASE) == cut
 
 
 def test_repair_says_nothing_where_it_has_nothing_to_do():
     cut = CompressionPlan(29, 32, 8, 2048, 4096, "bfloat16")
     ridge, stream = (dataclasses.replace(cut, repair=name) for name in ("ridge", "stream"))
-    assert space.canonical(ridge, BASE) == cut  # no projection of those that stay lost an input
-    assert space.canonical(stream, BASE) == stream
-    assert space.canonical(dataclasses.replace(BASE, repair="stream", precision="W8A8"), BASE).repair == "none"
+    assert canonical(ridge, BASE) == cut  # no projection of those that stay lost an input
+    assert canonical(stream, BASE) == stream
+    assert canonical(dataclasses.replace(BASE, repair="stream", precision="W8A8"), BASE).repair == "none"
 
 
 def test_a_rotation_says_nothing_where_no_dimension_goes():
     narrow = CompressionPlan(30, 32, 8, 1024, 4096, "bfloat16", rotation="pca")
-    assert space.canonical(narrow, BASE) == narrow
-    assert space.canonical(dataclasses.replace(narrow, hidden_size=2048), BASE) == BASE
+    assert canonical(narrow, BASE) == narrow
+    assert canonical(dataclasses.replace(narrow, hidden_size=2048), BASE) == BASE
 
 
 def test_the_kl_of_key_value_heads_says_nothing_where_they_all_stay():
     fewer = dataclasses.replace(BASE, num_attention_heads=24, num_key_value_heads=6, importance="kl")
-    assert space.canonical(fewer, BASE) == fewer
+    assert canonical(fewer, BASE) == fewer
     narrow = dataclasses.replace(BASE, intermediate_size=2048, num_attention_heads=24, importance="kl")
-    assert space.canonical(narrow, BASE).importance == "energy"
-    assert space.canonical(dataclasses.replace(BASE, importance="kl"), BASE) == BASE
+    assert canonical(narrow, BASE).importance == "energy"
+    assert canonical(dataclasses.replace(BASE, importance="kl"), BASE) == BASE
 
 
 def test_smoothing_says_nothing_where_no_input_becomes_an_integer():
     rounded = dataclasses.replace(BASE, precision="W8A8", smoothing="smoothquant")
-    assert space.canonical(rounded, BASE) == rounded
-    assert space.canonical(dataclasses.replace(rounded, precision="W4A16"), BASE).smoothing == "none"
+    assert canonical(rounded, BASE) == rounded
+    assert canonical(dataclasses.replace(rounded, precision="W4A16"), BASE).smoothing == "none"
 
 
 @pytest.mark.parametrize(("drop_from", "refits"), [("bottom", False), ("0,1", False), ("0,2", True), ("top", True)])
 def test_stream_repair_says_nothing_where_no_layer_before_a_gap_stays(drop_from, refits):
     cut = CompressionPlan(28, 32, 8, 2048, 4096, "bfloat16", drop_from=drop_from)
     stream = dataclasses.replace(cut, repair="stream")
-    assert space.canonical(stream, BASE) == (stream if refits else cut)
+    assert canonical(stream, BASE) == (stream if refits else cut)
     narrow = dataclasses.replace(stream, intermediate_size=2048)  # another projection lost inputs
-    assert space.canonical(narrow, BASE) == narrow
+    assert canonical(narrow, BASE) == narrow
 
 
 def test_the_uncut_trials_start_with_the_base_model_and_try_each_precision():
@@ -102,8 +103,8 @@ def test_a_space_that_always_cuts_has_no_uncut_trial(searched):
 
 
 def test_growing_is_refused():
-    assert space.out_of_range(Space(num_hidden_layers={"low": 24, "high": 30}), BASE) is None
-    reason = space.out_of_range(Space(intermediate_size=8192), BASE)
+    assert setting.out_of_range(Space(num_hidden_layers={"low": 24, "high": 30}), BASE) is None
+    reason = setting.out_of_range(Space(intermediate_size=8192), BASE)
     assert "8192" in reason
     assert "4096" in reason
 

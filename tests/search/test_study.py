@@ -12,9 +12,12 @@ import pytest
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
-from search import study as studies
-from search.config import Pruner, Sampler
+from search import processes
+from search.config.study_file import Pruner, Sampler
 from search.errors import StorageError, StudyMismatch, UsageError
+from search.study import samplers
+from search.study import storage as study_storage
+from search.study import trials as study_trials
 
 DEFINITION = {"model": {"digest": "a"}, "space": {"precision": ["bfloat16", "W8A8"]}, "score": {"weight_perf": 0.5}}
 
@@ -27,8 +30,8 @@ def url(tmp_path):
 def test_sqlite_is_made_with_write_ahead_log_and_heartbeat(url, tmp_path):
     import sqlite3
 
-    storage = studies.open_storage(url)
-    assert storage.get_heartbeat_interval() == studies.HEARTBEAT_S
+    storage = study_storage.open_storage(url)
+    assert storage.get_heartbeat_interval() == study_storage.HEARTBEAT_S
     with sqlite3.connect(tmp_path / "deep/studies.db") as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
@@ -44,7 +47,7 @@ def test_sqlite_is_made_with_write_ahead_log_and_heartbeat(url, tmp_path):
 )
 def test_unusable_storages_say_so_in_one_line_without_the_password(bad, said):
     with pytest.raises(StorageError) as caught:
-        studies.open_storage(bad)
+        study_storage.open_storage(bad)
     assert said in str(caught.value)
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -54,33 +57,33 @@ def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path):
     path = tmp_path / "notes.db"
     path.write_text("these are notes, not a database\n" * 50)
     with pytest.raises(StorageError, match="not a database"):
-        studies.open_storage(f"sqlite:///{path}")
+        study_storage.open_storage(f"sqlite:///{path}")
     assert path.read_text().startswith("these are notes")
 
 
 def test_another_definition_is_refused_with_what_differs(url):
-    storage = studies.open_storage(url)
-    studies.create_or_resume(storage, "s", DEFINITION)
-    assert studies.create_or_resume(storage, "s", DEFINITION).study_name == "s"
+    storage = study_storage.open_storage(url)
+    study_storage.create_or_resume(storage, "s", DEFINITION)
+    assert study_storage.create_or_resume(storage, "s", DEFINITION).study_name == "s"
     changed = {**DEFINITION, "space": {"precision": ["bfloat16", "W4A16"]}}
     with pytest.raises(StudyMismatch) as caught:
-        studies.create_or_resume(storage, "s", changed)
+        study_storage.create_or_resume(storage, "s", changed)
     assert 'space.precision is ["bfloat16", "W8A8"] there and ["bfloat16", "W4A16"] here' in str(caught.value)
     assert "model" not in str(caught.value).replace("precision", "")
 
 
 def test_a_study_of_someone_else_is_refused(url):
-    storage = studies.open_storage(url)
+    storage = study_storage.open_storage(url)
     optuna.create_study(storage=storage, study_name="foreign")
     with pytest.raises(StudyMismatch, match="not made by optuna-search"):
-        studies.create_or_resume(storage, "foreign", DEFINITION)
+        study_storage.create_or_resume(storage, "foreign", DEFINITION)
 
 
 def test_unknown_study_lists_those_there_are(url):
-    storage = studies.open_storage(url)
-    studies.create_or_resume(storage, "mine", DEFINITION)
+    storage = study_storage.open_storage(url)
+    study_storage.create_or_resume(storage, "mine", DEFINITION)
     with pytest.raises(UsageError, match="holds mine"):
-        studies.load(storage, "yours")
+        study_storage.load(storage, "yours")
 
 
 WORKER = """
@@ -106,46 +109,46 @@ def start_worker(url, what):
 
 
 def test_a_killed_workers_trial_is_failed_and_queued_again_at_once(url):
-    study = studies.create_or_resume(studies.open_storage(url), "s", DEFINITION)
+    study = study_storage.create_or_resume(study_storage.open_storage(url), "s", DEFINITION)
     worker = start_worker(url, "die")
     layers = int(worker.stdout.readline())
     assert worker.wait() == -9
-    assert studies.retry_dead(study) == [0]
-    assert studies.retry_dead(study) == []
+    assert study_trials.retry_dead(study) == [0]
+    assert study_trials.retry_dead(study) == []
     dead, again = study.trials
     assert dead.state == TrialState.FAIL
     assert again.state == TrialState.WAITING
     assert again.params == {"num_hidden_layers": layers}
     assert again.intermediate_values == {}
     assert again.user_attrs == {}
-    assert studies.finished(study.trials) == []
+    assert study_trials.finished(study.trials) == []
 
 
 def test_a_trial_that_kills_its_worker_every_time_is_given_up(url):
-    study = studies.create_or_resume(studies.open_storage(url), "s", DEFINITION)
-    for _ in range(studies.MAX_RETRIES + 1):
+    study = study_storage.create_or_resume(study_storage.open_storage(url), "s", DEFINITION)
+    for _ in range(study_trials.MAX_RETRIES + 1):
         worker = start_worker(url, "die")
         worker.communicate()
-        assert len(studies.retry_dead(study)) == 1
+        assert len(study_trials.retry_dead(study)) == 1
     assert not study.get_trials(states=(TrialState.WAITING,))
-    (given_up,) = studies.finished(study.trials)
+    (given_up,) = study_trials.finished(study.trials)
     assert given_up.user_attrs["failure"] == "Killed"
     assert len({trial.params["num_hidden_layers"] for trial in study.trials}) == 1
 
 
 def test_a_living_workers_trial_is_left_alone(url):
-    study = studies.create_or_resume(studies.open_storage(url), "s", DEFINITION)
+    study = study_storage.create_or_resume(study_storage.open_storage(url), "s", DEFINITION)
     worker = start_worker(url, "wait")
     worker.stdout.readline()
     try:
-        assert studies.retry_dead(study) == []
+        assert study_trials.retry_dead(study) == []
         assert study.trials[0].state == TrialState.RUNNING
     finally:
         worker.communicate()
 
 
 def test_finished_counts_what_ended_by_itself(url):
-    study = studies.create_or_resume(studies.open_storage(url), "s", DEFINITION)
+    study = study_storage.create_or_resume(study_storage.open_storage(url), "s", DEFINITION)
 
     def end(state, **attrs):
         trial = study.ask()
@@ -157,9 +160,9 @@ def test_finished_counts_what_ended_by_itself(url):
     end(TrialState.PRUNED)
     end(TrialState.FAIL, failure="NotFinite")
     end(TrialState.FAIL)  # killed
-    end(TrialState.FAIL, failure=studies.INTERRUPTED)
+    end(TrialState.FAIL, failure=study_trials.INTERRUPTED)
     study.ask()
-    assert [trial.number for trial in studies.finished(study.trials)] == [0, 1, 2]
+    assert [trial.number for trial in study_trials.finished(study.trials)] == [0, 1, 2]
 
 
 def test_a_resumed_sampler_draws_what_an_uninterrupted_one_draws(url):
@@ -167,16 +170,16 @@ def test_a_resumed_sampler_draws_what_an_uninterrupted_one_draws(url):
         return -abs(trial.suggest_int("x", 0, 1000) - 300)
 
     def run(study, trials):
-        while (done := len(studies.finished(study.trials))) < trials:
-            study.sampler = studies.sampler(Sampler(n_startup_trials=4), 7, 0, done)
+        while (done := len(study_trials.finished(study.trials))) < trials:
+            study.sampler = samplers.sampler(Sampler(n_startup_trials=4), 7, 0, done)
             study.optimize(objective, n_trials=1)
         return [trial.params["x"] for trial in study.trials]
 
     whole = run(optuna.create_study(direction="maximize"), 12)
-    storage = studies.open_storage(url)
-    run(studies.create_or_resume(storage, "s", DEFINITION), 5)
-    assert run(studies.load(studies.open_storage(url), "s"), 12) == whole
-    other = [studies.sampler(Sampler(), seed, worker, 0) for seed, worker in ((7, 0), (7, 1), (8, 0))]
+    storage = study_storage.open_storage(url)
+    run(study_storage.create_or_resume(storage, "s", DEFINITION), 5)
+    assert run(study_storage.load(study_storage.open_storage(url), "s"), 12) == whole
+    other = [samplers.sampler(Sampler(), seed, worker, 0) for seed, worker in ((7, 0), (7, 1), (8, 0))]
     drawn = set()
     for sampler in other:
         study = optuna.create_study(sampler=sampler)
@@ -187,8 +190,8 @@ def test_a_resumed_sampler_draws_what_an_uninterrupted_one_draws(url):
 @pytest.mark.parametrize("name", ["wilcoxon", "median", "hyperband"])
 def test_each_pruner_prunes_a_clearly_worse_trial_when_fed_what_it_needs(name):
     settings = Pruner(name=name, n_startup_steps=2, n_startup_trials=2)
-    running_mean = studies.wants_running_mean(settings)
-    study = optuna.create_study(direction="maximize", pruner=studies.pruner(settings, shards=9))
+    running_mean = samplers.wants_running_mean(settings)
+    study = optuna.create_study(direction="maximize", pruner=samplers.pruner(settings, shards=9))
     shards = [0.1, 0.5, -0.3, 0.2, -0.1, 0.4, 0.0, -0.2, 0.3]
 
     def objective(trial, level):
@@ -229,8 +232,8 @@ def test_a_storage_that_is_interrupted_in_a_commit_is_a_stop(within_released):
                 seen.append("trial")
                 raise
 
-    with pytest.raises(KeyboardInterrupt), studies.Stop() as stop:
+    with pytest.raises(KeyboardInterrupt), processes.Stop() as stop:
         trial(stop)
     assert seen == ["trial"] * within_released
-    with pytest.raises(StorageInternalError), studies.Stop() as stop, stop.released():
+    with pytest.raises(StorageInternalError), processes.Stop() as stop, stop.released():
         raise StorageInternalError("the disk is full")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from search.tracking import METRICS, PARAMETERS, PARENT, TRIAL
+from search.study.mlflow_runs import METRICS, PARAMETERS, PARENT, TRIAL
 
 STUDY = """
 defaults: [_base, _self_]

@@ -1,0 +1,248 @@
+"""Distillation: a cut student is trained to give the next-token distributions of its teacher, the original model.
+
+Hinton et al., https://arxiv.org/abs/1503.02531; for pruned language models Minitron, https://arxiv.org/abs/2407.14679,
+section 3: KL on the logits alone is what recovers most.
+
+AdamW in float32 master weights; what is computed runs in bfloat16 on CUDA and in float32 elsewhere (on most CPUs
+bfloat16 is slow and too coarse to tell good students apart). A killed run, called again with the same arguments, goes
+on from its last saved state and ends with the same weights, on a CPU bit for bit. Knows no study; texts come in as
+token ids. A student is distilled first and quantised afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressors.distillation import pair as distill_pair
+from compressors.distillation import state as distill_state
+from compressors.distillation.settings import COMPUTED_IN, Distillation, batch_of, learning_rate, require_valid
+from compressors.distillation.state import Evaluation, Standing
+from compressors.distillation.train import MOST_BAD, NOT_FINITE, Progress, Report, best_kl, train
+from compressors.errors import CheckpointError, CompressionError
+from compressors.model.checkpoint import Checkpoint, read_json
+from compressors.model.family import FLOATS
+
+__all__ = ["Distillation", "Distilled", "Evaluation", "Progress", "batch_of", "best", "distill", "learning_rate"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Distilled:
+    """
+    checkpoint: the best student, of the student's dtypes and config; its tensors are read from `work`, so keep that
+        until it is written. The student itself, when no evaluation was better than before.
+    kl_before, kl_best, evaluations: KL(teacher ‖ student) on the held-out windows, nats per token, computed in `dtype`.
+    tokens: that went through both models; epochs: as often each window was seen; skipped: batches without an update.
+    seconds: of all calls together; tokens_per_second: of the updates alone, without evaluations, saving and loading.
+    flops_per_token: 6·N of the student (forward and backward) + 2·N of the teacher (forward), N the weights that a
+        token is multiplied by: every matrix, the head counted at every position, an embedding that is no head not.
+        Left out: attention's products of activations, softmax, norms, the optimizer, and what is computed twice.
+    flops_per_second: flops_per_token · tokens_per_second. stopped: "tokens", all were seen, or "no improvement".
+    """
+
+    checkpoint: Checkpoint
+    tokens: int
+    epochs: float
+    updates: int
+    skipped: int
+    seconds: float
+    tokens_per_second: float
+    kl_before: float
+    kl_best: float
+    evaluations: tuple[Evaluation, ...]
+    flops_per_token: int
+    flops_per_second: float
+    stopped: str
+    dtype: str
+    micro_batch: int
+    gradient_checkpointing: bool
+    compiled: bool
+
+
+def distill(
+    student: Checkpoint,
+    teacher: Checkpoint,
+    windows: Sequence[Sequence[int]],
+    held_out: Sequence[Sequence[int]],
+    settings: Distillation,
+    device: str,
+    work: Path,
+    progress: Callable[[Progress], None],
+) -> Distilled:
+    """Train the student on `windows`, each of `settings.window` token ids; `held_out` judges it and is not trained on.
+
+    work: a directory of this distillation alone, where its state is kept. progress: called before and after every
+    micro-batch and window of an evaluation, and tensor of a saved state. Raises CheckpointError for models that can't
+    be distilled, another distillation's `work`, or one that can't be read or written; CompressionError for settings,
+    and when the loss was not finite three times in a row: then `best` gives the best student there was.
+    """
+    require_valid(settings)
+    require_same_vocabulary(student, teacher)
+    ids, held_out_ids = (
+        _token_ids("windows", windows, settings, student),
+        _token_ids("held_out", held_out, settings, student),
+    )
+    held_out_ids = held_out_ids[: settings.held_out_windows]
+    _require_apart(ids, held_out_ids)
+    dtype = settings.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    report = Report(progress, settings)
+    report("loading")
+    definition = _definition(settings, student, teacher, ids, held_out_ids, dtype, device)
+    standing = distill_state.load(work, definition)
+    report.begin(standing)
+    if standing is None or standing.ended is None:
+        try:
+            report("loading")
+            pair = distill_pair.make(student, teacher, COMPUTED_IN[dtype], device)
+            standing = train(pair, student, ids, held_out_ids, settings, definition, work, report, standing)
+        except torch.OutOfMemoryError:
+            raise CompressionError(
+                f"distill: {device} has no memory left; say a micro_batch of fewer windows, a smaller chunk, or "
+                "gradient_checkpointing"
+            ) from None
+    if standing.ended == NOT_FINITE:
+        raise CompressionError(
+            f"distill: the loss or its gradient was NaN or infinite {MOST_BAD} batches in a row, at {standing.step} of "
+            f"{settings.steps}, learning rate {learning_rate(standing.step - 1, settings):.3g}; take a lower "
+            f"learning_rate and another directory; the best so far (held-out KL "
+            f"{best_kl(standing):.4f}) is kept in {work}"
+        )
+    return _distilled(student, teacher, standing, settings, len(ids), work, dtype)
+
+
+def best(student: Checkpoint, work: Path) -> Checkpoint | None:
+    """The best student so far in `work`, of a distillation that ended or was killed; None: none was better than before.
+
+    student: as it was given to `distill`. Raises CheckpointError.
+    """
+    found = distill_state.read(work)
+    if found is None or found[1].best is None:
+        return None
+    there = distill_state.tensors(work, found[1].best)
+    lost = sorted(
+        name for name in there if name not in student.tensors or student.tensors[name].shape != there[name].shape
+    )
+    if lost:
+        raise CheckpointError(f"distill {work}: holds another student ({lost[0]} differs); name its own directory")
+    return dataclasses.replace(student, tensors={**student.tensors, **there})
+
+
+def _distilled(
+    student: Checkpoint,
+    teacher: Checkpoint,
+    standing: Standing,
+    settings: Distillation,
+    windows: int,
+    work: Path,
+    dtype: str,
+) -> Distilled:
+    tokens = standing.step * settings.batch * settings.window
+    per_token = 6 * distill_pair.multiplied(student) + 2 * distill_pair.multiplied(teacher)
+    rate = tokens / standing.training_seconds
+    return Distilled(
+        checkpoint=best(student, work) or student,
+        tokens=tokens,
+        epochs=standing.step * settings.batch / windows,
+        updates=standing.updates,
+        skipped=standing.step - standing.updates,
+        seconds=standing.seconds,
+        tokens_per_second=rate,
+        kl_before=standing.evaluations[0].held_out_kl,
+        kl_best=best_kl(standing),
+        evaluations=standing.evaluations,
+        flops_per_token=per_token,
+        flops_per_second=per_token * rate,
+        stopped=str(standing.ended),
+        dtype=dtype,
+        micro_batch=standing.micro_batch,
+        gradient_checkpointing=standing.gradient_checkpointing,
+        compiled=standing.compiled,
+    )
+
+
+# -- what is refused -----------------------------------------------------------------------------------------
+
+
+def require_same_vocabulary(student: Checkpoint, teacher: Checkpoint) -> None:
+    """That both are unquantised and number the same tokens. Raises CheckpointError."""
+    for whose, checkpoint in (("student", student), ("teacher", teacher)):
+        integers = [name for name, tensor in checkpoint.tensors.items() if tensor.dtype not in FLOATS]
+        if checkpoint.config.get("quantization_config") or checkpoint.activations or integers:
+            raise CheckpointError(
+                f"distill: the {whose} is quantised; distil the model in a floating-point dtype, and quantise what "
+                "comes out of it"
+            )
+    sizes = [int(checkpoint.config["vocab_size"]) for checkpoint in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(
+            f"distill: the student has {sizes[0]} tokens and the teacher {sizes[1]}; both need the same vocabulary"
+        )
+    files = [checkpoint.files.get("tokenizer.json") for checkpoint in (student, teacher)]
+    if files[0] and files[1] and files[0] != files[1] and _vocabulary(files[0]) != _vocabulary(files[1]):
+        raise CheckpointError(
+            f"distill: {files[0]} and {files[1]} number their tokens differently; both need the same vocabulary"
+        )
+
+
+def _vocabulary(tokenizer: Path) -> Any:
+    model = read_json(tokenizer, "").get("model")
+    return model.get("vocab") if isinstance(model, dict) else None
+
+
+def _token_ids(
+    what: str, windows: Sequence[Sequence[int]], settings: Distillation, student: Checkpoint
+) -> torch.Tensor:
+    """[number of windows, T] int64. Raises CompressionError."""
+    if not windows:
+        raise CompressionError(f"distill: {what} is empty; give at least one window of {settings.window} token ids")
+    lengths = {len(window) for window in windows}
+    if lengths != {settings.window}:
+        raise CompressionError(
+            f"distill: {what} holds windows of {', '.join(map(str, sorted(lengths)[:3]))} tokens, and window is "
+            f"{settings.window}; make them all so long"
+        )
+    ids = torch.tensor([list(window) for window in windows])
+    vocabulary = int(student.config["vocab_size"])
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise CompressionError(
+            f"distill: {what} holds tokens {int(ids.min())} to {int(ids.max())}, and the models have {vocabulary}; "
+            "their tokenizer is another model's, use their own"
+        )
+    return ids
+
+
+def _require_apart(ids: torch.Tensor, held_out: torch.Tensor) -> None:
+    trained = {row.numpy().tobytes() for row in ids}
+    shared = sum(row.numpy().tobytes() in trained for row in held_out)
+    if shared:
+        raise CompressionError(
+            f"distill: {shared} of {len(held_out)} held-out windows are trained on too; hold out other text"
+        )
+
+
+def _definition(
+    settings: Distillation,
+    student: Checkpoint,
+    teacher: Checkpoint,
+    ids: torch.Tensor,
+    held_out: torch.Tensor,
+    dtype: str,
+    device: str,
+) -> dict[str, Any]:
+    """All that what comes out depends on, as JSON has it."""
+    values = dataclasses.asdict(settings)
+    del values["save_every"]
+    return {
+        **values,
+        "dtype": dtype,
+        "device": device.partition(":")[0],
+        "student": student.digest(),
+        "teacher": teacher.digest(),
+        "windows": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:32],
+        "held_out": hashlib.sha256(held_out.numpy().tobytes()).hexdigest()[:32],
+    }

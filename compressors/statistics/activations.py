@@ -1,0 +1,160 @@
+"""Activation statistics of the base model on calibration text, collected in one pass: what every choice rests on.
+
+Symbols: L layers, H query heads, D head_dim, E hidden size, F FFN width, T tokens of a window, N windows.
+Knows no study; texts come in as token ids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from compressors.errors import CheckpointError
+from compressors.model import safetensors_file
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.family import Family, family_of
+
+NORM = "norm_mean_square."
+FIELDS = ("block_influence", "ffn_activity", "head_activity", "hidden_activity")
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """
+    block_influence [L]: 1 − cos(x, y) of a layer's input x and output y, mean over tokens; small: it does little.
+        ShortGPT, https://arxiv.org/abs/2403.03853.
+    ffn_activity [L, F], head_activity [L, H]: L2 over the windows of the mean over tokens of |input of down_proj|, and
+        of the L2 norm of a head's slice of o_proj's input. Minitron, https://arxiv.org/abs/2407.14679, section 2.2.
+    hidden_activity [E]: mean |x| of the residual stream after each layer, each layer's divided by its mean, summed.
+    norm_mean_square: module name of each norm over the residual width → [E], the mean over tokens of its squared input.
+    """
+
+    block_influence: torch.Tensor
+    ffn_activity: torch.Tensor
+    head_activity: torch.Tensor
+    hidden_activity: torch.Tensor
+    norm_mean_square: dict[str, torch.Tensor]
+
+    def save(self, path: Path) -> None:
+        """As safetensors, written beside its place and renamed. Raises CheckpointError."""
+        tensors = {NORM + name: value for name, value in self.norm_mean_square.items()}
+        tensors |= {field: getattr(self, field) for field in FIELDS}
+        safetensors_file.keep(path, tensors, f"calibration {path}:")
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        """Raises CheckpointError for a file that is not whole."""
+        try:
+            tensors = load_file(path)
+            norms = {name.removeprefix(NORM): tensors.pop(name) for name in list(tensors) if name.startswith(NORM)}
+            return cls(**tensors, norm_mean_square=norms)
+        except (SafetensorError, OSError, TypeError) as error:
+            raise CheckpointError(f"calibration {path}: can't be read ({error}); delete it, it is made again") from None
+
+
+def calibrate(
+    base: Checkpoint,
+    windows: Sequence[Sequence[int]],
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Calibration:
+    """Run the base model over `windows` (N of T token ids); statistics are summed in float32 and end on the CPU.
+
+    Raises CheckpointError without text, or when the model's activations are not finite.
+    """
+    if not windows:
+        raise CheckpointError("calibration: no text; give at least one window of token ids")
+    family = family_of(base)
+    largest, vocabulary = max(map(max, windows)), int(base.config["vocab_size"])
+    if largest >= vocabulary:
+        raise CheckpointError(
+            f"calibration: the text holds token {largest}, and the model has {vocabulary}; its tokenizer is another "
+            "model's, copy its own"
+        )
+    model = base.to_model(device, dtype=torch.float32 if device == "cpu" else None)
+    sums = _Sums(int(base.config["num_hidden_layers"]), int(base.config["num_attention_heads"]))
+    hooks = sums.attach(dict(model.named_modules()), family)
+    try:
+        with torch.inference_mode():
+            for done, window in enumerate(windows, start=1):
+                model(input_ids=torch.tensor([list(window)], device=device), use_cache=False, logits_to_keep=1)
+                if progress is not None:
+                    progress(done, len(windows))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = sums.means(tokens=sum(map(len, windows)))
+    if not all(torch.isfinite(getattr(found, field)).all() for field in FIELDS):
+        raise CheckpointError("calibration: the base model's activations are NaN or infinite: its weights are broken")
+    return found
+
+
+class _Sums:
+    """What forward hooks add up, by layer or by module name; float32 on the model's device."""
+
+    def __init__(self, layers: int, heads: int) -> None:
+        self.layers, self.heads = layers, heads
+        self.by_key: dict[tuple[str, Any], torch.Tensor] = {}
+
+    def add(self, kind: str, key: Any, value: torch.Tensor) -> None:
+        there = self.by_key.get((kind, key))
+        self.by_key[kind, key] = value if there is None else there + value
+
+    def attach(self, modules: dict[str, Any], family: Family) -> list[Any]:
+        hooks = []
+        for index in range(self.layers):
+            hooks.append(modules[family.layer(index)].register_forward_hook(self._on_layer(index), with_kwargs=True))
+            hooks.append(modules[family.in_layer(index, family.down)].register_forward_pre_hook(self._on_down(index)))
+            hooks.append(modules[family.in_layer(index, family.o)].register_forward_pre_hook(self._on_o(index)))
+        for name in family.residual_norms(self.layers):
+            hooks.append(modules[name].register_forward_pre_hook(self._on_norm(name)))
+        return hooks
+
+    def _on_layer(self, index: int) -> Callable[..., None]:
+        def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            x = (args[0] if args else kwargs["hidden_states"])[0].float()  # (T, E)
+            y = (output[0] if isinstance(output, tuple) else output)[0].float()  # (T, E)
+            self.add("influence", index, (1 - torch.cosine_similarity(x, y, dim=-1)).sum())
+            self.add("hidden", index, y.abs().sum(0))
+
+        return hook
+
+    def _on_down(self, index: int) -> Callable[..., None]:
+        def hook(module: Any, args: Any) -> None:
+            self.add("ffn", index, args[0][0].float().abs().mean(0).square())  # (T, F) → (F)
+
+        return hook
+
+    def _on_o(self, index: int) -> Callable[..., None]:
+        def hook(module: Any, args: Any) -> None:
+            by_head = args[0][0].float().unflatten(-1, (self.heads, -1))  # (T, H, D)
+            self.add("head", index, by_head.norm(dim=-1).mean(0).square())  # (H)
+
+        return hook
+
+    def _on_norm(self, name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any) -> None:
+            self.add("norm", name, args[0].float().flatten(0, -2).square().sum(0))  # (T, E) → (E)
+
+        return hook
+
+    def means(self, tokens: int) -> Calibration:
+        def stacked(kind: str) -> torch.Tensor:
+            return torch.stack([self.by_key[kind, index] for index in range(self.layers)]).cpu()
+
+        hidden = stacked("hidden")  # (L, E)
+        return Calibration(
+            block_influence=stacked("influence") / tokens,
+            ffn_activity=stacked("ffn").sqrt(),
+            head_activity=stacked("head").sqrt(),
+            hidden_activity=(hidden / hidden.mean(1, keepdim=True)).sum(0),
+            norm_mean_square={
+                key: (value / tokens).cpu() for (kind, key), value in self.by_key.items() if kind == "norm"
+            },
+        )

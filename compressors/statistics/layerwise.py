@@ -1,0 +1,133 @@
+"""A model's layers one at a time over all windows: what closed-form methods need, in the memory of one layer.
+
+Hidden states of all windows stay in main memory between two layers. Works on the stock transformers model of any family
+here: what a layer is called with beside its input is recorded from a whole forward pass.
+
+Symbols: B windows of a batch, T tokens of a window, E hidden size, K input width of a Linear.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from compressors.errors import CheckpointError
+from compressors.model.family import Family
+
+Called = dict[tuple[int, int], list[dict[str, Any]]]  # (windows of a batch, tokens) → keyword arguments of each layer
+Inputs = Callable[[torch.Tensor], None]  # told the input of a module, [B, T, K]
+
+
+class _Reached(Exception):
+    """The layers begin: the rest of the forward pass is of no interest."""
+
+
+class Layers:
+    """Windows on their way through the layers of `model`; all of them have the same length.
+
+    hidden: the input of the next layer, a tensor [B, T, E] for each batch, in main memory.
+    """
+
+    def __init__(
+        self, model: Any, family: Family, windows: Sequence[Sequence[int]], batch: int = 4, called: Called | None = None
+    ) -> None:
+        """called: of others of the same model, which have recorded what its layers are called with."""
+        lengths = {len(window) for window in windows}
+        if len(lengths) != 1:
+            raise CheckpointError(f"calibration: windows of {sorted(lengths)} tokens; all must have the same length")
+        self.model, self.family, self.batch = model, family, batch
+        self.windows = [list(map(list, windows[start : start + batch])) for start in range(0, len(windows), batch)]
+        self.modules = dict(model.named_modules())
+        self.count = int(model.config.num_hidden_layers)
+        self.called: Called = {} if called is None else called
+        self.hidden: list[torch.Tensor] = list(self._embedded())
+
+    def layer(self, index: int) -> Any:
+        return self.modules[self.family.layer(index)]
+
+    def forward(self, index: int, watch: Mapping[str, Inputs] | None = None, keep: bool = True) -> None:
+        """Run layer `index` on `hidden`, and put its output there if `keep`.
+
+        watch: by the name of a module in the layer (`family.o`), what is told its input, batch by batch.
+        """
+        for place in range(len(self.hidden)):
+            out, seen = self.run(index, place, tuple(watch or ()))
+            for part, told in (watch or {}).items():
+                told(seen[part])
+            if keep:
+                self.hidden[place] = out.cpu()
+
+    @torch.inference_mode()
+    def run(
+        self, index: int, place: int, watched: Sequence[str] = (), until: str | None = None
+    ) -> tuple[Any, dict[str, torch.Tensor]]:
+        """(the output of layer `index` for batch `place` of `hidden`, the inputs [B, T, K] of its modules `watched`).
+
+        until: a module at whose input the layer ends; it is watched too, and the output is None.
+        """
+        hidden = self.hidden[place]
+        keywords = self._keywords(len(hidden), hidden.shape[1])[index]
+        seen: dict[str, torch.Tensor] = {}
+
+        def watch(part: str) -> Any:
+            def hook(module: Any, args: Any) -> None:
+                seen[part] = args[0]
+                if part == until:
+                    raise _Reached
+
+            return self.modules[f"{self.family.layer(index)}.{part}"].register_forward_pre_hook(hook)
+
+        hooks = [watch(part) for part in dict.fromkeys((*watched, *(() if until is None else (until,))))]
+        out = None
+        try:
+            with contextlib.suppress(_Reached):
+                out = self.layer(index)(hidden.to(self.model.device), **keywords)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return out[0] if isinstance(out, tuple) else out, seen
+
+    def _ids(self, windows: Sequence[Sequence[int]]) -> torch.Tensor:
+        return torch.tensor(windows, device=self.model.device)
+
+    @torch.inference_mode()
+    def _embedded(self) -> Iterator[torch.Tensor]:
+        """The input of the first layer."""
+        found: list[torch.Tensor] = []
+
+        def stop(module: Any, args: Any, kwargs: Any) -> None:
+            found.append((args[0] if args else kwargs["hidden_states"]).cpu())
+            raise _Reached
+
+        for windows in self.windows:
+            hook = self.layer(0).register_forward_pre_hook(stop, with_kwargs=True)
+            try:
+                with contextlib.suppress(_Reached):
+                    self.model(input_ids=self._ids(windows), use_cache=False, logits_to_keep=1)
+            finally:
+                hook.remove()
+            yield found.pop()
+
+    @torch.inference_mode()
+    def _keywords(self, size: int, tokens: int) -> list[dict[str, Any]]:
+        """What each layer is called with beside its input, for batches of this size: masks, positions, rotations."""
+        if (size, tokens) not in self.called:
+            found: list[dict[str, Any]] = []
+
+            def record(module: Any, args: Any, kwargs: Any) -> None:
+                found.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
+
+            hooks = [
+                self.layer(index).register_forward_pre_hook(record, with_kwargs=True) for index in range(self.count)
+            ]
+            try:
+                windows = next(windows for windows in self.windows if len(windows) == size)
+                self.model(input_ids=self._ids(windows), use_cache=False, logits_to_keep=1)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            self.called[size, tokens] = found
+        return self.called[size, tokens]

@@ -1,0 +1,1 @@
+"""What people do by hand, on the parts that a study uses."""

@@ -1,0 +1,164 @@
+"""One plan by hand: what a person names → a CompressionPlan → a checkpoint directory. The study builds just so.
+
+Knows no engine: a model can be compressed where it can't be served.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from compressors import build
+from compressors.device import release
+from compressors.errors import InfeasiblePlan
+from compressors.files import write_json
+from compressors.model.transformers_version import retarget
+from compressors.plan import DESCRIPTION, OPTIONS, SCHEMES, CompressionPlan, canonical
+from search import files
+from search.config.study_file import Compression
+from search.errors import UsageError
+from search.files import read_json
+from search.setup.machine import require_disk
+from search.setup.setting import Say, Setting
+
+
+def plan_of(compression: Compression, base: CompressionPlan) -> CompressionPlan:
+    """The plan that a study file's `compression` names for this base model. Raises UsageError for one that does
+    nothing."""
+    drop_from = compression.drop_from
+    keep = compression.keep_layers
+    if isinstance(drop_from, list):
+        left = base.num_hidden_layers - len(drop_from)
+        if keep is not None and keep != left:
+            raise UsageError(
+                f"compression: keep_layers is {keep}, and drop_from names {len(drop_from)} of the model's "
+                f"{base.num_hidden_layers} layers, which leaves {left}; leave keep_layers out"
+            )
+        keep, drop_from = left, ",".join(map(str, sorted(drop_from)))
+    to_hidden = "reduce_hidden" in compression.methods
+    hidden = compression.hidden_size or (compression.target_dim if to_hidden else None)
+    ffn = compression.intermediate_size or (None if to_hidden else compression.target_dim)
+    heads, groups = compression.keep_heads, compression.keep_kv_heads
+    if groups is not None and heads is None:  # a key/value head goes with the query heads that share it
+        heads = base.num_attention_heads // base.num_key_value_heads * groups
+    plan = CompressionPlan(
+        num_hidden_layers=_given(keep, base.num_hidden_layers),
+        num_attention_heads=_given(heads, base.num_attention_heads),
+        num_key_value_heads=_given(groups, base.num_key_value_heads),
+        hidden_size=_given(hidden, base.hidden_size),
+        intermediate_size=_given(ffn, base.intermediate_size),
+        precision=compression.scheme or compression.dtype or base.precision,
+        drop_from=drop_from,
+        **{name: value for name in OPTIONS if (value := getattr(compression, name)) is not None},
+    )
+    plan = canonical(plan, base)
+    if plan == base:
+        raise UsageError(
+            "compress: nothing to do: the model is so already; name a method (drop-layers --keep-layers 26, …), an "
+            "experiment (experiments=NAME) or a key (compression.keep_layers=26)"
+        )
+    return plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a plan makes: told before anything is built. bytes: of model.safetensors.
+
+    warnings: of what loads but will not run as one would expect.
+    """
+
+    plan: CompressionPlan
+    parameters: int
+    base_parameters: int
+    bytes: int
+    base_bytes: int
+    warnings: tuple[str, ...] = ()
+
+
+def foresee(plan: CompressionPlan, setting: Setting) -> Outcome:
+    """Raises InfeasiblePlan for a plan that stock loaders would refuse, or that exceeds a limit."""
+    reason = setting.infeasible(plan)
+    if reason:
+        raise InfeasiblePlan(reason)
+    warnings = []
+    if not setting.kernel_alignment:
+        slow = build.check(plan, setting.base, setting.family, kernel_alignment=True, max_bytes=None)
+        if slow:
+            warnings.append(f"on a GPU vLLM would fall back to a slow kernel, or refuse it: {slow}")
+    remark = setting.file.model.num_layers
+    if remark is not None and remark != plan.num_hidden_layers:
+        warnings.append(f"model.num_layers says {remark}, and the result has {plan.num_hidden_layers}")
+    if plan.precision in SCHEMES and setting.identity.precision == "float32":
+        warnings.append(f"the base model is float32: what {plan.precision} leaves out becomes bfloat16")
+    made = build.apply(plan, setting.base, setting.family, None)
+    return Outcome(
+        plan=plan,
+        parameters=made.total_parameters,
+        base_parameters=setting.base.total_parameters,
+        bytes=made.file_bytes,
+        base_bytes=setting.base.file_bytes,
+        warnings=tuple(warnings),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Compressed:
+    path: Path
+    outcome: Outcome
+    weights_sha256: str
+    changes: tuple[str, ...] = ()  # made for the target
+    reused: bool = False  # it was there already
+    replaced: bool = False  # another model was there
+
+
+def compress(outcome: Outcome, setting: Setting, to: Path, target: str | None, say: Say = lambda _: None) -> Compressed:
+    """Write the checkpoint to `to`: config.json, model.safetensors, tokenizer files, compression.json.
+
+    target: the version of transformers that is to read it; None: the running one. What is in `to` already, made of the
+    same model by the same plan for the same target, is left there. Raises UsageError and CompressionError.
+    """
+    described = setting.description(outcome.plan, target)
+    there = made_before(to, described)
+    if there is not None:
+        return Compressed(to, outcome, there, reused=True)
+    files.refuse_foreign(to, "compress", setting.base_path)
+    require_disk(outcome.bytes + 50_000_000, to.parent, "the compressed model")
+    needed = build.needs_calibration(outcome.plan, setting.identity)
+    calibration = setting.calibrate(say) if needed else None
+    moments = setting.moments_for(outcome.plan, say)
+    made = build.apply(
+        outcome.plan, setting.base, setting.family, calibration, moments=moments, device=setting.device, say=say
+    )
+    build.require_size(made, setting.max_bytes)
+    say(f"writing {to.name}, {made.file_bytes / 1e6:.0f} MB")
+    replaced = (to / "config.json").is_file()
+    with files.beside(to, "compress") as scratch:
+        weights_sha256 = made.write(scratch)
+        changes = retarget(scratch, target) if target is not None else []
+        write_json(scratch / DESCRIPTION, {**described, "weights_sha256": weights_sha256})
+    release(setting.device)
+    return Compressed(to, outcome, weights_sha256, tuple(changes), replaced=replaced)
+
+
+def made_before(path: Path, described: dict[str, Any]) -> str | None:
+    """The sha256 of the weights in `path` if they were made just so, else None."""
+    known = read_json(path / DESCRIPTION) or {}
+    same = all(known.get(key) == described[key] for key in ("plan_digest", "for_transformers"))
+    if same and (path / "model.safetensors").is_file() and (path / "config.json").is_file():
+        return str(known["weights_sha256"])
+    return None
+
+
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def to_json(outcome: Outcome) -> dict[str, Any]:
+    return {**dataclasses.asdict(outcome), "warnings": list(outcome.warnings)}
+
+
+def target_of(path: Path) -> str | None:
+    """The version of transformers that the checkpoint in `path` was written for, if it says so."""
+    target = (read_json(path / DESCRIPTION) or {}).get("for_transformers")
+    return None if target is None else str(target)

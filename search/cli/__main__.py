@@ -1,0 +1,5 @@
+"""`python -m search.cli` is `optuna-search`."""
+
+from search.cli import main
+
+main()

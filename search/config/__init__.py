@@ -1,0 +1,1 @@
+"""The study file: composed by Hydra, checked by pydantic."""

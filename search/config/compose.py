@@ -1,0 +1,288 @@
+"""Compose a study file from `studies/` with Hydra, and check it.
+
+Errors are ConfigError: one line that names the key, what was found and the nearest right spelling.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from search.config.study_file import Dimension, Range, StudyFile, nearest
+from search.errors import ConfigError
+
+PACKAGED = Path(__file__).resolve().parents[2] / "studies"
+USER_DIR = Path("studies")
+EXPERIMENTS = "experiments"
+PRIMARY = "__study__"  # names the study file, so that it too is looked for along the whole search path
+MEMBERS = ("Range", "int")
+
+
+def studies(config_dir: Path | None = None) -> list[str]:
+    """The names that `--study` takes: the user's own first, then those that come with optuna-search."""
+    return _files("*.yaml", config_dir)
+
+
+def groups(config_dir: Path | None = None) -> dict[str, list[str]]:
+    """The config groups along the search path and what each offers, the user's own first."""
+    found: dict[str, None] = {}
+    for directory in _search_path(config_dir):
+        found |= dict.fromkeys(path.name for path in sorted(directory.iterdir()) if path.is_dir())
+    return {group: names for group in found if (names := _files(f"{group}/*.yaml", config_dir))}
+
+
+def load(study: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> StudyFile:
+    """The study file `study` with Hydra `overrides` (KEY=VALUE, GROUP=NAME). Raises ConfigError."""
+    with _composed(study, overrides, config_dir) as (composed, sources):
+        values = OmegaConf.to_container(composed, resolve=True)
+    return validate(values, f"study {study!r}", sources)
+
+
+def sweep(overrides: Sequence[str], config_dir: Path | None = None) -> list[list[str]]:
+    """The overrides of each job of a multirun, by Hydra's own parser: a=1,2 · range(22,30,2) · choice(x,y) · glob(*).
+
+    Raises ConfigError.
+    """
+    for override in overrides:
+        _require_key_and_value(override)
+    try:
+        axes = []
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            if not override.is_sweep_override():
+                axes.append([override.input_line or ""])
+                continue
+            if not override.is_discrete_sweep():
+                raise ConfigError(f"multirun: {override.input_line}: name the values: a list, range(…) or choice(…)")
+            value = override.value()
+            if isinstance(value, Glob):
+                values = value.filter(_files(f"{override.key_or_group}/*.yaml", config_dir))
+            else:
+                values = list(override.sweep_string_iterator())
+            if not values:
+                raise ConfigError(f"multirun: {override.input_line}: stands for no value")
+            axes.append([f"{override.get_key_element()}={text}" for text in values])
+    except HydraException as error:
+        raise ConfigError(f"multirun: {_first_lines(error)}") from None
+    return [list(words) for words in itertools.product(*axes)]
+
+
+def as_yaml(study: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> str:
+    """The composed study file, every key of it, checked. Raises ConfigError."""
+    values = load(study, overrides, config_dir).model_dump(mode="json")
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+@contextlib.contextmanager
+def _composed(
+    study: str, overrides: Sequence[str], config_dir: Path | None
+) -> Iterator[tuple[DictConfig, list[tuple[str, Any]]]]:
+    """The composition, and where its keys come from: (a file's name or an override, its values), last one first."""
+    directories = _search_path(config_dir)
+    names = studies(config_dir)
+    if study not in names and not any((directory / f"{study}.yaml").is_file() for directory in directories):
+        raise ConfigError(f"study {study!r}: no such study file; there are {', '.join(names)}{nearest(study, names)}")
+    for override in overrides:
+        _require_key_and_value(override)
+    GlobalHydra.instance().clear()
+    ConfigStore.instance().store(name=PRIMARY, node={"defaults": [study, "_self_"]})
+    first, *others = directories
+    words = [f"hydra.searchpath=[{','.join(directory.as_uri() for directory in others)}]"] if others else []
+    words += [_plain(override, directories, config_dir) for override in overrides]
+    try:
+        with initialize_config_dir(config_dir=str(first), version_base="1.3", job_name="optuna-search"):
+            try:
+                composed = compose(config_name=PRIMARY, overrides=words)
+            except HydraException as error:
+                if "Could not override" not in str(error):
+                    raise
+                # a group that the study file has no default for is added to it, as `+group=` would
+                words = [f"+{word}" if _group_of(word, directories) else word for word in words]
+                composed = compose(config_name=PRIMARY, overrides=words)
+            loader = GlobalHydra.instance().config_loader()
+            used = loader.compute_defaults_list(PRIMARY, words, RunMode.RUN).defaults
+        yield composed, [*_overridden(overrides), *_read(used, directories)]
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        if "Ambiguous value" in str(error):
+            word = next((word for word in overrides if "," in word), "")
+            raise ConfigError(
+                f"override {word!r}: names several values; write key=[a,b] for a list, or run a job for each with "
+                "`compress --multirun`"
+            ) from None
+        raise ConfigError(f"study {study!r}: {_first_lines(error)}{_near_key(error)}") from None
+
+
+def _overridden(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    return [("", OmegaConf.to_container(OmegaConf.from_dotlist([word.lstrip("+~")]))) for word in reversed(overrides)]
+
+
+def _read(used: Sequence[Any], directories: Sequence[Path]) -> list[tuple[str, Any]]:
+    """The files that were composed and their values, each in its package."""
+    found: list[tuple[str, Any]] = []
+    for entry in reversed(used):
+        path = next(
+            (d / f"{entry.config_path}.yaml" for d in directories if (d / f"{entry.config_path}.yaml").is_file()), None
+        )
+        if path is None:
+            continue
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+        group = entry.config_path.rpartition("/")[0]
+        if group and "@package _global_" not in text:
+            values = {group: values}
+        found.append((str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path), values))
+    return found
+
+
+def _source_of(location: Sequence[Any], sources: Sequence[tuple[str, Any]]) -> str:
+    """The file that gave the value at this place, or "" for an override and a default."""
+    for name, values in sources:
+        at = values
+        for part in location:
+            if (isinstance(at, dict) and part in at) or (isinstance(at, list) and part in range(len(at))):
+                at = at[part]
+            elif part not in MEMBERS:
+                break
+        else:
+            return name
+    return ""
+
+
+def validate(values: Any, where: str, sources: Sequence[tuple[str, Any]] = ()) -> StudyFile:
+    """sources: (a file's name, its values) of what was composed, the last one first: a problem then names its file."""
+    try:
+        return StudyFile.model_validate(values)
+    except ValidationError as error:
+        problems: dict[str, str] = {}  # a union reports one problem per member: the first says enough
+        for problem in error.errors():
+            if _where(problem) not in problems:
+                file = _source_of(problem["loc"], sources)
+                problems[_where(problem)] = f"{file + ': ' if file else ''}{_explain(problem)}"
+        raise ConfigError(f"{where}: " + "; ".join(problems.values())) from None
+
+
+def _search_path(config_dir: Path | None) -> list[Path]:
+    mine = config_dir if config_dir is not None else USER_DIR
+    if config_dir is not None and not config_dir.is_dir():
+        raise ConfigError(f"--config-dir {config_dir}: no such directory")
+    directories = [mine.resolve()] if mine.is_dir() else []
+    return directories if PACKAGED in directories else [*directories, PACKAGED]
+
+
+def _files(pattern: str, config_dir: Path | None) -> list[str]:
+    found: dict[str, None] = {}
+    for directory in _search_path(config_dir):
+        for path in sorted(directory.glob(pattern)):
+            if not path.name.startswith("_"):
+                found.setdefault(path.stem)
+    return list(found)
+
+
+def _require_key_and_value(override: str) -> None:
+    if "=" not in override:
+        raise ConfigError(f"override {override!r}: must be KEY=VALUE, for instance trials=50")
+
+
+def _plain(override: str, directories: Sequence[Path], config_dir: Path | None) -> str:
+    """Lets any key be set without Hydra's `+`: a wrong one is then refused by name, with the nearest spelling."""
+    key, _, value = override.partition("=")
+    if key.lstrip("+") == EXPERIMENTS:
+        return f"+{EXPERIMENTS}={experiment(value, config_dir)}"
+    group = _group_of(override, directories)
+    if group and value.replace("-", "").replace("_", "").replace(".", "").isalnum() and value != "null":
+        there = _files(f"{group}/*.yaml", config_dir)
+        if value not in there:
+            raise ConfigError(f"{override}: no such file; there are {', '.join(there)}{nearest(value, there)}")
+    return override if override[0] in "+~" or group else f"++{override}"
+
+
+def _group_of(override: str, directories: Sequence[Path]) -> str | None:
+    group = override.partition("=")[0].partition("@")[0]
+    return group if any((directory / group).is_dir() for directory in directories) else None
+
+
+def experiment(name: str, config_dir: Path | None = None) -> str:
+    """The experiment file that `name` means: `02-05_drop-layers-26` is also `drop-layers-26`, `drop_layers_26`, and
+    `drop_layers` where no other begins so. Raises ConfigError.
+    """
+    there = _files(f"{EXPERIMENTS}/*.yaml", config_dir)
+    if name in there:
+        return name
+    wanted = _strategy(name)
+    for found in (
+        [file for file in there if _strategy(file) == wanted],
+        [file for file in there if _strategy(file).startswith(f"{wanted}-")],
+    ):
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ConfigError(f"experiments={name}: could be {' or '.join(found)}; say which")
+    near = difflib.get_close_matches(wanted, map(_strategy, there), n=1, cutoff=0.5)
+    hint = f"; did you mean {next(file for file in there if _strategy(file) == near[0])!r}?" if near else ""
+    raise ConfigError(f"experiments={name}: no such file; there are {', '.join(there) or 'none'}{hint}")
+
+
+def _strategy(name: str) -> str:
+    """`02-05_drop_layers-26` → `drop-layers-26`: a file is named MM-DD_strategy."""
+    date, _, rest = name.partition("_")
+    return (rest if rest and date.replace("-", "").isdigit() else name).replace("_", "-")
+
+
+def _where(problem: Any) -> str:
+    # pydantic puts the members of a union into the location; keys are plain words
+    return ".".join(
+        str(part) for part in problem["loc"] if str(part).replace("_", "").isalnum() and part not in MEMBERS
+    )
+
+
+def _explain(problem: Any) -> str:
+    where = _where(problem)
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key{nearest(where.rpartition('.')[2], _keys_beside(problem['loc']))}"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        message = "is required"
+    found = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
+    return f"{where + ': ' if where else ''}{message}{found}"
+
+
+def _keys_beside(location: Sequence[Any]) -> list[str]:
+    section: Any = StudyFile
+    for part in location[:-1]:
+        field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, BaseModel) else None
+        section = field.annotation if field is not None else None
+        if section == Dimension:
+            section = Range
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        return list(section.model_fields)
+    return []
+
+
+def _first_lines(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])
+
+
+def _near_key(error: BaseException) -> str:
+    words = str(error).replace("'", " ").split()
+    keys = [*StudyFile.model_fields]
+    for word in words:
+        hint = nearest(word.partition(".")[0], keys)
+        if hint and word not in keys:
+            return hint
+    return ""

@@ -1,0 +1,341 @@
+"""The study file's sections: every key, its type, its default, and what is refused.
+
+Knows no Optuna and builds nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from compressors.plan import CHOICES, DROP_FROM, DTYPES, PRECISIONS, SCHEMES
+
+METHODS = {  # of `compress`: the keys of which each needs one
+    "drop_layers": ("keep_layers",),
+    "prune_heads": ("keep_heads", "keep_kv_heads"),
+    "reduce_hidden": ("hidden_size", "target_dim"),
+    "reduce_ffn": ("intermediate_size", "target_dim"),
+    "quantize": ("scheme",),
+    "cast": ("dtype",),
+}
+HOW = {  # and the keys that it may take beside
+    "drop_layers": ("drop_from", "repair"),
+    "prune_heads": ("importance", "repair"),
+    "reduce_hidden": ("rotation", "repair"),
+    "reduce_ffn": ("importance", "repair"),
+    "quantize": ("smoothing", "quantizer", "group_size", "keep_16_bit", "lm_head", "kv_cache"),
+    "cast": (),
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Range(Section):
+    """Integers from `low` to `high`, both included, in steps. A range may change when a study goes on."""
+
+    low: Annotated[int, Field(ge=1)]
+    high: Annotated[int, Field(ge=1)]
+    step: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low ({self.low}) must not exceed high ({self.high})")
+        if (self.high - self.low) % self.step:
+            raise ValueError(f"high ({self.high}) must be low ({self.low}) plus a multiple of step ({self.step})")
+        return self
+
+
+Dimension = Range | Annotated[int, Field(ge=1)] | None  # searched | fixed | as in the base model
+
+
+class Space(Section):
+    num_hidden_layers: Dimension = None
+    drop_from: list[str] = ["importance"]
+    num_attention_heads: Dimension = None
+    num_key_value_heads: Dimension = None
+    hidden_size: Dimension = None
+    intermediate_size: Dimension = None
+    precision: list[str] | None = None  # None: as in the base model
+    importance: list[str] = ["activation"]
+    rotation: list[str] = ["none"]
+    repair: list[str] = ["none"]
+    smoothing: list[str] = ["none"]
+    quantizer: list[str] = ["nearest"]
+    group_size: list[int] = [0]
+    keep_16_bit: Range | Annotated[int, Field(ge=0)] = 0
+    lm_head: list[str] = ["16-bit"]
+    kv_cache: list[str] = ["auto"]
+
+    @field_validator("drop_from", "precision", *CHOICES)
+    @classmethod
+    def _known(cls, names: list[Any] | None, info: Any) -> list[Any] | None:
+        known: dict[str, Sequence[Any]] = {"drop_from": DROP_FROM, "precision": PRECISIONS, **CHOICES}
+        allowed = known[info.field_name]
+        for name in names or ():
+            if name not in allowed:
+                hint = nearest(name, allowed) if isinstance(name, str) else ""
+                raise ValueError(f"{name!r} is not one of {', '.join(map(str, allowed))}{hint}")
+        if names is not None and (not names or len(set(names)) != len(names)):
+            raise ValueError("needs at least one value, and none twice")
+        return names
+
+
+class Model(Section):
+    source: str  # a local directory, a hub id, or the name of the embedded model
+    revision: str | None = None
+    num_layers: Annotated[int, Field(ge=1)] | None = None  # of the compressed model: a remark, compression decides
+
+
+class Compression(Section):
+    """What `compress` makes of the model by hand; what is null stays as in the base model."""
+
+    method: str | list[str] | None = None
+    keep_layers: Annotated[int, Field(ge=1)] | None = None
+    drop_from: str | list[Annotated[int, Field(ge=0)]] = "importance"  # or the numbers of the layers that go, from 0
+    keep_heads: Annotated[int, Field(ge=1)] | None = None
+    keep_kv_heads: Annotated[int, Field(ge=1)] | None = None
+    target_dim: Annotated[int, Field(ge=1)] | None = None  # of the one method that is named, reduce_hidden or _ffn
+    hidden_size: Annotated[int, Field(ge=1)] | None = None
+    intermediate_size: Annotated[int, Field(ge=1)] | None = None
+    scheme: str | None = None
+    dtype: str | None = None
+    importance: str | None = None
+    rotation: str | None = None
+    repair: str | None = None
+    smoothing: str | None = None
+    quantizer: str | None = None
+    group_size: int | None = None
+    keep_16_bit: Annotated[int, Field(ge=0)] | None = None
+    lm_head: str | None = None
+    kv_cache: str | None = None
+
+    @field_validator("method", "scheme", "dtype", *CHOICES)
+    @classmethod
+    def _known(cls, value: Any, info: Any) -> Any:
+        known: dict[str, Sequence[Any]] = {"method": tuple(METHODS), "scheme": SCHEMES, "dtype": DTYPES, **CHOICES}
+        allowed = known[info.field_name]
+        for name in value if isinstance(value, list) else () if value is None else (value,):
+            if name not in allowed:
+                hint = nearest(name, allowed) if isinstance(name, str) else ""
+                raise ValueError(f"{name!r} is not one of {', '.join(map(str, allowed))}{hint}")
+        return value
+
+    @field_validator("drop_from")
+    @classmethod
+    def _drop_from(cls, value: str | list[int]) -> str | list[int]:
+        if isinstance(value, list):
+            if not value or len(set(value)) != len(value):
+                raise ValueError("needs the number of at least one layer, and none twice")
+        elif value not in DROP_FROM:
+            raise ValueError(
+                f"{value!r} is not one of {', '.join(DROP_FROM)}{nearest(value, DROP_FROM)}, nor a list of layers"
+            )
+        return value
+
+    @property
+    def methods(self) -> list[str]:
+        return [self.method] if isinstance(self.method, str) else list(self.method or ())
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.scheme and self.dtype:
+            raise ValueError(f"scheme is {self.scheme} and dtype {self.dtype}: a model is quantized or cast, not both")
+        if not self.methods:
+            if self.target_dim is not None:
+                raise ValueError("target_dim needs a method, reduce_hidden or reduce_ffn; or say hidden_size")
+            return self
+        if self.target_dim is not None and {"reduce_hidden", "reduce_ffn"} <= set(self.methods):
+            raise ValueError("target_dim is of one of two methods here; say hidden_size and intermediate_size")
+        if set(self.methods) == {"drop_layers"} and self.repair == "ridge":
+            raise ValueError("repair: ridge has nothing to repair where only layers go; choose stream, or none")
+        given = {name for name in type(self).model_fields if getattr(self, name) is not None} - {"method", "drop_from"}
+        if isinstance(self.drop_from, list):
+            given.add("keep_layers")
+        for method in self.methods:
+            if not given & set(METHODS[method]):
+                raise ValueError(f"method {method} needs {' or '.join(METHODS[method])}")
+        for key in sorted(given - {key for method in self.methods for key in (*METHODS[method], *HOW[method])}):
+            owner = next(method for method in METHODS if key in (*METHODS[method], *HOW[method]))
+            raise ValueError(
+                f"{key} belongs to {owner}, and method is {', '.join(self.methods)}; add it there: "
+                f"method=[{','.join([*self.methods, owner])}]"
+            )
+        return self
+
+
+class PerfPart(Section):
+    """A part of Perf: 1/perplexity on the search text, or the accuracy of a task."""
+
+    metric: str = "perplexity"
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    name: str | None = None  # in tables; by default the file's or the task's
+    files: list[str] = []  # multiple_choice: JSONL with question, choices, answer
+    task: str | None = None  # lm_eval
+    include_path: str | None = None  # lm_eval: the folder of the task's YAML
+    limit: Annotated[int, Field(ge=1)] | None = None  # items
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        allowed = ("perplexity", *task_names())
+        if value not in allowed:
+            raise ValueError(f"{value!r} is not one of {', '.join(allowed)}{nearest(value, allowed)}")
+        return value
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.metric == "multiple_choice" and not self.files:
+            raise ValueError("multiple_choice needs files: JSONL with question, choices and answer")
+        if self.metric == "lm_eval" and not self.task:
+            raise ValueError("lm_eval needs task: a task's name")
+        return self
+
+
+def task_names() -> list[str]:
+    """The kinds of task there are: the files of evaluator/tasks."""
+    from evaluator import tasks
+
+    return tasks.names()
+
+
+Texts = list[str] | Literal["embedded"]
+
+
+class Text(Section):
+    """`embedded` is prose that every CPython ships; otherwise .txt and .jsonl files, or hub:ORGANISATION/NAME."""
+
+    calibration: Texts = "embedded"
+    search: Texts = "embedded"
+    report: Texts | None = "embedded"  # confirms what was found on text that no search saw; null: nothing
+    window: Annotated[int, Field(ge=16)] = 256  # tokens
+    calibration_windows: Annotated[int, Field(ge=1)] = 16
+    moments_windows: Annotated[int, Field(ge=1)] = 32  # of each domain: for what `build.needs_moments`
+    shards: Annotated[int, Field(ge=2)] = 16
+    windows_per_shard: Annotated[int, Field(ge=1)] = 1
+
+
+class WorkloadSection(Section):
+    batch_sizes: list[Annotated[int, Field(ge=1)]] = [1]
+    prompt_tokens: Annotated[int, Field(ge=1)] = 64
+    decode_steps: Annotated[int, Field(ge=4)] = 16
+    turns: Annotated[int, Field(ge=4)] = 12
+    seed: int = 0
+
+
+class Evaluation(Section):
+    backend: str = "auto"
+    device: str = "auto"
+    speed: Literal["measured", "predicted"] = "measured"
+    workload: WorkloadSection = WorkloadSection()
+    compile: bool = False  # torch.compile inside vLLM: slower to start, closer to the server's defaults
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    start_timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    call_timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    kl_max_mb: Annotated[float, Field(ge=0)] = 1024.0  # of the base model's log-probabilities kept for KL
+    perf: Annotated[list[PerfPart], Field(min_length=1)] = [PerfPart()]
+
+
+class ScoreSection(Section):
+    weight_perf: Annotated[float, Field(ge=0)] = 0.5
+    weight_speed: Annotated[float, Field(ge=0)] = 0.5
+
+
+class Sampler(Section):
+    name: Literal["tpe", "random"] = "tpe"
+    n_startup_trials: Annotated[int, Field(ge=1)] = 10
+
+
+class Pruner(Section):
+    name: Literal["wilcoxon", "median", "hyperband", "none"] = "wilcoxon"
+    p_threshold: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    n_startup_steps: Annotated[int, Field(ge=0)] = 4  # shards before a trial may be pruned
+    n_startup_trials: Annotated[int, Field(ge=0)] = 4  # median only
+    reduction_factor: Annotated[int, Field(ge=2)] = 3  # hyperband only
+
+
+class DistillationSection(Section):
+    """See compressors.distillation.settings.Distillation."""
+
+    tokens: Annotated[int, Field(ge=1)] = 2_000_000
+    batch_tokens: Annotated[int, Field(ge=1)] = 32_768
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    weight_ce: Annotated[float, Field(ge=0)] = 0.0
+    evaluate_every: Annotated[int, Field(ge=1)] = 524_288
+    patience: Annotated[int, Field(ge=1)] = 4
+    seed: int = 0
+
+
+class Limits(Section):
+    max_size_mb: Annotated[float, Field(gt=0)] | None = None  # of model.safetensors, 1 MB = 1e6 bytes
+    max_consecutive_failures: Annotated[int, Field(ge=1)] = 5
+    max_zip_mb: Annotated[float, Field(gt=0)] | None = None  # of submit.zip
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2  # the best so many stay on disk
+
+
+class Export(Section):
+    for_transformers: str | None = None  # the version that is to read what export and compress write; null: this one
+
+
+class Tracking(Section):
+    mlflow: bool = True
+    experiment: str = "optuna-search"
+
+
+class StudyFile(Section):
+    study_name: Annotated[str, Field(pattern=r"^[^'\"`]+$")]
+    experiment_name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None  # of what is made by hand
+    description: str | None = None
+    trials: Annotated[int, Field(ge=1)] = 20
+    seed: Annotated[int, Field(ge=0)] = 0
+    storage: str = "sqlite:///outputs/studies.db"
+    outputs: Path = Path("outputs")
+    model: Model
+    compression: Compression = Compression()
+    space: Space = Space()
+    text: Text = Text()
+    evaluation: Evaluation = Evaluation()
+    score: ScoreSection = ScoreSection()
+    sampler: Sampler = Sampler()
+    pruner: Pruner = Pruner()
+    limits: Limits = Limits()
+    export: Export = Export()
+    distillation: DistillationSection = DistillationSection()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _weights(self) -> Self:
+        if self.score.weight_perf + self.score.weight_speed <= 0:
+            raise ValueError("score: weight_perf and weight_speed are both 0, so that every trial would score 0")
+        return self
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        version = self.export.for_transformers
+        if version is not None and "8-bit" in (*self.space.lm_head, self.compression.lm_head):
+            from compressors.errors import CheckpointError
+            from compressors.model import transformers_version  # it imports torch, which no other study file waits for
+
+            try:
+                old = transformers_version.in_old_form(version)
+            except CheckpointError:  # said where it is exported
+                old = False
+            if old:
+                raise ValueError(
+                    f"lm_head: 8-bit beside export.for_transformers: {version}: {transformers_version.NO_LM_HEAD}; "
+                    "choose 16-bit, or export.for_transformers=null where the server has a newer vLLM"
+                )
+        return self
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

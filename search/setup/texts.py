@@ -1,0 +1,153 @@
+"""The texts of a study: read once, cut into windows, and kept apart from each other."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from compressors.errors import CheckpointError
+from compressors.files import write_json as write_json
+from evaluator import texts
+from search.config.study_file import StudyFile
+from search.errors import UsageError
+from search.files import CACHE, read_json
+
+Shard = list[list[int]]  # windows of token ids
+Documents = Sequence[texts.Document]
+Domains = Mapping[str, Documents]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MomentsText:
+    """What second moments are of: `count` windows of `length` tokens of each domain of the calibration text.
+
+    Cut when they are first asked for, and once for a setting and whatever is made of it by `dataclasses.replace`.
+    """
+
+    domains: Domains
+    tokenizer: Any
+    length: int
+    count: int
+
+    @functools.cached_property
+    def windows(self) -> dict[str, list[list[int]]]:
+        """Token ids, by domain. Raises TextError for a domain that is too short."""
+        return {
+            name: texts.windows(self.tokenizer, documents, self.length, self.count)
+            for name, documents in self.domains.items()
+        }
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return " ".join(texts.text_digest(windows) for windows in self.windows.values())
+
+
+def tokenizer_of(path: Path) -> Any:
+    """Of a model's directory. Raises CheckpointError."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # whatever its readers raise: it is a file from outside
+        first = (" ".join(str(error).split()) or type(error).__name__)[:160]
+        raise CheckpointError(f"model {path}: its tokenizer can't be read ({first}); copy its files again") from None
+
+
+def read_texts(file: StudyFile, tokenizer: Any) -> tuple[Domains, tuple[Shard, ...], tuple[list[int], ...]]:
+    """(the calibration text, the search text's shards, the calibration windows)."""
+    domains = _domains(file)
+    for_search = search_documents(file)
+    require_apart(file, {"calibration": _all(domains), "search": for_search})
+    windows = texts.mixed_windows(tokenizer, domains, file.text.window, file.text.calibration_windows)
+    return domains, shards_of(file, tokenizer, for_search), tuple(windows)
+
+
+def calibration_documents(file: StudyFile) -> Documents:
+    """All of it, every domain. Raises UsageError where it shares text with the search text."""
+    documents = _all(_domains(file))
+    require_apart(file, {"calibration": documents, "search": search_documents(file)})
+    return documents
+
+
+def _all(domains: Domains) -> Documents:
+    return [document for documents in domains.values() for document in documents]
+
+
+def _domains(file: StudyFile) -> Domains:
+    """Of the calibration text: each of its files is one, and the embedded text has several."""
+    named = file.text.calibration
+    if isinstance(named, str):
+        return _embedded_domains()
+    return {f"{place}-{Path(name).stem}": read_files([name]) for place, name in enumerate(named)}
+
+
+def shards_of(file: StudyFile, tokenizer: Any, documents: Documents) -> tuple[Shard, ...]:
+    each = file.text.windows_per_shard
+    flat = texts.windows(tokenizer, documents, file.text.window, file.text.shards * each)
+    return tuple(flat[start : start + each] for start in range(0, len(flat), each))
+
+
+def search_documents(file: StudyFile) -> Documents:
+    return _embedded_search() if isinstance(file.text.search, str) else read_files(file.text.search)
+
+
+def read_files(names: Sequence[str]) -> Documents:
+    return [document for name in names for document in _read_once(name, _version(name))]
+
+
+@functools.cache
+def _read_once(name: str, version: tuple[str, ...]) -> tuple[texts.Document, ...]:
+    """Again only where the file has changed. A dataset is streamed once."""
+    return tuple(texts.read_documents([name]))
+
+
+def _version(name: str) -> tuple[str, ...]:
+    where = Path(name).absolute()
+    try:
+        there = where.stat()
+    except OSError:  # a dataset's name, or else reading it says what is wrong
+        return (str(where),)
+    return str(where), str(there.st_mtime_ns), str(there.st_size)
+
+
+def require_apart(file: StudyFile, parts: Domains) -> None:
+    """A plan must be judged on text that it was not fitted to. Raises UsageError."""
+    (first, one), (second, other) = parts.items()
+    if getattr(file.text, first) == getattr(file.text, second) == "embedded":
+        return  # apart as they are made
+    shared = texts.overlap(one, other)
+    if shared:
+        raise UsageError(
+            f"text: text.{first} and text.{second} share text: {shared[0]}; a plan must be judged on text that it was "
+            "not fitted to: take it out of one"
+        )
+
+
+@functools.cache
+def _embedded_domains() -> dict[str, list[texts.Document]]:
+    """Read out of Python's sources once: that takes seconds, and every command asks for them."""
+    made_by = hashlib.sha256(Path(texts.__file__).read_bytes() + sys.version.encode()).hexdigest()[:16]
+    path = CACHE / "texts" / f"domains-{made_by}.json"
+    there = read_json(path)
+    if there is not None:
+        return {name: [texts.Document(*pair) for pair in pairs] for name, pairs in there.items()}
+    found = texts.embedded_domains()
+    with contextlib.suppress(OSError):  # no place to keep them is no reason to stop
+        write_json(path, {name: [[one.name, one.text] for one in documents] for name, documents in found.items()})
+    return found
+
+
+@functools.cache
+def _embedded_search() -> Documents:
+    return texts.split(texts.embedded_documents())[1]
+
+
+@functools.cache
+def embedded_report() -> Documents:
+    return texts.embedded_report_documents()

@@ -1,0 +1,1 @@
+"""Optuna studies: storage, trials, samplers, workers, and what people see of them."""

@@ -1,0 +1,119 @@
+"""What optuna-dashboard shows: a note and the measurement file for every trial, the baseline and the best on the study.
+
+Notes are Markdown. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import optuna
+from optuna.artifacts import FileSystemArtifactStore, upload_artifact
+from optuna_dashboard import save_note
+
+from evaluator.measurement import Measurement
+
+if TYPE_CHECKING:
+    from search.study.record import Record
+
+
+def describe_trial(trial: optuna.Trial, record: Record, baseline: Measurement, artifacts: Path) -> None:
+    """The trial's note, and its measurement as an artifact under `artifacts`."""
+    save_note(trial, trial_note(record, baseline))
+    if record.measurement is None:
+        return
+    artifacts.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, f"measurement-trial-{record.number}.json")
+        values = {"plan": record.plan.to_dict() if record.plan else None, **record.measurement.to_dict()}
+        path.write_text(json.dumps(values, indent=1))
+        upload_artifact(
+            artifact_store=FileSystemArtifactStore(str(artifacts)),
+            file_path=str(path),
+            study_or_trial=trial,
+            mimetype="application/json",
+        )
+
+
+def trial_note(record: Record, baseline: Measurement) -> str:
+    lines = [f"**{_verdict(record)}**"]
+    if record.reason:
+        lines += ["", record.reason]
+    if record.plan is not None:
+        lines += ["", "| plan | |", "|---|---|"]
+        lines += [f"| {name} | {value} |" for name, value in record.plan.to_dict().items()]
+    if record.measurement is not None and record.score is not None:
+        measured, score = record.measurement, record.score
+        lines += [
+            "",
+            "| measured | this trial | baseline |",
+            "|---|---|---|",
+            f"| perplexity | {measured.perplexity:.3f} | {baseline.perplexity:.3f} |",
+            f"| time per token | {measured.time_per_token_ms:.3f} ms | "
+            f"{measured.base_time_per_token_ms:.3f} ms, in turn |",
+            f"| size | {measured.model_size_mb:.1f} MB | {baseline.model_size_mb:.1f} MB |",
+            f"| parameters | {measured.total_parameters:,} | {baseline.total_parameters:,} |",
+        ]
+        if measured.kl_nats_per_token is not None:
+            lines.append(f"| KL to the base | {measured.kl_nats_per_token:.4f} nats per token | 0 |")
+        lines += [
+            "",
+            f"PerfNorm {score.perf_norm:.3f} ± {score.perf_norm_se:.3f}, SpeedNorm "
+            f"{score.speed_norm:.3f} ± {score.speed_norm_se:.3f}",
+        ]
+        lines += [f"- {note}" for note in measured.notes]
+    elif record.predicted_speed_norm is not None:
+        lines += ["", f"SpeedNorm predicted from weight bytes: {record.predicted_speed_norm:.3f}"]
+    took = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in record.seconds.items() if seconds >= 0.05)
+    if took:
+        lines += ["", f"Took: {took}"]
+    return "\n".join(lines)
+
+
+def _verdict(record: Record) -> str:
+    if record.failure:
+        return f"failed at {record.stage}: {record.failure}"
+    if record.score is not None:
+        return f"Score {record.score.score:.4f} ± {record.score.score_se:.4f}"
+    return f"pruned at {record.stage}"
+
+
+def describe_study(study: optuna.Study, baseline: Measurement, baseline_score: float) -> None:
+    """The study's note: the baseline and the best feasible trial."""
+    lines = [
+        "### Baseline",
+        f"perplexity {baseline.perplexity:.3f} on {baseline.tokens} tokens, "
+        f"{baseline.time_per_token_ms:.3f} ms per token, "
+        f"{baseline.model_size_mb:.1f} MB, {baseline.total_parameters:,} parameters",
+        "",
+        f"{baseline.backend} ({baseline.engine_version}) on {baseline.device}. Its Score is {baseline_score:g}.",
+        "",
+        "### Best feasible trial",
+    ]
+    try:
+        best = study.best_trial
+    except ValueError:
+        lines.append("none yet")
+    else:
+        attrs = best.user_attrs
+        lines.append(
+            f"trial {best.number}: **Score {best.value:.4f}**, PerfNorm {attrs['perf_norm']:.3f}, "
+            f"SpeedNorm {attrs['speed_norm']:.3f}"
+        )
+        lines += ["", "| plan | |", "|---|---|"]
+        lines += [f"| {name} | {value} |" for name, value in attrs["plan"].items()]
+    body = "\n".join(lines)
+    if study.user_attrs.get("note") != body:  # each note saved is a transaction
+        save_note(study, body)
+        study.set_user_attr("note", body)
+
+
+def serve(storage: optuna.storages.BaseStorage, artifacts: Path, host: str, port: int) -> None:
+    """Blocks until interrupted. optuna-dashboard has no login: keep `host` a loopback address."""
+    from optuna_dashboard import run_server
+
+    artifacts.mkdir(parents=True, exist_ok=True)
+    run_server(storage, host=host, port=port, artifact_store=FileSystemArtifactStore(str(artifacts)))

@@ -1,0 +1,68 @@
+"""From a trial to a CompressionPlan.
+
+Which plans can be built and served is `compressors.build.check`'s to say; this module only suggests them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optuna
+
+from compressors.plan import CHOICES, DIMENSIONS, CompressionPlan, canonical
+from search.config.study_file import Range, Space
+
+
+def suggest(trial: optuna.Trial, space: Space, base: CompressionPlan) -> CompressionPlan:
+    """The plan that this trial tries. Ordered values are integers, so that their ranges may change later."""
+    values: dict[str, Any] = {}
+    for name in DIMENSIONS:
+        wanted = getattr(space, name)
+        if isinstance(wanted, Range):
+            values[name] = trial.suggest_int(name, wanted.low, wanted.high, step=wanted.step)
+        else:
+            values[name] = getattr(base, name) if wanted is None else wanted
+    heads, groups = int(values["num_attention_heads"]), int(values["num_key_value_heads"])
+    if isinstance(space.num_attention_heads, Range) or space.num_attention_heads is None:
+        values["num_attention_heads"] = shareable(heads, groups, base)
+    values["drop_from"] = _categorical(trial, "drop_from", space.drop_from)
+    values["precision"] = _categorical(trial, "precision", space.precision or [base.precision])
+    for name in CHOICES:
+        values[name] = _categorical(trial, name, getattr(space, name))
+    kept = space.keep_16_bit
+    values["keep_16_bit"] = (
+        trial.suggest_int("keep_16_bit", kept.low, kept.high, step=kept.step) if isinstance(kept, Range) else kept
+    )
+    return canonical(CompressionPlan.from_dict(values), base)
+
+
+def shareable(heads: int, groups: int, base: CompressionPlan) -> int:
+    """The most query heads, at most `heads`, that `groups` key/value heads can share as the base model's do.
+
+    A sampler draws both numbers apart, and most pairs could not be built; a number that a study fixes is left alone.
+    """
+    return min(max(heads // groups, 1), base.num_attention_heads // base.num_key_value_heads) * groups
+
+
+def uncut(space: Space, base: CompressionPlan) -> list[dict[str, int | str]]:
+    """The parameters of the trials that cut nothing, one per precision, the base model's own first."""
+    params: dict[str, int | str] = {}
+    for name in DIMENSIONS:
+        wanted, own = getattr(space, name), getattr(base, name)
+        if isinstance(wanted, Range):
+            if not (wanted.low <= own <= wanted.high and (own - wanted.low) % wanted.step == 0):
+                return []
+            params[name] = own
+        elif wanted is not None and wanted != own:
+            return []
+    if len(space.drop_from) > 1:
+        params["drop_from"] = space.drop_from[0]
+    params |= {name: getattr(space, name)[0] for name in CHOICES if len(getattr(space, name)) > 1}
+    if isinstance(space.keep_16_bit, Range):
+        params["keep_16_bit"] = space.keep_16_bit.low
+    precisions = sorted(space.precision or [base.precision], key=lambda name: name != base.precision)
+    return [params | ({"precision": name} if len(precisions) > 1 else {}) for name in precisions]
+
+
+def _categorical(trial: optuna.Trial, name: str, choices: list[Any]) -> Any:
+    return choices[0] if len(choices) == 1 else trial.suggest_categorical(name, choices)

@@ -1,0 +1,143 @@
+"""The study database: open it, create a study in it or resume one.
+
+Knows no model and no metric.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+from optuna.storages import RDBStorage
+from sqlalchemy.engine import make_url
+
+from search.errors import StorageError, StudyMismatch, UsageError
+from search.study.trials import GRACE_S, retry
+
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+HEARTBEAT_S = 10
+
+
+def open_storage(url: str) -> RDBStorage:
+    """The study database behind `url`. SQLite gets WAL and a long busy time-out. Raises StorageError."""
+    safe = _safe(url)
+    url, options = _prepared(url)
+    if url.startswith("sqlite"):
+        _write_ahead(url)
+    try:
+        return RDBStorage(
+            url,
+            engine_kwargs={"connect_args": options, "pool_pre_ping": True},
+            heartbeat_interval=HEARTBEAT_S,
+            grace_period=GRACE_S,
+            heartbeat_stale_trial_callback=retry,
+        )
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        raise StorageError(f"storage {safe}: {reason}; check the URL and that the database server runs") from None
+
+
+def _safe(url: str) -> str:
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except sqlalchemy.exc.ArgumentError:
+        raise StorageError(
+            "storage: not a database URL; write sqlite:///FILE or postgresql://USER@HOST/DATABASE"
+        ) from None
+
+
+def _prepared(url: str) -> tuple[str, dict[str, Any]]:
+    parsed = make_url(url)
+    if parsed.drivername == "postgresql":
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    options: dict[str, Any] = {}
+    if parsed.drivername.startswith("sqlite"):
+        options = {"timeout": 60}
+    elif parsed.drivername.startswith("postgresql"):
+        options = {"connect_timeout": 10}
+    return parsed.render_as_string(hide_password=False), options
+
+
+def _write_ahead(url: str) -> None:
+    path = make_url(url).database
+    if not path or path == ":memory:":
+        raise StorageError("storage sqlite: needs a file, since a killed study goes on from it; write sqlite:///FILE")
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(path, timeout=60)
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        finally:
+            connection.close()
+    except (sqlite3.Error, OSError) as error:
+        raise StorageError(f"storage sqlite:///{path}: {error}; choose a writable place and a SQLite file") from None
+
+
+def exists(url: str) -> bool:
+    """Whether opening the storage would find a database rather than make one."""
+    return not url.startswith("sqlite:///") or Path(url.removeprefix("sqlite:///")).is_file()
+
+
+def find(storage: RDBStorage, name: str, definition: Mapping[str, Any]) -> optuna.Study | None:
+    """The study `name`, or None. Raises StudyMismatch, as `create_or_resume` does."""
+    if name not in {
+        summary.study_name for summary in optuna.get_all_study_summaries(storage, include_best_trial=False)
+    }:
+        return None
+    return create_or_resume(storage, name, definition)
+
+
+def create_or_resume(storage: RDBStorage, name: str, definition: Mapping[str, Any]) -> optuna.Study:
+    """The study `name`, made with `definition` (JSON) or found with the same one.
+
+    Raises StudyMismatch, which says what differs, when it was made with another. Integer ranges are not part
+    of a definition: they may change when a study goes on.
+    """
+    if name not in {
+        summary.study_name for summary in optuna.get_all_study_summaries(storage, include_best_trial=False)
+    }:
+        try:
+            study = optuna.create_study(storage=storage, study_name=name, direction="maximize")
+            study.set_user_attr("definition", dict(definition))
+            study.set_metric_names(["score"])
+            return study
+        except optuna.exceptions.DuplicatedStudyError:
+            pass  # another worker was faster
+    study = optuna.load_study(storage=storage, study_name=name)
+    there = study.user_attrs.get("definition")
+    if there is None:
+        raise StudyMismatch(f"study {name!r} was not made by optuna-search; choose another --study-name")
+    if there != json.loads(json.dumps(definition)):
+        differing = "; ".join(_differences(there, json.loads(json.dumps(definition))))
+        raise StudyMismatch(
+            f"study {name!r} exists with other settings: {differing}. Go on with those, or give "
+            "--study-name another name"
+        )
+    return study
+
+
+def load(storage: RDBStorage, name: str) -> optuna.Study:
+    try:
+        return optuna.load_study(storage=storage, study_name=name)
+    except KeyError:
+        names = sorted(s.study_name for s in optuna.get_all_study_summaries(storage, include_best_trial=False))
+        raise UsageError(
+            f"study {name!r}: not in this storage, which holds {', '.join(names) or 'none'}; start it "
+            "with `optuna-search run`"
+        ) from None
+
+
+def _differences(there: Any, asked: Any, where: str = "") -> list[str]:
+    if isinstance(there, dict) and isinstance(asked, dict):
+        found: list[str] = []
+        for key in sorted({*there, *asked}):
+            if there.get(key) != asked.get(key):
+                found += _differences(there.get(key), asked.get(key), f"{where}.{key}" if where else key)
+        return found
+    return [f"{where} is {json.dumps(there)} there and {json.dumps(asked)} here"]

@@ -1,0 +1,81 @@
+"""Which trials count as finished, and which are tried again."""
+
+from __future__ import annotations
+
+import datetime
+
+import optuna
+from optuna.storages import RetryHeartbeatStaleTrialCallback
+from optuna.trial import FrozenTrial, TrialState
+
+from search.processes import alive
+
+GRACE_S = 60
+MAX_RETRIES = 5
+INTERRUPTED = "Interrupted"  # the kind of failure that is tried again
+
+
+def finished(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """Trials that ended by themselves: measured, pruned, or failed with a reason.
+
+    One that was killed or interrupted is FAIL too, but its successor counts in its place.
+    """
+    return [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or _failed(trial)]
+
+
+def _failed(trial: FrozenTrial) -> bool:
+    if trial.state != TrialState.FAIL or trial.user_attrs.get("failure") == INTERRUPTED:
+        return False
+    return "failure" in trial.user_attrs or _given_up(trial)
+
+
+def _given_up(trial: FrozenTrial) -> bool:
+    """A trial whose plan has killed its worker so often would kill the study for ever."""
+    return len(RetryHeartbeatStaleTrialCallback.retry_history(trial)) >= MAX_RETRIES
+
+
+def retry(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Queue a killed trial's parameters again, up to MAX_RETRIES times; what it said of itself is not carried over."""
+    if not _given_up(trial):
+        trial.user_attrs = {}
+        RetryHeartbeatStaleTrialCallback()(study, trial)
+
+
+def retry_interrupted(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Queue the parameters of a trial that a person stopped; that says nothing against its plan."""
+    trial.system_attrs = {name: value for name, value in trial.system_attrs.items() if name != "retry_history"}
+    retry(study, trial)
+
+
+def retry_dead(study: optuna.Study) -> list[int]:
+    """Fail the RUNNING trials whose worker is gone, and queue each again; returns their numbers.
+
+    A worker of this machine is looked up by its pid. Trials that never said who runs them are given GRACE_S;
+    those of other machines are Optuna's heartbeat's to judge (https://optuna.readthedocs.io, RDBStorage).
+    """
+    dead = []
+    for trial in study.get_trials(deepcopy=True, states=(TrialState.RUNNING,)):
+        worker = trial.user_attrs.get("worker")
+        if worker is None:
+            started = trial.datetime_start
+            gone = started is None or datetime.datetime.now() - started > datetime.timedelta(seconds=GRACE_S)
+        else:
+            gone = not alive(worker)
+        if gone:
+            try:
+                if _given_up(trial):
+                    _explain_death(study, trial)
+                study.tell(trial.number, state=TrialState.FAIL)
+            except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+                continue  # another worker was faster
+            retry(study, trial)
+            dead.append(trial.number)
+    return dead
+
+
+def _explain_death(study: optuna.Study, trial: FrozenTrial) -> None:
+    reason = (
+        f"its worker was killed {MAX_RETRIES + 1} times, as by the kernel when memory runs out; it is not tried again"
+    )
+    for name, value in {"failure": "Killed", "reason": reason}.items():
+        study._storage.set_trial_user_attr(trial._trial_id, name, value)
