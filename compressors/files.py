@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -43,3 +44,8 @@ def alone(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[No
             waiting()
             fcntl.flock(held, fcntl.LOCK_EX)
         yield
+
+
+def digest_of_json(values: Any, digits: int) -> str:
+    """Return the first `digits` hexadecimal digits of the sha256 of `values` as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:digits]

@@ -6,26 +6,59 @@ Knows no tensors, no study and no metric.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
-DTYPES = ("float32", "float16", "bfloat16")
-SCHEMES = ("W8A8", "FP8_DYNAMIC", "W4A16")  # compressed-tensors preset schemes, round to nearest
-PRECISIONS = DTYPES + SCHEMES
-DROP_FROM = ("importance", "kl", "kl-look-ahead", "top", "bottom")
-CHOICES = {  # of a plan's options, the default first
-    "importance": ("activation", "energy", "flap", "obs", "kl"),
-    "rotation": ("none", "pca"),
-    "repair": ("none", "ridge", "stream"),
-    "smoothing": ("none", "smoothquant"),
-    "quantizer": ("nearest", "mse", "gptq"),
-    "group_size": (0, 32, 64, 128),
-    "lm_head": ("16-bit", "8-bit"),
-    "kv_cache": ("auto", "fp8"),
-}
-RECIPE = 1  # raised whenever the same plan would be built otherwise: what was cached before is then built anew
+from compressors.choices import DTYPES as DTYPES
+from compressors.choices import PRECISIONS as PRECISIONS
+from compressors.choices import SCHEMES as SCHEMES
+from compressors.choices import Choice, Dimension, Need, Value, choice, needed_unless
+from compressors.files import digest_of_json
+
+VERSION = 1  # raised whenever the same plan would be built otherwise: what was cached before is then built again
+STEPS = ("rotation", "depth", "heads", "ffn", "hidden", "stream", "recast", "quantize")  # see `compressors.step`
+
+
+def _cuts_layers(plan: CompressionPlan, base: CompressionPlan) -> bool:
+    return plan.num_hidden_layers != base.num_hidden_layers
+
+
+def _cuts_key_value_heads(plan: CompressionPlan, base: CompressionPlan) -> bool:
+    return plan.num_key_value_heads != base.num_key_value_heads
+
+
+def _cuts_heads_or_ffn(plan: CompressionPlan, base: CompressionPlan) -> bool:
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    return any(getattr(plan, name) != getattr(base, name) for name in names)
+
+
+def _cuts_hidden(plan: CompressionPlan, base: CompressionPlan) -> bool:
+    return plan.hidden_size != base.hidden_size
+
+
+def _can_be_repaired(plan: CompressionPlan, base: CompressionPlan) -> bool:
+    """Whether a projection lost inputs, or `stream` can refit one before a dropped layer."""
+    return (
+        _cuts_heads_or_ffn(plan, base)
+        or _cuts_hidden(plan, base)
+        or (plan.repair == "stream" and _leaves_gap(plan, base))
+    )
+
+
+def _leaves_gap(plan: CompressionPlan, base: CompressionPlan) -> bool:
+    """Whether a layer that goes has one before it that stays, whose last projection `stream` can refit."""
+    going = base.num_hidden_layers - plan.num_hidden_layers
+    first = plan.drop_from == "bottom" or layers_named(plan.drop_from) == tuple(range(going))
+    return going > 0 and not first
+
+
+def _is_quantized(plan: CompressionPlan, base: CompressionPlan) -> bool:
+    return plan.precision in SCHEMES
+
+
+NEEDS_SCHEME = (
+    "{value} goes with a scheme, and {precision} quantises nothing; choose {default}, or one of " + ", ".join(SCHEMES)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,46 +67,146 @@ class CompressionPlan:
 
     Widths are global, as stock loaders read them: every layer has the same `num_attention_heads`,
     `num_key_value_heads` and `intermediate_size`; which heads and channels stay may differ by layer.
-
-    drop_from: how layers are chosen. "importance": those whose input and output differ least on the
-        calibration text (block influence, ShortGPT, https://arxiv.org/abs/2403.03853); "kl": one after the other, the
-        one without which the predictions change least, "kl-look-ahead": the one that leaves the cheapest next one
-        (`compressors.leave_one_out`); "top": the last ones before the final norm; "bottom": the first ones; "3,7": just
-        these go, numbered from 0.
-    importance: how heads and channels are chosen: by "activation" (Minitron), "energy", "flap" or "obs"; "kl":
-        key/value groups by what the predictions lose (`compressors.leave_heads_out`), the rest by energy.
-    rotation: which dimensions of the residual stream stay when hidden_size goes down: "none", its most active ones;
-        "pca", its principal components, into which the model is turned first (`compressors.methods.rotation`).
-    repair: what is done to the weights that stay, by least squares on the calibration text: "none"; "ridge", each
-        projection by itself; or "stream", one layer after the other, so that the residual stream is the base model's.
-    smoothing: of W8A8: "smoothquant" scales the channels of each projection's input, and its weights against them,
-        before both are rounded (`compressors.methods.smoothing`).
-    quantizer: how a scheme's weights are rounded: "nearest", with scales of least squared error ("mse"), or "gptq".
-    group_size: of W4A16; 0: the largest of 128, 64, 32 that fits.
-    keep_16_bit: how many projections (those that vLLM fuses count as one) stay unquantised, the most sensitive first.
-    lm_head: "16-bit", or "8-bit" with any scheme. kv_cache: "auto", or "fp8".
+    What each choice means is said in its record (`CHOICES`). `drop_from` may also name the layers that go, numbered
+    from 0 and separated by commas.
     """
 
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    hidden_size: int
-    intermediate_size: int
+    num_hidden_layers: Annotated[int, Dimension("keep_layers", "drop_layers", "drop")]
+    num_attention_heads: Annotated[int, Dimension("keep_heads", "prune_heads", "heads")]
+    num_key_value_heads: Annotated[int, Dimension("keep_kv_heads", "prune_heads", "kv")]
+    hidden_size: Annotated[int, Dimension("hidden_size", "reduce_hidden", "hidden")]
+    intermediate_size: Annotated[int, Dimension("intermediate_size", "reduce_ffn", "ffn")]
     precision: str
-    drop_from: str = "importance"
-    importance: str = "activation"
-    rotation: str = "none"
-    repair: str = "none"
-    smoothing: str = "none"
-    quantizer: str = "nearest"
-    group_size: int = 0
-    keep_16_bit: int = 0
-    lm_head: str = "16-bit"
-    kv_cache: str = "auto"
+    drop_from: str = choice(
+        *("importance", "kl", "kl-look-ahead", "top", "bottom"),
+        help="Rule that chooses which layers go; a list such as 20,21 names them, numbered from 0.",
+        meanings={
+            "importance": "those whose input and output differ least (block influence)",
+            "kl": "one after the other, the one without which the predictions change least",
+            "kl-look-ahead": "the same, looking one layer further",
+            "top": "the last ones",
+            "bottom": "the first ones",
+        },
+        methods=("drop_layers",),
+        short="drop {}",
+        applies=_cuts_layers,
+        needs=lambda value: {
+            "importance": Need.ACTIVATIONS,
+            "kl": Need.SECOND_MOMENTS,
+            "kl-look-ahead": Need.SECOND_MOMENTS,
+        }.get(str(value), Need.NOTHING),
+    )
+    importance: str = choice(
+        *("activation", "energy", "flap", "obs", "kl"),
+        help="Measure that chooses which heads and FFN channels stay.",
+        meanings={
+            "activation": "their mean activity (Minitron)",
+            "energy": "what they add to the output",
+            "flap": "the variance of their input times the norm of their weights (FLAP)",
+            "obs": "the least-squares loss of removing them (OBS)",
+            "kl": "key/value heads by what the predictions lose without them, the rest by energy",
+        },
+        methods=("prune_heads", "reduce_ffn"),
+        short="{}",
+        applies=_cuts_heads_or_ffn,
+        otherwise={"kl": (_cuts_key_value_heads, "energy")},
+        needs=needed_unless("activation"),
+    )
+    rotation: str = choice(
+        *("none", "pca"),
+        help="Basis of the residual stream in which hidden_size is cut.",
+        meanings={
+            "none": "the model's own: its most active dimensions stay",
+            "pca": "its principal components; a tied lm_head is then stored apart from the embedding",
+        },
+        methods=("reduce_hidden",),
+        short="{}",
+        applies=_cuts_hidden,
+        needs=needed_unless("none"),
+    )
+    repair: str = choice(
+        *("none", "ridge", "stream"),
+        help="Least-squares repair of the weights that stay, on the calibration text.",
+        meanings={
+            "none": "the weights stay as they are",
+            "ridge": "each projection takes over from the inputs that it lost",
+            "stream": "layer after layer, so that the residual stream becomes the base model's again",
+        },
+        methods=("drop_layers", "prune_heads", "reduce_hidden", "reduce_ffn"),
+        short="{}",
+        applies=_can_be_repaired,
+        needs=needed_unless("none"),
+    )
+    smoothing: str = choice(
+        *("none", "smoothquant"),
+        help="Scaling of inputs against weights before W8A8 rounds both.",
+        meanings={"none": "no scaling", "smoothquant": "each channel by a power of two (SmoothQuant)"},
+        methods=("quantize",),
+        short="{}",
+        applies=lambda plan, base: plan.precision == "W8A8",
+        schemes=("W8A8",),
+        refusal="{value} is of W8A8 alone, whose inputs are rounded to integers; with {precision} it wins nothing; "
+        "choose {default}",
+        needs=needed_unless("none"),
+    )
+    quantizer: str = choice(
+        *("nearest", "mse", "gptq"),
+        help="Method that rounds the weights of a scheme.",
+        meanings={
+            "nearest": "to the nearest value, with the largest scale",
+            "mse": "to the nearest value, with the scale of least squared error",
+            "gptq": "column by column, later columns making up for the error (GPTQ)",
+        },
+        methods=("quantize",),
+        short="{}",
+        applies=_is_quantized,
+        schemes=SCHEMES,
+        refusal=NEEDS_SCHEME,
+        needs=lambda value: Need.SECOND_MOMENTS if value == "gptq" else Need.NOTHING,
+    )
+    group_size: int = choice(
+        *(0, 32, 64, 128),
+        help="Number of inputs that share a scale in W4A16.",
+        meanings={0: "the largest of 128, 64, 32 that fits"},
+        methods=("quantize",),
+        short="g{}",
+        applies=lambda plan, base: plan.precision == "W4A16",
+        schemes=("W4A16",),
+        refusal="{value} is of W4A16 alone, and {precision} has one scale per output channel; choose {default}",
+    )
+    keep_16_bit: int = choice(
+        help="Number of projections that stay in 16 bits, the most sensitive first.",
+        methods=("quantize",),
+        short="keep{}",
+        applies=_is_quantized,
+        schemes=SCHEMES,
+        refusal=NEEDS_SCHEME,
+        needs=lambda value: Need.SECOND_MOMENTS if int(value) > 0 else Need.NOTHING,
+    )
+    lm_head: str = choice(
+        *("16-bit", "8-bit"),
+        help="Precision of the lm_head beside a scheme.",
+        meanings={"16-bit": "as it is", "8-bit": "8 bits, apart from the embedding; wants vLLM 0.20 or later"},
+        methods=("quantize",),
+        short="lmhead8",
+        applies=_is_quantized,
+        schemes=SCHEMES,
+        refusal=NEEDS_SCHEME,
+    )
+    kv_cache: str = choice(
+        *("auto", "fp8"),
+        help="Type of the key/value cache beside a scheme.",
+        meanings={"auto": "the model's own", "fp8": "float8_e4m3fn with scale 1"},
+        methods=("quantize",),
+        short="kv{}",
+        applies=_is_quantized,
+        schemes=SCHEMES,
+        refusal=NEEDS_SCHEME,
+    )
 
     @classmethod
     def identity(cls, config: Mapping[str, Any]) -> CompressionPlan:
-        """The plan that changes nothing of a model with this config.json."""
+        """Return the plan that changes nothing of a model with this config.json."""
         heads = int(config["num_attention_heads"])
         return cls(
             num_hidden_layers=int(config["num_hidden_layers"]),
@@ -89,111 +222,117 @@ class CompressionPlan:
         """The layers that `drop_from` names one by one, ascending; None where it says how they are chosen."""
         return layers_named(self.drop_from)
 
+    @property
+    def needs(self) -> Need:
+        """What its choices need to know of the base model."""
+        found = Need.NOTHING
+        for name, record in CHOICES.items():
+            found |= record.needs(getattr(self, name))
+        return found
+
     def to_dict(self) -> dict[str, Any]:
+        """Return its values as plain JSON values, by field."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CompressionPlan:
-        """Raises TypeError for an unknown or missing name."""
+        """Make a plan of `to_dict`'s values; raises TypeError for an unknown or missing name."""
         return cls(**values)
 
     def digest(self, base: str) -> str:
-        """Names what this plan makes of the model whose digest is `base`: 16 hexadecimal digits.
+        """Name what this plan makes of the model whose digest is `base`: 16 hexadecimal digits.
 
-        What a plan leaves at its default says nothing, so that a new choice renames no older plan.
+        A choice at its default is left out, so that a new choice renames no older plan.
         """
-        said = {name: value for name, value in self.to_dict().items() if OPTIONS.get(name) != value}
-        text = json.dumps([RECIPE, base, said], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        named = {name: value for name, value in self.to_dict().items() if OPTIONS.get(name) != value}
+        return digest_of_json([VERSION, base, named], 16)
 
 
-OPTIONS = {  # with their defaults; drop_from is older than this rule
-    field.name: field.default
-    for field in dataclasses.fields(CompressionPlan)
-    if field.default is not dataclasses.MISSING and field.name != "drop_from"
+CHOICES: dict[str, Choice] = {
+    field.name: field.metadata["choice"] for field in dataclasses.fields(CompressionPlan) if "choice" in field.metadata
 }
+DIMENSIONS: dict[str, Dimension] = {
+    name: record
+    for name, hint in get_type_hints(CompressionPlan, include_extras=True).items()
+    for record in getattr(hint, "__metadata__", ())
+}
+OPTIONS = {name: record.default for name, record in CHOICES.items() if name != "drop_from"}  # it is older than digests
+PRECISION_NAMES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "FP8_DYNAMIC": "fp8"}  # in names of files
+DESCRIPTION = "compression.json"  # beside the weights: which plan made them, of which model
 
 
 def layers_named(drop_from: str) -> tuple[int, ...] | None:
-    """`"7,3"` → (3, 7); None for what is no list of layers."""
+    """Read a list of layers: `"7,3"` → (3, 7), and None for what is no list."""
     words = drop_from.split(",")
     if not all(word.strip().isascii() and word.strip().isdigit() for word in words):
         return None
     return tuple(sorted({int(word) for word in words}))
 
 
-DIMENSIONS = (
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_size",
-    "intermediate_size",
-)
-DESCRIPTION = "compression.json"  # beside the weights: what was made of which model
-SHORT = {  # how a plan is called in the names of directories and runs
-    "num_hidden_layers": "drop",
-    "num_attention_heads": "heads",
-    "num_key_value_heads": "kv",
-    "hidden_size": "hidden",
-    "intermediate_size": "ffn",
-}
-CHOSEN = {  # a plan's options, where they are not at their defaults
-    "importance": "{}",
-    "rotation": "{}",
-    "repair": "{}",
-    "smoothing": "{}",
-    "quantizer": "{}",
-    "group_size": "g{}",
-    "keep_16_bit": "keep{}",
-    "lm_head": "lmhead8",
-    "kv_cache": "kv{}",
-}
-PRECISION_NAMES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "FP8_DYNAMIC": "fp8"}
-
-
 def canonical(plan: CompressionPlan, base: CompressionPlan) -> CompressionPlan:
-    """Plans that make the same model become equal: how layers go says nothing when none goes, and so on."""
-
-    def differs(*names: str) -> bool:
-        return any(getattr(plan, name) != getattr(base, name) for name in names)
-
-    nothing: dict[str, str | int] = {}
-    if not differs("num_hidden_layers"):
-        nothing["drop_from"] = "importance"
-    chosen = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-    if not differs(*chosen):
-        nothing["importance"] = "activation"
-    elif plan.importance == "kl" and not differs("num_key_value_heads"):
-        nothing["importance"] = "energy"
-    if not differs("hidden_size"):
-        nothing["rotation"] = "none"
-    if not differs(*chosen, "hidden_size") and not (plan.repair == "stream" and _leaves_gap(plan, base)):
-        nothing["repair"] = "none"  # each projection by itself can't make up for a layer
-    if plan.precision not in SCHEMES:
-        nothing |= {"quantizer": "nearest", "keep_16_bit": 0, "lm_head": "16-bit", "kv_cache": "auto"}
-    if plan.precision != "W8A8":
-        nothing["smoothing"] = "none"
-    if plan.precision != "W4A16":
-        nothing["group_size"] = 0
-    return dataclasses.replace(plan, **nothing)  # type: ignore[arg-type]
-
-
-def _leaves_gap(plan: CompressionPlan, base: CompressionPlan) -> bool:
-    """Whether a layer that goes has one before it that stays, whose last projection `stream` can refit."""
-    going = base.num_hidden_layers - plan.num_hidden_layers
-    first = plan.drop_from == "bottom" or layers_named(plan.drop_from) == tuple(range(going))
-    return going > 0 and not first
+    """Give every choice that makes no difference its default, so that plans that make the same model are equal."""
+    settled: dict[str, Any] = {}
+    for name, record in CHOICES.items():
+        value = getattr(plan, name)
+        if not record.applies(plan, base):
+            settled[name] = record.default
+        elif value in record.otherwise:
+            makes_a_difference, elsewhere = record.otherwise[value]
+            settled[name] = value if makes_a_difference(plan, base) else elsewhere
+    return dataclasses.replace(plan, **settled)
 
 
 def name_of(plan: CompressionPlan, base: CompressionPlan) -> str:
-    """`drop28_w8a8_gptq`: what differs from the base model and the defaults, for the names of directories and runs.
+    """Name what differs from the base model and the defaults, for directories and runs: `drop28_w8a8_gptq`.
 
     Different plans have different names.
     """
-    words = [f"{short}{getattr(plan, key)}" for key, short in SHORT.items() if getattr(plan, key) != getattr(base, key)]
-    if plan.num_hidden_layers != base.num_hidden_layers and plan.drop_from != "importance":
+    words = [
+        f"{record.short}{getattr(plan, name)}"
+        for name, record in DIMENSIONS.items()
+        if getattr(plan, name) != getattr(base, name)
+    ]
+    if plan.num_hidden_layers != base.num_hidden_layers and plan.drop_from != CHOICES["drop_from"].default:
         words[0] += f"-{plan.drop_from.replace(',', '-')}"
     if plan.precision != base.precision:
         words.append(PRECISION_NAMES.get(plan.precision, plan.precision.lower()))
-    words += [said.format(getattr(plan, key)) for key, said in CHOSEN.items() if getattr(plan, key) != OPTIONS[key]]
+    words += chosen(plan, OPTIONS)
     return "_".join(words) or "base"
+
+
+def chosen(plan: CompressionPlan, names: Mapping[str, Value] | None = None) -> list[str]:
+    """Show the choices that are not at their defaults, in a word or two each."""
+    shown = CHOICES if names is None else names
+    return [
+        CHOICES[name].short.format(getattr(plan, name))
+        for name in shown
+        if getattr(plan, name) != CHOICES[name].default
+    ]
+
+
+def short(plan: CompressionPlan) -> str:
+    """Show a plan in a line: layers, query and key/value heads, hidden size, FFN width, precision, choices."""
+    heads = f"{plan.num_attention_heads}/{plan.num_key_value_heads}"
+    widths = f"hidden {plan.hidden_size} FFN {plan.intermediate_size}"
+    return " ".join([f"{plan.num_hidden_layers}L {heads}H {widths} {plan.precision}", *chosen(plan)])
+
+
+def why_choices_clash(plan: CompressionPlan) -> str | None:
+    """Say which choice has an unknown value, or does not go with the plan's precision; None where all are sound."""
+    for name, record in CHOICES.items():
+        value = getattr(plan, name)
+        if record.is_number:
+            if value < 0:
+                return f"{name}: {value} projections can't stay unquantised; take 0 or more"
+        elif value not in record.values and not (name == "drop_from" and plan.dropped_layers is not None):
+            more = ", nor a list of layers" if name == "drop_from" else ""
+            more = f"is not one of {', '.join(map(str, record.values))}{more}"
+            return f"{name}: {value!r} {more}"
+    if plan.precision not in PRECISIONS:
+        return f"precision: {plan.precision!r} is not one of {', '.join(PRECISIONS)}"
+    for name, record in CHOICES.items():
+        value = getattr(plan, name)
+        if value != record.default and record.schemes and plan.precision not in record.schemes:
+            why = record.refusal if plan.precision in SCHEMES else NEEDS_SCHEME
+            return f"{name}: {why.format(value=value, precision=plan.precision, default=record.default)}"
+    return None

@@ -31,15 +31,14 @@ class Cut:
     infeasible: str | None
 
 
-def cuts(checkpoint: Checkpoint, family: Family, *, kernel_alignment: bool = False) -> list[Cut]:
+def cuts(checkpoint: Checkpoint, family: Family, *, kernels: build.Kernels | None = None) -> list[Cut]:
     """One step along each axis, and each precision; only headers are read.
 
-    kernel_alignment: as in `build.check`, what vLLM's GPU kernels ask for.
+    kernels: as in `build.check`, what vLLM's GPU kernels ask for.
     """
     own = CompressionPlan.identity(checkpoint.config)
     return [
-        _cut(what, dataclasses.replace(own, **changes), checkpoint, family, kernel_alignment)
-        for what, changes in _steps(own)
+        _cut(what, dataclasses.replace(own, **changes), checkpoint, family, kernels) for what, changes in _steps(own)
     ]
 
 
@@ -65,10 +64,10 @@ def _steps(own: CompressionPlan) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def _cut(what: str, plan: CompressionPlan, base: Checkpoint, family: Family, kernel_alignment: bool) -> Cut:
-    reason = build.check(plan, base, family, kernel_alignment=kernel_alignment, max_bytes=None)
+def _cut(what: str, plan: CompressionPlan, base: Checkpoint, family: Family, kernels: build.Kernels | None) -> Cut:
+    reason = build.check(plan, base, family, kernels=kernels)
     try:
-        made = build.apply(plan, base, family, None)
+        made = build.shapes(plan, base, family)
     except CompressionError:
         return Cut(what, plan, None, None, None, None, reason)
     saved = base.size_bytes - made.size_bytes

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from compressors.errors import InfeasiblePlan
 from compressors.model.checkpoint import Checkpoint, stock_config
 from compressors.model.family import Family
-from compressors.plan import DROP_FROM, layers_named
+from compressors.plan import CHOICES, layers_named
 from compressors.statistics.activations import Calibration
 
 BY_KL = ("kl", "kl-look-ahead")
@@ -42,7 +42,8 @@ def choose(
             raise InfeasiblePlan(f"drop_from: {drop_from} is measured on calibration text, and there is none")
         return tuple(index for index in range(layers) if index not in set(order[: layers - keep]))
     if drop_from != "importance":
-        raise InfeasiblePlan(f"drop_from: {drop_from!r} is not one of {', '.join(DROP_FROM)}, nor a list of layers")
+        known = ", ".join(map(str, CHOICES["drop_from"].values))
+        raise InfeasiblePlan(f"drop_from: {drop_from!r} is not one of {known}, nor a list of layers")
     if calibration is None:
         raise InfeasiblePlan(
             "drop_from: importance is measured on calibration text, and there is none; calibrate first"

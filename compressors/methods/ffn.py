@@ -10,21 +10,16 @@ import torch
 from compressors.errors import InfeasiblePlan
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family, take_columns, take_rows
-from compressors.statistics.activations import Calibration
 
 
-def choose_all(checkpoint: Checkpoint, keep: int, calibration: Calibration | None) -> list[torch.Tensor]:
-    """The channels that stay in each layer, int64 [keep], ascending: those of the largest mean activity at the input of
-    down_proj (Minitron, https://arxiv.org/abs/2407.14679); without a calibration the first.
+def require(keep: int, width: int) -> None:
+    """Refuse to keep more channels than there are, or none.
+
+    Raises:
+        InfeasiblePlan: `keep` is not from 1 to `width`.
     """
-    width = int(checkpoint.config["intermediate_size"])
     if not 1 <= keep <= width:
         raise InfeasiblePlan(f"intermediate_size: {keep} of {width} channels can't stay; choose from 1 to {width}")
-    layers = int(checkpoint.config["num_hidden_layers"])
-    if calibration is None:
-        return [torch.arange(keep)] * layers
-    activity = calibration.ffn_activity  # (L, F)
-    return [torch.topk(activity[layer], keep).indices.sort().values for layer in range(layers)]
 
 
 def cut(checkpoint: Checkpoint, family: Family, kept: Sequence[torch.Tensor]) -> Checkpoint:

@@ -14,7 +14,6 @@ import torch
 from compressors.errors import InfeasiblePlan
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family, head_dim, take_columns, take_rows
-from compressors.statistics.activations import Calibration
 
 Kept = tuple[tuple[int, tuple[int, ...]], ...]  # of a layer: (key/value head, its query heads), ascending
 
@@ -69,17 +68,6 @@ def infeasible(heads: int, groups: int, keep_heads: int, keep_groups: int) -> st
     return None
 
 
-def choose_all(
-    checkpoint: Checkpoint, keep_heads: int, keep_groups: int, calibration: Calibration | None
-) -> list[Kept]:
-    """`choose` for each layer; without a calibration the first heads stay, and shapes alone are right."""
-    heads = int(checkpoint.config["num_attention_heads"])
-    groups = int(checkpoint.config.get("num_key_value_heads") or heads)
-    layers = int(checkpoint.config["num_hidden_layers"])
-    activity = [[0.0] * heads] * layers if calibration is None else calibration.head_activity.tolist()
-    return [choose(heads, groups, keep_heads, keep_groups, activity[layer]) for layer in range(layers)]
-
-
 def cut(checkpoint: Checkpoint, family: Family, kept: Sequence[Kept]) -> Checkpoint:
     """Keep these heads of each layer: rows of q, k and v with their biases, columns of o."""
     config = dict(checkpoint.config)
@@ -105,6 +93,11 @@ def inputs_of(kept: Kept, size: int) -> torch.Tensor:
 def outputs_of(kept: Kept, size: int) -> torch.Tensor:
     """The outputs of k_proj and v_proj that stay, int64 [key/value heads · size]."""
     return _rows([group for group, _ in kept], size)
+
+
+def without(groups: int, gone: Sequence[int]) -> list[float]:
+    """Return a measure of `groups` groups by which those that are `gone` go: 0 for them, 1 for the others."""
+    return [0.0 if group in gone else 1.0 for group in range(groups)]
 
 
 def _rows(heads: Sequence[int], size: int) -> torch.Tensor:

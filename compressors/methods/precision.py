@@ -15,20 +15,16 @@ from typing import Any
 import torch
 
 from compressors.errors import InfeasiblePlan
-from compressors.methods import gptq, rounding
+from compressors.methods import quantizers, rounding
+from compressors.methods.quantizers import Rounded
 from compressors.model.checkpoint import Checkpoint, LazyTensor
 from compressors.model.family import Family
 
 FORMATS = {"W8A8": "int-quantized", "FP8_DYNAMIC": "float-quantized", "W4A16": "pack-quantized"}
 GROUP_SIZES = (128, 64, 32)
-QUANTIZERS = ("nearest", "mse", "gptq")
-HEADS = ("16-bit", "8-bit")
-KV_CACHES = ("auto", "fp8")
-SMOOTHINGS = ("none", "smoothquant")
 BITS = {"W4A16": 4, "W8A16": 8}  # of packed weights
 
 Moments = Callable[[str], torch.Tensor]
-Rounded = tuple[torch.Tensor, torch.Tensor]  # values float32 [N, K], scales [N, K/g]
 
 
 def cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
@@ -46,54 +42,6 @@ def cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
 
 def _cast_to(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda tensor: tensor.to(dtype)
-
-
-def check_options(
-    precision: str,
-    *,
-    smoothing: str = "none",
-    quantizer: str = "nearest",
-    group_size: int = 0,
-    keep_16_bit: int = 0,
-    lm_head: str = "16-bit",
-    kv_cache: str = "auto",
-) -> str | None:
-    """Why these options of a plan don't go together, whatever the model; None if they do."""
-    choices: tuple[tuple[str, object, tuple[object, ...]], ...] = (
-        ("smoothing", smoothing, SMOOTHINGS),
-        ("quantizer", quantizer, QUANTIZERS),
-        ("group_size", group_size, (0, *sorted(GROUP_SIZES))),
-        ("lm_head", lm_head, HEADS),
-        ("kv_cache", kv_cache, KV_CACHES),
-    )
-    for name, value, known in choices:
-        if value not in known:
-            return f"{name}: {value!r} is not one of {', '.join(map(str, known))}"
-    if keep_16_bit < 0:
-        return f"keep_16_bit: {keep_16_bit} projections can't stay unquantised; take 0 or more"
-    options: dict[str, tuple[object, object]] = {
-        "smoothing": (smoothing, "none"),
-        "quantizer": (quantizer, "nearest"),
-        "group_size": (group_size, 0),
-        "keep_16_bit": (keep_16_bit, 0),
-        "lm_head": (lm_head, "16-bit"),
-        "kv_cache": (kv_cache, "auto"),
-    }
-    if precision not in FORMATS:
-        for name, (chosen, default) in options.items():
-            if chosen != default:
-                return (
-                    f"{name}: {chosen} goes with a scheme, and {precision} quantises nothing; choose {default}, or one "
-                    f"of {', '.join(FORMATS)}"
-                )
-    if smoothing != "none" and precision != "W8A8":
-        return (
-            f"smoothing: {smoothing} is of W8A8 alone, whose inputs are rounded to integers; with {precision} it wins "
-            "nothing; choose none"
-        )
-    if group_size and precision != "W4A16":
-        return f"group_size: {group_size} is of W4A16 alone, and {precision} has one scale per output channel; choose 0"
-    return None
 
 
 def group_size(checkpoint: Checkpoint, family: Family, wanted: int = 0, keep: Collection[str] = ()) -> int:
@@ -220,37 +168,6 @@ def head_scheme(scheme: str) -> str:
     return "W8A16" if scheme == "W4A16" else scheme
 
 
-def round_weight(weight: torch.Tensor, scheme: str, size: int | None) -> Rounded:
-    """(integers or float8 values as float32 [N, K], scales in the weight's dtype [N, K/g]; g = K but for W4A16).
-
-    The scale is the largest magnitude over half the range (127.5, 7.5, 448), as compressed-tensors has it, rounded to
-    its 16-bit dtype first, so that the values are the nearest to what is multiplied out.
-    """
-    scales = rounding.largest_scales(weight, scheme, size)
-    return rounding.nearest(weight, scales, scheme), scales
-
-
-def quantised_weight(
-    weight: torch.Tensor, scheme: str, size: int | None, quantizer: str, moment: torch.Tensor | None = None
-) -> Rounded:
-    """As `round_weight`, by any quantizer.
-
-    moment [K, K]: of the weight's input; "gptq" needs it, and "mse" makes inputs count by their mean square where there
-    is one.
-    """
-    if quantizer == "nearest":
-        return round_weight(weight, scheme, size)
-    if quantizer == "gptq":
-        if moment is None:
-            raise InfeasiblePlan("quantizer: gptq needs second moments from calibration text; choose mse without them")
-        return gptq.gptq(weight, moment, scheme, size)
-    home = weight.device
-    importance = None if moment is None else gptq.damp(moment).diagonal()
-    weight = weight if importance is None else weight.to(importance.device)
-    scales = rounding.searched_scales(weight, scheme, size, importance)
-    return rounding.nearest(weight, scales, scheme).to(home), scales.to(home)
-
-
 def quantization_config(
     scheme: str,
     size: int | None,
@@ -297,9 +214,10 @@ def _checked(
     kv_cache_fp8: bool,
 ) -> int | None:
     """The group size, None where a scheme has none. Raises InfeasiblePlan."""
-    reason = check_options(scheme, quantizer=quantizer, group_size=wanted)
-    if reason:
-        raise InfeasiblePlan(reason)
+    if scheme not in FORMATS:
+        raise InfeasiblePlan(f"precision: {scheme!r} is not one of {', '.join(FORMATS)}")
+    if quantizer not in quantizers.names():
+        raise InfeasiblePlan(f"quantizer: {quantizer!r} is not one of {', '.join(quantizers.names())}")
     if kv_cache_fp8 and not family.fp8_cache:
         raise InfeasiblePlan(
             f"kv_cache: vLLM runs a {family.model_type} through its transformers backend, which has no place for the "
@@ -332,8 +250,10 @@ class _Rounding:
         self.last: dict[str, Rounded] = {}
 
     def of(self, module: str, weight: torch.Tensor, scheme: str, size: int | None) -> Rounded:
-        moment = None if self.moments is None or self.quantizer == "nearest" else self.moments(module).to(self.device)
-        return quantised_weight(weight.to(self.device), scheme, size, self.quantizer, moment)
+        moments = self.moments
+        moment = None if moments is None else (lambda: moments(module).to(self.device))
+        by = quantizers.quantizer(self.quantizer)
+        return by.round_weight(weight.to(self.device), moment, scheme, size)
 
     def once(self, module: str, weight: LazyTensor, scheme: str, size: int | None) -> Rounded:
         if module not in self.last:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
-from compressors.methods import precision, rounding
+from compressors.methods import precision, quantizers, rounding
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family
 
@@ -60,7 +60,7 @@ def damage(
     weight [N, K] in 16 bits, moment [K, K], size: the group's, None: K.
     """
     weight = weight.to(moment.device)
-    values, scales = precision.quantised_weight(weight, scheme, size, quantizer, moment)
+    values, scales = quantizers.quantizer(quantizer).round_weight(weight, lambda: moment, scheme, size)
     exact = weight.float()
     error = rounding.multiplied_out(values, scales) - exact
     lost = _square(error, moment) + _lost_to_inputs(exact, moment.diagonal().float(), scheme)

@@ -47,6 +47,21 @@ class Calibration:
         tensors |= {field: getattr(self, field) for field in FIELDS}
         safetensors_file.keep(path, tensors, f"calibration {path}:")
 
+    def of_layers(self, family: Family, layers: Sequence[int]) -> Calibration:
+        """Return the statistics of these layers, numbered as they are in the model that has them alone."""
+        index = list(layers)
+        norms = {family.final_norm: self.norm_mean_square[family.final_norm]}
+        for new, old in enumerate(layers):
+            for norm in family.block_norms:
+                norms[family.in_layer(new, norm)] = self.norm_mean_square[family.in_layer(old, norm)]
+        return dataclasses.replace(
+            self,
+            block_influence=self.block_influence[index],
+            ffn_activity=self.ffn_activity[index],
+            head_activity=self.head_activity[index],
+            norm_mean_square=norms,
+        )
+
     @classmethod
     def load(cls, path: Path) -> Calibration:
         """Raises CheckpointError for a file that is not whole."""

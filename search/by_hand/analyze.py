@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from compressors import possible_cuts
+from compressors import build, possible_cuts
 from compressors.methods import depth
 from compressors.model import family, structure
 from compressors.model.checkpoint import Checkpoint
@@ -30,11 +30,11 @@ BAR = 24  # characters of the largest importance
 MOST_TREES = 4  # of layers that differ
 
 
-def analyze(path: Path, importance: Calibration | None = None, kernel_alignment: bool = False) -> dict[str, Any]:
+def analyze(path: Path, importance: Calibration | None = None, kernels: build.Kernels | None = None) -> dict[str, Any]:
     """The structure of the model in directory `path`, as values that JSON can hold.
 
     Sizes are bytes, shares are of the model's bytes. importance: of this model; then every layer has its
-    `block_influence` [0, 2], and `drop_order` names the layers as they would go, first to last. kernel_alignment: cuts
+    `block_influence` [0, 2], and `drop_order` names the layers as they would go, first to last. kernels: cuts
     that vLLM's GPU kernels would not take are infeasible too. `uncuttable` says why there are no `cuts`, or is None.
     Raises CheckpointError, and UsageError for another model's importance.
     """
@@ -42,7 +42,7 @@ def analyze(path: Path, importance: Calibration | None = None, kernel_alignment:
     cuts: list[possible_cuts.Cut] = []
     if made.uncuttable is None:
         base = Checkpoint.read(path)
-        cuts = possible_cuts.cuts(base, family.family_of(base), kernel_alignment=kernel_alignment)
+        cuts = possible_cuts.cuts(base, family.family_of(base), kernels=kernels)
     layers = [_layer(layer, made.bytes) for layer in made.layers]
     if importance is not None:
         if len(importance.block_influence) != len(layers):
@@ -66,7 +66,7 @@ def analyze(path: Path, importance: Calibration | None = None, kernel_alignment:
         "parts": [_part(part, made.bytes) for part in made.parts],
         "layers": layers,
         "drop_order": _drop_order(importance) if importance is not None else None,
-        "kernel_alignment": kernel_alignment,
+        "kernel_alignment": kernels is not None,
         "cuts": [
             {
                 "what": cut.what,

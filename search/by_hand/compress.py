@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from compressors import build
+from compressors.choices import SCHEMES
 from compressors.device import release
 from compressors.errors import InfeasiblePlan
 from compressors.files import write_json
 from compressors.model.transformers_version import retarget
-from compressors.plan import DESCRIPTION, OPTIONS, SCHEMES, CompressionPlan, canonical
+from compressors.plan import DESCRIPTION, DIMENSIONS, OPTIONS, CompressionPlan, canonical
 from search import files
 from search.config.study_file import Compression
 from search.errors import UsageError
 from search.files import read_json
+from search.setup.kernels import kernels
 from search.setup.machine import require_disk
 from search.setup.setting import Say, Setting
 
@@ -36,18 +38,17 @@ def plan_of(compression: Compression, base: CompressionPlan) -> CompressionPlan:
                 f"{base.num_hidden_layers} layers, which leaves {left}; leave keep_layers out"
             )
         keep, drop_from = left, ",".join(map(str, sorted(drop_from)))
-    to_hidden = "reduce_hidden" in compression.methods
-    hidden = compression.hidden_size or (compression.target_dim if to_hidden else None)
-    ffn = compression.intermediate_size or (None if to_hidden else compression.target_dim)
-    heads, groups = compression.keep_heads, compression.keep_kv_heads
-    if groups is not None and heads is None:  # a key/value head goes with the query heads that share it
-        heads = base.num_attention_heads // base.num_key_value_heads * groups
-    plan = CompressionPlan(
-        num_hidden_layers=_given(keep, base.num_hidden_layers),
-        num_attention_heads=_given(heads, base.num_attention_heads),
-        num_key_value_heads=_given(groups, base.num_key_value_heads),
-        hidden_size=_given(hidden, base.hidden_size),
-        intermediate_size=_given(ffn, base.intermediate_size),
+    sizes = {name: getattr(compression, record.key) for name, record in DIMENSIONS.items()}
+    sizes["num_hidden_layers"] = keep
+    narrowed = "hidden_size" if "reduce_hidden" in compression.methods else "intermediate_size"
+    sizes[narrowed] = sizes[narrowed] or compression.target_dim
+    if compression.keep_kv_heads is not None and compression.keep_heads is None:
+        # a key/value head goes with the query heads that share it
+        each = base.num_attention_heads // base.num_key_value_heads
+        sizes["num_attention_heads"] = each * compression.keep_kv_heads
+    plan = dataclasses.replace(
+        base,
+        **{name: size for name, size in sizes.items() if size is not None},
         precision=compression.scheme or compression.dtype or base.precision,
         drop_from=drop_from,
         **{name: value for name in OPTIONS if (value := getattr(compression, name)) is not None},
@@ -82,8 +83,8 @@ def foresee(plan: CompressionPlan, setting: Setting) -> Outcome:
     if reason:
         raise InfeasiblePlan(reason)
     warnings = []
-    if not setting.kernel_alignment:
-        slow = build.check(plan, setting.base, setting.family, kernel_alignment=True, max_bytes=None)
+    if setting.kernels is None:
+        slow = build.check(plan, setting.base, setting.family, kernels=kernels("vllm", "cuda"))
         if slow:
             warnings.append(f"on a GPU vLLM would fall back to a slow kernel, or refuse it: {slow}")
     remark = setting.file.model.num_layers
@@ -91,7 +92,7 @@ def foresee(plan: CompressionPlan, setting: Setting) -> Outcome:
         warnings.append(f"model.num_layers says {remark}, and the result has {plan.num_hidden_layers}")
     if plan.precision in SCHEMES and setting.identity.precision == "float32":
         warnings.append(f"the base model is float32: what {plan.precision} leaves out becomes bfloat16")
-    made = build.apply(plan, setting.base, setting.family, None)
+    made = build.shapes(plan, setting.base, setting.family)
     return Outcome(
         plan=plan,
         parameters=made.total_parameters,
@@ -124,7 +125,7 @@ def compress(outcome: Outcome, setting: Setting, to: Path, target: str | None, s
         return Compressed(to, outcome, there, reused=True)
     files.refuse_foreign(to, "compress", setting.base_path)
     require_disk(outcome.bytes + 50_000_000, to.parent, "the compressed model")
-    needed = build.needs_calibration(outcome.plan, setting.identity)
+    needed = build.needs_activations(outcome.plan, setting.identity)
     calibration = setting.calibrate(say) if needed else None
     moments = setting.moments_for(outcome.plan, say)
     made = build.apply(
@@ -148,10 +149,6 @@ def made_before(path: Path, described: dict[str, Any]) -> str | None:
     if same and (path / "model.safetensors").is_file() and (path / "config.json").is_file():
         return str(known["weights_sha256"])
     return None
-
-
-def _given(value: int | None, default: int) -> int:
-    return default if value is None else value
 
 
 def to_json(outcome: Outcome) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def analyze(file: StudyFile, say: Say, *, importance: bool) -> dict[str, Any]:
             raise
         return analysis.analyze(path)
     known = importance or setting.calibration_path.is_file()
-    return analysis.analyze(path, setting.calibrate(say) if known else None, kernel_alignment=setting.kernel_alignment)
+    return analysis.analyze(path, setting.calibrate(say) if known else None, kernels=setting.kernels)
 
 
 # -- several in turn -----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`python -m search.cli` is `optuna-search`."""
+"""Lets `python -m search.cli` be `optuna-search`."""
 
 from search.cli import main
 

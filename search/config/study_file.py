@@ -8,27 +8,25 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
-from compressors.plan import CHOICES, DROP_FROM, DTYPES, PRECISIONS, SCHEMES
+from compressors.choices import DTYPES, PRECISIONS, SCHEMES, Choice
+from compressors.plan import CHOICES, DIMENSIONS
 
-METHODS = {  # of `compress`: the keys of which each needs one
-    "drop_layers": ("keep_layers",),
-    "prune_heads": ("keep_heads", "keep_kv_heads"),
-    "reduce_hidden": ("hidden_size", "target_dim"),
-    "reduce_ffn": ("intermediate_size", "target_dim"),
+METHODS = {  # method of `compress` → the keys of which it needs one
+    **{
+        method: tuple(record.key for record in DIMENSIONS.values() if record.method == method)
+        for method in dict.fromkeys(record.method for record in DIMENSIONS.values())
+    },
     "quantize": ("scheme",),
     "cast": ("dtype",),
 }
-HOW = {  # and the keys that it may take beside
-    "drop_layers": ("drop_from", "repair"),
-    "prune_heads": ("importance", "repair"),
-    "reduce_hidden": ("rotation", "repair"),
-    "reduce_ffn": ("importance", "repair"),
-    "quantize": ("smoothing", "quantizer", "group_size", "keep_16_bit", "lm_head", "kv_cache"),
-    "cast": (),
+for _method in ("reduce_hidden", "reduce_ffn"):
+    METHODS[_method] = (*METHODS[_method], "target_dim")
+HOW = {  # and the keys of the choices that it may take as well
+    method: tuple(name for name, record in CHOICES.items() if method in record.methods) for method in METHODS
 }
 
 
@@ -55,36 +53,51 @@ class Range(Section):
 Dimension = Range | Annotated[int, Field(ge=1)] | None  # searched | fixed | as in the base model
 
 
-class Space(Section):
+def _require_known(names: list[Any] | None, allowed: Sequence[Any]) -> None:
+    for name in names or ():
+        if name not in allowed:
+            hint = nearest(name, [str(value) for value in allowed]) if isinstance(name, str) else ""
+            raise ValueError(f"{name!r} is not one of {', '.join(map(str, allowed))}{hint}")
+
+
+LISTED = {name: record for name, record in CHOICES.items() if not record.is_number}  # choices with names for values
+
+
+class SpaceSizes(Section):
+    """What is searched of sizes and precision; the choices of `compressors.plan.CHOICES` are added to it."""
+
     num_hidden_layers: Dimension = None
-    drop_from: list[str] = ["importance"]
     num_attention_heads: Dimension = None
     num_key_value_heads: Dimension = None
     hidden_size: Dimension = None
     intermediate_size: Dimension = None
     precision: list[str] | None = None  # None: as in the base model
-    importance: list[str] = ["activation"]
-    rotation: list[str] = ["none"]
-    repair: list[str] = ["none"]
-    smoothing: list[str] = ["none"]
-    quantizer: list[str] = ["nearest"]
-    group_size: list[int] = [0]
-    keep_16_bit: Range | Annotated[int, Field(ge=0)] = 0
-    lm_head: list[str] = ["16-bit"]
-    kv_cache: list[str] = ["auto"]
 
-    @field_validator("drop_from", "precision", *CHOICES)
+    @field_validator("precision", *LISTED, check_fields=False)
     @classmethod
     def _known(cls, names: list[Any] | None, info: Any) -> list[Any] | None:
-        known: dict[str, Sequence[Any]] = {"drop_from": DROP_FROM, "precision": PRECISIONS, **CHOICES}
-        allowed = known[info.field_name]
-        for name in names or ():
-            if name not in allowed:
-                hint = nearest(name, allowed) if isinstance(name, str) else ""
-                raise ValueError(f"{name!r} is not one of {', '.join(map(str, allowed))}{hint}")
+        _require_known(names, PRECISIONS if info.field_name == "precision" else CHOICES[info.field_name].values)
         if names is not None and (not names or len(set(names)) != len(names)):
             raise ValueError("needs at least one value, and none twice")
         return names
+
+
+def _searched(record: Choice) -> tuple[Any, Any]:
+    """The type and the default of a choice in `space`."""
+    if record.is_number:
+        return Range | Annotated[int, Field(ge=0)], record.default
+    return list[type(record.default)], [record.default]  # type: ignore[misc]
+
+
+if TYPE_CHECKING:
+
+    class Space(SpaceSizes):
+        """What is searched: sizes, precision and choices."""
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    Space = create_model("Space", __base__=SpaceSizes, **{name: _searched(record) for name, record in CHOICES.items()})
 
 
 class Model(Section):
@@ -93,8 +106,11 @@ class Model(Section):
     num_layers: Annotated[int, Field(ge=1)] | None = None  # of the compressed model: a remark, compression decides
 
 
-class Compression(Section):
-    """What `compress` makes of the model by hand; what is null stays as in the base model."""
+class CompressionKeys(Section):
+    """What `compress` makes of the model by hand; what is null stays as in the base model.
+
+    The choices of `compressors.plan.CHOICES` are added to it.
+    """
 
     method: str | list[str] | None = None
     keep_layers: Annotated[int, Field(ge=1)] | None = None
@@ -106,37 +122,25 @@ class Compression(Section):
     intermediate_size: Annotated[int, Field(ge=1)] | None = None
     scheme: str | None = None
     dtype: str | None = None
-    importance: str | None = None
-    rotation: str | None = None
-    repair: str | None = None
-    smoothing: str | None = None
-    quantizer: str | None = None
-    group_size: int | None = None
-    keep_16_bit: Annotated[int, Field(ge=0)] | None = None
-    lm_head: str | None = None
-    kv_cache: str | None = None
 
-    @field_validator("method", "scheme", "dtype", *CHOICES)
+    @field_validator("method", "scheme", "dtype", *(name for name in LISTED if name != "drop_from"), check_fields=False)
     @classmethod
     def _known(cls, value: Any, info: Any) -> Any:
-        known: dict[str, Sequence[Any]] = {"method": tuple(METHODS), "scheme": SCHEMES, "dtype": DTYPES, **CHOICES}
-        allowed = known[info.field_name]
-        for name in value if isinstance(value, list) else () if value is None else (value,):
-            if name not in allowed:
-                hint = nearest(name, allowed) if isinstance(name, str) else ""
-                raise ValueError(f"{name!r} is not one of {', '.join(map(str, allowed))}{hint}")
+        known: dict[str, Sequence[Any]] = {"method": tuple(METHODS), "scheme": SCHEMES, "dtype": DTYPES}
+        name = info.field_name
+        allowed = known[name] if name in known else CHOICES[name].values
+        _require_known(value if isinstance(value, list) else None if value is None else [value], allowed)
         return value
 
     @field_validator("drop_from")
     @classmethod
     def _drop_from(cls, value: str | list[int]) -> str | list[int]:
+        rules = [str(rule) for rule in CHOICES["drop_from"].values]
         if isinstance(value, list):
             if not value or len(set(value)) != len(value):
                 raise ValueError("needs the number of at least one layer, and none twice")
-        elif value not in DROP_FROM:
-            raise ValueError(
-                f"{value!r} is not one of {', '.join(DROP_FROM)}{nearest(value, DROP_FROM)}, nor a list of layers"
-            )
+        elif value not in rules:
+            raise ValueError(f"{value!r} is not one of {', '.join(rules)}{nearest(value, rules)}, nor a list of layers")
         return value
 
     @property
@@ -153,7 +157,7 @@ class Compression(Section):
             return self
         if self.target_dim is not None and {"reduce_hidden", "reduce_ffn"} <= set(self.methods):
             raise ValueError("target_dim is of one of two methods here; say hidden_size and intermediate_size")
-        if set(self.methods) == {"drop_layers"} and self.repair == "ridge":
+        if set(self.methods) == {"drop_layers"} and getattr(self, "repair", None) == "ridge":
             raise ValueError("repair: ridge has nothing to repair where only layers go; choose stream, or none")
         given = {name for name in type(self).model_fields if getattr(self, name) is not None} - {"method", "drop_from"}
         if isinstance(self.drop_from, list):
@@ -168,6 +172,28 @@ class Compression(Section):
                 f"method=[{','.join([*self.methods, owner])}]"
             )
         return self
+
+
+def _by_hand(record: Choice) -> tuple[Any, Any]:
+    """The type and the default of a choice in `compression`."""
+    if record.is_number:
+        return Annotated[int, Field(ge=0)] | None, None
+    return type(record.default) | None, None
+
+
+if TYPE_CHECKING:
+
+    class Compression(CompressionKeys):
+        """What `compress` makes of the model by hand."""
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    Compression = create_model(
+        "Compression",
+        __base__=CompressionKeys,
+        **{name: _by_hand(record) for name, record in CHOICES.items() if name != "drop_from"},
+    )
 
 
 class PerfPart(Section):

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from compressors import build
+from compressors.choices import DTYPES
 from compressors.errors import CheckpointError
 from compressors.files import write_json as write_json
 from compressors.model import checkpoint
 from compressors.model import family as families
 from compressors.model.transformers_version import config_for
-from compressors.plan import CHOICES, DIMENSIONS, DTYPES, OPTIONS, RECIPE, CompressionPlan
+from compressors.plan import CHOICES, DIMENSIONS, OPTIONS, CompressionPlan
+from compressors.plan import VERSION as PLAN_VERSION
 from compressors.statistics import activations, second_moments
 from evaluator import tasks, texts
 from evaluator.backends import EngineSettings
@@ -30,6 +32,7 @@ from search.config.study_file import Range, Space, StudyFile
 from search.errors import UsageError
 from search.files import CACHE
 from search.setup import sources
+from search.setup.kernels import Kernels, kernels
 from search.setup.machine import choose_engine, device_name, engine_version, require_disk, require_memory
 from search.setup.texts import (
     MomentsText,
@@ -96,9 +99,9 @@ class Setting:
         return None if limit is None else int(limit * 1e6)
 
     @property
-    def kernel_alignment(self) -> bool:
-        """vLLM's GPU kernels want aligned dimensions; elsewhere any size runs."""
-        return self.backend == "vllm" and self.device == "cuda"
+    def kernels(self) -> Kernels | None:
+        """What the engine's fast kernels ask of sizes; None where any size runs."""
+        return kernels(self.backend, self.device)
 
     @property
     def engine_settings(self) -> EngineSettings:
@@ -160,15 +163,12 @@ class Setting:
     @property
     def _may_need_moments(self) -> bool:
         """Whether any plan of the space rests on second moments."""
-        space = self.file.space
-        choices = {name: getattr(space, name) for name in ("drop_from", *CHOICES)}
-        kept = space.keep_16_bit
-        choices["keep_16_bit"] = [kept.high if isinstance(kept, Range) else kept]
-        return any(
-            build.needs_moments(dataclasses.replace(self.identity, **{name: choice}))
-            for name, those in choices.items()
-            for choice in those
-        )
+        for name in CHOICES:
+            searched = getattr(self.file.space, name)
+            values = searched if isinstance(searched, list) else [getattr(searched, "high", searched)]
+            if any(build.needs_moments(dataclasses.replace(self.identity, **{name: value})) for value in values):
+                return True
+        return False
 
     @property
     def _score_definition(self) -> dict[str, Any]:
@@ -194,13 +194,11 @@ class Setting:
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def infeasible(self, plan: CompressionPlan) -> str | None:
-        reason = build.check(
-            plan, self.base, self.family, kernel_alignment=self.kernel_alignment, max_bytes=self.max_bytes
-        )
+        reason = build.check(plan, self.base, self.family, kernels=self.kernels, max_bytes=self.max_bytes)
         version = self.file.export.for_transformers
         if reason is None and version is not None:
             try:
-                config_for(build.apply(plan, self.base, self.family, None).config, version)
+                config_for(build.shapes(plan, self.base, self.family).config, version)
             except CheckpointError as error:  # what is built could not be exported
                 return str(error)
         return reason
@@ -208,7 +206,9 @@ class Setting:
     @property
     def _calibration_key(self) -> str:
         exact = "float32" if self.device == "cpu" else self.identity.precision
-        text = json.dumps([RECIPE, exact, self.base_digest, [list(window) for window in self.calibration_windows]])
+        text = json.dumps(
+            [PLAN_VERSION, exact, self.base_digest, [list(window) for window in self.calibration_windows]]
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     @property
@@ -238,7 +238,7 @@ class Setting:
         windows = self.moments_text.windows
         exact = "float32" if self.device == "cpu" else self.identity.precision
         key = hashlib.sha256(
-            json.dumps([RECIPE, "with windows", exact, self.base_digest, windows]).encode()
+            json.dumps([PLAN_VERSION, "with windows", exact, self.base_digest, windows]).encode()
         ).hexdigest()[:24]
         path = self.outputs / "calibration" / f"moments-{key}"
         if not path.is_dir():

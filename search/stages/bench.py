@@ -209,7 +209,7 @@ class Bench:
 
     def predicted_time_ratio(self, plan: CompressionPlan) -> float:
         setting = self.setting
-        simulated = build.apply(plan, setting.base, setting.family, self.calibration())
+        simulated = build.shapes(plan, setting.base, setting.family)
         return speed.predicted_time_ratio(
             candidate_bytes=self._served(simulated.decode_bytes, plan.precision),
             base_bytes=self._served(setting.base.decode_bytes, setting.identity.precision),

@@ -12,6 +12,10 @@ import optuna
 from compressors.plan import CHOICES, DIMENSIONS, CompressionPlan, canonical
 from search.config.study_file import Range, Space
 
+# In the order in which they are suggested, which a sampler's draws depend on; drop_from comes before precision.
+NAMED = tuple(name for name, record in CHOICES.items() if not record.is_number and name != "drop_from")
+NUMBERS = tuple(name for name, record in CHOICES.items() if record.is_number)
+
 
 def suggest(trial: optuna.Trial, space: Space, base: CompressionPlan) -> CompressionPlan:
     """The plan that this trial tries. Ordered values are integers, so that their ranges may change later."""
@@ -27,12 +31,14 @@ def suggest(trial: optuna.Trial, space: Space, base: CompressionPlan) -> Compres
         values["num_attention_heads"] = shareable(heads, groups, base)
     values["drop_from"] = _categorical(trial, "drop_from", space.drop_from)
     values["precision"] = _categorical(trial, "precision", space.precision or [base.precision])
-    for name in CHOICES:
-        values[name] = _categorical(trial, name, getattr(space, name))
-    kept = space.keep_16_bit
-    values["keep_16_bit"] = (
-        trial.suggest_int("keep_16_bit", kept.low, kept.high, step=kept.step) if isinstance(kept, Range) else kept
-    )
+    for name in (*NAMED, *NUMBERS):
+        wanted = getattr(space, name)
+        if isinstance(wanted, list):
+            values[name] = _categorical(trial, name, wanted)
+        elif isinstance(wanted, Range):
+            values[name] = trial.suggest_int(name, wanted.low, wanted.high, step=wanted.step)
+        else:
+            values[name] = wanted
     return canonical(CompressionPlan.from_dict(values), base)
 
 
@@ -57,9 +63,8 @@ def uncut(space: Space, base: CompressionPlan) -> list[dict[str, int | str]]:
             return []
     if len(space.drop_from) > 1:
         params["drop_from"] = space.drop_from[0]
-    params |= {name: getattr(space, name)[0] for name in CHOICES if len(getattr(space, name)) > 1}
-    if isinstance(space.keep_16_bit, Range):
-        params["keep_16_bit"] = space.keep_16_bit.low
+    params |= {name: getattr(space, name)[0] for name in NAMED if len(getattr(space, name)) > 1}
+    params |= {name: wanted.low for name in NUMBERS if isinstance(wanted := getattr(space, name), Range)}
     precisions = sorted(space.precision or [base.precision], key=lambda name: name != base.precision)
     return [params | ({"precision": name} if len(precisions) > 1 else {}) for name in precisions]
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from compressors import build
 from compressors.errors import CheckpointError
-from compressors.methods import depth, ffn, heads, hidden, precision
+from compressors.methods import depth, ffn, heads, hidden, importance, precision
 from compressors.model import family
 from compressors.model.checkpoint import Checkpoint
 from compressors.plan import CompressionPlan
@@ -99,7 +99,7 @@ def quantised(request, own):
 
 
 def test_an_identity_plan_changes_no_bit(base, its_family, statistics, own, pico, tmp_path, windows):
-    assert build.check(own, base, its_family, kernel_alignment=False, max_bytes=None) is None
+    assert build.check(own, base, its_family, max_bytes=None) is None
     made = build.apply(own, base, its_family, statistics)
     made.write(tmp_path / "m")
     again = Checkpoint.read(tmp_path / "m")
@@ -113,7 +113,7 @@ def test_an_identity_plan_changes_no_bit(base, its_family, statistics, own, pico
 def test_stock_transformers_loads_it_and_computes_what_the_screen_computed(
     base, its_family, statistics, plan, tmp_path, windows
 ):
-    assert build.check(plan, base, its_family, kernel_alignment=False, max_bytes=None) is None
+    assert build.check(plan, base, its_family, max_bytes=None) is None
     in_memory = build.apply(plan, base, its_family, statistics, simulate=True).to_model("cpu", F32)
     build.apply(plan, base, its_family, statistics).write(tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
@@ -139,7 +139,7 @@ def test_stock_transformers_loads_it_and_computes_what_the_screen_computed(
 def test_quantised_checkpoints_load_and_agree_with_the_simulation(
     base, its_family, statistics, quantised, tmp_path, windows
 ):
-    assert build.check(quantised, base, its_family, kernel_alignment=False, max_bytes=None) is None
+    assert build.check(quantised, base, its_family, max_bytes=None) is None
     plain = dataclasses.replace(quantised, precision="float32")
     unrounded = logits(build.apply(plain, base, its_family, statistics).to_model("cpu", F32), windows)
     simulated = build.apply(quantised, base, its_family, statistics, simulate=True)
@@ -180,8 +180,8 @@ def test_predicted_bytes_are_those_written_and_parameters_those_of_the_model(
 
 def test_a_plan_over_the_size_limit_is_infeasible_by_its_exact_size(base, its_family, own):
     size = build.predicted_bytes(own, base, its_family)
-    assert build.check(own, base, its_family, kernel_alignment=False, max_bytes=size) is None
-    reason = build.check(own, base, its_family, kernel_alignment=False, max_bytes=size - 1)
+    assert build.check(own, base, its_family, max_bytes=size) is None
+    reason = build.check(own, base, its_family, max_bytes=size - 1)
     assert "exceeds the limit" in reason
 
 
@@ -208,7 +208,7 @@ def test_a_depth_cut_is_the_model_without_these_layers(base, its_family, windows
 
 
 def test_an_ffn_cut_is_the_model_with_these_channels_silent(base, its_family, statistics, windows):
-    kept = ffn.choose_all(base, 96, statistics)
+    kept = importance.choose_channels(base, its_family, 96, "activation", activations=statistics)
     assert len({tuple(index.tolist()) for index in kept}) > 1, "which channels stay must differ by layer"
 
     def edit(model):
@@ -225,7 +225,7 @@ def test_an_ffn_cut_is_the_model_with_these_channels_silent(base, its_family, st
 def test_a_head_cut_is_the_model_with_these_heads_silent(
     base, its_family, statistics, windows, keep_heads, keep_groups
 ):
-    kept = heads.choose_all(base, keep_heads, keep_groups, statistics)
+    kept = importance.choose_heads(base, its_family, keep_heads, keep_groups, "activation", activations=statistics)
 
     def edit(model):
         for layer, groups in zip(model.model.layers, kept, strict=True):

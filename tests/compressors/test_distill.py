@@ -17,7 +17,7 @@ from compressors.distillation import loss as distill_loss
 from compressors.distillation import pair as distill_pair
 from compressors.distillation.distill import Distillation, batch_of, best, distill, learning_rate
 from compressors.errors import CheckpointError, CompressionError
-from compressors.methods import depth, ffn, precision
+from compressors.methods import depth, ffn, importance, precision
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import family_of
 
@@ -161,7 +161,7 @@ def test_activations_that_are_computed_twice_give_the_same_gradient_and_are_not_
 def test_a_cut_student_comes_nearer_to_its_teacher(family, request, tmp_path):
     teacher = Checkpoint.read(request.getfixturevalue(f"pico_{family}"))
     cut = depth.cut(teacher, family_of(teacher), range(4))
-    student = ffn.cut(cut, family_of(teacher), ffn.choose_all(cut, 128, None))
+    student = ffn.cut(cut, family_of(teacher), importance.choose_channels(cut, family_of(teacher), 128, "activation"))
     held_out = text(8, 1)
     seen = []
     found = distill(student, teacher, text(64, 0), held_out, SETTINGS, "cpu", tmp_path / "work", seen.append)

@@ -20,6 +20,7 @@ from compressors.plan import CompressionPlan
 from compressors.statistics import activations, second_moments
 from evaluator import backends
 from evaluator.process import EngineProcess
+from search.setup.kernels import VLLM as KERNELS
 
 F32 = torch.float32
 
@@ -272,7 +273,7 @@ def test_a_cut_exaone_3_is_a_llama_for_everyone(tmp_path, write_pico_exaone3, wi
         hidden_size=72,
         precision=precision,
     )
-    assert build.check(plan, base, its_family, kernel_alignment=False, max_bytes=None) is None
+    assert build.check(plan, base, its_family, max_bytes=None) is None
     statistics = activations.calibrate(base, windows)
     simulated = build.apply(plan, base, its_family, statistics, simulate=True).to_model("cpu", F32)
     build.apply(plan, base, its_family, statistics).write(tmp_path / "cut")
@@ -387,7 +388,7 @@ def test_vllm_serves_a_cut_model_as_transformers_does(tmp_path, trained, served,
         intermediate_size=256,
         **{"hidden_size": 160, **PRECISIONS_SERVED[how]},
     )
-    refused = build.check(plan, base, its_family, kernel_alignment=True, max_bytes=None)
+    refused = build.check(plan, base, its_family, kernels=KERNELS, max_bytes=None)
     if plan.kv_cache == "fp8" and not its_family.fp8_cache:
         assert refused is not None
         assert refused.startswith(f"kv_cache: vLLM runs a {served} through")

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from compressors.errors import CheckpointError
-from compressors.methods import gptq, rounding
+from compressors.methods import rounding
+from compressors.methods.quantizers import gptq
 
 SCHEMES = {"W4A16": 32, "W8A8": None, "FP8_DYNAMIC": None}
 

@@ -86,7 +86,7 @@ def by_hand(model, energy, keep, windows):
 @pytest.mark.parametrize("keep", [6, 3])
 def test_each_layer_goes_without_what_costs_least_beside_the_others(model, domains, collected, tmp_path, keep):
     its = family.family_of(model)
-    energy = importance.group_energy(model, its, collected)
+    energy = importance.group_energies(model, its, collected)
     windows = [window for those in domains.values() for window in those]
     found = heads_by_kl.choose(model, its, domains, energy, keep, tmp_path)
     expected, costs = by_hand(model, energy, keep, windows)
@@ -99,7 +99,7 @@ def test_each_layer_goes_without_what_costs_least_beside_the_others(model, domai
 def test_the_windows_are_spread_over_the_text(model, domains, collected, tmp_path, monkeypatch):
     monkeypatch.setattr(heads_by_kl, "WINDOWS", 2)
     its = family.family_of(model)
-    energy = importance.group_energy(model, its, collected)
+    energy = importance.group_energies(model, its, collected)
     few = {name: [windows[0], windows[3]] for name, windows in domains.items()}
     (tmp_path / "few").mkdir()
     assert heads_by_kl.choose(model, its, domains, energy, 6, tmp_path) == heads_by_kl.choose(
@@ -109,7 +109,7 @@ def test_the_windows_are_spread_over_the_text(model, domains, collected, tmp_pat
 
 def test_a_search_goes_on_where_it_was_killed(model, domains, collected, tmp_path):
     its = family.family_of(model)
-    energy = importance.group_energy(model, its, collected)
+    energy = importance.group_energies(model, its, collected)
     expected = heads_by_kl.choose(model, its, domains, energy, 6, tmp_path)
 
     def interrupt(what):
@@ -139,7 +139,7 @@ def test_a_search_goes_on_where_it_was_killed(model, domains, collected, tmp_pat
 def test_a_plan_keeps_the_others_in_the_layers_that_stay(model, domains, collected):
     """Chosen in the whole model: a plan with fewer layers asks for no other choice."""
     its, own = family.family_of(model), CompressionPlan.identity(model.config)
-    energy = importance.group_energy(model, its, collected)
+    energy = importance.group_energies(model, its, collected)
     gone = heads_by_kl.choose(model, its, domains, energy, 6, collected.path)
     plan = dataclasses.replace(
         own, num_hidden_layers=2, drop_from="0", num_key_value_heads=6, num_attention_heads=12, importance="kl"

@@ -7,10 +7,12 @@ import torch
 from compressors import build
 from compressors.errors import InfeasiblePlan
 from compressors.methods import depth, heads, precision
+from compressors.methods.quantizers import nearest
 from compressors.model import family
 from compressors.model.checkpoint import Checkpoint
 from compressors.plan import CompressionPlan
 from compressors.statistics.activations import Calibration
+from search.setup.kernels import VLLM as KERNELS
 
 
 def statistics(influence):
@@ -55,7 +57,7 @@ def test_head_counts_that_can_not_be(keep_heads, keep_groups, said):
 @pytest.mark.parametrize(("scheme", "size", "steps"), [("W8A8", None, 255), ("W4A16", 32, 15)])
 def test_rounding_is_to_the_nearest_of_an_even_grid(scheme, size, steps):
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    values, scale = precision.round_weight(weight, scheme, size)
+    values, scale = nearest.round_weight(weight, None, scheme, size)
     assert values.abs().max() <= (steps + 1) / 2
     assert torch.equal(values, values.round())
     groups = weight.float().reshape(6, scale.shape[1], -1)
@@ -67,7 +69,7 @@ def test_rounding_is_to_the_nearest_of_an_even_grid(scheme, size, steps):
 
 def test_a_row_of_zeros_stays_zeros():
     for scheme, size in (("W8A8", None), ("FP8_DYNAMIC", None), ("W4A16", 32)):
-        values, scale = precision.round_weight(torch.zeros(2, 32).bfloat16(), scheme, size)
+        values, scale = nearest.round_weight(torch.zeros(2, 32).bfloat16(), None, scheme, size)
         assert not values.any()
         assert torch.isfinite(scale.float()).all()
 
@@ -89,7 +91,7 @@ def test_stored_formats(pico_llama):
 
 def check(base, alignment=True, **changes):
     plan = dataclasses.replace(CompressionPlan.identity(base.config), **changes)
-    return build.check(plan, base, family.family_of(base), kernel_alignment=alignment, max_bytes=None)
+    return build.check(plan, base, family.family_of(base), kernels=KERNELS if alignment else None)
 
 
 def test_infeasible_plans_say_why(pico_llama):
@@ -134,7 +136,7 @@ def test_scales_and_values_are_those_of_compressed_tensors(scheme):
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
     groups = weight.reshape(6, -1, size or 64)
     scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
-    values, own_scale = precision.round_weight(weight, scheme, size)
+    values, own_scale = nearest.round_weight(weight, None, scheme, size)
     torch.testing.assert_close(own_scale, scale, rtol=1e-6, atol=0)
     expected = quantize(weight, own_scale, zero_point, args).float()
     assert torch.equal(values, expected)

@@ -12,9 +12,11 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from compressors.errors import InfeasiblePlan
-from compressors.methods import precision, rounding, sensitivity
+from compressors.methods import precision, quantizers, rounding, sensitivity
+from compressors.methods.quantizers import nearest
 from compressors.model import family
 from compressors.model.checkpoint import Checkpoint
+from compressors.plan import CompressionPlan, why_choices_clash
 
 F32 = torch.float32
 WIDE = {"hidden_size": 192, "head_dim": 32, "intermediate_size": 128}  # widths 192 and 128: groups of 64 and 32
@@ -187,9 +189,9 @@ def test_searched_scales_lose_no_more_than_the_largest(scheme):
 
 def test_zeros_stay_zeros():
     for scheme in ("W8A8", "FP8_DYNAMIC", "W4A16"):
-        for quantizer in precision.QUANTIZERS:
-            values, scales = precision.quantised_weight(
-                torch.zeros(2, 32).bfloat16(), scheme, 32 if scheme == "W4A16" else None, quantizer, torch.eye(32)
+        for quantizer in quantizers.names():
+            values, scales = quantizers.quantizer(quantizer).round_weight(
+                torch.zeros(2, 32).bfloat16(), lambda: torch.eye(32), scheme, 32 if scheme == "W4A16" else None
             )
             assert not values.any()
             assert torch.isfinite(scales.float()).all()
@@ -281,7 +283,7 @@ def test_an_fp8_cache_is_written_as_stock_transformers_reads_it(wide, its_family
     ],
 )
 def test_options_that_do_not_go_together(options, reason):
-    found = precision.check_options(**options)
+    found = why_choices_clash(CompressionPlan(4, 6, 3, 96, 160, **options))
     assert found is None if reason is None else found.startswith(reason), found
     assert found is None or "\n" not in found
 
@@ -294,7 +296,7 @@ def test_damage_is_the_relative_error_of_the_output():
     x = torch.randn(4000, 64, generator=random) @ torch.randn(64, 64, generator=random)
     weight = torch.randn(24, 64, generator=random).bfloat16()
     for scheme, size in (("W4A16", 32), ("W8A8", None), ("FP8_DYNAMIC", None)):
-        values, scales = precision.round_weight(weight, scheme, size)
+        values, scales = nearest.round_weight(weight, None, scheme, size)
         if scheme == "W8A8":
             step = x.abs().amax(1, keepdim=True) / 127.5
             rounded = (x / step).round() * step

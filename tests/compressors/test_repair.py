@@ -10,9 +10,11 @@ import torch
 from compressors import build
 from compressors.errors import CheckpointError
 from compressors.methods import heads, importance, repair
+from compressors.methods.importance import energy, flap, obs
 from compressors.plan import CompressionPlan
 from compressors.statistics import activations, second_moments
 from compressors.statistics.second_moments import Moment
+from compressors.steps import quantize
 
 
 def moment_of(x):
@@ -164,6 +166,10 @@ def test_the_strength_is_what_a_domain_that_was_left_out_asks_for(problem):
     assert repair.strength(weight, kept, {"a": moment_of(x), "b": moment_of(other)}) == repair.NO_REPAIR
 
 
+def reader(weight, x):
+    return importance.Reader(lambda: weight, lambda: moment_of(x))
+
+
 # -- importance ----------------------------------------------------------------------------------------------
 
 
@@ -171,8 +177,8 @@ def test_flap_is_variance_times_the_columns_norm():
     x = torch.tensor([[1.0, 5.0, 0.0], [3.0, 5.0, 1.0], [5.0, 5.0, 2.0]])
     weight = torch.tensor([[1.0, 9.0, 2.0], [0.0, 9.0, 2.0]])
     expected = x.var(0, correction=0).double() * weight.double().square().sum(0)
-    torch.testing.assert_close(importance.flap(weight, moment_of(x)), expected, rtol=1e-4, atol=1e-5)
-    assert importance.flap_choice(weight, moment_of(x), 2).tolist() == [0, 2]  # the constant one goes
+    torch.testing.assert_close(flap.fluctuation(weight, moment_of(x)), expected, rtol=1e-4, atol=1e-5)
+    assert flap.channels(reader(weight, x), 2).tolist() == [0, 2]  # the constant one goes
 
 
 def test_energy_is_what_a_block_adds_to_the_output(problem):
@@ -182,9 +188,9 @@ def test_energy_is_what_a_block_adds_to_the_output(problem):
             (x[:, start : start + size].double() @ weight[:, start : start + size].double().T).square().sum(1).mean()
             for start in range(0, 12, size)
         ])  # fmt: skip
-        torch.testing.assert_close(importance.energy(weight, moment_of(x), size), expected, rtol=1e-4, atol=1e-6)
-    largest = importance.energy(weight, moment_of(x)).topk(5).indices.sort().values
-    assert importance.energy_choice(weight, moment_of(x), 5).tolist() == largest.tolist()
+        torch.testing.assert_close(energy.energy(weight, moment_of(x), size), expected, rtol=1e-4, atol=1e-6)
+    largest = energy.energy(weight, moment_of(x)).topk(5).indices.sort().values
+    assert energy.channels(reader(weight, x), 5).tolist() == largest.tolist()
 
 
 def test_groups_go_by_what_their_heads_add_together():
@@ -198,21 +204,21 @@ def test_obs_drops_what_others_can_replace(problem):
     x, weight, _ = problem
     x = x.clone()
     x[:, 4] = 3.0 * x[:, 9]  # large, and redundant: it or its source goes first
-    kept = importance.obs_choice(weight, moment_of(x), 11).tolist()
+    kept = obs.channels(reader(weight, x), 11).tolist()
     assert set(range(12)) - set(kept) <= {4, 9}
 
 
 def test_obs_is_the_best_single_choice(problem):
     x, weight, _ = problem
     second = moment_of(x).second
-    damped = second.double() + importance.DAMPING * float(second.diagonal().median()) * torch.eye(12).double()
+    damped = second.double() + obs.DAMPING * float(second.diagonal().median()) * torch.eye(12).double()
 
     def lost(gone):
         kept = torch.tensor([i for i in range(12) if i != gone])
         return repair.loss(weight, repair.ridge(weight, kept, damped, 1e-12), kept, damped)
 
     best = min(range(12), key=lost)
-    assert importance.obs_choice(weight, moment_of(x), 11).tolist() == [i for i in range(12) if i != best]
+    assert obs.channels(reader(weight, x), 11).tolist() == [i for i in range(12) if i != best]
 
 
 @pytest.mark.parametrize("how", ["energy", "flap", "obs"])
@@ -221,7 +227,7 @@ def test_heads_stay_the_same_number_in_every_group(base, its_family, collected, 
     count, groups = config["num_attention_heads"], config["num_key_value_heads"]
     keep_groups = groups - 1
     keep = keep_groups * max(count // groups - 1, 1)
-    for kept in importance.choose_heads(base, its_family, keep, keep_groups, collected, how):
+    for kept in importance.choose_heads(base, its_family, keep, keep_groups, how, moments=collected):
         assert heads.infeasible(count, groups, keep, keep_groups) is None
         assert [group for group, _ in kept] == sorted({group for group, _ in kept})
         assert len(kept) == keep_groups
@@ -251,7 +257,7 @@ def test_a_repaired_plan_loses_less_and_loads(base, its_family, domains, collect
     windows = [window for those in domains.values() for window in those]
     statistics = activations.calibrate(base, windows)
     plan = dataclasses.replace(own, **CUTS[cut])
-    reason = build.check(plan, base, its_family, kernel_alignment=False, max_bytes=None)
+    reason = build.check(plan, base, its_family, max_bytes=None)
     if reason:
         pytest.skip(reason)
     original = base.to_model("cpu", torch.float32)
@@ -285,7 +291,7 @@ def test_gptq_sees_the_inputs_of_the_cut_model(base, its_family, collected):
     plan = dataclasses.replace(own, intermediate_size=96, num_hidden_layers=3, drop_from="top")
     made = build.apply(plan, base, its_family, None, moments=collected)
     kept = [torch.arange(96)] * 3
-    second = build._second_moments(its_family, collected.of_layers([0, 1, 2]), {its_family.down: kept}, "cpu")
+    second = quantize.second_moments(its_family, collected.of_layers([0, 1, 2]), {its_family.down: kept}, "cpu")
     for layer in range(3):
         name = its_family.in_layer(layer, its_family.down)
         assert second(name).shape == (96, 96)

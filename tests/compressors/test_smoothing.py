@@ -11,6 +11,7 @@ from compressors.model import family
 from compressors.model.checkpoint import Checkpoint, LazyTensor
 from compressors.plan import CompressionPlan
 from compressors.statistics import activations, second_moments
+from compressors.steps import quantize
 
 FAMILIES = ["llama", "llama_untied", "qwen2", "qwen3", "smollm3", "exaone4", "gemma3_text"]
 LOUD = (1, 5, 7)  # channels
@@ -42,7 +43,7 @@ def its(base):
 
 @pytest.fixture
 def second(base, its, texts, tmp_path):
-    return build._second_moments(its, second_moments.collect(base, texts, tmp_path / "moments"), {}, "cpu")
+    return quantize.second_moments(its, second_moments.collect(base, texts, tmp_path / "moments"), {}, "cpu")
 
 
 def logits(checkpoint, windows, dtype=torch.float32):
@@ -117,7 +118,7 @@ def test_one_factor_for_all_query_heads_that_are_left_of_a_value(base, its, text
     plan = dataclasses.replace(own, num_attention_heads=own.num_key_value_heads)
     assert plan != own
     cut = build.apply(plan, base, its, activations.calibrate(base, texts["one"]))
-    second = build._second_moments(its, second_moments.collect(cut, texts, tmp_path / "moments"), {}, "cpu")
+    second = quantize.second_moments(its, second_moments.collect(cut, texts, tmp_path / "moments"), {}, "cpu")
     smooth, _ = smoothing.smooth(cut, its, second)
     assert torch.equal(logits(smooth, texts["one"]), logits(cut, texts["one"]))
     name = f"{its.in_layer(0, its.o)}.weight"
@@ -243,4 +244,4 @@ def test_written_it_is_what_was_scored(base, its, texts, tmp_path):
 @pytest.mark.parametrize("quiet", ["llama"], indirect=True)
 def test_it_goes_with_w8a8(base, its, chosen, said):
     plan = dataclasses.replace(CompressionPlan.identity(base.config), precision=chosen, smoothing="smoothquant")
-    assert build.check(plan, base, its, kernel_alignment=False, max_bytes=None) == said
+    assert build.check(plan, base, its, max_bytes=None) == said

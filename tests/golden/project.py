@@ -15,6 +15,7 @@ from compressors.plan import CompressionPlan
 from search.by_hand import compress
 from search.config import compose
 from search.setup import setting
+from search.setup.kernels import kernels
 from search.stages import bench as objective
 from search.study import space
 
@@ -48,7 +49,8 @@ def key(plan: CompressionPlan, of: Setting) -> str:
 
 
 def infeasible(plan: CompressionPlan, of: Setting, *, gpu: bool, max_bytes: int | None = None) -> str | None:
-    return build.check(plan, of.base, of.family, kernel_alignment=gpu, max_bytes=max_bytes)
+    asked = kernels("vllm", "cuda") if gpu else None
+    return build.check(plan, of.base, of.family, kernels=asked, max_bytes=max_bytes)
 
 
 def file_bytes(plan: CompressionPlan, of: Setting) -> int:

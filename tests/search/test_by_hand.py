@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from compressors.plan import CHOICES, CompressionPlan, name_of
+from compressors.plan import CHOICES, OPTIONS, CompressionPlan, name_of
 from evaluator import texts
 from search.by_hand import evaluate, multirun
 from search.config import compose
@@ -235,8 +235,11 @@ def test_plans_that_differ_have_names_that_differ():
     cut = dataclasses.replace(base, num_hidden_layers=28, precision="W4A16")
     assert name_of(cut, base) == "drop28_w4a16"
     named = {name_of(cut, base)}
-    for option, choices in {**CHOICES, "keep_16_bit": (0, 1, 4)}.items():
-        named |= {name_of(dataclasses.replace(cut, **{option: choice}), base) for choice in choices[1:]}
+    for option in OPTIONS:
+        named |= {
+            name_of(dataclasses.replace(cut, **{option: choice}), base)
+            for choice in (CHOICES[option].values or (0, 1, 4))[1:]
+        }
     words = {
         "energy",
         "flap",

@@ -12,8 +12,9 @@ import functools
 
 import torch
 
-from compressors.errors import CheckpointError
+from compressors.errors import CheckpointError, InfeasiblePlan
 from compressors.methods import rounding
+from compressors.methods.quantizers import Moment, Rounded
 
 DIAGONAL = 0.1  # both: see `damp`
 MEDIAN = 0.1
@@ -22,6 +23,13 @@ MOST = 10.0
 NOTHING = 1e-6  # of the trace: what is left is float32's rounding
 POWER_STEPS = 16  # a direction with a quarter of the trace stands out by far
 BLOCK = 128  # columns whose errors are passed on to the rest at once
+
+
+def round_weight(weight: torch.Tensor, moment: Moment | None, scheme: str, size: int | None) -> Rounded:
+    """Round by `gptq`, on the device of H."""
+    if moment is None:
+        raise InfeasiblePlan("quantizer: gptq needs second moments from calibration text; choose mse without them")
+    return gptq(weight, moment(), scheme, size)
 
 
 def gptq(

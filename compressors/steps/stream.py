@@ -1,0 +1,36 @@
+"""Refit what writes to the residual stream, so that the stream becomes the base model's again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from compressors.choices import Value
+from compressors.methods import stream
+from compressors.plan import CompressionPlan
+from compressors.statistics.residual_streams import Stays
+from compressors.steps import Build
+
+VERSIONS: Mapping[tuple[str, Value], str] = {("repair", "stream"): f"stream {stream.VERSION}"}
+
+
+def applies(plan: CompressionPlan, base: CompressionPlan) -> bool:
+    """Say whether the plan repairs through the whole model."""
+    return plan.repair == "stream"
+
+
+def shapes(made: Build) -> Build:
+    """Change nothing: a repair keeps every shape."""
+    return made
+
+
+def run(made: Build) -> Build:
+    """Refit the weights; they are computed when one of them is first read."""
+    if made.moments is None:
+        return made
+    kept = made.dimensions
+    if made.basis is not None and kept is not None:
+        kept = made.basis[:, kept]
+    stays = Stays(made.layers, kept, made.inputs, made.outputs)
+    refit = stream.take_over(made.checkpoint, made.base, made.family, stays, made.moments, made.device, made.say)
+    return dataclasses.replace(made, checkpoint=refit)

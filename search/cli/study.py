@@ -1,0 +1,191 @@
+"""Commands about a study: run it, look at it, export its best trial."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from search.cli.main import main
+from search.cli.options import (
+    PATH,
+    StudyCommand,
+    json_option,
+    load_file,
+    print_table,
+    storage_options,
+    study_words,
+)
+
+
+@main.command("run", cls=StudyCommand)
+@storage_options
+@click.option(
+    "--trials", type=click.IntRange(min=1), help="Number of finished trials that the study is to hold in all."
+)
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, one per GPU.")
+@click.option("--seed", type=click.IntRange(min=0), help="Random seed of the sampler [default: the study file's].")
+@click.option(
+    "--distill-top",
+    "top",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="Number of best plans that cut something to distill at the end; each is quantized and measured again.",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    help="Length of each distillation in tokens [default: distillation.tokens].",
+)
+@json_option("Print the study's state as JSON [default: tables].")
+def run_command(
+    as_json: bool,
+    workers: int,
+    trials: int | None,
+    seed: int | None,
+    top: int | None,
+    tokens: int | None,
+    **where: Any,
+) -> None:
+    """Create a study, or resume it, until it holds N finished trials; distill the best of them.
+
+    After a crash or Ctrl-C, the same command finishes what is missing. Trailing KEY=VALUE words override the study
+    file. Distilled models are written to submit/model_kd_NAME.
+
+    \b
+    optuna-search run --trials 50 'space.precision=[bfloat16,W8A8]' evaluation.backend=vllm
+    optuna-search run --trials 50 --distill-top 3 --tokens 2000000
+    """
+    from search import errors
+
+    if tokens is not None and top is None:
+        raise errors.UsageError("--tokens needs --distill-top: it sets the length of the distillation")
+    file = load_file(**where, trials=trials, seed=seed)  # before the imports, which take seconds
+
+    from search import finalists, processes
+    from search.show import progress
+    from search.study import status
+    from search.study import workers as study_workers
+
+    words = study_words(where["study"], where["config_dir"], where["overrides"])
+    outcome = None
+    with processes.Stop() as stop, progress.Live(file.trials) as live:
+
+        def say(text: str) -> None:
+            stop.check()
+            live.say(text)
+
+        wanted = None
+        if top is not None:
+            wanted = finalists.wanted_of(file, top, tokens or file.distillation.tokens, workers, say)
+        the_study = study_workers.run(file, workers, live, stop)
+        if wanted is not None:
+            outcome = finalists.distil(wanted, the_study, say, live.warn, words)
+    state = status.of(the_study)
+    if outcome is None:
+        _print_status(state, as_json)
+        return
+    state |= {"distilled": outcome.rows, "passed_over": outcome.passed_over}
+    _print_status(state, as_json)
+    if outcome.rows and not as_json:
+        named = {"--storage": where["storage"], "--study-name": where["study_name"]}
+        own = [word for name, value in named.items() if value is not None for word in (name, value)]
+        for line in finalists.commands(state["best_of_all"], words, own):
+            click.echo(f"  {line}")
+    if any("failure" in row for row in outcome.rows):
+        sys.exit(1)
+
+
+@main.command("status", cls=StudyCommand)
+@storage_options
+@json_option()
+def status_command(as_json: bool, **where: Any) -> None:
+    """Show progress, the best and the Pareto trials, and why the others ended."""
+    file = load_file(**where)
+
+    from search.study import status, storage
+
+    _print_status(status.of(storage.load(_existing(file.storage), file.study_name)), as_json)
+
+
+def _existing(url: str) -> Any:
+    """Open the storage; looking at a study must not make an empty database."""
+    from search import errors
+    from search.study import storage
+
+    if not storage.exists(url):
+        raise errors.StorageError(
+            f"storage {url}: no such file; `optuna-search run` makes it, or name another with --storage"
+        )
+    return storage.open_storage(url)
+
+
+def _print_status(state: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(state))
+        return
+    from search.show import tables
+
+    print_table(tables.status_table(state))
+
+
+@main.command("dashboard", cls=StudyCommand)
+@storage_options
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address; optuna-dashboard has no login.")
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(1, 65535), help="Port.")
+def dashboard_command(host: str, port: int, **where: Any) -> None:
+    """Serve optuna-dashboard on the study's storage and artifacts, until Ctrl-C."""
+    from search.study import dashboard
+
+    file = load_file(**where)
+    storage = _existing(file.storage)
+    click.echo(f"http://{host}:{port}  (Ctrl-C ends it)", err=True)
+    dashboard.serve(storage, file.outputs / "artifacts", host, port)
+
+
+@main.command("export", cls=StudyCommand)
+@storage_options
+@click.option(
+    "--trial", "number", type=click.IntRange(min=0), help="Number of the trial to export [default: the best]."
+)
+@click.option(
+    "--to", type=PATH, default=Path("submit/model"), show_default=True, help="Directory that the model is written to."
+)
+@click.option(
+    "--for-transformers",
+    help="Version of transformers that is to read it, such as 4.57.3 [default: the study file's].",
+)
+@json_option("Print JSON to standard output [default: two lines].")
+def export_command(number: int | None, to: Path, for_transformers: str | None, as_json: bool, **where: Any) -> None:
+    """Write the best trial's checkpoint, reloaded and compared with what was measured.
+
+    \b
+    optuna-search export
+    optuna-search export --trial 7 --to submit/model_7
+    """
+    from search.by_hand import export
+    from search.config import compose
+    from search.setup import setting
+    from search.show import progress
+    from search.study import storage
+
+    file = load_file(**where, export__for_transformers=for_transformers)
+    the_study = storage.load(_existing(file.storage), file.study_name)
+    trial = export.choose(the_study, number)
+    study_file = compose.validate(the_study.user_attrs["file"], f"study {file.study_name!r}")
+    with progress.Live(1) as live:
+        prepared = setting.prepare(
+            study_file.model_copy(update={"storage": file.storage, "outputs": file.outputs}), live.say
+        )
+        target = file.export.for_transformers or study_file.export.for_transformers
+        exported = export.export(prepared, trial, to, live.say, target)
+    if as_json:
+        click.echo(json.dumps(export.to_json(exported)))
+        return
+    click.echo(
+        f"trial {exported.trial}, Score {exported.score:.4f}, perplexity {exported.perplexity:.3f} → {exported.path}"
+    )
+    click.echo(exported.compared)
