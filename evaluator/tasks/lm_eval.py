@@ -127,7 +127,7 @@ def load(section: Section, tokenizer: Any, *, max_tokens: int | None = None) -> 
     except TextError as error:
         raise TextError(f"task {task}: {error}") from None
     return HarnessTask(
-        name=task,
+        name=section.name or task,
         digest=digest_of([metric, [[each.ids, each.start] for each in asked], gold]),
         longest=max(len(each.ids) for each in asked),
         metric=metric,

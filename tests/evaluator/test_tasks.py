@@ -497,6 +497,13 @@ def test_a_prompt_that_does_not_fit(harness):
     assert asked_of("mine", harness(), max_tokens=10).longest == 10
 
 
+def test_a_task_of_the_harness_can_be_renamed(harness):
+    folder = harness()
+    plain, renamed = asked_of("mine", folder), asked_of("mine", folder, name="short")
+    assert (plain.name, renamed.name) == ("mine", "short")
+    assert renamed.digest == plain.digest
+
+
 def test_a_limit_on_the_harness(harness, tiny_model):
     found = asked_of("mine", harness(), limit=2).run(InMemory(tiny_model))
     assert isinstance(found, TaskResult)
