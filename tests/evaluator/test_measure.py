@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from evaluator import measure, texts
+from evaluator import embedded_texts, measure, texts
 from evaluator.errors import EvaluationError, NotFinite
 from evaluator.measure import Request
 from evaluator.measurement import Measurement, Workload
@@ -200,7 +200,7 @@ EXAONE = os.environ.get("OPTUNA_SEARCH_EXAONE4")
 def test_exaone4_in_bfloat16_is_computed_in_float32(start):
     path = Path(EXAONE)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    windows = texts.windows(tokenizer, texts.embedded_documents(), 48, 2)
+    windows = texts.windows(tokenizer, embedded_texts.documents(), 48, 2)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     found = measure.measure_base(path, start(path), Request([[window] for window in windows], QUICK))
     assert found.perplexity == pytest.approx(plain_perplexity(model, windows)[0], rel=1e-3)

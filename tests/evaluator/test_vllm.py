@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from evaluator import backends, measure, quality, texts
+from evaluator import backends, embedded_texts, measure, quality, texts
 from evaluator.errors import EngineCrashed
 from evaluator.measurement import Workload
 
@@ -35,7 +35,7 @@ def windows(checkpoint, shards):
     if not EXAONE:
         return [window for shard in shards for window in shard]
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    return texts.windows(tokenizer, texts.embedded_documents(), 128, 8)
+    return texts.windows(tokenizer, embedded_texts.documents(), 128, 8)
 
 
 def test_vllm_agrees_with_transformers(checkpoint, windows, start):
