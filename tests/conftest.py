@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from compressors.model import family as families
-from evaluator import texts
+from evaluator import embedded_texts
 
 VOCABULARY = 320
 
@@ -151,7 +151,7 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator((document.text for document in texts.embedded_documents()[:20]), trainer)
+    made.train_from_iterator((document.text for document in embedded_texts.documents()[:20]), trainer)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=made, bos_token="[BOS]", eos_token="[EOS]", pad_token="[PAD]", model_max_length=512
     )

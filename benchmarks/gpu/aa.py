@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 
-from evaluator import backends, process, quality, speed, texts
+from evaluator import backends, embedded_texts, process, quality, speed, texts
 from evaluator.backends import EngineSettings
 from evaluator.measurement import Workload
 
@@ -99,7 +99,7 @@ def score(arguments: argparse.Namespace, engines: dict) -> dict:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint, trust_remote_code=False)
-    windows = texts.windows(tokenizer, texts.embedded_documents(), arguments.window, arguments.windows)
+    windows = texts.windows(tokenizer, embedded_texts.documents(), arguments.window, arguments.windows)
     found = {}
     for name, engine in engines.items():
         spent = []

@@ -1,11 +1,14 @@
-"""Inference engines, one a file; the file's name is the engine's name in a study file.
+"""Inference engines, one file each. A file's name is the engine's name in a study file.
 
-A file holds, and imports nothing heavy to say so:
-    ENVIRONMENT: dict[str, str]     what has to be set before the engine's library is imported
-    preload() -> None               imports it, and opens no device: the warm process runs this and then forks engines
-    unavailable() -> str | None     why the engine can't run on this machine
-    class Engine                    see `Engine` here
-Engines are run through `evaluator.process.EngineProcess`, each in a process of its own.
+A new engine is one file here and one test. The file offers these names and imports nothing heavy at module level:
+
+    FACTS: Facts                    what other parts ask about the engine without starting it; see `Facts`
+    ENVIRONMENT: dict[str, str]     variables that must be set before the engine's library is imported
+    preload() -> None               imports that library and opens no device; the warm process calls it, then forks
+    unavailable() -> str | None     the reason why the engine cannot run on this machine, in one line
+    Engine                          a class that satisfies the protocol `Engine`
+
+`Backend` is this list as a protocol. `evaluator.process.EngineProcess` runs every engine in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,20 +17,91 @@ import dataclasses
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast
 
 from evaluator.errors import BackendUnavailable
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel for quantized linear layers, and the sizes it wants.
+
+    Attributes:
+        name: The kernel's name, for messages.
+        rows: The number that must divide a weight's output features.
+        columns: The number that must divide a weight's input features.
+    """
+
+    name: str
+    rows: int
+    columns: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """The sizes that an engine's kernels want on one kind of device.
+
+    Attributes:
+        engine: The engine's name, for messages.
+        head_dim: The number that must divide head_dim, for the attention kernels.
+        schemes: The kernel of each compressed-tensors scheme; a scheme that is missing takes every size.
+    """
+
+    engine: str
+    head_dim: int
+    schemes: Mapping[str, Kernel]
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A scheme that an engine cannot run on newer GPUs.
+
+    Attributes:
+        scheme: The compressed-tensors scheme.
+        since: The lowest CUDA compute capability that is refused, as (major, minor).
+        reason: The reason in one line, with what to choose instead.
+    """
+
+    scheme: str
+    since: tuple[int, int]
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What is known about an engine without starting it.
+
+    Attributes:
+        packages: The installed distributions whose versions decide how fast and how exactly a checkpoint runs.
+        kernels: What the kernels want, by device (cpu, cuda, mps). A device that is missing takes every size.
+        batched_tokens: The most prompt tokens that one step processes; None where there is no limit.
+        casts: The dtype that a checkpoint is served in, by its stored dtype, where the two differ.
+        refusals: What the engine cannot start.
+    """
+
+    packages: tuple[str, ...]
+    kernels: Mapping[str, Kernels] = dataclasses.field(default_factory=dict)
+    batched_tokens: int | None = None
+    casts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    refusals: tuple[Refusal, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineSettings:
     """How an engine is run.
 
-    device: auto | cpu | cuda | mps. max_model_len: most tokens of a sequence. batch_sizes: those that will be timed.
-    gpu_memory_utilization: share of the GPU's memory for this engine. compile: torch.compile inside vLLM.
-    threads: None: one per physical core that this process may use.
+    Attributes:
+        device: auto, cpu, cuda or mps.
+        max_model_len: The most tokens of one sequence.
+        batch_sizes: The batch sizes that will be timed.
+        gpu_memory_utilization: The share of the GPU's memory that this engine may use.
+        compile: Whether vLLM uses torch.compile.
+        start_timeout_s: Seconds that a start may take.
+        call_timeout_s: Seconds that a call may take.
+        threads: The number of CPU threads; None means one for each physical core that this process may use.
     """
 
     device: str = "auto"
@@ -40,17 +114,20 @@ class EngineSettings:
     threads: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON values."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EngineSettings:
+        """Return the settings that `to_dict` wrote."""
         return cls(**{**values, "batch_sizes": tuple(values["batch_sizes"])})
 
 
 class Engine(Protocol):
     """A checkpoint directory that is loaded and ready.
 
-    survives_errors: whether it can be called again after a call raised; if not, its process ends then.
+    Attributes:
+        survives_errors: Whether it can be called again after a call raised. If not, its process ends then.
     """
 
     survives_errors: bool
@@ -58,40 +135,69 @@ class Engine(Protocol):
     def __init__(self, path: str, settings: EngineSettings) -> None: ...
 
     def nll(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Negative log-likelihood in nats of each token but the first: T − 1 numbers per window of T ids."""
+        """Return the negative log-likelihood of each token except the first, in nats.
+
+        A window of T token ids gives T − 1 numbers.
+        """
 
     def decode_steps(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> list[float]:
-        """Seconds of each of `steps` decode steps of `batch_size` sequences, after a prefill of random ids."""
+        """Return the seconds of each of `steps` decode steps of `batch_size` sequences.
+
+        The prefill, of `prompt_tokens` random ids a sequence, is not timed.
+        """
 
     def logits_sha256(self, tokens: Sequence[int]) -> str:
-        """Of the float32 bytes of what the engine computes on one window: equal weights, equal digest."""
+        """Return the sha256 of the float32 bytes that the engine computes on one window.
+
+        Equal weights give equal digests.
+        """
 
     def facts(self) -> dict[str, str]:
-        """backend, engine_version, device, dtype and what else is worth knowing, such as quantization_kernel."""
+        """Return backend, engine_version, device and dtype, and more where known, such as quantization_kernel."""
+
+
+class Backend(Protocol):
+    """What a file of this folder offers; see the package's docstring."""
+
+    FACTS: Facts
+    ENVIRONMENT: dict[str, str]
+    Engine: type[Engine]
+
+    def preload(self) -> None:
+        """Import the engine's library without opening a device."""
+
+    def unavailable(self) -> str | None:
+        """Return why the engine cannot run on this machine, in one line, or None."""
 
 
 def names() -> list[str]:
-    """The engines there are: the files of this folder."""
+    """Return the names of all engines, which are the files of this folder."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
-def module_of(name: str) -> ModuleType:
-    """The engine's file, imported; nothing heavy is. Raises BackendUnavailable for an unknown name."""
+def module_of(name: str) -> Backend:
+    """Import and return an engine's file; its library is not imported.
+
+    Raises:
+        BackendUnavailable: No engine has this name.
+    """
     if name not in names():
         raise BackendUnavailable(f"backend: {name!r} is not one of {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{name}")
+    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
 
 
 def unavailable(name: str) -> str | None:
-    """Why this engine can't run here, or None. Imports neither vLLM nor opens a CUDA context."""
-    reason: str | None = module_of(name).unavailable()
-    return reason
+    """Return why an engine cannot run on this machine, or None. Imports no vLLM and opens no CUDA context."""
+    return module_of(name).unavailable()
 
 
 def choose(name: str = "auto") -> str:
-    """The engine to use. "auto": vLLM where it is installed and there is a CUDA GPU, else transformers.
+    """Return the engine to use.
 
-    Raises BackendUnavailable when the named one can't run here.
+    "auto" is vLLM where it is installed and torch sees a CUDA GPU, else transformers.
+
+    Raises:
+        BackendUnavailable: The named engine cannot run on this machine, or does not exist.
     """
     if name == "auto":
         return "vllm" if unavailable("vllm") is None and cuda() else "transformers"
@@ -101,13 +207,56 @@ def choose(name: str = "auto") -> str:
     return name
 
 
+def kernels(name: str, device: str) -> Kernels | None:
+    """Return the sizes that an engine's kernels want on a device (cpu, cuda, mps); None where every size runs."""
+    return module_of(name).FACTS.kernels.get(device)
+
+
+def packages(name: str) -> tuple[str, ...]:
+    """Return the distributions whose versions decide how an engine runs."""
+    return module_of(name).FACTS.packages
+
+
+def batched_tokens(name: str) -> int | None:
+    """Return the most prompt tokens that one step of an engine processes, or None where there is no limit."""
+    return module_of(name).FACTS.batched_tokens
+
+
+def served_bytes(name: str, stored: int, dtype: str) -> int:
+    """Return the bytes that an engine keeps in memory of a checkpoint's weights.
+
+    Args:
+        name: The engine's name.
+        stored: The bytes of the weights in the checkpoint.
+        dtype: The checkpoint's dtype, or its scheme.
+    """
+    served = module_of(name).FACTS.casts.get(dtype, dtype)
+    return stored if served == dtype else stored * DTYPE_BYTES[served] // DTYPE_BYTES[dtype]
+
+
+def cannot_start(name: str, scheme: str, capability: tuple[int, int] | None) -> str | None:
+    """Return why an engine cannot start a checkpoint of this scheme, in one line, or None.
+
+    Args:
+        name: The engine's name.
+        scheme: The checkpoint's scheme, or its dtype.
+        capability: The GPU's compute capability as (major, minor); None without a CUDA GPU.
+    """
+    if capability is None:
+        return None
+    for refusal in module_of(name).FACTS.refusals:
+        if refusal.scheme == scheme and capability >= refusal.since:
+            return f"{scheme}: {refusal.reason} (this GPU has compute capability {capability[0]}.{capability[1]})"
+    return None
+
+
 def cuda() -> bool:
-    """Whether torch sees a CUDA GPU."""
+    """Return whether torch sees a CUDA GPU."""
     import torch
 
     return torch.cuda.is_available()
 
 
 def installed(package: str) -> bool:
-    """Whether the package can be found; it is not imported."""
+    """Return whether a package can be found, without importing it."""
     return importlib.util.find_spec(package) is not None

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from evaluator import backends, hardware
-from evaluator.backends import EngineSettings
+from evaluator.backends import EngineSettings, Facts
 
+FACTS = Facts(packages=("transformers", "torch"))
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asking for a GPU opens none: a forked engine still can

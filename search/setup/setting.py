@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compressors import build
+from compressors.build import Kernels
 from compressors.choices import DTYPES
 from compressors.errors import CheckpointError
 from compressors.files import write_json as write_json
@@ -24,15 +25,13 @@ from compressors.plan import CHOICES, DIMENSIONS, OPTIONS, CompressionPlan
 from compressors.plan import VERSION as PLAN_VERSION
 from compressors.statistics import activations, second_moments
 from evaluator import tasks, texts
-from evaluator.backends import EngineSettings
+from evaluator.backends import EngineSettings, kernels
 from evaluator.measurement import METHOD, Workload
 from evaluator.score import Formula
-from evaluator.tasks import lm_eval, multiple_choice
 from search.config.study_file import Range, Space, StudyFile
 from search.errors import UsageError
 from search.files import CACHE
 from search.setup import sources
-from search.setup.kernels import Kernels, kernels
 from search.setup.machine import choose_engine, device_name, engine_version, require_disk, require_memory
 from search.setup.texts import (
     MomentsText,
@@ -309,15 +308,8 @@ def out_of_range(space: Space, base: CompressionPlan) -> str | None:
 
 
 def _tasks(file: StudyFile, tokenizer: Any) -> tuple[tasks.Task, ...]:
-    found: list[tasks.Task] = []
-    for part in file.evaluation.perf:
-        if part.metric == "multiple_choice":
-            files = [Path(name) for name in part.files]
-            found.append(multiple_choice.load(files, tokenizer, name=part.name, limit=part.limit))
-        elif part.metric == "lm_eval":
-            include = None if part.include_path is None else Path(part.include_path)
-            task = lm_eval.load(str(part.task), include, tokenizer, limit=part.limit)
-            found.append(task)
+    sections = [(part.metric, part.task_section()) for part in file.evaluation.perf]
+    found = [tasks.load(kind, section, tokenizer) for kind, section in sections if section is not None]
     names = [task.name for task in found]
     if len({*names, "perplexity"}) <= len(names):
         raise UsageError(f"evaluation.perf: two parts are called {', '.join(names)}; give each a name of its own")

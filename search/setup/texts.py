@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from compressors.errors import CheckpointError
 from compressors.files import write_json as write_json
-from evaluator import texts
+from evaluator import embedded_texts, texts
 from search.config.study_file import StudyFile
 from search.errors import UsageError
 from search.files import CACHE, read_json
@@ -132,12 +132,13 @@ def require_apart(file: StudyFile, parts: Domains) -> None:
 @functools.cache
 def _embedded_domains() -> dict[str, list[texts.Document]]:
     """Read out of Python's sources once: that takes seconds, and every command asks for them."""
-    made_by = hashlib.sha256(Path(texts.__file__).read_bytes() + sys.version.encode()).hexdigest()[:16]
+    sources = [Path(embedded_texts.__file__).read_bytes(), Path(texts.__file__).read_bytes()]
+    made_by = hashlib.sha256(b"".join(sources) + sys.version.encode()).hexdigest()[:16]
     path = CACHE / "texts" / f"domains-{made_by}.json"
     there = read_json(path)
     if there is not None:
         return {name: [texts.Document(*pair) for pair in pairs] for name, pairs in there.items()}
-    found = texts.embedded_domains()
+    found = embedded_texts.domains()
     with contextlib.suppress(OSError):  # no place to keep them is no reason to stop
         write_json(path, {name: [[one.name, one.text] for one in documents] for name, documents in found.items()})
     return found
@@ -145,9 +146,9 @@ def _embedded_domains() -> dict[str, list[texts.Document]]:
 
 @functools.cache
 def _embedded_search() -> Documents:
-    return texts.split(texts.embedded_documents())[1]
+    return texts.split(embedded_texts.documents())[1]
 
 
 @functools.cache
 def embedded_report() -> Documents:
-    return texts.embedded_report_documents()
+    return embedded_texts.report_documents()

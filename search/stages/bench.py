@@ -80,15 +80,12 @@ class Bench:
         else:
             self.say("baseline: starting the engine")
             engine = self.baseline_engine()
-            measurement = measure.measure(
+            timed = setting.file.evaluation.speed == "measured"
+            measurement = measure.measure_base(
                 setting.base_path,
                 engine,
-                None,
-                setting.shards,
-                setting.workload,
-                time_it=setting.file.evaluation.speed == "measured",
+                measure.Request(setting.shards, setting.workload, setting.tasks, timed=timed),
                 progress=lambda what: self.say(f"baseline: {what}"),
-                tasks=setting.tasks,
             )
             write_json(path, measurement.to_dict())
         write_json(
@@ -254,17 +251,14 @@ class Bench:
         baseline = self.baseline_engine() if measured else None
         self.say("starting the engine")
         with self._start(path, "candidate") as engine:
-            found = measure.measure(
+            found = measure.measure_candidate(
                 path,
                 engine,
+                measure.Request(setting.shards, setting.workload, setting.tasks, timed=measured),
                 baseline,
-                setting.shards,
-                setting.workload,
                 weights_sha256=weights_sha256,
-                time_it=measured,
                 expected_base_ms=self.baseline().time_per_token_ms,
                 progress=self.say,
-                tasks=setting.tasks,
             )
             then(engine)
         if not measured:

@@ -20,13 +20,17 @@ from typing import Any
 import dotenv
 import optuna
 
+from evaluator import measurement
 from evaluator.measurement import Measurement
 from search.config.study_file import Tracking
 from search.study import trials as studies
 
 PARENT, TRIAL = "optuna_search.study", "optuna_search.trial"
-PARAMETERS = ("number_of_layers", "number_of_heads", "hidden_dim", "total_parameters", "model_size_mb")
-METRICS = ("tokens_per_sec", "time_per_token_ms", "perplexity", "perf_norm", "speed_norm", "score")
+PARAMETERS = tuple(name for name, metric in measurement.METRICS.items() if metric.mlflow == "parameter")
+METRICS = (
+    *(name for name, metric in measurement.METRICS.items() if metric.mlflow == "metric"),
+    *("perf_norm", "speed_norm", "score"),
+)
 FLUSH_S = 60.0
 
 
@@ -226,8 +230,9 @@ class _Runs:
                 return found
 
 
-def measured(measurement: Measurement) -> dict[str, Any]:
-    return {name: getattr(measurement, name) for name in (*PARAMETERS, *METRICS) if hasattr(measurement, name)}
+def measured(found: Measurement) -> dict[str, Any]:
+    """Return the numbers of a measurement that MLflow has."""
+    return {name: getattr(found, name) for name in (*PARAMETERS, *METRICS) if name in measurement.METRICS}
 
 
 def _ms(moment: Any) -> int:

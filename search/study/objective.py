@@ -24,7 +24,7 @@ from compressors.files import write_json
 from compressors.plan import CompressionPlan
 from evaluator import quality, score
 from evaluator.errors import EngineOutOfMemory, EvaluationError, NotFinite
-from evaluator.measurement import Measurement
+from evaluator.measurement import METRICS, Measurement
 from search import processes
 from search.files import read_json
 from search.stages.bench import Bench
@@ -215,12 +215,6 @@ def attributes(record: Record) -> dict[str, Any]:
             "speed_norm": record.score.speed_norm,
             "speed_norm_se": record.score.speed_norm_se,
             "score_se": record.score.score_se,
-            "perplexity": measured.perplexity,
-            "kl_nats_per_token": measured.kl_nats_per_token,
-            "top1_agreement": measured.top1_agreement,
-            "time_per_token_ms": measured.time_per_token_ms,
-            "tokens_per_sec": measured.tokens_per_sec,
-            "model_size_mb": measured.model_size_mb,
-            "total_parameters": measured.total_parameters,
+            **{name: getattr(measured, name) for name, metric in METRICS.items() if metric.attribute},
         }
     return {name: value for name, value in found.items() if value is not None}

@@ -20,7 +20,6 @@ from compressors.plan import CompressionPlan
 from compressors.statistics import activations, second_moments
 from evaluator import backends
 from evaluator.process import EngineProcess
-from search.setup.kernels import VLLM as KERNELS
 
 F32 = torch.float32
 
@@ -388,7 +387,7 @@ def test_vllm_serves_a_cut_model_as_transformers_does(tmp_path, trained, served,
         intermediate_size=256,
         **{"hidden_size": 160, **PRECISIONS_SERVED[how]},
     )
-    refused = build.check(plan, base, its_family, kernels=KERNELS, max_bytes=None)
+    refused = build.check(plan, base, its_family, kernels=backends.kernels("vllm", "cuda"), max_bytes=None)
     if plan.kv_cache == "fp8" and not its_family.fp8_cache:
         assert refused is not None
         assert refused.startswith(f"kv_cache: vLLM runs a {served} through")

@@ -12,7 +12,7 @@ from compressors.model import family
 from compressors.model.checkpoint import Checkpoint
 from compressors.plan import CompressionPlan
 from compressors.statistics.activations import Calibration
-from search.setup.kernels import VLLM as KERNELS
+from evaluator import backends
 
 
 def statistics(influence):
@@ -91,7 +91,9 @@ def test_stored_formats(pico_llama):
 
 def check(base, alignment=True, **changes):
     plan = dataclasses.replace(CompressionPlan.identity(base.config), **changes)
-    return build.check(plan, base, family.family_of(base), kernels=KERNELS if alignment else None)
+    return build.check(
+        plan, base, family.family_of(base), kernels=backends.kernels("vllm", "cuda") if alignment else None
+    )
 
 
 def test_infeasible_plans_say_why(pico_llama):

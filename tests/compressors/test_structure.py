@@ -16,7 +16,7 @@ from compressors.model import structure
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import family_of
 from compressors.plan import CompressionPlan
-from search.setup.kernels import VLLM as KERNELS
+from evaluator import backends
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_kernel_alignment_is_asked_for_or_not(write_pico_model, tmp_path):
     base = Checkpoint.read(write_pico_model(tmp_path / "wide", "llama", head_dim=16, num_hidden_layers=1))
     known = family_of(base)
     anywhere = {cut.what: cut for cut in possible_cuts.cuts(base, known)}
-    on_gpu = {cut.what: cut for cut in possible_cuts.cuts(base, known, kernels=KERNELS)}
+    on_gpu = {cut.what: cut for cut in possible_cuts.cuts(base, known, kernels=backends.kernels("vllm", "cuda"))}
     assert anywhere["bfloat16 → W4A16"].infeasible is None
     assert "Marlin kernel wants multiples of 64 × 128" in on_gpu["bfloat16 → W4A16"].infeasible
     assert on_gpu["bfloat16 → W4A16"].bytes_saved == anywhere["bfloat16 → W4A16"].bytes_saved > 0
@@ -189,7 +189,7 @@ def test_cuts_of_thirty_layers_take_well_under_a_second(smollm2):
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        found = possible_cuts.cuts(base, known, kernels=KERNELS)
+        found = possible_cuts.cuts(base, known, kernels=backends.kernels("vllm", "cuda"))
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.5
     assert found[0].bytes_saved == 7_080_192

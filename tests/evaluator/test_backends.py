@@ -7,15 +7,21 @@ from evaluator import backends
 from evaluator.backends import EngineSettings
 from evaluator.errors import BackendUnavailable
 
+CAPABILITIES = [None, (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
+SCHEMES = ["float32", "float16", "bfloat16", "W8A8", "FP8_DYNAMIC", "W4A16"]
+
 
 def test_a_backend_is_a_file():
     assert {"transformers", "vllm"} <= set(backends.names())
 
 
+# -- what every backend's file has to offer ------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("name", backends.names())
-def test_every_backend_file_holds_what_is_asked_of_it(name):
+def test_every_backend_can_be_started_by_the_warm_process(name):
     module = backends.module_of(name)
-    assert isinstance(module.ENVIRONMENT, dict)
+    assert all(isinstance(each, str) for pair in module.ENVIRONMENT.items() for each in pair)
     assert callable(module.preload)
     reason = module.unavailable()
     assert reason is None or (reason and "\n" not in reason)
@@ -24,19 +30,102 @@ def test_every_backend_file_holds_what_is_asked_of_it(name):
         assert callable(getattr(module.Engine, method))
 
 
-def test_asking_what_is_available_imports_no_engine():
+@pytest.mark.parametrize("name", backends.names())
+def test_every_backend_names_the_packages_that_it_runs_on(name):
+    packages = backends.packages(name)
+    assert "torch" in packages
+    assert len(set(packages)) == len(packages) > 1
+
+
+@pytest.mark.parametrize("name", backends.names())
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_every_backends_kernels_want_multiples_of_known_schemes(name, device):
+    wanted = backends.kernels(name, device)
+    if wanted is not None:
+        assert wanted.engine
+        assert wanted.head_dim >= 1
+        assert set(wanted.schemes) <= set(SCHEMES)
+        assert all(kernel.name and kernel.rows >= 1 and kernel.columns >= 1 for kernel in wanted.schemes.values())
+
+
+@pytest.mark.parametrize("name", backends.names())
+def test_every_backend_serves_at_most_the_stored_bytes_and_16_bits_unchanged(name):
+    assert backends.served_bytes(name, 1000, "float32") in (1000, 500)
+    for dtype in SCHEMES[1:]:
+        assert backends.served_bytes(name, 1000, dtype) == 1000
+
+
+@pytest.mark.parametrize("name", backends.names())
+def test_every_backend_limits_a_step_to_a_positive_number_of_tokens_or_not_at_all(name):
+    tokens = backends.batched_tokens(name)
+    assert tokens is None or tokens > 0
+
+
+@pytest.mark.parametrize("name", backends.names())
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_backend_starts_16_bits_everywhere_and_gives_its_reasons_in_one_line(name, capability):
+    assert [backends.cannot_start(name, dtype, capability) for dtype in SCHEMES[:3]] == [None] * 3
+    for scheme in SCHEMES[3:]:
+        reason = backends.cannot_start(name, scheme, capability)
+        assert reason is None or (reason.startswith(f"{scheme}: ") and "\n" not in reason)
+
+
+def test_stating_facts_imports_no_engine():
     program = (
         "import sys; from evaluator import backends\n"
-        "for name in backends.names(): backends.module_of(name)\n"
+        "for name in backends.names():\n"
+        "    backends.packages(name), backends.kernels(name, 'cuda'), backends.cannot_start(name, 'W8A8', (9, 0))\n"
         "print([m for m in ('vllm', 'transformers', 'torch') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_unknown_backend_is_named():
+# -- what these backends say ---------------------------------------------------------------------------------
+
+
+def test_transformers_takes_every_size_and_serves_what_is_stored():
+    assert [backends.kernels("transformers", device) for device in ("cpu", "cuda", "mps")] == [None] * 3
+    assert backends.served_bytes("transformers", 1000, "float32") == 1000
+    assert backends.batched_tokens("transformers") is None
+    assert backends.cannot_start("transformers", "W8A8", (12, 0)) is None
+
+
+def test_vllm_wants_multiples_on_a_gpu_alone():
+    assert backends.kernels("vllm", "cpu") is None
+    wanted = backends.kernels("vllm", "cuda")
+    assert (wanted.engine, wanted.head_dim) == ("vLLM", 8)
+    found = {scheme: (kernel.name, kernel.rows, kernel.columns) for scheme, kernel in wanted.schemes.items()}
+    assert found == {
+        "W4A16": ("Marlin", 64, 128),
+        "W8A8": ("CUTLASS", 16, 16),
+        "FP8_DYNAMIC": ("CUTLASS", 16, 16),
+    }
+
+
+def test_vllm_serves_float32_in_16_bits():
+    assert backends.served_bytes("vllm", 1001, "float32") == 500
+
+
+@pytest.mark.parametrize("capability", [(10, 0), (12, 0)])
+def test_vllm_cannot_start_int8_on_blackwell(capability):
+    assert "choose FP8_DYNAMIC" in backends.cannot_start("vllm", "W8A8", capability)
+    assert backends.cannot_start("vllm", "FP8_DYNAMIC", capability) is None
+
+
+@pytest.mark.parametrize("capability", [None, (8, 9), (9, 0)])
+def test_vllm_starts_int8_on_older_gpus_and_on_a_cpu(capability):
+    assert backends.cannot_start("vllm", "W8A8", capability) is None
+
+
+# -- choosing one --------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_backend_is_named():
     with pytest.raises(BackendUnavailable, match="'nope' is not one of transformers, vllm"):
         backends.choose("nope")
+    with pytest.raises(BackendUnavailable, match="'nope'"):
+        backends.packages("nope")
 
 
 def test_auto_is_transformers_without_a_gpu(monkeypatch):

@@ -9,13 +9,18 @@ import pytest
 import torch
 import transformers
 
-from evaluator import measure, texts
+from evaluator import embedded_texts, measure, texts
 from evaluator.errors import EvaluationError, NotFinite
+from evaluator.measure import Request
 from evaluator.measurement import Measurement, Workload
 from evaluator.score import Formula, score_of
 from evaluator.tasks import TaskResult
 
 QUICK = Workload(batch_sizes=(1, 2), prompt_tokens=4, decode_steps=3, turns=2)
+
+
+def untimed(shards, tasks=()):
+    return Request(shards, QUICK, tasks, timed=False)
 
 
 def plain_perplexity(model, windows):
@@ -31,16 +36,16 @@ def plain_perplexity(model, windows):
 
 
 def test_perplexity_is_that_of_a_plain_loop(tiny, tiny_model, engine, shards):
-    found = measure.measure(tiny, engine, None, shards, QUICK, time_it=False)
+    found = measure.measure_base(tiny, engine, untimed(shards))
     perplexity, tokens = plain_perplexity(tiny_model, [window for shard in shards for window in shard])
     assert found.perplexity == pytest.approx(perplexity, rel=1e-3)
     assert found.tokens == tokens
     assert math.fsum(found.shard_nll) / 4 == pytest.approx(found.nll_nats_per_token)
 
 
-def test_what_a_measurement_says(tiny, tiny_model, engine, shards):
+def test_a_measurement_holds_what_the_checkpoint_and_the_engine_say(tiny, tiny_model, engine, shards):
     said = []
-    found = measure.measure(tiny, engine, None, shards, QUICK, progress=said.append)
+    found = measure.measure_base(tiny, engine, Request(shards, QUICK), progress=said.append)
     assert found.time_ratio == 1.0
     assert found.time_per_token_ms == found.base_time_per_token_ms > 0
     assert found.tokens_per_sec == pytest.approx(1e3 / found.time_per_token_ms)
@@ -57,21 +62,41 @@ def test_what_a_measurement_says(tiny, tiny_model, engine, shards):
 
 
 def test_a_candidate_is_timed_against_the_baseline(tiny, engine, start, shards):
-    found = measure.measure(tiny, start(), engine, shards, QUICK, weights_sha256="known")
+    found = measure.measure_candidate(tiny, start(), Request(shards, QUICK), engine, weights_sha256="known")
     assert found.weights_sha256 == "known"
     assert found.timing_samples == 2 * 2 * 3
     assert found.time_ratio == pytest.approx(found.time_per_token_ms / found.base_time_per_token_ms)
 
 
+def test_a_candidate_that_is_timed_needs_the_baseline(tiny, engine, shards):
+    with pytest.raises(ValueError, match="timed against the baseline's engine"):
+        measure.measure_candidate(tiny, engine, Request(shards, QUICK), None)
+
+
+def test_an_untimed_candidate_needs_no_baseline(tiny, engine, shards):
+    found = measure.measure_candidate(tiny, engine, untimed(shards), None, weights_sha256="known")
+    assert (found.time_ratio, found.timing_samples, found.weights_sha256) == (1.0, 0, "known")
+    assert any("nothing was timed" in note for note in found.notes)
+    assert "time" not in found.seconds
+
+
+def test_the_loss_is_over_tokens_and_its_error_over_shards():
+    found = measure.loss_of([[1.0, 2.0, 3.0], [4.0]])
+    assert (found.nll, found.tokens, found.shard_nll) == (2.5, 4, (2.0, 4.0))
+    assert found.se == pytest.approx(1.0)
+    assert found.perplexity == pytest.approx(math.exp(2.5))
+    assert measure.loss_of([[1e5]]).perplexity == math.inf
+
+
 def test_another_timing_can_be_put_in(tiny, engine, shards):
-    found = measure.measure(tiny, engine, None, shards, QUICK, time_it=False)
+    found = measure.measure_base(tiny, engine, untimed(shards))
     assert found.timing_samples == 0
     assert any("nothing was timed" in note for note in found.notes)
     timing = measure.Timing(0.5, 0.0, 1.0, 0.0, 0.5, 0.0, samples=0)
     assert measure.with_timing(found, timing).tokens_per_sec == 2000.0
 
 
-def test_no_finite_perplexity(tiny, shards):
+def test_a_loss_without_a_finite_perplexity_is_refused(tiny, shards):
     class Confident:
         seconds = types.MappingProxyType({"start": 0.0})
 
@@ -79,7 +104,7 @@ def test_no_finite_perplexity(tiny, shards):
             return [[1e5] * (len(window) - 1) for window in windows]
 
     with pytest.raises(NotFinite, match="no finite perplexity"):
-        measure.measure(tiny, Confident(), None, shards, QUICK, time_it=False)
+        measure.measure_base(tiny, Confident(), untimed(shards))
 
 
 class Asked:
@@ -101,7 +126,7 @@ def test_tasks_run_after_the_perplexity(tiny, engine, shards):
     said = []
     windows = [window for shard in shards for window in shard]
     asked = [Asked("one", windows), Asked("two", windows[:3])]
-    found = measure.measure(tiny, engine, None, shards, QUICK, time_it=False, progress=said.append, tasks=asked)
+    found = measure.measure_base(tiny, engine, untimed(shards, asked), progress=said.append)
     assert said == [
         *(f"quality, shard {i} of 4" for i in (1, 2, 3, 4)),
         "task one",
@@ -120,15 +145,15 @@ def test_tasks_run_after_the_perplexity(tiny, engine, shards):
 
 
 def test_without_tasks_a_measurement_says_nothing_of_them(tiny, engine, shards):
-    found = measure.measure(tiny, engine, None, shards, QUICK, time_it=False)
+    found = measure.measure_base(tiny, engine, untimed(shards))
     assert found.tasks == {}
     assert "tasks" not in found.seconds
 
 
 @pytest.mark.parametrize("names", [["a", "a"], ["perplexity"]])
-def test_tasks_have_names_of_their_own(tiny, engine, shards, names):
+def test_tasks_have_names_of_their_own(shards, names):
     with pytest.raises(EvaluationError, match="a name of its own"):
-        measure.measure(tiny, engine, None, shards, QUICK, tasks=[Asked(name, shards[0]) for name in names])
+        Request(shards, QUICK, [Asked(name, shards[0]) for name in names])
 
 
 def write_safetensors(path, shapes):
@@ -157,7 +182,7 @@ def test_parameters_are_those_of_the_dequantized_model(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["config.json", "model.safetensors"])
-def test_what_is_no_checkpoint_is_refused(tiny, tmp_path, damage):
+def test_a_damaged_checkpoint_is_refused(tiny, tmp_path, damage):
     (tmp_path / "config.json").write_text((tiny / "config.json").read_text())
     (tmp_path / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes())
     (tmp_path / damage).write_bytes(b"\xff" * 9)
@@ -172,12 +197,11 @@ EXAONE = os.environ.get("OPTUNA_SEARCH_EXAONE4")
 
 
 @pytest.mark.skipif(not EXAONE, reason="OPTUNA_SEARCH_EXAONE4 names no EXAONE-4.0 checkpoint")
-def test_exaone4(start):
-    """Stored in bfloat16, computed in float32."""
+def test_exaone4_in_bfloat16_is_computed_in_float32(start):
     path = Path(EXAONE)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    windows = texts.windows(tokenizer, texts.embedded_documents(), 48, 2)
+    windows = texts.windows(tokenizer, embedded_texts.documents(), 48, 2)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    found = measure.measure(path, start(path), None, [[window] for window in windows], QUICK)
+    found = measure.measure_base(path, start(path), Request([[window] for window in windows], QUICK))
     assert found.perplexity == pytest.approx(plain_perplexity(model, windows)[0], rel=1e-3)
     assert found.total_parameters == sum(p.numel() for p in model.parameters())

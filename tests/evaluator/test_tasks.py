@@ -1,11 +1,13 @@
 import itertools
 import json
 import math
+import subprocess
 import sys
 
 import pytest
 import torch
 import transformers
+from pydantic import ValidationError
 
 from evaluator import quality, tasks
 from evaluator.errors import BackendUnavailable, EvaluationError, NotFinite, TextError
@@ -59,6 +61,16 @@ def write(path, *items):
     return path
 
 
+def quiz(*files, tokenizer=None, max_tokens=None, **keys):
+    section = multiple_choice.Section(files=[str(file) for file in files], **keys)
+    return multiple_choice.load(section, tokenizer or Letters(), max_tokens=max_tokens)
+
+
+def asked_of(task, folder, max_tokens=None, **keys):
+    """Load a task of the harness."""
+    return ours.load(ours.Section(task=task, include_path=str(folder), **keys), Letters(), max_tokens=max_tokens)
+
+
 def item(question, choices, answer):
     return {"question": question, "choices": choices, "answer": answer}
 
@@ -88,7 +100,7 @@ def plain_mean(model, before, after):
 
 @torch.no_grad()
 def test_the_answers_are_those_of_a_plain_loop(tmp_path, tiny_model, engine):
-    task = multiple_choice.load([write(tmp_path / "quiz.jsonl", *QUESTIONS)], Letters())
+    task = quiz(write(tmp_path / "quiz.jsonl", *QUESTIONS))
     said = []
     found = task.run(engine, said.append)
     follows = [
@@ -125,13 +137,13 @@ def test_likelihoods_are_those_of_a_plain_loop(tiny_model):
 def test_the_mean_and_not_the_sum_decides(tmp_path):
     """Six tokens of 1 nat against one of 2, after the space's 1."""
     questions = [item("q", ["aaaaa", "b"], "aaaaa"), item("q", ["aaaaa", "c"], "c")]
-    task = multiple_choice.load([write(tmp_path / "a.jsonl", *questions)], Letters())
+    task = quiz(write(tmp_path / "a.jsonl", *questions))
     assert task.run(Table(b=2.0, c=0.9)).correct == (1.0, 1.0)
 
 
 def test_ties_go_to_the_first(tmp_path):
     path = write(tmp_path / "a.jsonl", item("q", ["a", "b", "c"], 0), item("q", ["a", "b", "c"], 1))
-    assert multiple_choice.load([path], Letters()).run(Table()).correct == (1.0, 0.0)
+    assert quiz(path).run(Table()).correct == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +159,7 @@ def test_ties_go_to_the_first(tmp_path):
     ],
 )
 def test_an_answer_is_an_index_a_text_or_a_letter(tmp_path, choices, answer, index):
-    task = multiple_choice.load([write(tmp_path / "a.jsonl", item("q", choices, answer))], Letters())
+    task = quiz(write(tmp_path / "a.jsonl", item("q", choices, answer)))
     assert task.items[0].answer == index
 
 
@@ -178,7 +190,7 @@ def test_a_bad_line_is_named(tmp_path, line, says):
     path = tmp_path / "quiz.jsonl"
     path.write_text(f"{json.dumps(GOOD)}\n\n{line}\n")
     with pytest.raises(TextError, match="line 3: ") as raised:
-        multiple_choice.load([path], Letters())
+        quiz(path)
     assert str(raised.value).startswith(f"task quiz: {path}, line 3: ")
     assert says in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -189,20 +201,35 @@ def test_files_that_hold_nothing(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "latin.jsonl").write_bytes(b"\xe9")
     for files, says in [
-        ([], "no files"),
         ([tmp_path / "none.jsonl"], "No such file"),
         ([tmp_path / "latin.jsonl"], "not UTF-8"),
         ([tmp_path / "empty.jsonl"], "holds no question"),
     ]:
         with pytest.raises(TextError, match=says):
-            multiple_choice.load(files, Letters())
-    with pytest.raises(TextError, match="limit of 0"):
-        multiple_choice.load([write(tmp_path / "a.jsonl", GOOD)], Letters(), limit=0)
+            quiz(*files)
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({}, "multiple_choice needs files: JSONL with question, choices and answer"),
+        ({"files": ["a.jsonl"], "limit": 0}, "greater than or equal to 1"),
+        ({"files": ["a.jsonl"], "task": "mine"}, "Extra inputs are not permitted"),
+    ],
+)
+def test_keys_that_name_no_questions_are_refused(keys, says):
+    with pytest.raises(ValidationError, match=says):
+        multiple_choice.Section(**keys)
+
+
+def test_a_task_of_the_harness_needs_its_name():
+    with pytest.raises(ValidationError, match="lm_eval needs task: a task's name"):
+        ours.Section(include_path="tasks")
 
 
 def test_limit_and_several_files(tmp_path):
     files = [write(tmp_path / "a.jsonl", *QUESTIONS[:2]), write(tmp_path / "b.jsonl", *QUESTIONS[2:])]
-    task = multiple_choice.load(files, Letters(), limit=3, name="mine")
+    task = quiz(*files, limit=3, name="mine")
     assert (len(task.items), task.name) == (3, "mine")
     assert [spelled(i.choices[0].ids) for i in task.items][2] == "What is white?\na rose"
 
@@ -210,7 +237,7 @@ def test_limit_and_several_files(tmp_path):
 def test_a_line_separator_inside_a_string(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(item("one\u2028two", ["a", "b"], 0), ensure_ascii=False), encoding="utf-8")
-    assert len(multiple_choice.load([path], transformers_like()).items) == 1
+    assert len(quiz(path, tokenizer=transformers_like()).items) == 1
 
 
 def transformers_like():
@@ -225,14 +252,14 @@ def test_the_digest_is_of_what_the_model_reads(tmp_path):
     path = write(tmp_path / "a.jsonl", *QUESTIONS)
     other = write(tmp_path / "b.jsonl", *QUESTIONS[:-1], {**QUESTIONS[-1], "answer": 0})
     digests = [
-        multiple_choice.load([path], Letters(), name="renamed").digest,
-        multiple_choice.load([other], Letters()).digest,
-        multiple_choice.load([path], Letters(), limit=4).digest,
-        multiple_choice.load([path], Letters(), max_tokens=12).digest,
-        multiple_choice.load([path], Letters(pairs=["ed"])).digest,
+        quiz(path, name="renamed").digest,
+        quiz(other).digest,
+        quiz(path, limit=4).digest,
+        quiz(path, max_tokens=12).digest,
+        quiz(path, tokenizer=Letters(pairs=["ed"])).digest,
     ]
     assert len(set(digests)) == 5
-    assert multiple_choice.load([path], Letters()).digest == digests[0]
+    assert quiz(path).digest == digests[0]
     assert all(len(digest) == 16 for digest in digests)
 
 
@@ -291,13 +318,13 @@ def test_only_the_choices_tokens_count(tmp_path):
     """The question's own token of 1000 nats is the same for all choices, but not in a mean over all tokens."""
     path = write(tmp_path / "a.jsonl", item("zz", ["aaaa", "b"], "b"))
     table = Table(z=1000.0, b=0.5)
-    assert multiple_choice.load([path], Letters()).run(table).correct == (1.0,)
+    assert quiz(path).run(table).correct == (1.0,)
     assert [spelled(window) for window in table.windows] == ["zz aaaa", "zz b"]
 
 
 def test_windows_go_a_few_dozen_at_a_time(tmp_path, tiny_model):
     many = [item(f"question {i}?", ["yes", "no", "perhaps"], i % 3) for i in range(30)]
-    task = multiple_choice.load([write(tmp_path / "a.jsonl", *many)], Letters())
+    task = quiz(write(tmp_path / "a.jsonl", *many))
     engine, said = InMemory(tiny_model), []
     found = task.run(engine, said.append)
     assert engine.batches == [32, 32, 26]
@@ -306,17 +333,44 @@ def test_windows_go_a_few_dozen_at_a_time(tmp_path, tiny_model):
 
 
 def test_a_broken_model(tmp_path):
-    task = multiple_choice.load([write(tmp_path / "a.jsonl", GOOD)], Letters())
+    task = quiz(write(tmp_path / "a.jsonl", GOOD))
     with pytest.raises(NotFinite, match=r"task a: .* broken"):
         task.run(Table(a=math.nan))
 
 
-def test_a_files_name_is_a_kinds():
+# -- what every kind's file has to offer ---------------------------------------------------------------------
+
+
+def test_a_kind_is_a_file():
     assert tasks.names() == ["lm_eval", "multiple_choice"]
-    for name in tasks.names():
-        assert callable(tasks.module_of(name).load)
     with pytest.raises(EvaluationError, match="'trivia' is not one of lm_eval, multiple_choice"):
         tasks.module_of("trivia")
+
+
+@pytest.mark.parametrize("kind", tasks.names())
+def test_every_kind_describes_its_keys_and_loads_them(kind):
+    module = tasks.module_of(kind)
+    assert callable(module.load)
+    assert issubclass(module.Section, tasks.Section)
+    for name, field in module.Section.model_fields.items():
+        assert not field.is_required(), f"{name} is a key of parts of other kinds too: give it a default"
+
+
+def test_kinds_that_share_a_key_agree_on_its_type():
+    types = {}
+    for kind in tasks.names():
+        for name, field in tasks.module_of(kind).Section.model_fields.items():
+            assert types.setdefault(name, field.annotation) == field.annotation, name
+
+
+def test_reading_about_kinds_imports_nothing_heavy():
+    program = (
+        "import sys; from evaluator import tasks\n"
+        "for name in tasks.names(): tasks.module_of(name)\n"
+        "print([m for m in ('torch', 'lm_eval', 'transformers', 'datasets', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 # -- lm-evaluation-harness -----------------------------------------------------------------------------------
@@ -364,7 +418,7 @@ def test_the_harness_itself_says_the_same(harness, tiny_model, metrics, shots):
 
     folder = harness(metrics=metrics, shots=shots)
     engine = InMemory(tiny_model)
-    task = ours.load("mine", folder, Letters())
+    task = asked_of("mine", folder)
     found = task.run(engine)
 
     of_the_harness = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False).load(["mine"])
@@ -376,12 +430,12 @@ def test_the_harness_itself_says_the_same(harness, tiny_model, metrics, shots):
     assert list(found.correct) == [sample[metrics[-1]] for sample in logged["samples"]["mine"]]
     assert found.items == 5
     assert found == task.run(engine)  # the same few-shot examples, and nothing left over from the first run
-    assert found.digest == ours.load("mine", folder, Letters()).digest
+    assert found.digest == asked_of("mine", folder).digest
 
 
 @torch.no_grad()
 def test_the_harness_gets_likelihoods_of_a_plain_loop(harness, tiny_model):
-    task = ours.load("mine", harness(), Letters(), limit=2)
+    task = asked_of("mine", harness(), limit=2)
     answers = ours.language_model(InMemory(tiny_model), Letters()).loglikelihood(task.task.instances)
     choices = [" a rose", " the sea", " snow"]
     pairs = itertools.product(["What is red?", "What is blue?"], choices)
@@ -410,7 +464,7 @@ def test_what_needs_more_than_likelihoods_is_refused(harness):
         ("other", "neither acc_norm"),
     ]:
         with pytest.raises(EvaluationError, match=says) as raised:
-            ours.load(name, folder, Letters())
+            asked_of(name, folder)
         assert "\n" not in str(raised.value)
     with pytest.raises(EvaluationError, match="generates text"):
         ours.language_model(Table(), Letters()).generate_until([])
@@ -424,7 +478,7 @@ def test_tasks_that_are_not_there(harness, tmp_path):
         ("mine", tmp_path / "nowhere", "no folder"),
     ]:
         with pytest.raises(TextError, match=says) as raised:
-            ours.load(name, where, Letters())
+            asked_of(name, where)
         assert "\n" not in str(raised.value)
 
 
@@ -433,18 +487,25 @@ def test_a_damaged_task_file(harness, text):
     folder = harness()
     (folder / "mine.yaml").write_text(text)
     with pytest.raises(EvaluationError, match="task mine: ") as raised:
-        ours.load("mine", folder, Letters())
+        asked_of("mine", folder)
     assert "\n" not in str(raised.value)
 
 
 def test_a_prompt_that_does_not_fit(harness):
     with pytest.raises(TextError, match="task mine: ' a rose' has 7 tokens, which max_tokens 5 leaves no room for"):
-        ours.load("mine", harness(), Letters(), max_tokens=5)
-    assert ours.load("mine", harness(), Letters(), max_tokens=10).longest == 10
+        asked_of("mine", harness(), max_tokens=5)
+    assert asked_of("mine", harness(), max_tokens=10).longest == 10
+
+
+def test_a_task_of_the_harness_can_be_renamed(harness):
+    folder = harness()
+    plain, renamed = asked_of("mine", folder), asked_of("mine", folder, name="short")
+    assert (plain.name, renamed.name) == ("mine", "short")
+    assert renamed.digest == plain.digest
 
 
 def test_a_limit_on_the_harness(harness, tiny_model):
-    found = ours.load("mine", harness(), Letters(), limit=2).run(InMemory(tiny_model))
+    found = asked_of("mine", harness(), limit=2).run(InMemory(tiny_model))
     assert isinstance(found, TaskResult)
     assert found.items == 2
 
@@ -452,4 +513,4 @@ def test_a_limit_on_the_harness(harness, tiny_model):
 def test_without_the_harness(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(BackendUnavailable, match=r"pip install 'optuna-search\[lm-eval\]'"):
-        ours.load("mine", tmp_path, Letters())
+        asked_of("mine", tmp_path)

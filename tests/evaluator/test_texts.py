@@ -1,8 +1,6 @@
-import itertools
 import json
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -17,22 +15,6 @@ class Words:
     def encode(self, text, add_special_tokens, verbose):
         assert not add_special_tokens
         return [len(word) for word in text.split()]
-
-
-def test_embedded_text_is_prose_in_a_fixed_order():
-    documents = texts.embedded_documents()
-    assert [d.name for d in documents] == sorted(d.name for d in documents)
-    assert sum(len(d.text) for d in documents) > 200_000
-    assert documents == texts.embedded_documents()
-
-
-def test_the_parts_of_the_embedded_text_share_no_paragraph():
-    calibration, search = texts.split(texts.embedded_documents())
-
-    def paragraphs(documents):
-        return {" ".join(p.split()) for d in documents for p in d.text.split("\n\n")}
-
-    assert not paragraphs(calibration) & paragraphs(search)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.6, 0.9])
@@ -110,42 +92,6 @@ def test_digest_tells_windows_apart():
 # -- texts kept apart ----------------------------------------------------------------------------------------
 
 LONG = "Nothing in a language model's weights says which of its layers could be spared without anyone noticing it."
-
-
-def test_the_parts_of_the_embedded_text_do_not_overlap():
-    assert texts.overlap(*texts.split(texts.embedded_documents())) == []
-
-
-def test_embedded_report_text_is_apart_from_both_halves():
-    report = texts.embedded_report_documents()
-    for half in texts.split(texts.embedded_documents()):
-        assert texts.overlap(half, report) == []
-    assert report == texts.embedded_report_documents()
-    assert report[0].name == "__future__"
-    assert {"argparse", "email.message", "xml.sax.handler"} <= {d.name for d in report}
-    assert 100_000 < sum(len(d.text) for d in report) < 210_000
-    paragraphs = [" ".join(p.split()).casefold() for d in report for p in d.text.split("\n\n")]
-    assert len(set(paragraphs)) == len(paragraphs)
-    assert all(len(p) >= 80 and p[-1] in ".:!?" for p in paragraphs)
-
-
-def test_embedded_report_text_leaves_out_what_a_topic_quotes(monkeypatch):
-    """A topic that repeats a docstring's paragraph costs the report that paragraph and no other."""
-    files = list(itertools.islice(texts._library_files(Path(texts.sysconfig.get_path("stdlib"))), 5))
-    monkeypatch.setattr(texts, "_library_files", lambda library: files)
-    collect = texts._embedded_report.__wrapped__
-    before = collect()
-    quoted = before[0].text.split("\n\n")[0]
-    monkeypatch.setattr(texts, "embedded_documents", lambda: [Document("topic", f"  {quoted.upper()}\n\nmore")])
-    after = collect()
-    assert after[0].text == before[0].text.removeprefix(quoted).lstrip("\n")
-    assert after[1:] == before[1:]
-
-
-def test_report_text_where_python_has_no_sources(monkeypatch, tmp_path):
-    monkeypatch.setattr(texts.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(TextError, match="no sources of the standard library"):
-        texts._embedded_report.__wrapped__()
 
 
 def test_a_whole_document_in_both():

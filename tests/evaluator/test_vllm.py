@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from evaluator import backends, measure, quality, texts
+from evaluator import backends, embedded_texts, measure, quality, texts
 from evaluator.errors import EngineCrashed
 from evaluator.measurement import Workload
 
@@ -35,7 +35,7 @@ def windows(checkpoint, shards):
     if not EXAONE:
         return [window for shard in shards for window in shard]
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    return texts.windows(tokenizer, texts.embedded_documents(), 128, 8)
+    return texts.windows(tokenizer, embedded_texts.documents(), 128, 8)
 
 
 def test_vllm_agrees_with_transformers(checkpoint, windows, start):
@@ -63,7 +63,8 @@ def test_vllm_agrees_with_transformers(checkpoint, windows, start):
     first = start(checkpoint, **settings)
 
     workload = Workload(batch_sizes=(1, 3), prompt_tokens=16, decode_steps=8, turns=2)
-    measured = measure.measure(checkpoint, second, first, [[window] for window in windows], workload)
+    request = measure.Request([[window] for window in windows], workload)
+    measured = measure.measure_candidate(checkpoint, second, request, first)
     assert measured.perplexity == pytest.approx(perplexity[0], rel=0.01)
     assert measured.engine_version.startswith("vllm ")
     assert measured.dtype == "bfloat16"

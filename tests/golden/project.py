@@ -12,10 +12,10 @@ from typing import Any
 from compressors import build
 from compressors import plan as plans
 from compressors.plan import CompressionPlan
+from evaluator.backends import kernels
 from search.by_hand import compress
 from search.config import compose
 from search.setup import setting
-from search.setup.kernels import kernels
 from search.stages import bench as objective
 from search.study import space
 

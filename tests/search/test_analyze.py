@@ -15,9 +15,9 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import family_of
 from compressors.plan import CompressionPlan
 from compressors.statistics.activations import Calibration
+from evaluator import backends
 from search.by_hand import analyze
 from search.errors import UsageError
-from search.setup.kernels import VLLM as KERNELS
 
 INFLUENCE = [0.9, 0.125, 0.0625, 0.125, 0.5]  # by layer
 
@@ -118,7 +118,7 @@ def test_layers_that_do_nothing_at_all_are_shown(pico_llama):
 def test_kernel_alignment_changes_what_is_possible(write_pico_model, tmp_path):
     path = write_pico_model(tmp_path / "model", "llama", head_dim=16, num_hidden_layers=1)
     assert "Marlin" not in text(analyze.analyze(path))
-    found = analyze.analyze(path, kernels=KERNELS)
+    found = analyze.analyze(path, kernels=backends.kernels("vllm", "cuda"))
     assert found["cuts"][-1]["infeasible"].startswith("W4A16: q_proj+k_proj+v_proj is 192 × 96")
     assert "Marlin" in text(found)
 

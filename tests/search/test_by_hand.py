@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from compressors.plan import CHOICES, OPTIONS, CompressionPlan, name_of
-from evaluator import texts
+from evaluator import embedded_texts
 from search.by_hand import evaluate, multirun
 from search.config import compose
 from search.setup import setting
@@ -356,7 +356,7 @@ def test_a_cut_model_learns_from_the_original(cli, shared):
     cut = ("compress", "drop-layers", "--study", "hand", "--keep-layers", "4", "--drop-from", "top")
     assert cli(*cut, "--save-path", "submit/model_drop4", cwd=shared).status == 0
     prose = shared / "prose.txt"
-    prose.write_text("\n\n".join(document.text for document in texts.embedded_domains()["topics"])[:40_000])
+    prose.write_text("\n\n".join(document.text for document in embedded_texts.domains()["topics"])[:40_000])
     learn = ("compress", "distill", "--study", "hand", "--student", "submit/model_drop4", "--tokens", "32768", "--json")
     done = cli(*learn, "distillation.evaluate_every=8192", f"text.calibration=[{prose}]", cwd=shared)
     assert done.status == 0, done.err

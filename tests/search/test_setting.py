@@ -14,7 +14,7 @@ from evaluator import texts
 from search.by_hand import compress
 from search.config import compose
 from search.errors import UsageError
-from search.setup import setting
+from search.setup import machine, setting
 from search.setup import texts as setup_texts
 from search.stages import bench as objective
 
@@ -157,7 +157,7 @@ def test_a_size_that_only_the_built_model_tells_is_held_against_the_limit(prepar
 def test_second_moments_that_do_not_fit_the_disk_are_not_begun(prepared, monkeypatch):
     ready = prepared()
     plan = dataclasses.replace(ready.identity, precision="W8A8", quantizer="gptq")
-    monkeypatch.setattr(setting.shutil, "disk_usage", lambda path: SimpleNamespace(free=51_000_000))
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=51_000_000))
     with pytest.raises(CheckpointError, match=r"disk: second moments needs 0.05 GB .* free some"):
         ready.moments_for(plan)
     assert not list((ready.outputs / "calibration").glob("*"))

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressors.errors import CheckpointError
-from evaluator import quality, texts
+from evaluator import embedded_texts, quality
 from search.setup import sources
 
 
@@ -30,7 +30,7 @@ def test_the_embedded_models_tokenizer_is_smollm2s_own(tokenizer):
 
 def test_the_embedded_model_reads_english(model, tokenizer):
     """About 15 on prose; transformers' own conversion of the tokenizer gives 20 and nonsense."""
-    prose = "\n\n".join(document.text for document in texts.embedded_documents()[:20])
+    prose = "\n\n".join(document.text for document in embedded_texts.documents()[:20])
     ids = tokenizer(prose)["input_ids"]
     nll = torch.cat([quality.window_nll(model, ids[start : start + 1024]) for start in (0, 1024, 2048)])
     assert 12 < math.exp(nll.mean()) < 17

@@ -1,0 +1,90 @@
+"""The records of `evaluator.measurement` give the names, the order and the text that people are used to."""
+
+import pytest
+
+from evaluator.measurement import METRICS
+from evaluator.metrics import COUNT, SCORE_COLUMN, Shown
+
+NUMBERS = {
+    "perplexity": 1234.56789,
+    "kl_nats_per_token": 0.123456,
+    "top1_agreement": None,
+    "time_per_token_ms": 2.34567,
+    "tokens_per_sec": 1426.31,
+    "model_size_mb": 2558.83,
+    "total_parameters": 1_279_391_488,
+}
+
+
+def in_place(kind):
+    shown = [(getattr(metric, kind), name) for name, metric in METRICS.items() if getattr(metric, kind) is not None]
+    assert len({each.place for each, _ in shown}) == len(shown)
+    return sorted(shown, key=lambda pair: pair[0].place)
+
+
+def test_a_trial_has_these_attributes_in_this_order():
+    assert [name for name, metric in METRICS.items() if metric.attribute] == [
+        "perplexity",
+        "kl_nats_per_token",
+        "top1_agreement",
+        "time_per_token_ms",
+        "tokens_per_sec",
+        "model_size_mb",
+        "total_parameters",
+    ]
+
+
+def test_status_has_these_numbers_in_this_order():
+    assert [name for name, metric in METRICS.items() if metric.status] == [
+        "perplexity",
+        "kl_nats_per_token",
+        "time_per_token_ms",
+        "model_size_mb",
+        "total_parameters",
+    ]
+
+
+def test_mlflow_has_the_manuals_names():
+    by_kind = {
+        kind: {name for name, metric in METRICS.items() if metric.mlflow == kind} for kind in ("metric", "parameter")
+    }
+    assert by_kind == {
+        "metric": {"tokens_per_sec", "time_per_token_ms", "perplexity"},
+        "parameter": {"number_of_layers", "number_of_heads", "hidden_dim", "total_parameters", "model_size_mb"},
+    }
+
+
+def test_the_columns_of_a_table_of_models():
+    columns = in_place("column")
+    before = [shown.title for shown, _ in columns if shown.place < SCORE_COLUMN]
+    after = [shown.title for shown, _ in columns if shown.place > SCORE_COLUMN]
+    assert (before, after) == (["params", "perplexity", "KL", "ms/token"], ["MB"])
+    cells = [shown.text(NUMBERS[name]) for shown, name in columns]
+    assert cells == ["1.28B", "1,234.568", "0.1235", "2.346", "2558.8"]
+
+
+def test_the_rows_of_a_report():
+    rows = in_place("row")
+    assert [(shown.title, shown.text(NUMBERS[name], 0.01)) for shown, name in rows] == [
+        ("parameters", "1.28B"),
+        ("model_size_mb", "2558.8"),
+        ("perplexity", "1,234.5679"),
+        ("time_per_token_ms", "2.3457 ± 0.0100"),
+        ("tokens_per_sec", "1,426.3"),
+        ("KL to the base, nats per token", "0.12346"),
+        ("top-1 agreement with the base", "–"),
+    ]
+    assert {name: f"{metric.base:g}" for name, metric in METRICS.items() if metric.base is not None} == {
+        "kl_nats_per_token": "0",
+        "top1_agreement": "1",
+    }
+
+
+@pytest.mark.parametrize(("count", "text"), [(134_500_000, "134.5M"), (999_999_999, "1000.0M"), (10**9, "1.00B")])
+def test_a_count_is_written_in_millions_or_billions(count, text):
+    assert Shown("parameters", 0, COUNT).text(count) == text
+
+
+def test_an_error_is_written_only_where_it_is_asked_for():
+    assert Shown("t", 0, ".2f").text(1.0, 0.5) == "1.00"
+    assert Shown("t", 0, ".2f", with_error=True).text(1.0) == "1.00"
