@@ -722,11 +722,12 @@ def package(path: Path, out: Path, for_transformers: str | None, check_only: boo
     from compressors.model import transformers_version
     from search.by_hand import compress as compressing
     from search.by_hand import package as packing
+    from search.by_hand import submission_rules
     from search.show import progress
 
     target = file.export.for_transformers or compressing.target_of(path) or transformers_version.DEFAULT
     with progress.Live(1) as live:
-        rules = packing.check(path, target=target, max_model_mb=file.limits.max_size_mb)
+        rules = submission_rules.check(path, target=target, max_model_mb=file.limits.max_size_mb)
         packed = None
         if all(rule.ok for rule in rules) and not check_only:
             packed = packing.pack(

@@ -22,7 +22,7 @@ from compressors.model import family
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.transformers_version import DEFAULT, retarget
 from compressors.plan import CompressionPlan
-from search.by_hand import package
+from search.by_hand import package, submission_rules
 from search.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def made(pico_exaone4, tmp_path_factory):
     plan = dataclasses.replace(CompressionPlan.identity(base.config), num_hidden_layers=3, drop_from="top")
     build.apply(plan, base, family.family_of(base), None).write(path)
     retarget(path, DEFAULT)
-    for name in package.OWN:
+    for name in submission_rules.OWN:
         (path / name).write_text("{}")
     return path
 
@@ -57,7 +57,7 @@ def model(made, tmp_path):
 
 
 def failed(path, **options):
-    return {rule.name: rule.found for rule in package.check(path, **options) if not rule.ok}
+    return {rule.name: rule.found for rule in submission_rules.check(path, **options) if not rule.ok}
 
 
 def edit(model, name="config.json", **changes):
@@ -81,7 +81,7 @@ def logits(path):
 
 
 def test_a_good_model_passes_and_is_packed(made, tmp_path):
-    rules = package.check(made)
+    rules = submission_rules.check(made)
     assert [rule.name for rule in rules] == NAMES
     assert failed(made) == {}
     seen = []
@@ -92,7 +92,7 @@ def test_a_good_model_passes_and_is_packed(made, tmp_path):
     assert packed.bytes == packed.path.stat().st_size
     assert packed.sha256 == hashlib.sha256(packed.path.read_bytes()).hexdigest()
     assert [path.name for path in packed.path.parent.iterdir()] == ["submit.zip"]
-    total = sum(path.stat().st_size for path in made.iterdir() if path.name not in package.OWN)
+    total = sum(path.stat().st_size for path in made.iterdir() if path.name not in submission_rules.OWN)
     assert seen == sorted(seen)
     assert seen[-1] == (total, total)
 
@@ -119,7 +119,7 @@ def test_the_same_files_give_the_same_bytes(made, model, tmp_path):
     for index, path in enumerate(sorted(model.iterdir(), reverse=True)):
         os.utime(path, (1e9 + index, 1e9 + index))
         path.chmod(0o600)
-    rules = package.check(made)
+    rules = submission_rules.check(made)
     one = package.pack(made, tmp_path / "a.zip", checked=rules)
     other = package.pack(model.rename(tmp_path / "another name"), tmp_path / "b.zip", checked=rules)
     assert one.path.read_bytes() == other.path.read_bytes()
@@ -135,7 +135,7 @@ def test_quantised_models(pico_llama, tmp_path, scheme):
     build.apply(plan, base, family.family_of(base), None).write(model)
     retarget(model, DEFAULT)
     assert failed(model) == {}
-    found = {rule.name: rule.found for rule in package.check(model)}
+    found = {rule.name: rule.found for rule in submission_rules.check(model)}
     assert "35 of them quantised" in found["weights"]
 
     module = "model.layers.3.mlp.up_proj"
@@ -296,7 +296,7 @@ def test_limits_of_size(made, tmp_path):
     size = (made / "model.safetensors").stat().st_size / 1e6
     assert failed(made, max_model_mb=size) == {}
     assert "at most" in failed(made, max_model_mb=size - 0.001)["size"]
-    rules = package.check(made)
+    rules = submission_rules.check(made)
     exact = package.pack(made, tmp_path / "a.zip", checked=rules).bytes / 1e6
     assert package.pack(made, tmp_path / "a.zip", checked=rules, max_zip_mb=exact).bytes == exact * 1e6
     before = (tmp_path / "a.zip").stat()
@@ -314,12 +314,12 @@ def test_without_a_target_no_version_is_asked_for(pico_exaone4):
     assert set(failed(pico_exaone4)) == {"transformers_version", "form"}
     assert set(failed(pico_exaone4, target="5.23.0")) <= {"transformers_version"}
     with pytest.raises(CheckpointError, match="known are"):
-        package.check(pico_exaone4, target="3.1")
+        submission_rules.check(pico_exaone4, target="3.1")
 
 
 def test_no_directory(tmp_path):
     with pytest.raises(UsageError, match="no such directory"):
-        package.check(tmp_path / "none")
+        submission_rules.check(tmp_path / "none")
 
 
 # -- places that can't be written ----------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def test_no_directory(tmp_path):
 
 @pytest.fixture
 def rules(made):
-    return [package.Rule(name, True, "") for name in NAMES]
+    return [submission_rules.Rule(name, True, "") for name in NAMES]
 
 
 def test_places_that_can_not_be(made, rules, tmp_path):
