@@ -78,8 +78,8 @@ def write(
     """outputs/DAY_NAME/DAY_report.md with its plots beside it. Returns its path."""
     place = outputs / f"{day.isoformat()}_{name}"
     place.mkdir(parents=True, exist_ok=True)
-    plots.shards(found["baseline"]["shard_nll"], found["measurement"]["shard_nll"], place / "shards.png")
-    plots.scores([multirun.row(found, path)], place / "scores.png", **weights(found))
+    plots.plot_shards(found["baseline"]["shard_nll"], found["measurement"]["shard_nll"], place / "shards.png")
+    plots.plot_scores([multirun.row(found, path)], place / "scores.png", **weights(found))
     written = place / f"{day.isoformat()}_report.md"
     scratch = written.with_name(f".{written.name}")
     scratch.write_text(text(found, path, name, description, day, with_plots=True), encoding="utf-8")

@@ -630,20 +630,19 @@ def analyze(model: Path | None, plot: Path | None, importance: bool, as_json: bo
     """The structure of a model: parameters and bytes by part, heads, what could be cut and what each cut saves."""
     file = _file(**where, model__source=model)
 
-    from search.by_hand import analyze as analysis
     from search.by_hand import multirun as jobs
-    from search.show import plots, progress
+    from search.show import plots, progress, structure
 
     if plot is not None:
         plots.require_suffix(plot)
     with progress.Live(1) as live:
         found = jobs.analyze(file, live.say, importance=importance)
     if plot is not None:
-        plots.structure(found, plot)
+        plots.plot_structure(found, plot)
     if as_json:
         click.echo(json.dumps(found))
         return
-    _print(analysis.render(found))
+    _print(structure.render(found))
     if plot is not None:
         click.echo(f"→ {plot}")
 
@@ -688,7 +687,7 @@ def report_command(
         found = report.all_evaluated(models or (Path("submit"),))
         rows = report.compared(found)
         if plot is not None:
-            plots.scores(rows[1:], plot, **report.weights(found[0][1]))
+            plots.plot_scores(rows[1:], plot, **report.weights(found[0][1]))
         if as_json:
             click.echo(json.dumps(rows))
         else:

@@ -17,6 +17,7 @@ from compressors.plan import CompressionPlan
 from compressors.statistics.activations import Calibration
 from search.by_hand import analyze
 from search.errors import UsageError
+from search.show import structure
 
 INFLUENCE = [0.9, 0.125, 0.0625, 0.125, 0.5]  # by layer
 
@@ -28,7 +29,7 @@ def importance(influence):
 
 def text(found, width=120):
     console = Console(record=True, width=width, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(analyze.render(found))
+    console.print(structure.render(found))
     return console.export_text()
 
 
@@ -103,7 +104,7 @@ def test_measured_importance_is_a_column_with_its_order(pico_llama):
         ("4", "0.5000", "4"),
     ]
     bars = [row[2].count("█") for row in table]
-    assert bars[0] == analyze.BAR
+    assert bars[0] == structure.BAR
     assert bars[0] > bars[4] > bars[1] == bars[3] > bars[2] > 0
     assert "layers that would go first: 2, 3, 1, 4" in shown
 
@@ -173,9 +174,13 @@ def test_any_terminal_will_do(pico_llama, width):
     ("number", "shown"), [(0, "0"), (999, "999"), (1000, "1.0k"), (4_194_304, "4.19M"), (1_279_391_488, "1.28B")]
 )
 def test_counts_are_short(number, shown):
-    assert analyze.count(number) == shown
+    assert structure.count(number) == shown
 
 
 def test_what_is_small_is_not_called_nothing():
-    assert (analyze.megabytes(0), analyze.megabytes(1152), analyze.megabytes(7_080_192)) == ("0.00", "<0.01", "7.08")
-    assert (analyze.percent(0), analyze.percent(1e-5), analyze.percent(0.0263)) == ("0.0 %", "<0.1 %", "2.6 %")
+    assert (structure.megabytes(0), structure.megabytes(1152), structure.megabytes(7_080_192)) == (
+        "0.00",
+        "<0.01",
+        "7.08",
+    )
+    assert (structure.percent(0), structure.percent(1e-5), structure.percent(0.0263)) == ("0.0 %", "<0.1 %", "2.6 %")
