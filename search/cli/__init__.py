@@ -6,6 +6,7 @@ Exit status 0 done, 1 failed, 2 wrong usage.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -211,14 +212,14 @@ def run(
     if outcome is None:
         _print_status(state, as_json)
         return
-    state |= {"distilled": outcome.rows, "passed_over": outcome.passed_over}
+    state = dataclasses.replace(state, distilled=outcome.rows, passed_over=outcome.passed_over)
     _print_status(state, as_json)
-    if outcome.rows and not as_json:
+    if outcome.rows and state.best_of_all is not None and not as_json:
         named = {"--storage": where["storage"], "--study-name": where["study_name"]}
         own = [word for name, value in named.items() if value is not None for word in (name, value)]
-        for line in finalists.commands(state["best_of_all"], words, own):
+        for line in finalists.commands(state.best_of_all, words, own):
             click.echo(f"  {line}")
-    if any("failure" in row for row in outcome.rows):
+    if any(row.result is None for row in outcome.rows):
         sys.exit(1)
 
 
@@ -286,7 +287,7 @@ def export(number: int | None, to: Path, for_transformers: str | None, as_json: 
         target = file.export.for_transformers or made_with.export.for_transformers
         exported = exporting.export(prepared, trial, to, live.say, target)
     if as_json:
-        click.echo(json.dumps(exporting.to_json(exported)))
+        click.echo(json.dumps(exported.to_dict()))
         return
     click.echo(
         f"trial {exported.trial}, Score {exported.score:.4f}, perplexity {exported.perplexity:.3f} → {exported.path}"
@@ -349,9 +350,9 @@ def evaluate(
     with progress.Live(1) as live, Bench(setting.prepare(file, live.say, search=False), live.say) as bench:
         found = jobs.evaluate(bench, path, run_name or path.resolve().name, live.warn, _study_words(**where))
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps(found.to_dict()))
         return
-    _print_comparison([jobs.baseline_row(found), jobs.row(found, path)])
+    _print_comparison([found.baseline_row(), found.row(path)])
     click.echo(f"→ {path}/eval_result.json")
 
 
@@ -602,10 +603,10 @@ def _compress(
         click.echo(f"{how}: {made.path}")
         return
     if as_json:
-        click.echo(json.dumps(rows))
+        click.echo(json.dumps([row.to_dict() for row in rows]))
     else:
         _print_comparison(jobs.with_baseline(rows))
-    if any("failure" in row for row in rows):
+    if any(row.result is None for row in rows):
         sys.exit(1)
 
 
@@ -687,9 +688,9 @@ def report_command(
         found = report.all_evaluated(models or (Path("submit"),))
         rows = report.compared(found)
         if plot is not None:
-            plots.plot_scores(rows[1:], plot, **report.weights(found[0][1]))
+            plots.plot_scores(rows[1:], plot, **report.weights(found[0][1].formula))
         if as_json:
-            click.echo(json.dumps(rows))
+            click.echo(json.dumps([row.to_dict() for row in rows]))
         else:
             _print_comparison(rows)
         return
@@ -772,16 +773,16 @@ def doctor(as_json: bool) -> None:
             click.echo(f"{name:<22} {value if value is not None else '–'}")
 
 
-def _print_status(state: dict[str, Any], as_json: bool) -> None:
+def _print_status(state: Any, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(state))
+        click.echo(json.dumps(state.to_dict()))
         return
     from search.show import tables
 
     _print(tables.status_table(state))
 
 
-def _print_comparison(rows: list[dict[str, Any]]) -> None:
+def _print_comparison(rows: Any) -> None:
     from search.show import tables
 
     _print(tables.comparison(rows))

@@ -129,7 +129,7 @@ def test_it_is_not_taken_for_the_undistilled_plan(done, monkeypatch):
     for row in state["distilled"]:
         path = home / row["path"]
         assert evaluate.plan_in(path, measure.weights_sha256_of(path), prepared) is None
-        assert evaluate.known(path, prepared)["name"] == row["name"]
+        assert evaluate.known(path, prepared).name == row["name"]
 
 
 def test_a_second_call_does_nothing_again_and_status_shows_it(done, cli):

@@ -1,5 +1,6 @@
 """Plots are real files of a sensible size that show what they are given; nothing is fetched, nothing half-written."""
 
+import math
 import os
 import re
 
@@ -10,17 +11,27 @@ from matplotlib.text import Text
 from PIL import Image
 
 from compressors.statistics.activations import Calibration
+from evaluator.score import Score
 from search.by_hand import analyze
 from search.errors import UsageError
 from search.show import plots
 from search.show.plots import drawing, labels
 from search.show.plots import scores as scores_plot
 from search.show.plots import shards as shards_plot
+from search.show.rows import Result, Row
 
-NAMES = ("drop_28", "w8a8", "$x$ 한국어", "<b>bold</b>")
+
+def a_row(name, perf_norm, speed_norm, error=0.01, score=None):
+    score = max(perf_norm + speed_norm, 0) / 2 if score is None else score
+    measured = Score(perf_norm, error, speed_norm, error, score, error)
+    return Row(name, "", Result(None, 1, 1.0, 2.0, None, 3.0, measured))
+
+
 ROWS = [
-    {"name": name, "perf_norm": p, "perf_norm_se": e, "speed_norm": s, "speed_norm_se": e, "score": max(p + s, 0) / 2}
-    for name, p, s, e in zip(NAMES, (0.7, 0.99, 0.9, 0.4), (0.18, 0.31, 0.05, -0.2), (0.01, 0.02, None, 0), strict=True)
+    a_row("drop_28", 0.7, 0.18),
+    a_row("w8a8", 0.99, 0.31, 0.02),
+    a_row("$x$ 한국어", 0.9, 0.05, math.nan),
+    a_row("<b>bold</b>", 0.4, -0.2, 0.0),
 ]
 
 
@@ -103,7 +114,7 @@ def test_lines_of_equal_score_are_lines_of_equal_score():
 
 
 def test_every_model_its_errors_and_the_baseline_are_in_the_window():
-    (left, right), (low, high) = scores_plot._window(ROWS)
+    (left, right), (low, high) = scores_plot._window(scores_plot.points_of(ROWS))
     assert left < -0.2
     assert right > 0.31 + 0.02
     assert low < 0.4
@@ -114,8 +125,8 @@ def test_every_model_its_errors_and_the_baseline_are_in_the_window():
 
 def test_labels_lie_beside_each_other_and_inside():
     """Twelve models on one spot: each name can still be read."""
-    rows = [{**ROWS[0], "name": f"model_{n}", "perf_norm": 0.7 + n / 1e4} for n in range(12)]
-    figure = scores_plot._scores_png(rows, (0.5, 0.5))
+    rows = [a_row(f"model_{n}", 0.7 + n / 1e4, 0.18, score=0.44) for n in range(12)]
+    figure = scores_plot._scores_png(scores_plot.points_of(rows), (0.5, 0.5))
     figure.canvas.draw()
     (axes,) = figure.axes
     boxes = [Text.get_window_extent(text) for text in axes.texts if text.get_text().startswith(("model_", "baseline"))]
@@ -126,14 +137,23 @@ def test_labels_lie_beside_each_other_and_inside():
         assert all(labels.overlap(box, other) < 1 for other in boxes[:place])
 
 
-@pytest.mark.parametrize("rows", [[], ROWS[:1], [{**ROWS[0], "perf_norm": None}], [{**ROWS[0], "score": float("nan")}]])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        ROWS[:1],
+        [Row("broken", "", failure="NotFinite", reason="its loss")],
+        [a_row("nan", 0.7, 0.1, score=math.nan)],
+    ],
+    ids=["none", "one", "failed", "not finite"],
+)
 def test_few_or_no_models_are_drawn_too(rows, tmp_path):
     assert plots.plot_scores(rows, tmp_path / "plot.png").stat().st_size > 10_000
 
 
 def test_the_baseline_among_the_models_is_named_once():
-    baseline = {**ROWS[0], "name": "baseline", "perf_norm": 1.0, "speed_norm": 0.0, "score": 0.5}
-    (axes,) = scores_plot._scores_png([*ROWS, baseline], (0.5, 0.5)).axes
+    points = scores_plot.points_of([*ROWS, a_row("baseline", 1.0, 0.0)])
+    (axes,) = scores_plot._scores_png(points, (0.5, 0.5)).axes
     assert [text.get_text() for text in axes.texts].count("baseline  0.500") == 1
 
 

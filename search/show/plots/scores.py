@@ -4,54 +4,79 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from search.show.plots.drawing import BLUE, GREY, INK, ORANGE, figure_of, page_of, write
 from search.show.plots.labels import put_labels
+from search.show.rows import Row
 
 
-def plot_scores(
-    rows: Sequence[Mapping[str, Any]], path: Path, weight_perf: float = 0.5, weight_speed: float = 0.5
-) -> Path:
-    """PerfNorm against SpeedNorm of models with their standard errors, the baseline at (1, 0), lines of equal Score.
+class Point(NamedTuple):
+    """A model in the plot: SpeedNorm is x, PerfNorm is y, and the errors are their standard errors."""
 
-    rows: name, perf_norm, perf_norm_se, speed_norm, speed_norm_se, score; an error may be None, and a row without the
-    other numbers is left out. weight_perf, weight_speed: of the Score.
+    name: str
+    x: float
+    y: float
+    x_error: float
+    y_error: float
+    score: float
+
+
+def plot_scores(rows: Iterable[Row], path: Path, weight_perf: float = 0.5, weight_speed: float = 0.5) -> Path:
+    """Plot PerfNorm against SpeedNorm of evaluated models, with the baseline at (1, 0) and lines of equal Score.
+
+    Args:
+        rows: The models; those without a result, or without a finite one, are left out.
+        path: The .png or .html file to write.
+        weight_perf: The weight of PerfNorm in the Score.
+        weight_speed: The weight of SpeedNorm in the Score.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        UsageError: The path has another suffix, or it can't be written.
     """
     weights = (weight_perf, weight_speed)
-    rows = [row for row in rows if all(_finite(row[key]) for key in ("perf_norm", "speed_norm", "score"))]
-    return write(path, lambda: _scores_png(rows, weights), lambda: _scores_html(rows, weights))
+    points = points_of(rows)
+    return write(path, lambda: _scores_png(points, weights), lambda: _scores_html(points, weights))
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def points_of(rows: Iterable[Row]) -> list[Point]:
+    """Return the models that can be drawn. An error that is not finite becomes 0."""
+    points = []
+    for row in rows:
+        if row.result is None:
+            continue
+        score = row.result.score
+        if all(map(math.isfinite, (score.perf_norm, score.speed_norm, score.score))):
+            x_error, y_error = (e if math.isfinite(e) else 0.0 for e in (score.speed_norm_se, score.perf_norm_se))
+            points.append(Point(row.name, score.speed_norm, score.perf_norm, x_error, y_error, score.score))
+    return points
 
 
-def _errors(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    return [row[key] if _finite(row.get(key)) else 0.0 for row in rows]
+def _window(points: Sequence[Point]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the ranges of SpeedNorm and PerfNorm that hold every model, its errors, and the baseline."""
 
-
-def _window(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[float, float], tuple[float, float]]:
-    """The ranges of SpeedNorm and PerfNorm that hold every model, its errors, and the baseline."""
-
-    def around(key: str, baseline: float) -> tuple[float, float]:
-        values, errors = [row[key] for row in rows], _errors(rows, f"{key}_se")
-        low = min([baseline, *(value - error for value, error in zip(values, errors, strict=True))])
-        high = max([baseline, *(value + error for value, error in zip(values, errors, strict=True))])
+    def around(values: Sequence[tuple[float, float]], baseline: float) -> tuple[float, float]:
+        low = min([baseline, *(value - error for value, error in values)])
+        high = max([baseline, *(value + error for value, error in values)])
         margin = max(0.12 * (high - low), 0.02)
         return low - margin, high + margin
 
-    return around("speed_norm", 0.0), around("perf_norm", 1.0)
+    x = around([(point.x, point.x_error) for point in points], 0.0)
+    return x, around([(point.y, point.y_error) for point in points], 1.0)
 
 
 def _levels(x: tuple[float, float], y: tuple[float, float], weights: tuple[float, float]) -> list[float]:
-    """Round Scores, five to ten of them, whose lines cross the window."""
+    """Return round Scores, five to ten of them, whose lines cross the window."""
     perf, speed = weights
     corners = [perf * b + speed * a for a in x for b in y]
     span = max(corners) - min(corners)
@@ -63,7 +88,7 @@ def _levels(x: tuple[float, float], y: tuple[float, float], weights: tuple[float
 
 
 def _line(level: float, x: tuple[float, float], y: tuple[float, float], weights: tuple[float, float]) -> Any:
-    """The ends ((x, y), (x, y)) in the window of the line on which the Score is `level`; None for a mere point."""
+    """Return the ends ((x, y), (x, y)) of the line on which the Score is `level`; None for less than a line."""
     perf, speed = weights
     ends = []
     if perf:
@@ -74,13 +99,44 @@ def _line(level: float, x: tuple[float, float], y: tuple[float, float], weights:
     return (inside[0], inside[-1]) if len(inside) > 1 else None
 
 
-def _scores_png(rows: Sequence[Mapping[str, Any]], weights: tuple[float, float]) -> Figure:
+def _scores_png(points: Sequence[Point], weights: tuple[float, float]) -> Figure:
     figure = figure_of(8, 6)
     axes = figure.subplots()
-    x, y = _window(rows)
+    x, y = _window(points)
     axes.set_xlim(x)
     axes.set_ylim(y)
-    taken = []  # what no label may cover
+    level_labels = _draw_levels(axes, x, y, weights)
+    best = max(points, key=lambda point: point.score, default=None)
+    axes.scatter([0], [1], marker="*", s=130, color=INK, zorder=4)
+    for point in points:
+        axes.errorbar(
+            point.x,
+            point.y,
+            xerr=point.x_error,
+            yerr=point.y_error,
+            fmt="o",
+            markersize=5.5,
+            elinewidth=1,
+            capsize=2,
+            color=ORANGE if point is best else BLUE,
+            zorder=3.5 if point is best else 3,
+        )
+    axes.set_xlabel("SpeedNorm = 1 − time per token / baseline's   (faster →)")
+    axes.set_ylabel("PerfNorm = Perf / baseline's   (better →)")
+    axes.set_title("PerfNorm and SpeedNorm, ± standard error; grey: equal Score")
+    labels = [(point.x, point.y, f"{point.name}  {point.score:.3f}") for point in points]
+    if not any(point.name == "baseline" for point in points):
+        labels.append((0.0, 1.0, f"baseline  {weights[0]:.3f}"))
+    figure.canvas.draw()
+    obstacles = [label.get_window_extent() for label in level_labels]
+    obstacles += [box for point in points for box in _boxes_of_errors(axes, point)]
+    put_labels(axes, labels, obstacles, None if best is None else points.index(best))
+    return figure
+
+
+def _draw_levels(axes: Axes, x: tuple[float, float], y: tuple[float, float], weights: tuple[float, float]) -> list[Any]:
+    """Draw the lines of equal Score; return the labels inside the axes, which no other label may cover."""
+    inside = []
     for level in _levels(x, y, weights):
         line = _line(level, x, y, weights)
         if line is None:
@@ -98,42 +154,20 @@ def _scores_png(rows: Sequence[Mapping[str, Any]], weights: tuple[float, float])
         )
         if not to_the_right:
             label.set_in_layout(False)
-            taken.append(label)
-    best = max(rows, key=lambda row: row["score"], default=None)
-    named = any(row["name"] == "baseline" for row in rows)
-    axes.scatter([0], [1], marker="*", s=130, color=INK, zorder=4)
-    for row, width, height in zip(rows, _errors(rows, "speed_norm_se"), _errors(rows, "perf_norm_se"), strict=True):
-        axes.errorbar(
-            row["speed_norm"],
-            row["perf_norm"],
-            xerr=width,
-            yerr=height,
-            fmt="o",
-            markersize=5.5,
-            elinewidth=1,
-            capsize=2,
-            color=ORANGE if row is best else BLUE,
-            zorder=3.5 if row is best else 3,
-        )
-    labels = [(row["speed_norm"], row["perf_norm"], f"{row['name']}  {row['score']:.3f}") for row in rows]
-    if not named:
-        labels.append((0.0, 1.0, f"baseline  {weights[0]:.3f}"))
-    axes.set_xlabel("SpeedNorm = 1 − time per token / baseline's   (faster →)")
-    axes.set_ylabel("PerfNorm = Perf / baseline's   (better →)")
-    axes.set_title("PerfNorm and SpeedNorm, ± standard error; grey: equal Score")
-    figure.canvas.draw()
-    obstacles = [label.get_window_extent() for label in taken]
-    for row, width, height in zip(rows, _errors(rows, "speed_norm_se"), _errors(rows, "perf_norm_se"), strict=True):
-        ends = [(row["speed_norm"] + a * width, row["perf_norm"] + b * height) for a in (-1, 1) for b in (-1, 1)]
-        (left, bottom), (right, top) = axes.transData.transform([ends[0], ends[-1]])
-        obstacles.append(Bbox.from_extents(left - 3, (bottom + top) / 2 - 4, right + 3, (bottom + top) / 2 + 4))
-        obstacles.append(Bbox.from_extents((left + right) / 2 - 4, bottom - 3, (left + right) / 2 + 4, top + 3))
-    put_labels(axes, labels, obstacles, None if best is None else rows.index(best))
-    return figure
+            inside.append(label)
+    return inside
 
 
-def _scores_html(rows: Sequence[Mapping[str, Any]], weights: tuple[float, float]) -> Any:
-    x, y = _window(rows)
+def _boxes_of_errors(axes: Axes, point: Point) -> tuple[Bbox, Bbox]:
+    """Return the boxes around the two error bars, in pixels."""
+    low, high = (point.x - point.x_error, point.y - point.y_error), (point.x + point.x_error, point.y + point.y_error)
+    (left, bottom), (right, top) = axes.transData.transform([low, high])
+    x, y = (left + right) / 2, (bottom + top) / 2
+    return Bbox.from_extents(left - 3, y - 4, right + 3, y + 4), Bbox.from_extents(x - 4, bottom - 3, x + 4, top + 3)
+
+
+def _scores_html(points: Sequence[Point], weights: tuple[float, float]) -> Any:
+    x, y = _window(points)
     figure = go.Figure()
     for level in _levels(x, y, weights):
         line = _line(level, x, y, weights)
@@ -150,7 +184,7 @@ def _scores_html(rows: Sequence[Mapping[str, Any]], weights: tuple[float, float]
                 showlegend=False,
                 cliponaxis=False,
             )
-    best = max((row["score"] for row in rows), default=None)
+    best = max((point.score for point in points), default=None)
     figure.add_scatter(
         x=[0],
         y=[1],
@@ -162,15 +196,15 @@ def _scores_html(rows: Sequence[Mapping[str, Any]], weights: tuple[float, float]
         showlegend=False,
     )
     figure.add_scatter(
-        x=[row["speed_norm"] for row in rows],
-        y=[row["perf_norm"] for row in rows],
-        error_x={"array": _errors(rows, "speed_norm_se"), "thickness": 1, "color": BLUE},
-        error_y={"array": _errors(rows, "perf_norm_se"), "thickness": 1, "color": BLUE},
+        x=[point.x for point in points],
+        y=[point.y for point in points],
+        error_x={"array": [point.x_error for point in points], "thickness": 1, "color": BLUE},
+        error_y={"array": [point.y_error for point in points], "thickness": 1, "color": BLUE},
         mode="markers+text",
-        marker={"size": 9, "color": [ORANGE if row["score"] == best else BLUE for row in rows]},
-        text=[html.escape(str(row["name"])) for row in rows],
+        marker={"size": 9, "color": [ORANGE if point.score == best else BLUE for point in points]},
+        text=[html.escape(point.name) for point in points],
         textposition="top center",
-        customdata=[row["score"] for row in rows],
+        customdata=[point.score for point in points],
         hovertemplate="%{text}<br>PerfNorm %{y:.4f}<br>SpeedNorm %{x:.4f}<br>Score %{customdata:.4f}<extra></extra>",
         showlegend=False,
     )
