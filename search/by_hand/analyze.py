@@ -1,6 +1,6 @@
-"""What a model is made of and what could be cut from it, as values that JSON can hold.
+"""Describes what a model is made of and what could be cut from it, as values that JSON can hold.
 
-Measures nothing: importance is what a calibration says, where there is one.
+Measures nothing: importance comes from a calibration, where there is one.
 """
 
 from __future__ import annotations
@@ -23,12 +23,20 @@ SIZES = (
 
 
 def analyze(path: Path, importance: Calibration | None = None, kernel_alignment: bool = False) -> dict[str, Any]:
-    """The structure of the model in directory `path`, as values that JSON can hold.
+    """Return the structure of a model, as values that JSON can hold.
 
-    Sizes are bytes, shares are of the model's bytes. importance: of this model; then every layer has its
-    `block_influence` [0, 2], and `drop_order` names the layers as they would go, first to last. kernel_alignment: cuts
-    that vLLM's GPU kernels would not take are infeasible too. `uncuttable` says why there are no `cuts`, or is None.
-    Raises CheckpointError, and UsageError for another model's importance.
+    Sizes are bytes, shares are parts of the model's bytes. `uncuttable` says why there are no `cuts`, or is None. With
+    `importance` each layer has its `block_influence` [0, 2], and `drop_order` lists the layers in the order in which
+    they would be dropped.
+
+    Args:
+        path: The directory of the model.
+        importance: The calibration of this model, where there is one.
+        kernel_alignment: Whether cuts that vLLM's GPU kernels can't run count as infeasible.
+
+    Raises:
+        CheckpointError: The model can't be read.
+        UsageError: The importance is another model's.
     """
     made = structure.describe_any(path)
     cuts: list[possible_cuts.Cut] = []
@@ -109,7 +117,7 @@ def _layer(layer: structure.LayerStructure, total: int) -> dict[str, Any]:
 
 
 def _drop_order(importance: Calibration) -> list[int]:
-    """As `depth.choose` drops them, one more layer each time; the last one always stays."""
+    """Return the layers as `depth.choose` drops them, one more each time; the last one always stays."""
     layers = len(importance.block_influence)
     kept = [depth.choose(layers, keep, "importance", importance) for keep in range(layers, 0, -1)]
     return [(set(more) - set(fewer)).pop() for more, fewer in itertools.pairwise(kept)]

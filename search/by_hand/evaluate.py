@@ -48,7 +48,7 @@ class Candidate:
 
 
 def evaluate(bench: Bench, candidate: Candidate, name: str, words: Sequence[str] = ()) -> Evaluation:
-    """Measure the candidate against the baseline, write eval_result.json into its directory and return its contents.
+    """Measure the candidate against the baseline; write eval_result.json into its directory and return it.
 
     Args:
         bench: The bench to measure on.

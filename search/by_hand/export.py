@@ -93,15 +93,7 @@ def export(
     """
     files.refuse_foreign(to, "export")
     plan = CompressionPlan.from_dict(trial.user_attrs["plan"])
-    name = trial.user_attrs.get("measurement", setting.key(plan))
-    values = read_json(setting.outputs / "measurements" / f"{name}.json")
-    if values is None:
-        raise UsageError(
-            f"trial {trial.number}: its measurement {setting.outputs}/measurements/{name}.json is "
-            "gone; name the directory "
-            "that the study ran with (outputs=DIRECTORY)"
-        )
-    measurement = Measurement.from_dict(values)
+    measurement = _measurement_of(trial, plan, setting)
     with Bench(setting, say) as bench:
         say("building")
         built, weights_sha256 = bench.build(plan)
@@ -133,6 +125,17 @@ def export(
                 say(change)
         compared = compare(setting, scratch, measurement, say)
     return Exported(trial.number, to, evaluation.score.score, measurement.perplexity, compared)
+
+
+def _measurement_of(trial: FrozenTrial, plan: CompressionPlan, setting: Setting) -> Measurement:
+    name = trial.user_attrs.get("measurement", setting.key(plan))
+    values = read_json(setting.outputs / "measurements" / f"{name}.json")
+    if values is None:
+        raise UsageError(
+            f"trial {trial.number}: its measurement {setting.outputs}/measurements/{name}.json is gone; name the "
+            "directory that the study ran with (outputs=DIRECTORY)"
+        )
+    return Measurement.from_dict(values)
 
 
 def compare(setting: Setting, path: Path, measurement: Measurement, say: Callable[[str], None]) -> str:

@@ -1,4 +1,4 @@
-"""A checkpoint directory → submit.zip, once it passes the submission list."""
+"""Packs a checkpoint directory that passes the submission list into submit.zip."""
 
 from __future__ import annotations
 
@@ -18,15 +18,23 @@ from search.errors import UsageError
 from search.processes import process_alive
 
 BLOCK = 8 << 20  # bytes read at a time
-EPOCH = (1980, 1, 1, 0, 0, 0)  # the first that a zip can hold: the same for every file
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can hold, the same for every file
 
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
+    """A zip file that was written.
+
+    Attributes:
+        bytes: The size of the zip file.
+        sha256: The digest of the zip file.
+        files: The names in the zip.
+    """
+
     path: Path
     bytes: int
     sha256: str
-    files: tuple[str, ...]  # names in the zip
+    files: tuple[str, ...]
 
 
 def pack(
@@ -39,29 +47,38 @@ def pack(
     progress: Callable[[int, int], None] = lambda done, total: None,
     checked: Sequence[Rule] | None = None,
 ) -> Packed:
-    """Write the checkpoint in `model` to the zip file `out`, as `model/config.json`, `model/model.safetensors`, …
+    """Write a checkpoint to a zip file, as `model/config.json`, `model/model.safetensors` and so on.
 
-    The same files give the same bytes, whatever their times and owners and the name of their directory: fixed order,
-    times and modes, nothing deflated (weights don't shrink, and zlibs differ). Written block by block beside its place
-    and then renamed into it: after an error or Ctrl-C nothing is left, and what was there before is untouched.
+    The same files give the same bytes, whatever their times, their owners and the name of their directory: order,
+    times and modes are fixed, and nothing is compressed (weights don't shrink, and versions of zlib differ). The zip
+    appears whole or not at all: after an error or Ctrl-C a file that was there before is untouched.
 
-    max_zip_mb: 1 MB = 1e6 bytes. progress: told the bytes written and their number. checked: what `check` said of
-    `model` just now, to spare the time. Raises UsageError: one line, with every rule that fails.
+    Args:
+        model: The directory of the checkpoint.
+        out: The zip file to write.
+        target: The version of transformers that is to read the checkpoint; None to require no version.
+        max_model_mb: The largest size of the weights; 1 MB is 1e6 bytes.
+        max_zip_mb: The largest size of the zip file.
+        progress: Is called with the number of bytes written and the number of all bytes.
+        checked: The rules that `check` returned for `model` just now; None to check them here.
+
+    Returns:
+        The zip file that was written.
+
+    Raises:
+        UsageError: A rule fails, the zip would be too large, or it can't be written.
     """
     model, out = Path(model), Path(out)
     rules = check(model, target=target, max_model_mb=max_model_mb) if checked is None else checked
     failed = [f"{rule.name}: {rule.found}" for rule in rules if not rule.ok]
     if failed:
         raise UsageError(f"package {model}: {len(failed)} of {len(rules)} rules fail: {' · '.join(failed)}")
-    if out.is_dir():
-        raise UsageError(f"package to {out}: is a directory; name a file, such as submit.zip")
-    if model.resolve() in out.resolve().parents:
-        raise UsageError(f"package to {out}: is inside the model's directory; name a file outside {model}")
+    _require_place(out, model)
     names = sorted(path.name for path in model.iterdir() if path.name not in OWN)
     total = sum((model / name).stat().st_size for name in names)
     _require_small(out, total, max_zip_mb)
     _require_disk(out, total)
-    scratch, made = out.with_name(f".{out.name}.package-{os.getpid()}"), _missing_parents(out)
+    scratch, new = out.with_name(f".{out.name}.package-{os.getpid()}"), _missing_parents(out)
     whole = False
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -77,14 +94,15 @@ def pack(
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
-            for directory in () if whole else made:
+            for directory in () if whole else new:
                 directory.rmdir()
     return Packed(out, size, sha256, tuple(f"model/{name}" for name in names))
 
 
 def to_json(rules: Sequence[Rule], packed: Packed | None = None) -> dict[str, Any]:
-    found = None if packed is None else {**dataclasses.asdict(packed), "path": str(packed.path)}
-    return {"rules": [dataclasses.asdict(rule) for rule in rules], "packed": found}
+    """Return the rules and the zip file, where one was written, as plain JSON values."""
+    values = None if packed is None else {**dataclasses.asdict(packed), "path": str(packed.path)}
+    return {"rules": [dataclasses.asdict(rule) for rule in rules], "packed": values}
 
 
 def _write(path: Path, model: Path, names: Sequence[str], total: int, progress: Callable[[int, int], None]) -> None:
@@ -93,9 +111,9 @@ def _write(path: Path, model: Path, names: Sequence[str], total: int, progress: 
         for name in names:
             source = model / name
             entry = zipfile.ZipInfo(f"model/{name}", EPOCH)
-            entry.create_system = 3  # Unix, also where it is written elsewhere: the modes below are its
+            entry.create_system = 3  # Unix on every system, since the modes below are Unix modes
             entry.external_attr = 0o100644 << 16
-            entry.file_size = size = source.stat().st_size  # beyond 4 GiB another header is needed, and it comes first
+            entry.file_size = size = source.stat().st_size  # decides the header: beyond 4 GiB it is another one
             with source.open("rb") as reader, archive.open(entry, "w") as writer:
                 copied = 0
                 while block := reader.read(BLOCK):
@@ -110,6 +128,13 @@ def _write(path: Path, model: Path, names: Sequence[str], total: int, progress: 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _require_place(out: Path, model: Path) -> None:
+    if out.is_dir():
+        raise UsageError(f"package to {out}: is a directory; name a file, such as submit.zip")
+    if model.resolve() in out.resolve().parents:
+        raise UsageError(f"package to {out}: is inside the model's directory; name a file outside {model}")
 
 
 def _require_small(out: Path, size: int, most: float | None) -> None:
@@ -131,12 +156,12 @@ def _require_disk(out: Path, needed: int) -> None:
 
 
 def _missing_parents(out: Path) -> list[Path]:
-    """Directories that are to be made for `out`, the innermost first."""
+    """Return the directories that have to be made for `out`, the innermost first."""
     return [parent for parent in out.absolute().parents if not parent.exists()]
 
 
 def _sweep(out: Path) -> None:
-    """What others left there when they were killed."""
+    """Delete what killed processes left next to `out`."""
     prefix = f".{out.name}.package-"
     for left in out.parent.glob(f"{prefix}*"):
         pid = left.name.removeprefix(prefix)

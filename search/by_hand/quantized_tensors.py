@@ -1,4 +1,4 @@
-"""Whether the tensors of a checkpoint that compressed-tensors quantised are all there and fit each other."""
+"""Checks that the tensors of a checkpoint that compressed-tensors quantized are complete and fit each other."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from compressors.errors import CheckpointError
 from compressors.model import family
 from compressors.model.checkpoint import LazyTensor
 
-UNPACKED = ("int-quantized", "float-quantized", "naive-quantized")  # a weight of its own shape, and its scale
+UNPACKED = ("int-quantized", "float-quantized", "naive-quantized")  # a weight in its own shape, and its scale
 PACKED = "pack-quantized"  # several numbers in an int32
 
 
 def understood(quantization: Any) -> bool:
+    """Return whether a `quantization_config` uses formats that are known here.
+
+    Raises:
+        CheckpointError: It says compressed-tensors, and compressed-tensors can't read it.
+    """
     if not isinstance(quantization, Mapping) or quantization.get("quant_method") != "compressed-tensors":
         return False
     from compressed_tensors.quantization import QuantizationConfig
@@ -26,7 +31,7 @@ def understood(quantization: Any) -> bool:
         QuantizationConfig.model_validate(dict(quantization))
     except ValueError as error:
         first = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"quantization_config can't be read ({first}); quantise the model again") from None
+        raise CheckpointError(f"quantization_config can't be read ({first}); quantize the model again") from None
     groups = (quantization.get("config_groups") or {}).values()
     formats = {quantization.get("format"), *(group.get("format") for group in groups if isinstance(group, Mapping))}
     return formats <= {*UNPACKED, PACKED, None} and all(isinstance(group, Mapping) for group in groups)
@@ -35,16 +40,19 @@ def understood(quantization: Any) -> bool:
 def unpacked(
     tensors: Mapping[str, LazyTensor], quantization: Mapping[str, Any]
 ) -> tuple[dict[str, LazyTensor], set[str]]:
-    """(the tensors of the model before it was quantised, by shape; the modules that are). N output, K input width.
+    """Return the tensors that the model had before it was quantized, and the names of its quantized modules.
 
-    Raises CheckpointError for a quantised weight without all of its tensors.
+    The returned weights have the right shapes [N, K] (outputs, inputs) and can't be loaded.
+
+    Raises:
+        CheckpointError: A tensor of a quantized weight is missing, or has a shape that doesn't fit.
     """
     modules: dict[str, dict[str, LazyTensor]] = {}
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
         modules.setdefault(module, {})[part] = tensor
     found: dict[str, LazyTensor] = {}
-    quantised = set()
+    quantized = set()
     for module, parts in modules.items():
         weight = parts.get("weight")
         packed = "weight_packed" in parts
@@ -58,34 +66,37 @@ def unpacked(
         wanted = ("weight_packed", "weight_scale", "weight_shape") if packed else ("weight", "weight_scale")
         for part in wanted:
             if part not in parts:
-                raise CheckpointError(f"{module}.{part} is missing; quantise the model again")
+                raise CheckpointError(f"{module}.{part} is missing; quantize the model again")
         shape = tuple(parts["weight_shape"].load().tolist()) if packed else parts["weight"].shape
         if len(shape) != 2:
-            raise CheckpointError(f"{module} is quantised and no matrix ({_times(shape)}); quantise the model again")
+            raise CheckpointError(f"{module} is quantized and not a matrix ({_times(shape)}); quantize the model again")
         rows, columns = shape
         _require_fitting(module, rows, columns, parts, _bits(module, quantization) if packed else None)
         found[f"{module}.weight"] = LazyTensor((rows, columns), torch.bfloat16, torch.Tensor)
         found |= {f"{module}.{part}": tensor for part, tensor in parts.items() if part == "bias"}
-        quantised.add(module)
-    return found, quantised
+        quantized.add(module)
+    return found, quantized
 
 
 def _require_fitting(module: str, rows: int, columns: int, parts: Mapping[str, LazyTensor], bits: int | None) -> None:
-    """weight_packed [N, K·bits/32], weight_scale [1], [N] or [N, groups]."""
+    """Require weight_packed [N, K·bits/32], and weight_scale [1], [N] or [N, groups]."""
     if bits is not None and parts["weight_packed"].shape != (rows, math.ceil(columns * bits / 32)):
         raise CheckpointError(
             f"{module}.weight_packed is {_times(parts['weight_packed'].shape)}, and {bits} bits of {rows} × {columns} "
-            f"want {rows} × {math.ceil(columns * bits / 32)}; quantise the model again"
+            f"want {rows} × {math.ceil(columns * bits / 32)}; quantize the model again"
         )
     scale = parts["weight_scale"].shape
     if scale and scale[0] not in (1, rows) and rows % scale[0]:
         raise CheckpointError(
-            f"{module}.weight_scale is {_times(scale)}, which doesn't fit {rows} × {columns}; quantise the model again"
+            f"{module}.weight_scale is {_times(scale)}, which doesn't fit {rows} × {columns}; quantize the model again"
         )
 
 
-def is_quantised(module: str, quantization: Mapping[str, Any]) -> bool:
-    """By the names in `ignore` and `targets`: a module's, a class's, or `re:` and a pattern."""
+def is_quantized(module: str, quantization: Mapping[str, Any]) -> bool:
+    """Return whether a `quantization_config` says that `module` is quantized.
+
+    Names in its `ignore` and `targets` are a module's, a class's, or `re:` and a pattern.
+    """
     if _named(module, quantization.get("ignore") or ()):
         return False
     return _group(module, quantization) is not None
@@ -109,7 +120,9 @@ def _named(module: str, names: Iterable[str]) -> bool:
     try:
         return any(re.match(name[3:], module) if name.startswith("re:") else name == module for name in names)
     except re.error as error:
-        raise CheckpointError(f"quantization_config holds a pattern that is none ({error}); correct it") from None
+        raise CheckpointError(
+            f"quantization_config holds a pattern that is not a regular expression ({error}); correct it"
+        ) from None
 
 
 def _times(shape: Sequence[int]) -> str:

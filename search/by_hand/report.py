@@ -121,9 +121,14 @@ def text(
     *,
     with_plots: bool = False,
 ) -> str:
-    """Return the report in Markdown; the arguments are those of `write`.
+    """Return the report in Markdown.
 
     Args:
+        evaluation: The evaluation to report.
+        path: The directory of the model.
+        name: The name of the report.
+        description: What was done, in words; None for the evaluation's own description.
+        day: The day in the title.
         with_plots: Whether to show scores.png and shards.png, which lie next to the report.
     """
     parts = [

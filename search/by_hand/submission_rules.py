@@ -1,6 +1,6 @@
-"""The submission list: what a server's vLLM and transformers will accept of a checkpoint directory.
+"""The submission list: rules that a checkpoint directory must pass before a server's vLLM and transformers read it.
 
-Nothing in the directory is run, and nothing but safetensors, JSON and tokenizer files is read.
+No code in the directory is run, and only safetensors, JSON and tokenizer files are read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from search.files import read_json
 from search.setup.machine import require_memory
 from search.setup.texts import tokenizer_of
 
-ALLOWED = (  # beside the weights
+ALLOWED = (  # next to the weights
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -47,14 +47,20 @@ ALLOWED = (  # beside the weights
     "LICENSE*",
     "README.md",
 )
-OWN = ("eval_result.json", "compression.json")  # optuna-search's notes on the model: they stay here
+OWN = ("eval_result.json", "compression.json")  # optuna-search's notes on the model, which are not packed
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack")
-MOST_LAYERS = 10_000  # or a mere number would fill the memory, once transformers lists them
+MOST_LAYERS = 10_000  # transformers makes a list of them: a larger number could fill the memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One line of the list. found: what was found; where it isn't ok, also what to do."""
+    """One line of the list.
+
+    Attributes:
+        name: The name of the rule.
+        ok: Whether the checkpoint passes it.
+        found: What was found and, where the rule fails, what to do.
+    """
 
     name: str
     ok: bool
@@ -64,11 +70,16 @@ class Rule:
 def check(
     model: Path, *, target: str | None = transformers_version.DEFAULT, max_model_mb: float | None = None
 ) -> list[Rule]:
-    """Every rule of the list, in order, for the checkpoint in `model`.
+    """Check a checkpoint and return every rule of the list, in order.
 
-    target: the version of transformers that is to read it; None: no version is asked for.
-    max_model_mb: of the weights; 1 MB = 1e6 bytes. Raises UsageError when there is no such directory, CheckpointError
-    for a target that is not known.
+    Args:
+        model: The directory of the checkpoint.
+        target: The version of transformers that is to read it; None to require no version.
+        max_model_mb: The largest size of the weights; 1 MB is 1e6 bytes.
+
+    Raises:
+        UsageError: There is no such directory.
+        CheckpointError: The target is not a known version.
     """
     model = Path(model)
     if not model.is_dir():
@@ -89,11 +100,12 @@ def check(
     if all(rule.ok for rule in rules if rule.name in ("config.json", "weights", "tokenizer")):
         rules.append(_rule("loads", lambda: _loads(model)))
     else:
-        rules.append(Rule("loads", False, "not tried; first put right what is above"))
+        rules.append(Rule("loads", False, "not tried; correct what is above first"))
     return rules
 
 
 def _rule(name: str, look: Callable[[], str]) -> Rule:
+    """Return a rule from its check, which returns what it found, or raises CheckpointError with what to do."""
     try:
         return Rule(name, True, look())
     except CheckpointError as error:
@@ -108,56 +120,58 @@ def _config(model: Path) -> str:
         raise CheckpointError("is missing; copy it there, or export the model again")
     values = read_json(path)
     if values is None:
-        raise CheckpointError("is no JSON object; export the model again")
+        raise CheckpointError("is not a JSON object; export the model again")
     for key in SIZES:
         if not isinstance(values.get(key), int):
             raise CheckpointError(f"says {key}: {values.get(key)!r}, which must be a number; export the model again")
     if values["num_hidden_layers"] > MOST_LAYERS:
         raise CheckpointError(
-            f"says num_hidden_layers: {values['num_hidden_layers']}, and no model has so many; export the model again"
+            f"says num_hidden_layers: {values['num_hidden_layers']}, which no model has; export the model again"
         )
     stock_config(values)
     return f"{values.get('model_type')}, {values.get('num_hidden_layers')} layers"
 
 
 def _weights(model: Path, config: Mapping[str, Any]) -> str:
-    """All tensors that the stock model of this config wants, with its shapes, and none left over."""
+    """Check that the tensors are those of the stock model of this config, in its shapes, and no others."""
     tensors = _tensors(model)
-    told = f"{len(tensors)} tensors in safetensors"
+    summary = f"{len(tensors)} tensors in safetensors"
     if config.get("model_type") not in family.names():
-        return f"{told}; {config.get('model_type')} is not known here, so only loading shows whether they are complete"
+        return (
+            f"{summary}; {config.get('model_type')} is not known here, so only loading shows whether they are complete"
+        )
     if config.get("tie_word_embeddings") and HEAD in tensors:
         tensors = _without_tied_head(tensors)
     quantization = config.get("quantization_config")
     if not quantization:
         family.family_of(Checkpoint(copy.deepcopy(dict(config)), tensors))
-        return f"{told}, complete"
+        return f"{summary}, complete"
     if not quantized_tensors.understood(quantization):
         how = quantization.get("format") or quantization.get("quant_method")
-        return f"{told}; {how} is not known here, so only loading shows whether they are complete"
+        return f"{summary}; {how} is not known here, so only loading shows whether they are complete"
     plain = copy.deepcopy({key: value for key, value in config.items() if key != "quantization_config"})
-    unpacked, quantised = quantized_tensors.unpacked(tensors, quantization)
+    unpacked, quantized = quantized_tensors.unpacked(tensors, quantization)
     its_family = family.family_of(Checkpoint(plain, unpacked))
     layers = range(int(config["num_hidden_layers"]))
     linears = [its_family.in_layer(layer, part) for layer in layers for part in its_family.linears]
     if f"{its_family.lm_head}.weight" in unpacked:
         linears.append(its_family.lm_head)
     for linear in linears:
-        asked = quantized_tensors.is_quantised(linear, quantization)
-        if asked != (linear in quantised):
-            stored, should = ("unquantised", "quantised") if asked else ("quantised", "unquantised")
+        asked = quantized_tensors.is_quantized(linear, quantization)
+        if asked != (linear in quantized):
+            stored, should = ("unquantized", "quantized") if asked else ("quantized", "unquantized")
             raise CheckpointError(
-                f"{linear} is {stored}, and config.json says that it is {should}; quantise the model again"
+                f"{linear} is {stored}, and config.json says that it is {should}; quantize the model again"
             )
-    return f"{told}, complete, {len(quantised)} of them quantised ({quantization.get('format')})"
+    return f"{summary}, complete, {len(quantized)} of them quantized ({quantization.get('format')})"
 
 
 def _tensors(model: Path) -> dict[str, LazyTensor]:
-    """Every tensor of every weight file. Raises CheckpointError for files that are not whole, or not all there."""
+    """Return the tensors of all weight files. Raises CheckpointError for files that are cut off or missing."""
     whole, index = (model / WEIGHTS).is_file(), (model / INDEX).is_file()
     if whole and index:
         raise CheckpointError(
-            f"both {WEIGHTS} and {INDEX} are there, and engines differ in which they read; delete one"
+            f"both {WEIGHTS} and {INDEX} are there, and engines differ in which one they read; delete one"
         )
     if not whole and not index:
         raise CheckpointError(f"there is no {WEIGHTS}; save the model as safetensors")
@@ -186,11 +200,11 @@ def _weight_map(model: Path) -> dict[str, str]:
 
 
 def _without_tied_head(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Loaders tie the head to the embedding; a stored one must be just that."""
+    """Return the tensors without the head, which loaders tie to the embedding: a stored one must be equal to it."""
     rest = {name: tensor for name, tensor in tensors.items() if name != HEAD}
     embedding = next((tensor for name, tensor in rest.items() if name.endswith("embed_tokens.weight")), None)
     if embedding is not None and not torch.equal(embedding.load(), tensors[HEAD].load()):
-        raise CheckpointError(f"{HEAD} is not the embedding, and config.json says tie_word_embeddings; say false there")
+        raise CheckpointError(f"{HEAD} is not the embedding, and config.json sets tie_word_embeddings; set it to false")
     return rest
 
 
@@ -244,15 +258,15 @@ def _version(config: Mapping[str, Any], wanted: str) -> str:
 
 
 def _form(model: Path, config: Mapping[str, Any], wanted: str) -> str:
-    """Whether what `wanted` reads in the JSON files is what this version reads."""
-    made = transformers_version.config_for(config, wanted)
-    wrong = [f"config.json: {key}" for key in made if key != "transformers_version" and made[key] != config.get(key)]
+    """Check that transformers `wanted` reads the JSON files as this version does."""
+    read = transformers_version.config_for(config, wanted)
+    wrong = [f"config.json: {key}" for key in read if key != "transformers_version" and read[key] != config.get(key)]
     if transformers_version.in_old_form(wanted) and "dtype" in config:
         wrong.append("config.json: dtype")
-    of_tokenizer = read_json(model / "tokenizer_config.json") or {}
-    there = (model / "tokenizer.json").is_file()
-    for key, value in transformers_version.tokenizer_config_for(of_tokenizer, wanted, tokenizer_json=there).items():
-        if value != of_tokenizer.get(key):
+    tokenizer = read_json(model / "tokenizer_config.json") or {}
+    fast = (model / "tokenizer.json").is_file()
+    for key, value in transformers_version.tokenizer_config_for(tokenizer, wanted, tokenizer_json=fast).items():
+        if value != tokenizer.get(key):
             wrong.append(f"tokenizer_config.json: {key}")
     if wrong:
         raise CheckpointError(f"transformers {wanted} would misread {', '.join(wrong)}; {_again(wanted)}")
@@ -264,7 +278,7 @@ def _again(wanted: str) -> str:
 
 
 def _loads(model: Path) -> str:
-    """Stock transformers, a few tokens. Raises CheckpointError with its reason."""
+    """Check that stock transformers loads the checkpoint, with all of its tensors, and gives finite logits."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -283,7 +297,7 @@ def _loads(model: Path) -> str:
         )
         with torch.inference_mode():
             logits = loaded.eval()(torch.arange(min(4, loaded.config.vocab_size))[None], use_cache=False).logits
-    except Exception as error:  # whatever the library raises for a directory from outside
+    except Exception as error:  # the library may raise anything for a directory from elsewhere
         first = (" ".join(str(error).split()) or type(error).__name__)[:200]
         raise CheckpointError(f"stock transformers can't run it ({first}); export the model again") from None
     finally:

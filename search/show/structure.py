@@ -1,4 +1,4 @@
-"""The structure of a model as tables and trees."""
+"""Shows the structure of a model (`search.by_hand.analyze`) as tables and trees."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_TREES = 4  # of layers that differ
 
 
 def render(found: dict[str, Any]) -> RenderableType:
-    """What `analyze` found, as lines, tables and the tree of one layer. 1 MB = 1e6 bytes."""
+    """Return a model's structure as lines, tables and the tree of one layer. 1 MB is 1e6 bytes."""
     shown: list[RenderableType] = [*_summary(found), Text(), _parts_table(found), Text()]
     if found["layers"]:
         shown += [_tree(found), Text(), _layers(found), Text()]
@@ -25,7 +25,7 @@ def render(found: dict[str, Any]) -> RenderableType:
 
 
 def _summary(found: Mapping[str, Any]) -> list[Text]:
-    how = f", quantised ({_plain(found['quantization'])})" if found["quantization"] else ""
+    how = f", quantized ({_plain(found['quantization'])})" if found["quantization"] else ""
     size = f"{count(found['parameters'])} parameters, {megabytes(found['bytes'])} MB"
     if found["decode_bytes"] is not None:
         size += f"; a decode step reads {megabytes(found['decode_bytes'])} MB"
@@ -61,7 +61,7 @@ def _parts_table(found: Mapping[str, Any]) -> Table:
 
 
 def _tree(found: Mapping[str, Any]) -> RenderableType:
-    """One layer of each kind, with the shapes of its weights, [out, in]."""
+    """Return one layer of each kind, with the shapes of its weights, [out, in]."""
     runs = _runs(found["layers"])
     shown = runs[:MOST_TREES]
     trees = [_layer_tree(run, alone=len(runs) == 1) for run in shown]
@@ -84,18 +84,18 @@ def _layer_tree(run: list[dict[str, Any]], alone: bool) -> RenderableType:
             continue
         branch = tree.add(Text(f"{part['name']}  {count(part['parameters'])}  {megabytes(part['bytes'])} MB"))
         for weight in part["parts"]:
-            of_that = f"  {weight['dtype']}" if weight["dtype"] and len({w["dtype"] for w in weights}) > 1 else ""
+            dtype = f"  {weight['dtype']}" if weight["dtype"] and len({w["dtype"] for w in weights}) > 1 else ""
             branch.add(
                 Text(
                     f"{_plain(weight['name']):<{name_width}}  {shapes[id(weight)]:<{shape_width}}  "
-                    f"{count(weight['parameters']):>7}{of_that}"
+                    f"{count(weight['parameters']):>7}{dtype}"
                 )
             )
     return tree
 
 
 def _layers(found: Mapping[str, Any]) -> RenderableType:
-    """Every layer where importance was measured; else the kinds of layers there are."""
+    """Return a table of all layers where importance was measured, else of the kinds of layers."""
     layers = found["layers"]
     runs = _runs(layers)
     alike = len(runs) == 1
@@ -132,7 +132,9 @@ def _layers(found: Mapping[str, Any]) -> RenderableType:
 
 def _cuts_table(found: Mapping[str, Any]) -> Table:
     cuts = found["cuts"]
-    head = any(cut["decode_bytes_saved"] != cut["bytes_saved"] for cut in cuts)  # an untied embedding is hardly read
+    head = any(
+        cut["decode_bytes_saved"] != cut["bytes_saved"] for cut in cuts
+    )  # a decode step reads little of an untied embedding
     reasons = any(cut["infeasible"] for cut in cuts)
     columns = ["cut", "parameters", "MB", "share", *(["MB a step"] if head else [])]
     table = _table("What could be cut, and what each alone would save", *columns)
@@ -151,7 +153,7 @@ def _cuts_table(found: Mapping[str, Any]) -> Table:
 
 
 def _runs(layers: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Neighbours that are alike, together."""
+    """Return the layers in runs of neighbours that are alike."""
     return [list(run) for _, run in itertools.groupby(layers, key=lambda layer: layer["parts"])]
 
 
@@ -166,7 +168,7 @@ def _shape(weight: Mapping[str, Any]) -> str:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """The first column is words, the others are numbers."""
+    """Return a table with words in its first column and numbers in the others."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for place, name in enumerate(columns):
         table.add_column(name, justify="right" if place else "left", no_wrap=True)
@@ -174,12 +176,12 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _plain(text: object) -> str:
-    """What a file from outside says, without what would move a terminal's cursor."""
+    """Return text from a file without the characters that would move a terminal's cursor."""
     return "".join(letter if letter.isprintable() else "�" for letter in str(text))
 
 
 def count(number: int) -> str:
-    """1.28B, 134.52M, 35.1k, 576."""
+    """Return a number in short, such as `1.28B`, `134.52M`, `35.1k` or `576`."""
     for size, letter, digits in ((1e9, "B", 2), (1e6, "M", 2), (1e3, "k", 1)):
         if abs(number) >= size:
             return f"{number / size:.{digits}f}{letter}"
@@ -187,8 +189,10 @@ def count(number: int) -> str:
 
 
 def megabytes(number: int) -> str:
+    """Return a number of bytes in MB (1e6 bytes)."""
     return "<0.01" if 0 < number < 5000 else f"{number / 1e6:,.2f}"
 
 
 def percent(share: float) -> str:
+    """Return a share in percent."""
     return "<0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"

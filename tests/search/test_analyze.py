@@ -134,7 +134,7 @@ def test_an_untied_model_says_what_a_step_no_longer_reads(write_pico_model, tmp_
     assert hidden["bytes_saved"] - hidden["decode_bytes_saved"] == embedding
 
 
-def test_a_quantised_model_says_why_it_cannot_be_cut(write_pico_model, tmp_path):
+def test_a_quantized_model_says_why_it_cannot_be_cut(write_pico_model, tmp_path):
     base = Checkpoint.read(write_pico_model(tmp_path / "base", "llama", head_dim=16))
     plan = dataclasses.replace(CompressionPlan.identity(base.config), precision="W8A8")
     build.apply(plan, base, family_of(base), None).write(tmp_path / "made")
@@ -144,7 +144,7 @@ def test_a_quantised_model_says_why_it_cannot_be_cut(write_pico_model, tmp_path)
     shown = text(found, width=400)
     assert "nothing can be cut: model" in shown
     assert "is quantised already (compressed-tensors)" in shown
-    assert "quantised (compressed-tensors int-quantized)" in shown
+    assert "quantized (compressed-tensors int-quantized)" in shown
     assert line(shown, "self_attn.q_proj          [")[1:] == ["[96,", "96]", "9.2k", "int8"]
     assert line(shown, "input_layernorm           [")[1:] == ["[96]", "96", "bfloat16"]
 
@@ -165,7 +165,7 @@ def test_layers_that_differ_are_told_apart_and_names_move_no_cursor(pico_llama, 
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-def test_any_terminal_will_do(pico_llama, width):
+def test_no_line_is_wider_than_the_terminal(pico_llama, width):
     shown = text(analyze.analyze(pico_llama, importance(INFLUENCE)), width)
     assert max(map(len, shown.splitlines())) <= width
 

@@ -51,7 +51,7 @@ def draw(kind, path, found):
 
 
 @pytest.mark.parametrize("kind", ["structure", "scores", "shards"])
-def test_png(kind, found, tmp_path):
+def test_a_png_has_a_sensible_size_and_all_colors(kind, found, tmp_path):
     path = draw(kind, tmp_path / "new" / "plot.png", found)
     assert path == tmp_path / "new" / "plot.png"
     assert os.listdir(path.parent) == ["plot.png"]
@@ -70,7 +70,7 @@ def test_png(kind, found, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["structure", "scores", "shards"])
-def test_html_needs_nothing_else(kind, found, tmp_path):
+def test_html_needs_no_other_file_and_shows_the_values(kind, found, tmp_path):
     path = draw(kind, tmp_path / "plot.html", found)
     assert os.listdir(tmp_path) == ["plot.html"]
     page = path.read_text(encoding="utf-8")
@@ -123,7 +123,7 @@ def test_every_model_its_errors_and_the_baseline_are_in_the_window():
     assert low < 1 < high
 
 
-def test_labels_lie_beside_each_other_and_inside():
+def test_labels_cover_neither_each_other_nor_the_edge():
     """Twelve models on one spot: each name can still be read."""
     rows = [a_row(f"model_{n}", 0.7 + n / 1e4, 0.18, score=0.44) for n in range(12)]
     figure = scores_plot._scores_png(scores_plot.points_of(rows), (0.5, 0.5))

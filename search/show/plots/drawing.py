@@ -22,13 +22,22 @@ FONTS = ("DejaVu Sans", "Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malg
 
 
 def require_suffix(path: Path) -> None:
-    """Raises UsageError for a path that ends in neither .png nor .html; worth asking before anything is measured."""
+    """Raise UsageError for a path that ends in neither .png nor .html; ask this before anything is measured."""
     if path.suffix not in (".png", ".html"):
         raise UsageError(f"plot {path}: ends in {path.suffix or 'nothing'!r}; choose a name that ends in .png or .html")
 
 
 def write(path: Path, png: Callable[[], Figure], page: Callable[[], Any]) -> Path:
-    """Written beside its place and renamed. Raises UsageError for another suffix or a place that can't be written."""
+    """Write a plot, which appears whole or not at all, and return its path.
+
+    Args:
+        path: The .png or .html file to write.
+        png: Draws the plot with matplotlib.
+        page: Draws the plot with plotly.
+
+    Raises:
+        UsageError: The path has another suffix, or it can't be written.
+    """
     path = Path(path)
     require_suffix(path)
     try:
@@ -38,7 +47,7 @@ def write(path: Path, png: Callable[[], Figure], page: Callable[[], Any]) -> Pat
             if path.suffix == ".png":
                 _save(png, written)
             else:
-                # plotly's own button would send the numbers to its maker
+                # plotly's own button would send the numbers to its vendor
                 config = {"displaylogo": False, "showSendToCloud": False}
                 plotly.io.write_html(page(), written, include_plotlyjs=True, include_mathjax=False, config=config)
             written.replace(path)
@@ -48,9 +57,9 @@ def write(path: Path, png: Callable[[], Figure], page: Callable[[], Any]) -> Pat
 
 
 def _save(png: Callable[[], Figure], path: Path) -> None:
-    there = set(font_manager.fontManager.get_font_names())
+    installed = set(font_manager.fontManager.get_font_names())
     style: Any = {
-        "font.family": [font for font in FONTS if font in there],  # names of models may be Korean
+        "font.family": [font for font in FONTS if font in installed],  # names of models may be Korean
         "font.size": 9,
         "text.parse_math": False,  # a $ in a name is a $
         "text.color": INK,
@@ -70,13 +79,14 @@ def _save(png: Callable[[], Figure], path: Path) -> None:
 
 
 def figure_of(width: float, height: float) -> Figure:
-    """Of width × height inches."""
+    """Return an empty figure; width and height are in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def page_of(figure: Any, title: str, height: int) -> Any:
+    """Give a plotly figure the common layout and return it; the height is in pixels."""
     figure.update_layout(
         title=title,
         template="plotly_white",

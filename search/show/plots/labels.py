@@ -1,4 +1,4 @@
-"""Where the labels of points go, so that none covers another."""
+"""Places the labels of points so that none covers another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from search.show.plots.drawing import GREY
 
 
 def put_labels(axes: Axes, labels: Sequence[tuple[float, float, str]], taken: list[Bbox], best: int | None) -> None:
-    """Beside each point where there is room, further off with a thin line where there is not. labels: (x, y, text)."""
+    """Put each label next to its point, or further off with a thin line where there is no room.
+
+    Args:
+        axes: The axes, drawn once already.
+        labels: The labels as (x, y, text), in the units of the axes.
+        taken: Boxes in pixels that no label may cover; the labels' own are added to it.
+        best: The index of the label in bold.
+    """
     points = axes.transData.transform([(x, y) for x, y, _ in labels])
     scale = axes.figure.dpi / 72
     taken += [Bbox.from_extents(a - 7, b - 7, a + 7, b + 7) for a, b in points]
@@ -49,7 +56,7 @@ def put_labels(axes: Axes, labels: Sequence[tuple[float, float, str]], taken: li
 
 
 def _around() -> list[tuple[float, float, Literal["left", "center", "right"]]]:
-    """Places of a label around its point, in points, nearest first."""
+    """Return places of a label around its point, as offsets in points and an alignment, nearest first."""
     sides = ((0.6, 0.9), (1, 0), (-1, 0), (0, 1.2), (0, -1.2), (0.6, -0.9), (-0.6, 0.9), (-0.6, -0.9))
     return [
         (dx * reach, dy * reach, "left" if dx > 0 else "right" if dx < 0 else "center")
@@ -59,5 +66,6 @@ def _around() -> list[tuple[float, float, Literal["left", "center", "right"]]]:
 
 
 def overlap(box: Bbox, other: Bbox) -> float:
+    """Return the area that two boxes share."""
     shared = Bbox.intersection(box, other)
     return 0.0 if shared is None else float(shared.width * shared.height)

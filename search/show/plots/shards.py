@@ -16,7 +16,19 @@ from search.show.plots.drawing import BLUE, GREY, INK, ORANGE, figure_of, page_o
 
 
 def plot_shards(base_nll: Sequence[float], nll: Sequence[float], path: Path) -> Path:
-    """The loss of the model and of the baseline on each shard of the text, nats per token, and what the model loses."""
+    """Plot the loss of the model and the baseline on each shard of the text, and the difference.
+
+    Args:
+        base_nll: The baseline's loss on each shard, in nats per token.
+        nll: The model's loss on each shard, in nats per token.
+        path: The .png or .html file to write.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        UsageError: There are no shards, the numbers of shards differ, or the file can't be written.
+    """
     if not base_nll or len(base_nll) != len(nll):
         raise UsageError(
             f"plot {path}: {len(nll)} shards of the model and {len(base_nll)} of the baseline; measure both on "
@@ -26,7 +38,7 @@ def plot_shards(base_nll: Sequence[float], nll: Sequence[float], path: Path) -> 
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error, nan for a single value."""
+    """Return the mean and its standard error, which is nan for a single value."""
     mean = sum(values) / len(values)
     if len(values) == 1:
         return mean, math.nan

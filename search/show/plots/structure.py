@@ -15,8 +15,8 @@ from plotly.subplots import make_subplots
 
 from search.show.plots.drawing import BLUE, INK, ORANGE, figure_of, page_of, write
 
-SHADES = ("#3b6ea5", "#6690bd", "#93b2d3", "#bfd1e5")  # of the weights of one part
-FIRST = 3  # layers to go that are marked
+SHADES = ("#3b6ea5", "#6690bd", "#93b2d3", "#bfd1e5")  # for the weights of one part
+FIRST = 3  # layers that would be dropped first and are marked
 PARTS = {
     "embedding": "embedding",
     "attention": "attention",
@@ -28,7 +28,18 @@ PARTS = {
 
 
 def plot_structure(found: Mapping[str, Any], path: Path) -> Path:
-    """What `search.analyze.analyze` found: MB by part, and importance by layer where it was measured."""
+    """Plot a model's structure: MB by part, and importance by layer where it was measured.
+
+    Args:
+        found: The structure (`search.by_hand.analyze.analyze`).
+        path: The .png or .html file to write.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        UsageError: The path has another suffix, or it can't be written.
+    """
     return write(path, lambda: _structure_png(found), lambda: _structure_html(found))
 
 
@@ -107,7 +118,7 @@ def _bars_of_layers(axes: Axes, layers: Sequence[Mapping[str, Any]], order: Sequ
 
 
 def _skewed(values: Sequence[float]) -> bool:
-    """Whether a linear axis would show little but the largest: the first and the last layer often do most."""
+    """Return whether a linear axis would hide all values except the largest; the outer layers often do most."""
     return min(values) > 0 and max(values) > 10 * sorted(values)[len(values) // 2]
 
 
