@@ -1,8 +1,8 @@
-"""The best trials of a study, each distilled from the base model, quantised again, measured again, and ranked.
+"""Distils the best trials of a study from the base model, quantizes and measures them again, and ranks them.
 
 A finalist's structure is distilled in the base model's own dtype, once for all finalists that share it, and kept under
-outputs/distilled; its plan's precision is applied to what comes out. All of it goes on where a killed call was, and
-what is there under the same settings is neither distilled nor measured again.
+outputs/distilled; its plan's precision is applied to the result. A killed call is resumed where it was. A model that
+is there under the same settings is neither distilled nor measured again.
 """
 
 from __future__ import annotations
@@ -25,22 +25,30 @@ from compressors.model.transformers_version import in_old_form
 from compressors.plan import DESCRIPTION, CompressionPlan, canonical, name_of
 from evaluator import measure
 from search.by_hand import distill, evaluate, multirun
+from search.by_hand.evaluation import Evaluation
 from search.config.study_file import StudyFile
 from search.errors import UsageError
 from search.failures import FAILURES, why
 from search.files import read_json
 from search.setup.machine import require_disk
 from search.setup.setting import Say, Setting, prepare
+from search.show.study_state import (
+    BestOfAll,
+    FinalistResult,
+    FinalistRow,
+    FinalistScore,
+    PassedOver,
+    finalists_by_score,
+)
 from search.stages.bench import Bench
 from search.study import status, workers
 
 SUBMIT = Path("submit")
-KEYS = ("score", "score_se", "perf_norm", "perf_norm_se", "speed_norm", "speed_norm_se", "kl_nats_per_token")
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What is to be done with a study's `top` best trials, checked as far as that goes without them."""
+    """What is to be done with a study's `top` best trials, checked as far as possible without them."""
 
     top: int
     setting: Setting
@@ -49,12 +57,17 @@ class Wanted:
 
     @property
     def target(self) -> str | None:
+        """The version of transformers that is to read the models; None for the running one."""
         return self.setting.file.export.for_transformers
 
 
 @dataclasses.dataclass(frozen=True)
 class Finalist:
-    """structure: its plan in the base model's dtype, which is what is distilled."""
+    """A finalist is a trial whose model is distilled.
+
+    Attributes:
+        structure: Its plan in the base model's dtype, in which it is distilled.
+    """
 
     trial: FrozenTrial
     plan: CompressionPlan
@@ -63,16 +76,30 @@ class Finalist:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """rows: of the finalists, the best first. passed_over: trial and reason of those that had nothing to win."""
+    """What came of the finalists.
 
-    rows: list[dict[str, Any]]
-    passed_over: list[dict[str, Any]]
+    Attributes:
+        rows: A row for each finalist, the best first.
+        passed_over: The trials that were not distilled because distillation has nothing to win there.
+    """
+
+    rows: tuple[FinalistRow, ...]
+    passed_over: tuple[PassedOver, ...]
 
 
 def wanted_of(file: StudyFile, top: int, tokens: int, count: int, say: Say) -> Wanted:
-    """What can be known before the study runs. count: of the study's workers, as they decide how it measures.
+    """Return what is to be done, as far as it can be known before the study runs.
 
-    Raises UsageError and its kin, CompressionError for settings that can't be trained with.
+    Args:
+        file: The study file.
+        top: The number of finalists.
+        tokens: The number of tokens that each distillation trains on.
+        count: The number of the study's workers, which decides how it measures.
+        say: Is called with the current step.
+
+    Raises:
+        UsageError: The study file can't be used.
+        CompressionError: Its distillation can't train with these settings.
     """
     setting = workers.shared(prepare(file, say), count)
     settings = distill.settings_of(setting, tokens)
@@ -82,24 +109,24 @@ def wanted_of(file: StudyFile, top: int, tokens: int, count: int, say: Say) -> W
     return Wanted(top, setting, settings, distill.text_of(setting, settings))
 
 
-def choose(study: optuna.Study, top: int, base: CompressionPlan) -> tuple[list[Finalist], list[dict[str, Any]]]:
-    """The best measured trials of different plans that cut something, and those before them that cut nothing."""
+def choose(study: optuna.Study, top: int, base: CompressionPlan) -> tuple[list[Finalist], list[PassedOver]]:
+    """Return the best measured trials of different plans that cut something, and better ones that cut nothing."""
     chosen: list[Finalist] = []
-    passed_over: list[dict[str, Any]] = []
+    passed_over: list[PassedOver] = []
     seen = set()
     for trial in _ranked(study):
         if len(chosen) == top:
             break
-        its = CompressionPlan.from_dict(trial.user_attrs["plan"])
-        if its in seen:
+        plan = CompressionPlan.from_dict(trial.user_attrs["plan"])
+        if plan in seen:
             continue
-        seen.add(its)
-        structure = canonical(dataclasses.replace(its, precision=base.precision), base)
+        seen.add(plan)
+        structure = canonical(dataclasses.replace(plan, precision=base.precision), base)
         if structure == base:
-            reason = f"{name_of(its, base)} cuts nothing: in {base.precision} there is nothing to win back"
-            passed_over.append({"trial": trial.number, "reason": reason})
+            reason = f"{name_of(plan, base)} cuts nothing: in {base.precision} there is nothing to win back"
+            passed_over.append(PassedOver(trial.number, reason))
         else:
-            chosen.append(Finalist(trial, its, structure))
+            chosen.append(Finalist(trial, plan, structure))
     return chosen, passed_over
 
 
@@ -110,63 +137,69 @@ def _ranked(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def distil(wanted: Wanted, study: optuna.Study, say: Say, warn: Say, words: Sequence[str] = ()) -> Outcome:
-    """Distil, quantise and measure the study's finalists: submit/model_kd_NAME, and their rows in the study's storage.
+    """Distil, quantize and measure the study's finalists in submit/model_kd_NAME; store their rows with the study.
 
-    One that can't be made or measured has its reason in its row, and the others go on. words: of the command line that
-    chose the study file. KeyboardInterrupt leaves what is done, and a later call does the rest.
+    A finalist that can't be made or measured has its reason in its row, and the next one begins. KeyboardInterrupt
+    leaves what is done; a later call does the rest.
+
+    Args:
+        wanted: What is to be done.
+        study: The study.
+        say: Is called with the current step.
+        warn: Is called with a warning.
+        words: The words of the command line that chose the study file.
     """
-    setting = wanted.setting
-    finalists, passed_over = choose(study, wanted.top, setting.identity)
+    finalists, passed_over = choose(study, wanted.top, wanted.setting.identity)
     for one in passed_over:
-        warn(f"trial {one['trial']} is not distilled: {one['reason']}")
+        warn(f"trial {one.trial} is not distilled: {one.reason}")
     if len(finalists) < wanted.top:
         warn(f"--distill-top {wanted.top}: the study has {len(finalists)} measured plans that cut something")
-    paths = dict(zip([one.trial.number for one in finalists], _paths(finalists, setting), strict=True))
-    rows: dict[int, dict[str, Any]] = {}
+    paths = list(_paths(finalists, wanted.setting))
+    rows: dict[int, FinalistRow] = {}
 
-    def failed(finalist: Finalist, error: Exception) -> None:
-        number, path = finalist.trial.number, paths[finalist.trial.number]
-        rows[number] = {**_begun(finalist, path), **why(error)}
+    def failed(finalist: Finalist, path: Path, error: Exception) -> None:
+        number, told = finalist.trial.number, why(error)
+        row = dataclasses.replace(_begun(finalist, path), failure=told["failure"], reason=told["reason"])
+        rows[number] = row
         earlier = _measured(study, number)
-        stays = "" if earlier is None else f"; the result that {earlier['path']} has from an earlier call stays"
-        warn(f"trial {number}, {path.name}: {rows[number]['reason']}{stays}")
+        stays = "" if earlier is None else f"; the result that {earlier.path} has from an earlier call stays"
+        warn(f"trial {number}, {path.name}: {row.reason}{stays}")
         if earlier is None:
-            _store(study, rows[number])
+            _store(study, row)
 
-    with Bench(setting, say) as bench:
-        for place, finalist in enumerate(finalists):  # all of them before an engine takes its memory
+    with Bench(wanted.setting, say) as bench:
+        for place, (finalist, path) in enumerate(zip(finalists, paths, strict=True)):
+            # all of them are made before an engine takes its memory
 
             def said(text: str, where: str = f"finalist {place + 1} of {len(finalists)}") -> None:
                 say(f"{where}: {text}")
 
             bench.say = said
             try:
-                _make(finalist, paths[finalist.trial.number], wanted, study, bench)
+                _make(finalist, path, wanted, study, bench)
             except FAILURES as error:
-                failed(finalist, error)
+                failed(finalist, path, error)
         bench.say = say
-        for finalist in finalists:
-            number, path = finalist.trial.number, paths[finalist.trial.number]
-            if number in rows:
+        for finalist, path in zip(finalists, paths, strict=True):
+            if finalist.trial.number in rows:
                 continue
             try:
-                found = evaluate.known(path, setting)
-                fresh = found is None
-                found = found or multirun.evaluate(bench, path, path.name, warn, words)
+                known = evaluate.known(path, wanted.setting)
+                evaluation = known or multirun.evaluate(bench, path, path.name, warn, words)
             except FAILURES as error:
-                failed(finalist, error)
+                failed(finalist, path, error)
                 continue
-            rows[number] = _row(finalist, path, found)
-            _store(study, rows[number])
-            rows[number] = {**rows[number], "reused": not fresh}
-    return Outcome(status.by_score(list(rows.values())), passed_over)
+            row = _row(finalist, path, evaluation)
+            _store(study, row)
+            rows[finalist.trial.number] = dataclasses.replace(row, reused=known is not None)
+    return Outcome(tuple(finalists_by_score(rows.values())), tuple(passed_over))
 
 
 # -- where each goes -----------------------------------------------------------------------------------------
 
 
 def _paths(finalists: Sequence[Finalist], setting: Setting) -> Iterator[Path]:
-    """submit/model_kd_NAME; _trialN behind it where that holds another model than this plan's."""
+    """Yield each finalist's directory: submit/model_kd_NAME, with _trialN where that holds another plan's model."""
     for finalist in finalists:
         path = SUBMIT / f"model_kd_{name_of(finalist.plan, setting.identity)}"
         if path.exists() and not _is_of(path, finalist.plan, setting):
@@ -174,14 +207,15 @@ def _paths(finalists: Sequence[Finalist], setting: Setting) -> Iterator[Path]:
         yield path
 
 
-def _is_of(path: Path, its: CompressionPlan, setting: Setting) -> bool:
-    """Whether a finalist of this plan and base model is there, however it was distilled."""
-    return bool(_distilled(path).get("plan_digest") == setting.plan_digest(its))
+def _is_of(path: Path, plan: CompressionPlan, setting: Setting) -> bool:
+    """Return whether `path` holds a finalist of this plan and base model, however it was distilled."""
+    return bool(_distilled(path).get("plan_digest") == setting.plan_digest(plan))
 
 
 def _distilled(path: Path) -> Mapping[str, Any]:
-    found = (read_json(path / DESCRIPTION) or {}).get("distilled")
-    return found if isinstance(found, dict) else {}
+    """Return how the model in `path` was distilled; nothing where there is no such model."""
+    how = (read_json(path / DESCRIPTION) or {}).get("distilled")
+    return how if isinstance(how, dict) else {}
 
 
 # -- how each is made ----------------------------------------------------------------------------------------
@@ -208,18 +242,19 @@ def _make(finalist: Finalist, path: Path, wanted: Wanted, study: optuna.Study, b
 
 
 def _is_there(path: Path, key: str, finalist: Finalist, wanted: Wanted) -> bool:
-    there = read_json(path / DESCRIPTION) or {}
+    """Return whether `path` holds this finalist, distilled by the settings with this `key`, for the same target."""
+    described = read_json(path / DESCRIPTION) or {}
     return (
         _is_of(path, finalist.plan, wanted.setting)
         and _distilled(path).get("distillation") == key
-        and there.get("for_transformers") == wanted.target
+        and described.get("for_transformers") == wanted.target
         and (path / checkpoint.WEIGHTS).is_file()
-        and there.get("weights_sha256") == measure.weights_sha256_of(path)
+        and described.get("weights_sha256") == measure.weights_sha256_of(path)
     )
 
 
 def _drop_student(digest: str, study: optuna.Study, setting: Setting) -> None:
-    """What was built to be distilled goes, unless it is a trial's checkpoint: those stay by the study's own rule."""
+    """Delete what was built to be distilled, except a trial's checkpoint: those stay by the study's own rule."""
     if any(trial.user_attrs.get("checkpoint") == digest for trial in study.get_trials(deepcopy=False)):
         workers.keep_best_checkpoints(study, setting)
     else:
@@ -227,11 +262,11 @@ def _drop_student(digest: str, study: optuna.Study, setting: Setting) -> None:
 
 
 def _apply_precision(finalist: Finalist, source: Path, path: Path, key: str, wanted: Wanted, say: Say) -> None:
-    """The distilled model in `source` in the finalist's precision, with second moments of its own."""
+    """Write the distilled model in `source` to `path`, in the finalist's precision, with second moments of its own."""
     setting = wanted.setting
     distilled = checkpoint.Checkpoint.read(source)
     own = CompressionPlan.identity(distilled.config)
-    to_apply = canonical(finalist.plan, own)  # its dimensions are those of `own`: precision is what is left
+    to_apply = canonical(finalist.plan, own)  # the dimensions are those of `own` already: precision is left
     its_family = family.family_of(distilled)
     moments = None
     if build.needs_moments(to_apply):
@@ -263,53 +298,53 @@ def _apply_precision(finalist: Finalist, source: Path, path: Path, key: str, wan
         release(setting.device)
 
 
-# -- what is said of each ------------------------------------------------------------------------------------
+# -- rows ----------------------------------------------------------------------------------------------------
 
 
-def _begun(finalist: Finalist, path: Path) -> dict[str, Any]:
-    attrs = finalist.trial.user_attrs
-    return {
-        "trial": finalist.trial.number,
-        "name": path.name,
-        "path": str(path),
-        "before": {key: attrs.get(key) for key in KEYS} | {"score": finalist.trial.value},
-    }
+def _begun(finalist: Finalist, path: Path) -> FinalistRow:
+    trial = finalist.trial
+    before = FinalistScore.from_dict({**trial.user_attrs, "score": trial.value})
+    return FinalistRow(trial.number, path.name, str(path), before)
 
 
-def _row(finalist: Finalist, path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
-    how = _distilled(path)
-    return {
-        **_begun(finalist, path),
-        "weights_sha256": found["measurement"]["weights_sha256"],
-        "after": {**{key: found[key] for key in KEYS[:-1]}, KEYS[-1]: found["measurement"][KEYS[-1]]},
-        "tokens": how["tokens"],
-        "seconds": round(how["seconds"], 1),
-        "held_out_kl": [how["kl_before"], how["kl_best"]],
-        "stopped": how["stopped"],
-    }
+def _row(finalist: Finalist, path: Path, evaluation: Evaluation) -> FinalistRow:
+    how, measured = _distilled(path), evaluation.measurement
+    after = FinalistScore(**dataclasses.asdict(evaluation.score), kl_nats_per_token=measured.kl_nats_per_token)
+    result = FinalistResult(
+        after=after,
+        tokens=how["tokens"],
+        seconds=round(how["seconds"], 1),
+        held_out_kl=(how["kl_before"], how["kl_best"]),
+        stopped=how["stopped"],
+        weights_sha256=measured.weights_sha256,
+    )
+    return dataclasses.replace(_begun(finalist, path), result=result)
 
 
-def _store(study: optuna.Study, row: Mapping[str, Any]) -> None:
-    """In place of what was said of this trial before."""
-    others = [one for one in study.user_attrs.get(status.DISTILLED, []) if one["trial"] != row["trial"]]
-    study.set_user_attr(status.DISTILLED, [*others, dict(row)])
+def _store(study: optuna.Study, row: FinalistRow) -> None:
+    """Store the row in place of an earlier one of the same trial."""
+    others = [one for one in study.user_attrs.get(status.DISTILLED, []) if one["trial"] != row.trial]
+    study.set_user_attr(status.DISTILLED, [*others, row.to_dict()])
 
 
-def _measured(study: optuna.Study, number: int) -> Mapping[str, Any] | None:
-    """What was measured of this trial's distilled model before, if that very model is still where it was."""
-    for row in study.user_attrs.get(status.DISTILLED, []):
-        if row["trial"] == number and "after" in row and status.is_there(row):
-            same = row.get("weights_sha256") == measure.weights_sha256_of(Path(row["path"]))
+def _measured(study: optuna.Study, number: int) -> FinalistRow | None:
+    """Return the row of the trial's distilled model, if the very model that was measured is still in its place."""
+    for row in status.distilled_of(study):
+        if row.trial == number and row.result is not None and status.is_there(row):
+            same = row.result.weights_sha256 == measure.weights_sha256_of(Path(row.path))
             return row if same else None
     return None
 
 
-def commands(best: Mapping[str, Any], words: Sequence[str], study_words: Sequence[str]) -> list[str]:
-    """The command lines that pack the best model of all (`status.best_of_all`).
+def commands(best: BestOfAll, words: Sequence[str], study_words: Sequence[str]) -> list[str]:
+    """Return the command lines that pack the best model of all.
 
-    words: that choose the study file; study_words: and its study in the storage.
+    Args:
+        best: The best model of all.
+        words: The words of the command line that chose the study file.
+        study_words: The words that chose the study in the storage.
     """
-    if best["path"] is not None:
-        return [shlex.join(["optuna-search", "package", *words, "--model", best["path"]])]
-    exported = ["optuna-search", "export", *words, *study_words, "--trial", str(best["trial"])]
+    if best.path is not None:
+        return [shlex.join(["optuna-search", "package", *words, "--model", best.path])]
+    exported = ["optuna-search", "export", *words, *study_words, "--trial", str(best.trial)]
     return [shlex.join(exported), shlex.join(["optuna-search", "package", *words])]

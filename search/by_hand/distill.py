@@ -1,6 +1,6 @@
-"""Distillation: a compressed model learns from the model that it was made of, and is written to a place of its own.
+"""Distils a compressed model from the model that it was made of, and writes the result to its own directory.
 
-Trained on the calibration text; judged, while it trains, on documents of it that it does not see.
+The model is trained on a part of the calibration text and evaluated on the other part while it trains.
 """
 
 from __future__ import annotations
@@ -28,29 +28,35 @@ from search.setup.machine import require_disk
 from search.setup.setting import Say, Setting
 from search.setup.texts import calibration_documents, tokenizer_of
 
-HELD_OUT = 0.1  # of the calibration text's documents
+HELD_OUT = 0.1  # share of the calibration text's documents
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Windows of token ids. held_out: of documents that `windows` has nothing of."""
+    """The text of a distillation, as windows of token ids.
+
+    Attributes:
+        windows: The windows to train on.
+        held_out: The windows to evaluate on, from other documents.
+    """
 
     windows: list[list[int]]
     held_out: list[list[int]]
 
     @functools.cached_property
     def digest(self) -> str:
+        """The digests of both parts."""
         return f"{texts.text_digest(self.windows)} {texts.text_digest(self.held_out)}"
 
 
 def settings_of(setting: Setting, tokens: int) -> Distillation:
-    """The study file's `distillation`, on windows of text.window tokens."""
+    """Return the settings of the study file's `distillation`, for `tokens` tokens in windows of text.window."""
     section = setting.file.distillation
     return Distillation(tokens=tokens, window=setting.file.text.window, **section.model_dump(exclude={"tokens"}))
 
 
 def text_of(setting: Setting, settings: Distillation) -> Text:
-    """All that the calibration text has, split by document. Raises UsageError where that is too little."""
+    """Return the whole calibration text, split by document. Raises UsageError where a part has no window."""
     trained, kept = texts.split(calibration_documents(setting.file), 1.0 - HELD_OUT)
     tokenizer = tokenizer_of(setting.base_path)
     windows, held_out = (texts.all_windows(tokenizer, documents, settings.window) for documents in (trained, kept))
@@ -72,17 +78,28 @@ def distil(
     *,
     text: Text | None = None,
 ) -> Distilled:
-    """Distil the checkpoint in `student_path` from the study file's model into `to`.
+    """Distil a checkpoint from the study file's model.
 
-    Its state is kept under outputs/ until `to` is written, so that a killed call goes on. target: the version of
-    transformers that is to read it. text: `text_of` this setting, where it is at hand. Raises UsageError and
-    CompressionError.
+    The state is kept under outputs/ until the result is written, so that a killed call can be resumed.
+
+    Args:
+        setting: The setting of the study file.
+        student_path: The directory of the checkpoint that is trained.
+        tokens: The number of tokens to train on.
+        to: The directory to write.
+        target: The version of transformers that is to read the result; None for the running one.
+        say: Is called with the current step.
+        text: The text of this setting, to spare the time; None to read it here.
+
+    Raises:
+        UsageError: `to` can't be written, or there is too little text.
+        CompressionError: The checkpoint can't be read or trained.
     """
     files.refuse_foreign(to, "distill", setting.base_path, student_path)
     student = checkpoint.Checkpoint.read(student_path)
     settings = settings_of(setting, tokens)
     text = text or text_of(setting, settings)
-    # float32 weights and AdamW's two moments, and the best student so far: the new ones are written beside the old ones
+    # float32 weights, AdamW's two moments and the best student so far; the old ones stay until the new ones are written
     require_disk(student.total_parameters * 32 + 50_000_000, setting.outputs, "the distillation's state")
     student_digest = checkpoint.digest_of(student_path, setting.outputs / "digests")
     work = setting.outputs / "distillation" / key(setting, student_digest, settings, text)
@@ -101,9 +118,20 @@ def distil(
 
 
 def write(made: checkpoint.Checkpoint, to: Path, target: str | None, setting: Setting, how: Mapping[str, Any]) -> None:
-    """What a distillation made, whole or not at all. how: what compression.json says of it.
+    """Write a distilled checkpoint to the directory `to`, which appears whole or not at all.
 
-    No plan alone makes these weights, so none is named as theirs. Raises UsageError and CompressionError.
+    No plan alone makes these weights, so compression.json names no plan as theirs.
+
+    Args:
+        made: The distilled checkpoint.
+        to: The directory to write.
+        target: The version of transformers that is to read it; None for the running one.
+        setting: The setting of the study file.
+        how: How it was distilled, for compression.json.
+
+    Raises:
+        UsageError: `to` can't be written.
+        CompressionError: The checkpoint can't be written for that version.
     """
     with files.beside(to, "distill") as scratch:
         weights_sha256 = made.write(scratch)
@@ -121,7 +149,14 @@ def write(made: checkpoint.Checkpoint, to: Path, target: str | None, setting: Se
 
 
 def key(setting: Setting, student: str, settings: Distillation, text: Text) -> str:
-    """Names a distillation by all that its result depends on. student: a digest of the model, or of its plan."""
+    """Return a name of the distillation, from everything that its result depends on.
+
+    Args:
+        setting: The setting of the study file.
+        student: The digest of the checkpoint that is trained, or of its plan.
+        settings: The settings of the distillation.
+        text: The text of the distillation.
+    """
     values = dataclasses.asdict(settings)
     del values["save_every"]
     said = json.dumps([setting.base_digest, student, values, text.digest, setting.device], sort_keys=True)
@@ -129,7 +164,7 @@ def key(setting: Setting, student: str, settings: Distillation, text: Text) -> s
 
 
 def facts(found: Distilled) -> dict[str, Any]:
-    """What a distillation did, without its checkpoint."""
+    """Return what a distillation did, without its checkpoint, as plain JSON values."""
     return {
         field.name: getattr(found, field.name)
         for field in dataclasses.fields(found)

@@ -1,16 +1,14 @@
-"""Any checkpoint against the baseline: measured as a study's trials are, and kept beside its weights.
+"""Measures any checkpoint against the base model, as a study measures its trials.
 
 A checkpoint that a plan made here has the numbers of a trial of that plan: quality exactly, time within its error.
-One of another origin is measured the same way, if it loads and reads the same tokens.
+A checkpoint of another origin is measured in the same way if it loads and reads the same tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,76 +20,52 @@ from compressors.files import write_json
 from compressors.model import structure
 from compressors.plan import DESCRIPTION, CompressionPlan
 from evaluator import embedded_texts, measure, quality, score, texts
-from evaluator.measurement import Measurement
 from evaluator.process import EngineProcess
-from evaluator.score import Score
+from search.by_hand.evaluation import RESULT, Confirmed, Evaluation, evaluation_of, plain
 from search.errors import UsageError
 from search.files import read_json
+from search.json_values import known_fields
 from search.setup.machine import require_memory
 from search.setup.setting import Setting, report_shards
 from search.setup.texts import tokenizer_of
 from search.stages.bench import BASELINE_RESULT, Bench
 from search.stages.screen import Screen, mean_known
 
-RESULT = "eval_result.json"
-SAMPLE = 20_000  # characters of the search text that two tokenizers have to read alike
-
-
-@dataclasses.dataclass(frozen=True)
-class Confirmed:
-    """On text that neither calibration nor search saw: perplexities, PerfNorm and its standard error."""
-
-    perplexity: float
-    base_perplexity: float
-    perf_norm: float
-    perf_norm_se: float
-    text_digest: str
-
-
-def result(
-    setting: Setting,
-    measurement: Measurement,
-    baseline: Measurement,
-    plan: CompressionPlan | None,
-    confirmed: Confirmed | None = None,
-) -> dict[str, Any]:
-    """What is kept beside the weights: all that a report needs, in plain JSON values."""
-    return {
-        **dataclasses.asdict(score.score_of(measurement, baseline, setting.formula)),
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "model": {"source": setting.file.model.source, "digest": setting.base_digest},
-        "description": setting.file.description,
-        "plan": None if plan is None else plan.to_dict(),
-        "base_plan": setting.identity.to_dict(),
-        "formula": dataclasses.asdict(setting.formula),
-        "circumstances": setting.circumstances,
-        "measurement": measurement.to_dict(),
-        "baseline": baseline.to_dict(),
-        "report_text": None if confirmed is None else dataclasses.asdict(confirmed),
-        "settings": setting.file.model_dump(mode="json", exclude={"storage"}),  # its URL may hold a password
-    }
+SAMPLE = 20_000  # characters of text that two tokenizers have to read alike
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A checkpoint that can be evaluated. plan: what made it of this base model, if that is known."""
+    """A checkpoint that can be evaluated.
+
+    Attributes:
+        plan: The plan that made it of this base model, if it is known.
+    """
 
     path: Path
     weights_sha256: str
     plan: CompressionPlan | None
 
 
-def evaluate(bench: Bench, candidate: Candidate, name: str, words: Sequence[str] = ()) -> dict[str, Any]:
-    """Measure the candidate against the baseline, write eval_result.json into its directory and return what it holds.
+def evaluate(bench: Bench, candidate: Candidate, name: str, words: Sequence[str] = ()) -> Evaluation:
+    """Measure the candidate against the baseline; write eval_result.json into its directory and return it.
 
-    words: of the command line that chose the study file, so that a report can say how to do it again. Raises
-    UsageError, CheckpointError and what the engines raise; then nothing is written.
+    Args:
+        bench: The bench to measure on.
+        candidate: The checkpoint.
+        name: The name of the evaluation.
+        words: The words of the command line that chose the study file, so that a report can repeat them.
+
+    Raises:
+        UsageError: The result can't be written.
+        CheckpointError: Stock transformers can't load the checkpoint.
+        EvaluationError: An engine failed. After any error nothing is written.
     """
     setting, path, plan = bench.setting, candidate.path, candidate.plan
     described = measure.describe(path)
     baseline = bench.baseline()
     report = report_shards(setting)
-    base_report = _base_report(bench, report) if report else None
+    base_loss = _base_loss(bench, report) if report else None
     if plan is not None:
         screen = bench.screen(plan)
     else:
@@ -104,17 +78,22 @@ def evaluate(bench: Bench, candidate: Candidate, name: str, words: Sequence[str]
     measured = dataclasses.replace(
         measured, kl_nats_per_token=mean_known(screen.kl), top1_agreement=mean_known(screen.agreement)
     )
-    confirmed = None if base_report is None else _confirmed(nll, base_report, report)
-    found = {"name": name, "words": list(words), **result(setting, measured, baseline, plan, confirmed)}
+    confirmed = None if base_loss is None else _confirmed(_loss_of(nll), base_loss, report)
+    evaluation = evaluation_of(setting, measured, baseline, plan, name=name, words=words, report_text=confirmed)
     try:
-        write_json(path / RESULT, found)
+        write_json(path / RESULT, evaluation.to_dict())
     except OSError as error:
         raise UsageError(f"evaluate: {path / RESULT}: {error.strerror or error}; nothing was written there") from None
-    return found
+    return evaluation
 
 
 def candidate_in(path: Path, setting: Setting) -> Candidate:
-    """Raises UsageError and CheckpointError for what can't be evaluated, before anything is measured."""
+    """Return the checkpoint in `path`, checked before anything is measured.
+
+    Raises:
+        UsageError: There is no such directory, or its tokenizer is not the base model's.
+        CheckpointError: It is not a checkpoint that can be read.
+    """
     if not path.is_dir():
         raise UsageError(f"evaluate: {path}: no such directory; name a checkpoint, such as submit/model")
     structure.describe_any(path)
@@ -125,34 +104,39 @@ def candidate_in(path: Path, setting: Setting) -> Candidate:
     return Candidate(path, weights_sha256, plan)
 
 
-def known(path: Path, setting: Setting) -> dict[str, Any] | None:
-    """The evaluation in `path` if nothing that it depends on has changed since: weights, baseline, workload, engine."""
-    found = read_json(path / RESULT)
-    if found is None or found.get("circumstances") != json.loads(json.dumps(setting.circumstances)):
+def known(path: Path, setting: Setting) -> Evaluation | None:
+    """Return the evaluation in `path` if nothing that it depends on has changed since, else None.
+
+    It depends on the weights, the baseline, the workload, the engine, the formula and the report text.
+    """
+    values = read_json(path / RESULT) or {}
+    if values.get("circumstances") != plain(setting.circumstances):
         return None
-    if found["model"]["digest"] != setting.base_digest or found["formula"] != _plain(setting.formula):
+    if values.get("formula") != plain(dataclasses.asdict(setting.formula)):
         return None
-    if found["measurement"]["weights_sha256"] != measure.weights_sha256_of(path):
+    evaluation = Evaluation.read(path)
+    if evaluation is None or evaluation.model.digest != setting.base_digest:
+        return None
+    if evaluation.measurement.weights_sha256 != measure.weights_sha256_of(path):
         return None
     report = report_shards(setting)
-    if (found.get("report_text") or {}).get("text_digest") != (_digest(report) if report else None):
-        return None
-    return found
+    text_digest = None if evaluation.report_text is None else evaluation.report_text.text_digest
+    return evaluation if text_digest == (_digest(report) if report else None) else None
 
 
 def stale_baseline(setting: Setting) -> str | None:
-    """Why the baseline in outputs/ is not this one, or None when it is, or when there is none."""
-    there = read_json(setting.outputs / BASELINE_RESULT)
-    if there is None or "circumstances" not in there:
+    """Return how the baseline in outputs/ differs from this setting's; None where it doesn't or there is none."""
+    known_baseline = read_json(setting.outputs / BASELINE_RESULT)
+    if known_baseline is None or "circumstances" not in known_baseline:
         return None
-    now = {"model": setting.base_digest, **json.loads(json.dumps(setting.circumstances))}
-    then = {"model": there["model"]["digest"], **there["circumstances"]}
+    now = {"model": setting.base_digest, **plain(setting.circumstances)}
+    then = {"model": known_baseline["model"]["digest"], **known_baseline["circumstances"]}
     differing = [f"{key} was {then.get(key)}, is {now.get(key)}" for key in now if then.get(key) != now.get(key)]
     return "; ".join(differing) or None
 
 
 def plan_in(path: Path, weights_sha256: str, setting: Setting) -> CompressionPlan | None:
-    """The plan that made the weights in `path` of this base model, if it says so and they are still those."""
+    """Return the plan that made the weights in `path` of this base model; None where they are others."""
     described = read_json(path / DESCRIPTION) or {}
     if described.get("weights_sha256") != weights_sha256 or "plan" not in described:
         return None
@@ -164,7 +148,7 @@ def plan_in(path: Path, weights_sha256: str, setting: Setting) -> CompressionPla
 
 
 def _screen_of_directory(bench: Bench, path: Path) -> Screen:
-    """KL and agreement of a checkpoint of any origin that stock transformers loads; quantised ones are dequantized."""
+    """Return KL and agreement of a checkpoint that stock transformers loads; a quantized one is dequantized."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -179,7 +163,7 @@ def _screen_of_directory(bench: Bench, path: Path) -> Screen:
             trust_remote_code=False,
             local_files_only=True,
         )
-    except Exception as error:  # whatever the library raises for a directory from outside
+    except Exception as error:  # the library may raise anything for a directory from elsewhere
         first = (" ".join(str(error).split()) or type(error).__name__)[:200]
         raise CheckpointError(f"model {path}: stock transformers can't load it ({first})") from None
     try:
@@ -190,7 +174,7 @@ def _screen_of_directory(bench: Bench, path: Path) -> Screen:
 
 
 def _require_same_tokens(path: Path, setting: Setting) -> None:
-    """Perplexities per token of two tokenizers can't be compared."""
+    """Refuse a tokenizer that is not the base model's: perplexities per token could not be compared."""
     sample = "\n\n".join(document.text for document in embedded_texts.documents())[:SAMPLE]
     own, base = (
         tokenizer_of(where).encode(sample, add_special_tokens=False, verbose=False)
@@ -207,53 +191,53 @@ def _require_same_tokens(path: Path, setting: Setting) -> None:
 # -- the report text -----------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class _Loss:
+    """The loss on a text in nats per token: the mean over all tokens, and the mean of each shard."""
+
+    mean: float
+    shards: tuple[float, ...]
+
+
 def _nll(engine: EngineProcess, shards: Any, say: Callable[[str], None]) -> list[list[list[float]]]:
-    found = []
+    """Return the loss of each token, [shards][windows][tokens]."""
+    losses = []
     for index, shard in enumerate(shards):
         say(f"report text, shard {index + 1} of {len(shards)}")
-        found.append(engine.nll(shard))
-    return found
+        losses.append(engine.nll(shard))
+    return losses
 
 
-def _base_report(bench: Bench, shards: Any) -> dict[str, Any]:
-    digest = _digest(shards)
-    path = bench.baseline_path.with_suffix(f".report-{digest}.json")
-    there = read_json(path)
-    if there is None:
-        there = _sums(_nll(bench.baseline_engine(), shards, lambda text: bench.say(f"baseline: {text}")))
-        write_json(path, there)
-    return there
+def _base_loss(bench: Bench, shards: Any) -> _Loss:
+    """Return the base model's loss on the report text; it is measured once and kept."""
+    path = bench.baseline_path.with_suffix(f".report-{_digest(shards)}.json")
+    values = read_json(path)
+    if values is not None:
+        return _Loss(**{**known_fields(_Loss, values), "shards": tuple(values["shards"])})
+    loss = _loss_of(_nll(bench.baseline_engine(), shards, lambda text: bench.say(f"baseline: {text}")))
+    write_json(path, dataclasses.asdict(loss))
+    return loss
 
 
-def _confirmed(nll: list[list[list[float]]], base: Mapping[str, Any], shards: Any) -> Confirmed:
-    mine = _sums(nll)
-    perf_norm = math.exp(base["mean"] - mine["mean"])
-    differences = [b - m for b, m in zip(base["shards"], mine["shards"], strict=True)]
+def _confirmed(model: _Loss, base: _Loss, shards: Any) -> Confirmed:
+    perf_norm = math.exp(base.mean - model.mean)
+    differences = [b - m for b, m in zip(base.shards, model.shards, strict=True)]
     return Confirmed(
-        perplexity=quality.perplexity(mine["mean"]),
-        base_perplexity=quality.perplexity(base["mean"]),
+        perplexity=quality.perplexity(model.mean),
+        base_perplexity=quality.perplexity(base.mean),
         perf_norm=perf_norm,
         perf_norm_se=perf_norm * score.standard_error(differences),
         text_digest=_digest(shards),
     )
 
 
-def _sums(nll: list[list[list[float]]]) -> dict[str, Any]:
-    """Mean nats per token, over all and of each shard."""
+def _loss_of(nll: list[list[list[float]]]) -> _Loss:
     flat = [[value for window in shard for value in window] for shard in nll]
-    return {
-        "mean": math.fsum(math.fsum(values) for values in flat) / sum(map(len, flat)),
-        "shards": [math.fsum(values) / len(values) for values in flat],
-    }
+    return _Loss(
+        mean=math.fsum(math.fsum(values) for values in flat) / sum(map(len, flat)),
+        shards=tuple(math.fsum(values) / len(values) for values in flat),
+    )
 
 
 def _digest(shards: Any) -> str:
     return texts.text_digest([window for shard in shards for window in shard])
-
-
-def score_in(found: Mapping[str, Any]) -> Score:
-    return Score(**{field.name: found[field.name] for field in dataclasses.fields(Score)})
-
-
-def _plain(formula: Any) -> Any:
-    return json.loads(json.dumps(dataclasses.asdict(formula)))

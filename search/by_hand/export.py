@@ -1,4 +1,4 @@
-"""The best trial → a checkpoint directory, checked by loading it before it is put in its place."""
+"""Exports a trial's checkpoint, checked by loading it before it is put in its place."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from compressors.model.transformers_version import retarget
 from compressors.plan import DESCRIPTION, CompressionPlan
 from evaluator.measurement import Measurement
 from evaluator.process import EngineProcess
-from evaluator.score import score_of
 from search import files
-from search.by_hand import evaluate
+from search.by_hand.evaluation import RESULT, evaluation_of
 from search.errors import SearchError, UsageError
 from search.files import read_json
 from search.setup.machine import require_disk
@@ -28,15 +27,27 @@ from search.stages.bench import Bench
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
+    """An exported checkpoint.
+
+    Attributes:
+        trial: The number of the trial.
+        path: The directory of the checkpoint.
+        compared: How the export was compared with the measured model, in words.
+    """
+
     trial: int
     path: Path
     score: float
     perplexity: float
-    compared: str  # how the export was compared with what was measured
+    compared: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**dataclasses.asdict(self), "path": str(self.path)}
 
 
 def choose(study: optuna.Study, number: int | None) -> FrozenTrial:
-    """Trial `number`, or the best feasible one. Raises UsageError for one that was not measured."""
+    """Return trial `number`, or the best feasible one for None. Raises UsageError if it was not measured."""
     if number is None:
         try:
             return study.best_trial
@@ -64,23 +75,25 @@ def export(
     say: Callable[[str], None] = lambda _: None,
     target: str | None = None,
 ) -> Exported:
-    """Write `trial`'s checkpoint to `to`, beside its place and then renamed; what was there before is replaced.
+    """Write the checkpoint of `trial` to the directory `to`, which appears whole or not at all.
 
-    Before that it is loaded in a fresh engine and must give the logits of the measurement, bit for bit.
-    target: the version of transformers that is to read it; None: the running one.
-    Raises UsageError when `to` holds something that is not a model, SearchError when the comparison fails.
+    Before that the checkpoint is loaded in a fresh engine and must give the logits of the measurement, bit for bit.
+    A model that was in `to` is replaced.
+
+    Args:
+        setting: The setting of the study.
+        trial: A complete trial.
+        to: The directory to write.
+        say: Is called with the current step.
+        target: The version of transformers that is to read the checkpoint; None for the running one.
+
+    Raises:
+        UsageError: `to` holds something that is not a model, or the trial's measurement is gone.
+        SearchError: The rebuilt checkpoint is not the one that was measured.
     """
     files.refuse_foreign(to, "export")
     plan = CompressionPlan.from_dict(trial.user_attrs["plan"])
-    name = trial.user_attrs.get("measurement", setting.key(plan))
-    values = read_json(setting.outputs / "measurements" / f"{name}.json")
-    if values is None:
-        raise UsageError(
-            f"trial {trial.number}: its measurement {setting.outputs}/measurements/{name}.json is "
-            "gone; name the directory "
-            "that the study ran with (outputs=DIRECTORY)"
-        )
-    measurement = Measurement.from_dict(values)
+    measurement = _measurement_of(trial, plan, setting)
     with Bench(setting, say) as bench:
         say("building")
         built, weights_sha256 = bench.build(plan)
@@ -96,37 +109,50 @@ def export(
         say("copying")
         shutil.copytree(built, scratch)
         described = read_json(scratch / DESCRIPTION) or {}
-        result = {
-            "name": f"{setting.file.study_name}-{trial.number}",
-            "study": setting.file.study_name,
-            "trial": trial.number,
-            **evaluate.result(setting, measurement, baseline, plan),
-        }
-        write_json(scratch / evaluate.RESULT, result)
+        evaluation = evaluation_of(
+            setting,
+            measurement,
+            baseline,
+            plan,
+            name=f"{setting.file.study_name}-{trial.number}",
+            study=setting.file.study_name,
+            trial=trial.number,
+        )
+        write_json(scratch / RESULT, evaluation.to_dict())
         write_json(scratch / DESCRIPTION, {**described, "for_transformers": target})
         if target is not None:
             for change in retarget(scratch, target):
                 say(change)
         compared = compare(setting, scratch, measurement, say)
-        score = score_of(measurement, baseline, setting.formula)
-    return Exported(trial.number, to, score.score, measurement.perplexity, compared)
+    return Exported(trial.number, to, evaluation.score.score, measurement.perplexity, compared)
+
+
+def _measurement_of(trial: FrozenTrial, plan: CompressionPlan, setting: Setting) -> Measurement:
+    name = trial.user_attrs.get("measurement", setting.key(plan))
+    values = read_json(setting.outputs / "measurements" / f"{name}.json")
+    if values is None:
+        raise UsageError(
+            f"trial {trial.number}: its measurement {setting.outputs}/measurements/{name}.json is gone; name the "
+            "directory that the study ran with (outputs=DIRECTORY)"
+        )
+    return Measurement.from_dict(values)
 
 
 def compare(setting: Setting, path: Path, measurement: Measurement, say: Callable[[str], None]) -> str:
-    """Load `path` in a fresh engine and compare the logits of one window with the measured model's."""
+    """Load `path` in a fresh engine, compare the logits of one window with the measured ones, and return how.
+
+    Raises:
+        SearchError: The logits differ.
+    """
     say("loading the export in a fresh engine")
     with EngineProcess(
         setting.backend, path, setting.engine_settings, log=setting.outputs / "logs" / "engine-export.log"
     ) as engine:
-        found = engine.logits_sha256(setting.shards[0][0])
-    if found != measurement.logits_sha256:
+        logits_sha256 = engine.logits_sha256(setting.shards[0][0])
+    if logits_sha256 != measurement.logits_sha256:
         raise SearchError(
-            f"export: the reloaded model's logits ({found[:12]}…) are not those that were measured "
+            f"export: the reloaded model's logits ({logits_sha256[:12]}…) are not those that were measured "
             f"({measurement.logits_sha256[:12]}…), "
             f"on {setting.backend}; nothing was written. Measure the plan again on this machine"
         )
     return f"logits of {len(setting.shards[0][0])} tokens equal the measured ones, bit for bit ({setting.backend})"
-
-
-def to_json(exported: Exported) -> dict[str, Any]:
-    return {**dataclasses.asdict(exported), "path": str(exported.path)}

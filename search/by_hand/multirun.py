@@ -1,6 +1,6 @@
-"""By hand: measure the baseline, compress by one plan, evaluate a checkpoint, and several of them in turn (multirun).
+"""By hand: measures the baseline, evaluates a checkpoint, and compresses and evaluates several models in turn.
 
-All on the bench that a study's trials use. Every job is resumable: what was built and measured under the same
+Everything runs on the bench of a study's trials. A job can be resumed: what was built and measured under the same
 circumstances is not built or measured again.
 """
 
@@ -21,17 +21,19 @@ from evaluator.measurement import Measurement
 from evaluator.score import score_of
 from search.by_hand import analyze as analysis
 from search.by_hand import compress
-from search.by_hand import evaluate as evaluation
+from search.by_hand import evaluate as evaluating
+from search.by_hand.evaluation import Evaluation
 from search.config.study_file import StudyFile
 from search.errors import SearchError, UsageError
 from search.failures import FAILURES, why
-from search.files import CACHE, read_json
+from search.files import CACHE
 from search.setup import sources
 from search.setup.setting import Say, Setting, prepare
+from search.show.rows import Row
 from search.stages.bench import Bench
 from search.study import mlflow_runs
 
-MADE = ("compression.", "experiments=", "experiment_name=")  # overrides that a plan's name already tells
+NAMED = ("compression.", "experiments=", "experiment_name=")  # overrides that a plan's name already tells
 
 Warn = Callable[[str], None]
 
@@ -40,14 +42,16 @@ Warn = Callable[[str], None]
 
 
 def baseline(bench: Bench, warn: Warn) -> Measurement:
-    """The base model's measurement; outputs/baseline_result.json, and in MLflow a run tagged `baseline` when it is
-    new."""
+    """Return the base model's measurement.
+
+    Writes outputs/baseline_result.json, and to MLflow a run tagged `baseline` when the measurement is new.
+    """
     setting, began = bench.setting, time.time()
     fresh = bench.again or not bench.baseline_path.is_file()
     if fresh:
-        why = evaluation.stale_baseline(setting)
-        if why:
-            warn(f"the baseline is measured again: {why}")
+        differs = evaluating.stale_baseline(setting)
+        if differs:
+            warn(f"the baseline is measured again: {differs}")
     measured = bench.baseline()
     if fresh:
         bench.again = False
@@ -60,28 +64,42 @@ def baseline(bench: Bench, warn: Warn) -> Measurement:
     return measured
 
 
-def evaluate(bench: Bench, path: Path, name: str, warn: Warn, words: Sequence[str] = ()) -> dict[str, Any]:
-    """Measure `path` against the baseline: `path`/eval_result.json and an MLflow run called `name`."""
-    candidate = evaluation.candidate_in(path, bench.setting)
+def evaluate(bench: Bench, path: Path, name: str, warn: Warn, words: Sequence[str] = ()) -> Evaluation:
+    """Measure the checkpoint in `path` against the baseline; write its eval_result.json and an MLflow run.
+
+    Args:
+        bench: The bench to measure on.
+        path: The checkpoint's directory.
+        name: The name of the evaluation and of the run.
+        warn: Is called with a warning when MLflow can't be reached.
+        words: The words of the command line that chose the study file.
+    """
+    candidate = evaluating.candidate_in(path, bench.setting)
     baseline(bench, warn)
     began = time.time()
-    found = evaluation.evaluate(bench, candidate, name, words)
+    evaluation = evaluating.evaluate(bench, candidate, name, words)
+    score = evaluation.score
     values = {
-        **(found["plan"] or {}),
-        **mlflow_runs.measured(Measurement.from_dict(found["measurement"])),
-        **{key: found[key] for key in ("perf_norm", "speed_norm", "score")},
+        **({} if evaluation.plan is None else evaluation.plan.to_dict()),
+        **mlflow_runs.measured(evaluation.measurement),
+        **{"perf_norm": score.perf_norm, "speed_norm": score.speed_norm, "score": score.score},
     }
     tags = {"model": str(path), "base": bench.setting.file.model.source}
-    if found["description"]:
-        tags["description"] = found["description"]
+    if evaluation.description:
+        tags["description"] = evaluation.description
     mlflow_runs.log_by_hand(bench.setting.file.tracking, name, values, tags, began, warn)
-    return found
+    return evaluation
 
 
 def analyze(file: StudyFile, say: Say, *, importance: bool) -> dict[str, Any]:
-    """The structure of the study file's model (`search.analyze`), with its layers' importance where that was measured.
+    """Return the structure of the study file's model, with its layers' importance where that was measured.
 
-    importance: measure it now. A model of a family that is not known here is described all the same.
+    A model of a family that is not known here is described too, without importance.
+
+    Args:
+        file: The study file.
+        say: Is called with the current step.
+        importance: Whether to measure the importance now if it isn't known.
     """
     path = sources.resolve(file.model.source, CACHE, revision=file.model.revision)
     try:
@@ -90,8 +108,8 @@ def analyze(file: StudyFile, say: Say, *, importance: bool) -> dict[str, Any]:
         if importance:
             raise
         return analysis.analyze(path)
-    known = importance or setting.calibration_path.is_file()
-    return analysis.analyze(path, setting.calibrate(say) if known else None, kernels=setting.kernels)
+    calibration = setting.calibrate(say) if importance or setting.calibration_path.is_file() else None
+    return analysis.analyze(path, calibration, kernels=setting.kernels)
 
 
 # -- several in turn -----------------------------------------------------------------------------------------
@@ -99,7 +117,13 @@ def analyze(file: StudyFile, say: Say, *, importance: bool) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """words: of the command line that chose its study file. name: of its directory and its run."""
+    """A job makes and measures one model.
+
+    Attributes:
+        words: The words of the command line that chose its study file.
+        name: The name of its evaluation and its MLflow run, and a part of its directory's.
+        path: The directory that it writes.
+    """
 
     file: StudyFile
     words: tuple[str, ...]
@@ -111,12 +135,22 @@ class Job:
 def plan_jobs(
     files: Sequence[tuple[StudyFile, Sequence[str]]], save_path: Path | None, say: Say, *, engine: bool = True
 ) -> list[Job]:
-    """A job per study file and the words that chose it, checked before any begins. Raises UsageError and its kin.
+    """Return a job for each study file, checked before the first one begins.
 
-    One job writes to `save_path`; several to model_NAME beside it, where NAME is the experiment_name of a job that
-    shares it with no other, and else the plan's. engine: whether they are to be evaluated too.
+    A single job writes to `save_path`. Several write to directories model_NAME next to it: NAME is a job's
+    experiment_name if no other job has the same, else the plan's name.
+
+    Args:
+        files: The study files, each with the words of the command line that chose it.
+        save_path: The directory to write; None for submit/model.
+        say: Is called with the current step.
+        engine: Whether the models are to be evaluated too.
+
+    Raises:
+        UsageError: A study file can't be used, or two jobs would write the same directory.
+        CompressionError: A model can't be read.
     """
-    found: list[Job] = []
+    jobs: list[Job] = []
     settings: list[Setting] = []
     given = Counter(file.experiment_name for file, _ in files)
     swept = {word for _, words in files for word in words if any(word not in others for _, others in files)}
@@ -129,13 +163,13 @@ def plan_jobs(
         if len(files) == 1:
             path = save_path or Path("submit/model")
         else:
-            others = [word for word in words if word in swept and not word.startswith(MADE)]
+            others = [word for word in words if word in swept and not word.startswith(NAMED)]
             name = "_".join([name, *(_slug(word) for word in others)])
             path = (save_path or Path("submit/model")).parent / f"model_{name}"
-        if any(job.path == path for job in found):
+        if any(job.path == path for job in jobs):
             raise UsageError(f"multirun: two jobs would both write {path}; sweep what makes models differ")
-        found.append(Job(file, tuple(words), name, path, plan))
-    return found
+        jobs.append(Job(file, tuple(words), name, path, plan))
+    return jobs
 
 
 def _slug(override: str) -> str:
@@ -143,14 +177,18 @@ def _slug(override: str) -> str:
     return re.sub(r"[^\w.]+", "-", f"{key.rpartition('.')[2]}-{value}").strip("-")
 
 
-def run(
-    jobs: Sequence[Job], say: Say, warn: Warn, ended: Callable[[int, dict[str, Any]], None]
-) -> list[dict[str, Any]]:
-    """Compress and evaluate each; a row for the comparison per job, and `ended` is told of each.
+def run(jobs: Sequence[Job], say: Say, warn: Warn, ended: Callable[[int, Row], None]) -> list[Row]:
+    """Compress and evaluate each job's model; return a row for the comparison per job.
 
-    A job that can't be built or measured has its reason in its row, and the others go on.
+    A job that can't be built or measured has its reason in its row, and the next one begins.
+
+    Args:
+        jobs: The jobs, in the order in which they run.
+        say: Is called with the current step.
+        warn: Is called with a warning.
+        ended: Is called with the number of a job, from 0, and its row when it has ended.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     bench: Bench | None = None
     settings: list[Setting] = []
     try:
@@ -162,34 +200,35 @@ def run(
                 bench = Bench(setting, say)
             bench.setting = setting
             try:
-                done = _run(job, bench, warn)
+                row = _run(job, bench, warn)
             except FAILURES as error:
-                done = {"name": job.name, "path": str(job.path), **why(error)}
-            rows.append(done)
-            ended(number, done)
+                told = why(error)
+                row = Row(job.name, str(job.path), failure=told["failure"], reason=told["reason"])
+            rows.append(row)
+            ended(number, row)
     finally:
         if bench is not None:
             bench.close()
     return rows
 
 
-def _run(job: Job, bench: Bench, warn: Warn) -> dict[str, Any]:
+def _run(job: Job, bench: Bench, warn: Warn) -> Row:
     setting = bench.setting
     outcome = compress.foresee(job.plan, setting)
     for warning in outcome.warnings:
         warn(f"{job.name}: {warning}")
-    made = compress.compress(outcome, setting, job.path, job.file.export.for_transformers, bench.say)
-    known = evaluation.known(job.path, setting) if made.reused else None
-    found = known or evaluate(bench, job.path, job.name, warn, job.words)
-    return {**row(found, job.path), "before": known is not None}
+    compressed = compress.compress(outcome, setting, job.path, job.file.export.for_transformers, bench.say)
+    known = evaluating.known(job.path, setting) if compressed.reused else None
+    evaluation = known or evaluate(bench, job.path, job.name, warn, job.words)
+    return evaluation.row(job.path, before=known is not None)
 
 
 def _setting(file: StudyFile, settings: list[Setting], say: Say, engine: bool = True) -> Setting:
-    """Prepared once for all files that differ only in what is made."""
+    """Return a setting for `file`: one of `settings` where the files differ only in the model that they make."""
 
     def shared(other: StudyFile) -> Mapping[str, Any]:
-        made = {"compression": True, "experiment_name": True, "description": True, "export": True}
-        return other.model_dump(exclude={**made, "model": {"num_layers"}})
+        own = {"compression": True, "experiment_name": True, "description": True, "export": True}
+        return other.model_dump(exclude={**own, "model": {"num_layers"}})
 
     for setting in settings:
         if shared(setting.file) == shared(file):
@@ -198,53 +237,10 @@ def _setting(file: StudyFile, settings: list[Setting], say: Say, engine: bool = 
     return settings[-1]
 
 
-# -- rows ----------------------------------------------------------------------------------------------------
-
-
-def row(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """An evaluation (eval_result.json) as a row of a comparison."""
-    measured, plan = found["measurement"], found["plan"]
-    keys = ("perf_norm", "perf_norm_se", "speed_norm", "speed_norm_se", "score", "score_se")
-    return {
-        "name": found["name"],
-        "path": str(path),
-        "plan": plan,
-        "total_parameters": measured["total_parameters"],
-        "model_size_mb": measured["model_size_mb"],
-        "perplexity": measured["perplexity"],
-        "kl_nats_per_token": measured["kl_nats_per_token"],
-        "time_per_token_ms": measured["time_per_token_ms"],
-        **{key: found[key] for key in keys},
-    }
-
-
-def baseline_row(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The baseline of an evaluation, as the row to compare with."""
-    measured = found["baseline"]
-    formula = found["formula"]
-    return {
-        "name": "baseline",
-        "path": found["model"]["source"],
-        "plan": found["base_plan"],
-        "total_parameters": measured["total_parameters"],
-        "model_size_mb": measured["model_size_mb"],
-        "perplexity": measured["perplexity"],
-        "kl_nats_per_token": 0.0,
-        "time_per_token_ms": measured["time_per_token_ms"],
-        "perf_norm": 1.0,
-        "perf_norm_se": 0.0,
-        "speed_norm": 0.0,
-        "speed_norm_se": 0.0,
-        "score": formula["weight_perf"],
-        "score_se": 0.0,
-    }
-
-
-def with_baseline(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows and that of the baseline of the first that was evaluated."""
-    for done in rows:
-        if "failure" not in done:
-            found = read_json(Path(done["path"]) / evaluation.RESULT)
-            if found is not None:
-                return [baseline_row(found), *rows]
+def with_baseline(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows after the baseline's row, which comes from the first model that was evaluated."""
+    for row in rows:
+        evaluation = None if row.result is None else Evaluation.read(Path(row.path))
+        if evaluation is not None:
+            return [evaluation.baseline_row(), *rows]
     return list(rows)

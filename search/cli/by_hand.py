@@ -84,9 +84,9 @@ def evaluate_command(
     with progress.Live(1) as live, Bench(setting.prepare(file, live.say, search=False), live.say) as bench:
         result = multirun.evaluate(bench, path, run_name or path.resolve().name, live.warn, study_words(**where))
     if as_json:
-        click.echo(json.dumps(result))
+        click.echo(json.dumps(result.to_dict()))
         return
-    print_table(tables.comparison([multirun.baseline_row(result), multirun.row(result, path)]))
+    print_table(tables.comparison([result.baseline_row(), result.row(path)]))
     click.echo(f"→ {path}/eval_result.json")
 
 
@@ -109,19 +109,19 @@ def analyze_command(model: Path | None, plot: Path | None, importance: bool, as_
     """
     file = load_file(**where, model__source=model)
 
-    from search.by_hand import analyze, multirun
-    from search.show import plots, progress
+    from search.by_hand import multirun
+    from search.show import plots, progress, structure
 
     if plot is not None:
         plots.require_suffix(plot)
     with progress.Live(1) as live:
-        structure = multirun.analyze(file, live.say, importance=importance)
+        facts = multirun.analyze(file, live.say, importance=importance)
     if plot is not None:
-        plots.structure(structure, plot)
+        plots.plot_structure(facts, plot)
     if as_json:
-        click.echo(json.dumps(structure))
+        click.echo(json.dumps(facts))
         return
-    print_table(analyze.render(structure))
+    print_table(structure.render(facts))
     if plot is not None:
         click.echo(f"→ {plot}")
 
@@ -174,9 +174,9 @@ def report_command(
         evaluated = report.all_evaluated(models or (Path("submit"),))
         rows = report.compared(evaluated)
         if plot is not None:
-            plots.scores(rows[1:], plot, **report.weights(evaluated[0][1]))
+            plots.plot_scores(rows[1:], plot, **report.weights(evaluated[0][1].formula))
         if as_json:
-            click.echo(json.dumps(rows))
+            click.echo(json.dumps([row.to_dict() for row in rows]))
         else:
             print_table(tables.comparison(rows))
         return
@@ -215,12 +215,12 @@ def package_command(
     file = load_file(**where, export__for_transformers=for_transformers)
 
     from compressors.model import transformers_version
-    from search.by_hand import compress, package
+    from search.by_hand import compress, package, submission_rules
     from search.show import progress
 
     target = file.export.for_transformers or compress.target_of(path) or transformers_version.DEFAULT
     with progress.Live(1) as live:
-        rules = package.check(path, target=target, max_model_mb=file.limits.max_size_mb)
+        rules = submission_rules.check(path, target=target, max_model_mb=file.limits.max_size_mb)
         packed = None
         if all(rule.ok for rule in rules) and not check_only:
             packed = package.pack(

@@ -287,12 +287,12 @@ def _compress(
         _print_compressed(outcome, result, as_json)
         return
     if as_json:
-        click.echo(json.dumps(rows))
+        click.echo(json.dumps([row.to_dict() for row in rows]))
     else:
         from search.show import tables
 
         print_table(tables.comparison(jobs.with_baseline(rows)))
-    if any("failure" in row for row in rows):
+    if any(row.result is None for row in rows):
         sys.exit(1)
 
 

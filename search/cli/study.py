@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +20,9 @@ from search.cli.options import (
     storage_options,
     study_words,
 )
+
+if TYPE_CHECKING:
+    from search.study.status import StudyState
 
 
 @main.command("run", cls=StudyCommand)
@@ -88,14 +92,14 @@ def run_command(
     if outcome is None:
         _print_status(state, as_json)
         return
-    state |= {"distilled": outcome.rows, "passed_over": outcome.passed_over}
+    state = dataclasses.replace(state, distilled=outcome.rows, passed_over=outcome.passed_over)
     _print_status(state, as_json)
-    if outcome.rows and not as_json:
+    if outcome.rows and state.best_of_all is not None and not as_json:
         named = {"--storage": where["storage"], "--study-name": where["study_name"]}
         own = [word for name, value in named.items() if value is not None for word in (name, value)]
-        for line in finalists.commands(state["best_of_all"], words, own):
+        for line in finalists.commands(state.best_of_all, words, own):
             click.echo(f"  {line}")
-    if any("failure" in row for row in outcome.rows):
+    if any(row.result is None for row in outcome.rows):
         sys.exit(1)
 
 
@@ -123,9 +127,9 @@ def _existing(url: str) -> Any:
     return storage.open_storage(url)
 
 
-def _print_status(state: dict[str, Any], as_json: bool) -> None:
+def _print_status(state: StudyState, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(state))
+        click.echo(json.dumps(state.to_dict()))
         return
     from search.show import tables
 
@@ -183,7 +187,7 @@ def export_command(number: int | None, to: Path, for_transformers: str | None, a
         target = file.export.for_transformers or study_file.export.for_transformers
         exported = export.export(prepared, trial, to, live.say, target)
     if as_json:
-        click.echo(json.dumps(export.to_json(exported)))
+        click.echo(json.dumps(exported.to_dict()))
         return
     click.echo(
         f"trial {exported.trial}, Score {exported.score:.4f}, perplexity {exported.perplexity:.3f} → {exported.path}"

@@ -1,4 +1,4 @@
-"""The live line of `run`, on standard error: trial, stage, best so far, pruned, time left."""
+"""Shows progress on standard error: the trial, its stage, the best so far, and the time left."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from compressors.plan import CompressionPlan
+from search.show.rows import Row
+
 
 class Live:
-    """A rich progress bar on a terminal; one plain line per ended trial everywhere else."""
+    """A live progress bar on a terminal; elsewhere a plain line for each ended trial. Use it with `with`."""
 
     def __init__(self, trials: int, quiet: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
@@ -39,28 +42,32 @@ class Live:
         self._progress.stop()
 
     def __call__(self, event: dict[str, Any]) -> None:
+        """Show an event of a study's run (`search.study.workers`)."""
         getattr(self, f"_on_{event['event']}", lambda _: None)(event)
 
     def say(self, text: str) -> None:
+        """Show the current step."""
         self._on_say({"text": text})
 
     def warn(self, text: str) -> None:
+        """Print a warning, which stays."""
         self._on_warn({"text": text})
 
     def print(self, table: Any) -> None:
-        """Something for people, above the live line."""
+        """Print a table above the live line."""
         self._console.print(table)
 
     def bytes(self, done: int, total: int) -> None:
+        """Show how many of `total` bytes are packed."""
         self._progress.update(self._task, completed=done / 1e6, total=total / 1e6, what="packing, MB")
 
-    def job_ended(self, number: int, row: dict[str, Any]) -> None:
-        """One job of a multirun (`search.jobs.row`)."""
-        if "failure" in row:
-            text = f"FAILED: {row['reason']}"
+    def job_ended(self, number: int, row: Row) -> None:
+        """Print a line for job `number` of a multirun, which has ended with `row`."""
+        if row.result is None:
+            text = f"FAILED: {row.reason}"
         else:
-            text = f"Score {row['score']:.4f}" + ("  (measured before)" if row.get("before") else "")
-        self._console.print(f"job {number:>3} {row['name']:<28} {text}", markup=False)
+            text = f"Score {row.result.score.score:.4f}" + ("  (measured before)" if row.before else "")
+        self._console.print(f"job {number:>3} {row.name:<28} {text}", markup=False)
         self._progress.update(self._task, completed=number + 1)
 
     def _on_say(self, event: dict[str, Any]) -> None:
@@ -91,10 +98,10 @@ class Live:
 
 
 def line(event: dict[str, Any]) -> str:
-    """One ended trial."""
-    plan = event["plan"]
+    """Return the line of the trial whose end `event` reports."""
     text = f"trial {event['trial']:>3} "
-    text += f"{short(plan):<44} " if plan else ""
+    if event["plan"]:
+        text += f"{short(CompressionPlan.from_dict(event['plan'])):<44} "
     if event["score"] is not None:
         text += f"Score {event['score']:.4f}  {event['seconds']:.0f} s"
         return text + ("  (measured before)" if "before" in event["reason"] else "")
@@ -103,11 +110,14 @@ def line(event: dict[str, Any]) -> str:
     return text + f"pruned at {event['stage']}  {event['seconds']:.0f} s"
 
 
-def short(plan: dict[str, Any]) -> str:
-    """`28 layers, 9/3 heads, 576, 1344, bfloat16`: layers, query/key-value heads, hidden size, FFN width, precision."""
-    heads = f"{plan['num_attention_heads']}/{plan['num_key_value_heads']}"
-    widths = f"hidden {plan['hidden_size']} FFN {plan['intermediate_size']}"
-    return f"{plan['num_hidden_layers']}L {heads}H {widths} {plan['precision']}"
+def short(plan: CompressionPlan) -> str:
+    """Return a plan in a few words, such as `28L 9/3H hidden 576 FFN 1344 bfloat16`.
+
+    They are the layers, the query and key/value heads, the hidden size, the FFN width and the precision.
+    """
+    heads = f"{plan.num_attention_heads}/{plan.num_key_value_heads}"
+    widths = f"hidden {plan.hidden_size} FFN {plan.intermediate_size}"
+    return f"{plan.num_hidden_layers}L {heads}H {widths} {plan.precision}"
 
 
 def _left(seconds: float) -> str:

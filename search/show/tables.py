@@ -1,7 +1,8 @@
-"""Tables for people."""
+"""Tables for people: a study's state, the comparison of evaluated models, and what `compress` will make."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -9,89 +10,84 @@ from rich.table import Table
 from rich.text import Text
 
 from search.show.progress import short
+from search.show.rows import Result, Row, by_score
+from search.show.study_state import BestOfAll, FinalistRow, StudyState, TrialSummary
+
+COMPARED = ("experiment", "params", "perplexity", "KL", "ms/token", "PerfNorm", "SpeedNorm", "Score", "MB", "remark")
+MOST_ENDED = 12  # pruned and failed trials that are listed
 
 
-def status_table(state: dict[str, Any]) -> RenderableType:
-    """A study's state (`search.status.of`): a line, the Pareto table, the reasons."""
-    counts = ", ".join(
-        f"{state[name]} {name}" for name in ("complete", "pruned", "failed", "running", "waiting") if state[name]
-    )
-    more = (state["trials"] or 0) >= state["finished"]  # else a later call asked for fewer than there were
-    done = f"{state['finished']} of {state['trials']}" if more else str(state["finished"])
-    parts: list[RenderableType] = [Text(f"study {state['study']}: {done} trials finished ({counts})")]
-    baseline = state["baseline"]
-    if baseline:
+def status_table(state: StudyState) -> RenderableType:
+    """Return a study's state: a line, the baseline, the Pareto front, the reasons, and the distilled finalists."""
+    states = ("complete", "pruned", "failed", "running", "waiting")
+    counts = ", ".join(f"{getattr(state, name)} {name}" for name in states if getattr(state, name))
+    more = (state.trials or 0) >= state.finished  # else a later call asked for fewer trials than there were
+    done = f"{state.finished} of {state.trials}" if more else str(state.finished)
+    parts: list[RenderableType] = [Text(f"study {state.study}: {done} trials finished ({counts})")]
+    baseline = state.baseline
+    if baseline is not None:
         parts.append(
             Text(
-                f"baseline: perplexity {baseline['perplexity']:.3f}, {baseline['time_per_token_ms']:.2f} ms per token, "
-                f"{baseline['model_size_mb']:.1f} MB ({baseline['backend']}, {baseline['device']})"
+                f"baseline: perplexity {baseline.perplexity:.3f}, {baseline.time_per_token_ms:.2f} ms per token, "
+                f"{baseline.model_size_mb:.1f} MB ({baseline.backend}, {baseline.device})"
             )
         )
-    if state["pareto"]:
-        parts.append(_pareto(state))
-    reasons = _reasons(state["ended"])
-    if reasons.row_count:
-        parts.append(reasons)
-    if state["distilled"]:
-        distilled = _distilled(state["distilled"], state["best_of_all"])
-        if distilled.row_count:
-            parts.append(distilled)
-        for row in state["distilled"]:
-            if "after" not in row:
-                parts.append(Text(f"trial {row['trial']}, {row['name']}: {row['failure']}: {row['reason']}"))
-        parts.append(Text(best_of_all(state["best_of_all"])))
+    if state.pareto:
+        parts.append(_pareto(state.pareto, state.best))
+    if state.ended:
+        parts.append(_reasons(state.ended))
+    if state.distilled and state.best_of_all is not None:
+        parts += _distilled(state.distilled, state.best_of_all)
     return Group(*parts)
 
 
-def best_of_all(best: dict[str, Any]) -> str:
-    """`search.status.best_of_all` in a line."""
-    what = f"trial {best['trial']}" + (f" distilled, {best['path']}" if best["path"] else ", as it was")
-    return f"best of all: {what}, Score {_with_se(best['score'], best['score_se'])}"
+def best_of_all_line(best: BestOfAll) -> str:
+    """Return the line that names the best of the trials and the distilled models."""
+    what = f"trial {best.trial}" + (f" distilled, {best.path}" if best.path else ", as it was")
+    return f"best of all: {what}, Score {_with_se(best.score, best.score_se)}"
 
 
-def comparison(rows: list[dict[str, Any]]) -> Table:
-    """Evaluated models (`search.jobs.row`), the best Score first; those that failed last, with their reasons."""
+def comparison(rows: Iterable[Row]) -> Table:
+    """Return the table of evaluated models, the best Score first; those that failed come last with their reasons."""
     table = Table(box=None, pad_edge=False)
     for name in COMPARED:
         table.add_column(name, justify="left" if name in ("experiment", "remark") else "right")
     for row in by_score(rows):
-        if "failure" in row:
-            table.add_row(row["name"], *[""] * 8, f"{row['failure']}: {row['reason']}")
-            continue
-        table.add_row(*cells(row), row.get("remark") or ("measured before" if row.get("before") else ""))
+        if row.result is None:
+            table.add_row(row.name, *[""] * 8, f"{row.failure}: {row.reason}")
+        else:
+            remark = row.remark or ("measured before" if row.before else "")
+            table.add_row(row.name, *cells(row.result), remark)
     return table
 
 
-COMPARED = ("experiment", "params", "perplexity", "KL", "ms/token", "PerfNorm", "SpeedNorm", "Score", "MB", "remark")
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """The cells of a row of the comparison, but its remark."""
-    kl = row.get("kl_nats_per_token")
+def cells(result: Result) -> list[str]:
+    """Return the cells of a row of the comparison, without its name and its remark."""
+    kl, score = result.kl_nats_per_token, result.score
     return [
-        row["name"],
-        parameters(row["total_parameters"]),
-        f"{row['perplexity']:,.3f}",
+        parameters(result.total_parameters),
+        f"{result.perplexity:,.3f}",
         "–" if kl is None else f"{kl:.4f}",
-        f"{row['time_per_token_ms']:.3f}",
-        f"{row['perf_norm']:.3f}±{row['perf_norm_se']:.3f}",
-        f"{row['speed_norm']:.3f}±{row['speed_norm_se']:.3f}",
-        f"{row['score']:.4f}±{row['score_se']:.4f}",
-        f"{row['model_size_mb']:.1f}",
+        f"{result.time_per_token_ms:.3f}",
+        f"{score.perf_norm:.3f}±{score.perf_norm_se:.3f}",
+        f"{score.speed_norm:.3f}±{score.speed_norm_se:.3f}",
+        f"{score.score:.4f}±{score.score_se:.4f}",
+        f"{result.model_size_mb:.1f}",
     ]
 
 
-def by_score(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(rows, key=lambda row: -row.get("score", -1.0))
-
-
 def parameters(count: int) -> str:
-    """1.28B, 134.5M."""
+    """Return a number of parameters in short, such as `1.28B` or `134.5M`."""
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
 def outcome_table(outcome: dict[str, Any], base: dict[str, Any]) -> Table:
-    """What `compress` will make (`search.compress.Outcome`, as a dict), beside the base model's plan."""
+    """Return what `compress` will make next to the base model.
+
+    Args:
+        outcome: The values of a `search.by_hand.compress.Outcome`.
+        base: The values of the base model's plan.
+    """
     table = Table(box=None, pad_edge=False)
     for name in ("", "base", "result"):
         table.add_column(name, justify="left" if not name else "right")
@@ -104,58 +100,59 @@ def outcome_table(outcome: dict[str, Any], base: dict[str, Any]) -> Table:
     return table
 
 
-def _pareto(state: dict[str, Any]) -> Table:
+def _pareto(trials: Sequence[TrialSummary], best: TrialSummary | None) -> Table:
     table = Table(title="Pareto front (★ the best Score)", title_justify="left", box=None, pad_edge=False)
     for name in ("trial", "plan", "perplexity", "PerfNorm", "SpeedNorm", "Score", "MB"):
         table.add_column(name, justify="left" if name == "plan" else "right")
-    for trial in state["pareto"]:
-        star = "★" if trial["trial"] == state["best"]["trial"] else ""
+    for trial in trials:
+        star = "★" if best is not None and trial.trial == best.trial else ""
         table.add_row(
-            f"{star}{trial['trial']}",
-            short(trial["plan"]),
-            f"{trial['perplexity']:.3f}",
-            f"{trial['perf_norm']:.3f}±{trial['perf_norm_se']:.3f}",
-            f"{trial['speed_norm']:.3f}±{trial['speed_norm_se']:.3f}",
-            f"{trial['score']:.4f}",
-            f"{trial['model_size_mb']:.1f}",
+            f"{star}{trial.trial}",
+            "" if trial.plan is None else short(trial.plan),
+            f"{trial.perplexity:.3f}",
+            f"{trial.perf_norm:.3f}±{trial.perf_norm_se:.3f}",
+            f"{trial.speed_norm:.3f}±{trial.speed_norm_se:.3f}",
+            f"{trial.score:.4f}",
+            f"{trial.model_size_mb:.1f}",
         )
     return table
 
 
-def _distilled(rows: list[dict[str, Any]], best: dict[str, Any]) -> Table:
-    """A line a finalist: before and after its distillation."""
+def _distilled(rows: Sequence[FinalistRow], best: BestOfAll) -> list[RenderableType]:
+    """Return the table of the finalists, a line for each one that failed, and the best of all."""
     table = Table(title="Distilled (★ the best of all)", title_justify="left", box=None, pad_edge=False)
     for name in ("trial", "model", "PerfNorm", "SpeedNorm", "Score", "KL", "tokens", "s", ""):
         table.add_column(name, justify="left" if name in ("model", "") else "right", no_wrap=True)
+    failed: list[RenderableType] = []
     for row in rows:
-        if "after" not in row:
+        if row.result is None:
+            failed.append(Text(f"trial {row.trial}, {row.name}: {row.failure}: {row.reason}"))
             continue
-        both = row["before"], row["after"]
+        both = row.before, row.result.after
         table.add_row(
-            f"{'★' if row['path'] == best['path'] else ''}{row['trial']}",
-            row["name"],
-            *(" → ".join(f"{one[key]:.3f}" for one in both) for key in ("perf_norm", "speed_norm")),
-            " → ".join(_with_se(one["score"], one["score_se"]) for one in both),
-            " → ".join("–" if (kl := one["kl_nats_per_token"]) is None else f"{kl:.4f}" for one in both),
-            f"{row['tokens']:,}",
-            f"{row['seconds']:.0f}",
-            "as before" if row.get("reused") else "",
+            f"{'★' if row.path == best.path else ''}{row.trial}",
+            row.name,
+            " → ".join(f"{one.perf_norm:.3f}" for one in both),
+            " → ".join(f"{one.speed_norm:.3f}" for one in both),
+            " → ".join(_with_se(one.score, one.score_se) for one in both),
+            " → ".join("–" if one.kl_nats_per_token is None else f"{one.kl_nats_per_token:.4f}" for one in both),
+            f"{row.result.tokens:,}",
+            f"{row.result.seconds:.0f}",
+            "as before" if row.reused else "",
         )
-    return table
+    return [*([table] if table.row_count else []), *failed, Text(best_of_all_line(best))]
 
 
-def _with_se(score: float, error: float | None) -> str:
+def _with_se(score: float | None, error: float | None) -> str:
     return f"{score:.4f}" + ("" if error is None else f"±{error:.4f}")
 
 
-def _reasons(ended: list[dict[str, Any]], most: int = 12) -> Table:
+def _reasons(ended: Sequence[TrialSummary]) -> Table:
     table = Table(title="Pruned and failed", title_justify="left", box=None, pad_edge=False)
     table.add_column("trial", justify="right")
     table.add_column("plan", no_wrap=True)
     table.add_column("why")
-    for trial in ended[-most:]:
-        plan = short(trial["plan"]) if "plan" in trial else ""
-        table.add_row(
-            str(trial["trial"]), plan, f"{trial.get('failure') or trial['state'].lower()}: {trial.get('reason', '')}"
-        )
+    for trial in ended[-MOST_ENDED:]:
+        plan = "" if trial.plan is None else short(trial.plan)
+        table.add_row(str(trial.trial), plan, f"{trial.failure or trial.state.lower()}: {trial.reason or ''}")
     return table

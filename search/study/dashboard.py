@@ -1,4 +1,4 @@
-"""What optuna-dashboard shows: a note and the measurement file for every trial, the baseline and the best on the study.
+"""Writes what optuna-dashboard shows: a note and the measurement file of every trial, and the study's note.
 
 Notes are Markdown. Nothing here decides anything.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def describe_trial(trial: optuna.Trial, record: Record, baseline: Measurement, artifacts: Path) -> None:
-    """The trial's note, and its measurement as an artifact under `artifacts`."""
+    """Write the trial's note, and its measurement as an artifact under `artifacts`."""
     save_note(trial, trial_note(record, baseline))
     if record.measurement is None:
         return
@@ -39,6 +39,7 @@ def describe_trial(trial: optuna.Trial, record: Record, baseline: Measurement, a
 
 
 def trial_note(record: Record, baseline: Measurement) -> str:
+    """Return the note of a trial: how it ended, why, its plan, its numbers next to the baseline's, and its times."""
     lines = [f"**{_verdict(record)}**"]
     if record.reason:
         lines += ["", record.reason]
@@ -82,7 +83,7 @@ def _verdict(record: Record) -> str:
 
 
 def describe_study(study: optuna.Study, baseline: Measurement, baseline_score: float) -> None:
-    """The study's note: the baseline and the best feasible trial."""
+    """Write the study's note: the baseline and the best feasible trial."""
     lines = [
         "### Baseline",
         f"perplexity {baseline.perplexity:.3f} on {baseline.tokens} tokens, "
@@ -112,7 +113,7 @@ def describe_study(study: optuna.Study, baseline: Measurement, baseline_score: f
 
 
 def serve(storage: optuna.storages.BaseStorage, artifacts: Path, host: str, port: int) -> None:
-    """Blocks until interrupted. optuna-dashboard has no login: keep `host` a loopback address."""
+    """Serve optuna-dashboard until interrupted. It has no login: keep `host` a loopback address."""
     from optuna_dashboard import run_server
 
     artifacts.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from compressors.statistics.activations import Calibration
 from evaluator import backends
 from search.by_hand import analyze
 from search.errors import UsageError
+from search.show import structure
 
 INFLUENCE = [0.9, 0.125, 0.0625, 0.125, 0.5]  # by layer
 
@@ -29,7 +30,7 @@ def importance(influence):
 
 def text(found, width=120):
     console = Console(record=True, width=width, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(analyze.render(found))
+    console.print(structure.render(found))
     return console.export_text()
 
 
@@ -104,7 +105,7 @@ def test_measured_importance_is_a_column_with_its_order(pico_llama):
         ("4", "0.5000", "4"),
     ]
     bars = [row[2].count("█") for row in table]
-    assert bars[0] == analyze.BAR
+    assert bars[0] == structure.BAR
     assert bars[0] > bars[4] > bars[1] == bars[3] > bars[2] > 0
     assert "layers that would go first: 2, 3, 1, 4" in shown
 
@@ -134,7 +135,7 @@ def test_an_untied_model_says_what_a_step_no_longer_reads(write_pico_model, tmp_
     assert hidden["bytes_saved"] - hidden["decode_bytes_saved"] == embedding
 
 
-def test_a_quantised_model_says_why_it_cannot_be_cut(write_pico_model, tmp_path):
+def test_a_quantized_model_says_why_it_cannot_be_cut(write_pico_model, tmp_path):
     base = Checkpoint.read(write_pico_model(tmp_path / "base", "llama", head_dim=16))
     plan = dataclasses.replace(CompressionPlan.identity(base.config), precision="W8A8")
     build.apply(plan, base, family_of(base), None).write(tmp_path / "made")
@@ -144,7 +145,7 @@ def test_a_quantised_model_says_why_it_cannot_be_cut(write_pico_model, tmp_path)
     shown = text(found, width=400)
     assert "nothing can be cut: model" in shown
     assert "is quantised already (compressed-tensors)" in shown
-    assert "quantised (compressed-tensors int-quantized)" in shown
+    assert "quantized (compressed-tensors int-quantized)" in shown
     assert line(shown, "self_attn.q_proj          [")[1:] == ["[96,", "96]", "9.2k", "int8"]
     assert line(shown, "input_layernorm           [")[1:] == ["[96]", "96", "bfloat16"]
 
@@ -165,7 +166,7 @@ def test_layers_that_differ_are_told_apart_and_names_move_no_cursor(pico_llama, 
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-def test_any_terminal_will_do(pico_llama, width):
+def test_no_line_is_wider_than_the_terminal(pico_llama, width):
     shown = text(analyze.analyze(pico_llama, importance(INFLUENCE)), width)
     assert max(map(len, shown.splitlines())) <= width
 
@@ -174,9 +175,13 @@ def test_any_terminal_will_do(pico_llama, width):
     ("number", "shown"), [(0, "0"), (999, "999"), (1000, "1.0k"), (4_194_304, "4.19M"), (1_279_391_488, "1.28B")]
 )
 def test_counts_are_short(number, shown):
-    assert analyze.count(number) == shown
+    assert structure.count(number) == shown
 
 
 def test_what_is_small_is_not_called_nothing():
-    assert (analyze.megabytes(0), analyze.megabytes(1152), analyze.megabytes(7_080_192)) == ("0.00", "<0.01", "7.08")
-    assert (analyze.percent(0), analyze.percent(1e-5), analyze.percent(0.0263)) == ("0.0 %", "<0.1 %", "2.6 %")
+    assert (structure.megabytes(0), structure.megabytes(1152), structure.megabytes(7_080_192)) == (
+        "0.00",
+        "<0.01",
+        "7.08",
+    )
+    assert (structure.percent(0), structure.percent(1e-5), structure.percent(0.0263)) == ("0.0 %", "<0.1 %", "2.6 %")

@@ -79,7 +79,7 @@ def documented():
     return [line for row in rows for line in re.findall(r"`([^`]+)`", row)]
 
 
-def test_every_command_line_of_the_workflow(cli, tmp_path, deep_model, monkeypatch):
+def test_every_command_line_of_the_workflow_works(cli, tmp_path, deep_model, monkeypatch):
     home = make_home(tmp_path / "home", deep_model)
     study = (home / "studies" / "hand.yaml").read_text().replace("tracking: {mlflow: false}", "")
     study = study.replace("evaluation:", "evaluation:\n  speed: predicted")  # the other tests take the time
@@ -292,7 +292,7 @@ def test_a_stale_baseline_is_measured_again_and_says_why(cli, home):
     assert changed.json["perplexity"] != first.json["perplexity"]
 
 
-def test_a_checkpoint_of_another_origin(cli, shared, pico_llama, tmp_path):
+def test_a_checkpoint_of_another_origin_is_measured_without_a_plan(cli, shared, pico_llama, tmp_path):
     """Fine-tuned elsewhere, saved by stock transformers in two shards: no plan is known of it."""
     model = transformers.AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.float32)
     with torch.no_grad():
@@ -322,7 +322,7 @@ def test_a_checkpoint_of_another_origin(cli, shared, pico_llama, tmp_path):
     unconfirmed = file.model_copy(update={"text": file.text.model_copy(update={"report": None})})
     with contextlib.chdir(shared):
         known = [evaluate.known(path, setting.prepare(one)) for one in (file, unconfirmed)]
-    assert known == [found, None]  # on another text it is confirmed anew
+    assert [evaluation and evaluation.to_dict() for evaluation in known] == [found, None]  # other text: measured again
 
 
 def test_weights_that_were_changed_since_are_not_taken_for_the_plans(cli, shared):
@@ -337,7 +337,7 @@ def test_weights_that_were_changed_since_are_not_taken_for_the_plans(cli, shared
     assert done.json["plan"] is None
 
 
-def test_a_quantised_checkpoint_of_another_origin(cli, shared):
+def test_a_quantized_checkpoint_of_another_origin_has_its_plans_quality(cli, shared):
     """What compressed-tensors multiplies out is what the screen of its plan computes."""
     path = shared / "submit" / "w8a8"
     quantize = ("compress", "quantize", "--study", "hand", "--scheme", "W8A8", "--save-path", path)
@@ -412,7 +412,7 @@ def test_a_report_says_what_was_measured_and_how_to_do_it_again(cli, shared):
     assert again["perf_norm"] == found["perf_norm"]
 
 
-def test_perf_of_several_parts(cli, shared, tmp_path):
+def test_perf_of_several_parts_is_their_weighted_mean(cli, shared, tmp_path):
     questions = tmp_path / "questions.jsonl"
     lines = [{"question": f"The {n} of", "choices": ["the", "zzz qqq"], "answer": n % 2} for n in range(6)]
     questions.write_text("\n".join(map(json.dumps, lines)))
@@ -450,7 +450,7 @@ def test_perf_of_several_parts(cli, shared, tmp_path):
         (["model=mini"], ["model=mini", "smollm2-135m"]),
     ],
 )
-def test_bad_words(refused, home, words, parts):
+def test_bad_words_are_refused_with_what_to_do(refused, home, words, parts):
     experiments = home / "studies" / "experiments"
     experiments.mkdir()
     (experiments / "broken.yaml").write_text("# @package _global_\ncompression: {keep_layer: 3}\n")
@@ -459,7 +459,7 @@ def test_bad_words(refused, home, words, parts):
         assert part in line
 
 
-def test_bad_models(refused, home):
+def test_bad_models_are_refused(refused, home):
     model = home.parent / "model"
     compress = ("compress", "drop-layers", "--keep-layers", "4", "--study", "hand")
     weights = model / "model.safetensors"
@@ -477,7 +477,7 @@ def test_bad_models(refused, home):
     assert "eval_result.json" in refused("report", "-e", "x", "-m", "empty", cwd=home)
 
 
-def test_a_model_that_would_be_overwritten(refused, home):
+def test_a_place_that_holds_something_else_is_not_overwritten(refused, home):
     (home / "mine").mkdir()
     (home / "mine" / "notes.txt").write_text("mine")
     compress = ("compress", "drop-layers", "--keep-layers", "4", "--study", "hand", "--save-path")
@@ -504,7 +504,7 @@ def test_a_full_disk_leaves_nothing_half_written(cli, home, tmp_path):
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_another_tokenizer_can_not_be_compared(refused, cli, shared, tmp_path):
+def test_a_model_with_another_tokenizer_is_refused(refused, cli, shared, tmp_path):
     path = tmp_path / "other"
     assert cli(
         "compress", "drop-layers", "--keep-layers", "4", "--study", "hand", "--save-path", path, cwd=shared

@@ -64,8 +64,8 @@ def test_a_hanging_and_a_memory_starved_engine_fail_their_trials_alone(file, mon
     assert "memory" in starved["reason"]
     for pid in struck:
         assert not Path(f"/proc/{pid}").exists()
-    shown = {trial["trial"]: trial for trial in status.of(study)["ended"]}
-    assert "took longer" in shown[1]["reason"]
+    shown = {trial.trial: trial for trial in status.of(study).ended}
+    assert "took longer" in shown[1].reason
 
 
 def test_ctrl_c_in_the_midst_of_an_import_still_ends_with_status_130(tmp_path):

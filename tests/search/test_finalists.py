@@ -88,7 +88,7 @@ def stamps(home):
     return {path: path.stat().st_mtime_ns for place in places for path in place.rglob("*") if path.is_file()}
 
 
-def test_finalists_are_distilled_quantised_and_measured(done):
+def test_finalists_are_distilled_quantized_and_measured(done):
     home, state = done
     rows = {row["trial"]: row for row in state["distilled"]}
     assert set(rows) == {1, 2, 3}
@@ -116,20 +116,20 @@ def test_finalists_are_distilled_quantised_and_measured(done):
         assert not info["missing_keys"]
         assert model.config.num_hidden_layers == 3
     assert (home / rows[1]["path"] / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
-    quantised = [json.loads((home / rows[number]["path"] / "config.json").read_text()) for number in (2, 3)]
-    assert [one["quantization_config"]["quant_method"] for one in quantised] == ["compressed-tensors"] * 2
+    quantized = [json.loads((home / rows[number]["path"] / "config.json").read_text()) for number in (2, 3)]
+    assert [one["quantization_config"]["quant_method"] for one in quantized] == ["compressed-tensors"] * 2
     assert len({measure.weights_sha256_of(home / row["path"]) for row in rows.values()}) == 3  # gptq is not nearest
     assert state["passed_over"] == []  # the uncut plan is not among the best three
 
 
-def test_it_is_not_taken_for_the_undistilled_plan(done, monkeypatch):
+def test_a_distilled_model_is_not_taken_for_its_undistilled_plan(done, monkeypatch):
     home, state = done
     monkeypatch.chdir(home)
     prepared = setting.prepare(compose.load("finals", config_dir=home / "studies"))
     for row in state["distilled"]:
         path = home / row["path"]
         assert evaluate.plan_in(path, measure.weights_sha256_of(path), prepared) is None
-        assert evaluate.known(path, prepared)["name"] == row["name"]
+        assert evaluate.known(path, prepared).name == row["name"]
 
 
 def test_a_second_call_does_nothing_again_and_status_shows_it(done, cli):
@@ -267,7 +267,7 @@ def test_a_failure_takes_nothing_from_what_an_earlier_call_made(done, cli, tmp_p
     assert {row["trial"] for row in shown["distilled"] if "failure" in row} == {best["trial"], other["trial"]}
 
 
-def test_what_is_only_needed_on_the_way_goes_however_a_call_ends(done, cli, tmp_path, monkeypatch):
+def test_what_is_only_needed_on_the_way_is_deleted_however_a_call_ends(done, cli, tmp_path, monkeypatch):
     home = Path(shutil.copytree(done[0], tmp_path / "home"))
     shutil.rmtree(home / "submit")
     (first,) = [
@@ -331,7 +331,7 @@ KILLED = """
 """
 
 
-def test_killed_and_interrupted_it_goes_on_to_the_same_result(done, cli, home, monkeypatch):
+def test_a_killed_and_interrupted_call_is_resumed_to_the_same_result(done, cli, home, monkeypatch):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     killed = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(KILLED), *FIRST, "--json"],

@@ -22,7 +22,7 @@ from compressors.model import family
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.transformers_version import DEFAULT, retarget
 from compressors.plan import CompressionPlan
-from search.by_hand import package
+from search.by_hand import package, submission_rules
 from search.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def made(pico_exaone4, tmp_path_factory):
     plan = dataclasses.replace(CompressionPlan.identity(base.config), num_hidden_layers=3, drop_from="top")
     build.apply(plan, base, family.family_of(base), None).write(path)
     retarget(path, DEFAULT)
-    for name in package.OWN:
+    for name in submission_rules.OWN:
         (path / name).write_text("{}")
     return path
 
@@ -57,7 +57,7 @@ def model(made, tmp_path):
 
 
 def failed(path, **options):
-    return {rule.name: rule.found for rule in package.check(path, **options) if not rule.ok}
+    return {rule.name: rule.found for rule in submission_rules.check(path, **options) if not rule.ok}
 
 
 def edit(model, name="config.json", **changes):
@@ -66,7 +66,7 @@ def edit(model, name="config.json", **changes):
 
 
 def rewrite(model, edit):
-    """The same weights, but for what `edit` does to the dictionary of tensors."""
+    """Write the weights again after `edit` has changed the dictionary of tensors."""
     tensors = load_file(model / "model.safetensors")
     edit(tensors)
     save_file(
@@ -81,7 +81,7 @@ def logits(path):
 
 
 def test_a_good_model_passes_and_is_packed(made, tmp_path):
-    rules = package.check(made)
+    rules = submission_rules.check(made)
     assert [rule.name for rule in rules] == NAMES
     assert failed(made) == {}
     seen = []
@@ -92,7 +92,7 @@ def test_a_good_model_passes_and_is_packed(made, tmp_path):
     assert packed.bytes == packed.path.stat().st_size
     assert packed.sha256 == hashlib.sha256(packed.path.read_bytes()).hexdigest()
     assert [path.name for path in packed.path.parent.iterdir()] == ["submit.zip"]
-    total = sum(path.stat().st_size for path in made.iterdir() if path.name not in package.OWN)
+    total = sum(path.stat().st_size for path in made.iterdir() if path.name not in submission_rules.OWN)
     assert seen == sorted(seen)
     assert seen[-1] == (total, total)
 
@@ -119,7 +119,7 @@ def test_the_same_files_give_the_same_bytes(made, model, tmp_path):
     for index, path in enumerate(sorted(model.iterdir(), reverse=True)):
         os.utime(path, (1e9 + index, 1e9 + index))
         path.chmod(0o600)
-    rules = package.check(made)
+    rules = submission_rules.check(made)
     one = package.pack(made, tmp_path / "a.zip", checked=rules)
     other = package.pack(model.rename(tmp_path / "another name"), tmp_path / "b.zip", checked=rules)
     assert one.path.read_bytes() == other.path.read_bytes()
@@ -127,7 +127,7 @@ def test_the_same_files_give_the_same_bytes(made, model, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC", "W4A16"])
-def test_quantised_models(pico_llama, tmp_path, scheme):
+def test_tensors_of_a_quantized_model_must_fit_its_config(pico_llama, tmp_path, scheme):
     base = Checkpoint.read(pico_llama)
     plan = CompressionPlan.identity(base.config)
     plan = dataclasses.replace(plan, precision=scheme, num_key_value_heads=2, num_attention_heads=4)
@@ -135,8 +135,8 @@ def test_quantised_models(pico_llama, tmp_path, scheme):
     build.apply(plan, base, family.family_of(base), None).write(model)
     retarget(model, DEFAULT)
     assert failed(model) == {}
-    found = {rule.name: rule.found for rule in package.check(model)}
-    assert "35 of them quantised" in found["weights"]
+    found = {rule.name: rule.found for rule in submission_rules.check(model)}
+    assert "35 of them quantized" in found["weights"]
 
     module = "model.layers.3.mlp.up_proj"
     whole = load_file(model / "model.safetensors")
@@ -151,7 +151,7 @@ def test_quantised_models(pico_llama, tmp_path, scheme):
         tensors[f"{module}.weight"] = torch.zeros(160, 96, dtype=torch.bfloat16)
 
     rewrite(model, plain)
-    assert f"{module} is unquantised, and config.json says that it is quantised" in failed(model)["weights"]
+    assert f"{module} is unquantized, and config.json says that it is quantized" in failed(model)["weights"]
     save_file(whole, model / "model.safetensors", {"format": "pt"})
     part = "weight_packed" if scheme == "W4A16" else "weight"
 
@@ -162,7 +162,7 @@ def test_quantised_models(pico_llama, tmp_path, scheme):
     assert f"{module}.{part} is 160 × " in failed(model)["weights"]
 
 
-def test_shards(model):
+def test_shards_must_be_those_of_the_index(model):
     tensors = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -267,7 +267,7 @@ BROKEN = {
         "form",
         "tokenizer_config.json: tokenizer_class",
     ),
-    "config": (lambda model: (model / "config.json").write_text("{"), "config.json", "no JSON object"),
+    "config": (lambda model: (model / "config.json").write_text("{"), "config.json", "not a JSON object"),
     "no config": (lambda model: (model / "config.json").unlink(), "config.json", "is missing"),
     "refused config": (lambda model: edit(model, vocab_size="many"), "config.json", "transformers refuses the config"),
     "config's numbers": (lambda model: edit(model, hidden_size="96"), "config.json", "hidden_size: '96'"),
@@ -292,11 +292,11 @@ def test_a_broken_rule_is_named(model, name):
     assert [path.name for path in model.parent.iterdir()] == [model.name]
 
 
-def test_limits_of_size(made, tmp_path):
+def test_what_is_larger_than_a_limit_is_refused(made, tmp_path):
     size = (made / "model.safetensors").stat().st_size / 1e6
     assert failed(made, max_model_mb=size) == {}
     assert "at most" in failed(made, max_model_mb=size - 0.001)["size"]
-    rules = package.check(made)
+    rules = submission_rules.check(made)
     exact = package.pack(made, tmp_path / "a.zip", checked=rules).bytes / 1e6
     assert package.pack(made, tmp_path / "a.zip", checked=rules, max_zip_mb=exact).bytes == exact * 1e6
     before = (tmp_path / "a.zip").stat()
@@ -314,12 +314,12 @@ def test_without_a_target_no_version_is_asked_for(pico_exaone4):
     assert set(failed(pico_exaone4)) == {"transformers_version", "form"}
     assert set(failed(pico_exaone4, target="5.23.0")) <= {"transformers_version"}
     with pytest.raises(CheckpointError, match="known are"):
-        package.check(pico_exaone4, target="3.1")
+        submission_rules.check(pico_exaone4, target="3.1")
 
 
-def test_no_directory(tmp_path):
+def test_a_directory_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UsageError, match="no such directory"):
-        package.check(tmp_path / "none")
+        submission_rules.check(tmp_path / "none")
 
 
 # -- places that can't be written ----------------------------------------------------------------------------
@@ -327,10 +327,10 @@ def test_no_directory(tmp_path):
 
 @pytest.fixture
 def rules(made):
-    return [package.Rule(name, True, "") for name in NAMES]
+    return [submission_rules.Rule(name, True, "") for name in NAMES]
 
 
-def test_places_that_can_not_be(made, rules, tmp_path):
+def test_places_that_can_not_be_written_are_refused_and_left_alone(made, rules, tmp_path):
     (tmp_path / "file").write_text("")
     for out, said in (
         (tmp_path / "file" / "submit.zip", r"Not a directory|File exists"),
@@ -357,7 +357,7 @@ def mounted(place, options):
         subprocess.run(["umount", place], check=True)
 
 
-def test_a_read_only_directory(made, rules, tmp_path):
+def test_a_read_only_directory_is_refused(made, rules, tmp_path):
     with (
         mounted(tmp_path / "fixed", "ro,size=9m") as place,
         pytest.raises(UsageError, match="Read-only file system; nothing was changed"),
@@ -375,14 +375,14 @@ def test_ctrl_c_leaves_nothing(made, rules, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_killed_is_swept(made, rules, tmp_path):
+def test_what_a_killed_process_left_is_deleted(made, rules, tmp_path):
     (tmp_path / ".a.zip.package-4194305").write_text("left by a process that is gone")
     (tmp_path / f".a.zip.package-{os.getppid()}").write_text("of one that lives")
     package.pack(made, tmp_path / "a.zip", checked=rules)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f".a.zip.package-{os.getppid()}", "a.zip"]
 
 
-def test_a_full_disk(made, rules, tmp_path):
+def test_a_full_disk_leaves_nothing_half_written(made, rules, tmp_path):
     needed = sum(path.stat().st_size for path in made.iterdir())
     with mounted(tmp_path / "small", "size=1500k") as small:
         (small / "filler").write_bytes(b"x" * (1500 * 1024 - needed // 2))
@@ -413,7 +413,7 @@ def say_words(path):
     path.chmod(0o755)
 
 
-def test_create_submit(tmp_path):
+def test_create_submit_finds_the_program_and_passes_its_words_on(tmp_path):
     shutil.copy(ROOT / "create_submit.sh", tmp_path)
     assert os.access(tmp_path / "create_submit.sh", os.X_OK)
     none = create_submit(tmp_path)

@@ -1,5 +1,6 @@
 """Plots are real files of a sensible size that show what they are given; nothing is fetched, nothing half-written."""
 
+import math
 import os
 import re
 
@@ -10,14 +11,27 @@ from matplotlib.text import Text
 from PIL import Image
 
 from compressors.statistics.activations import Calibration
+from evaluator.score import Score
 from search.by_hand import analyze
 from search.errors import UsageError
 from search.show import plots
+from search.show.plots import drawing, labels
+from search.show.plots import scores as scores_plot
+from search.show.plots import shards as shards_plot
+from search.show.rows import Result, Row
 
-NAMES = ("drop_28", "w8a8", "$x$ 한국어", "<b>bold</b>")
+
+def a_row(name, perf_norm, speed_norm, error=0.01, score=None):
+    score = max(perf_norm + speed_norm, 0) / 2 if score is None else score
+    measured = Score(perf_norm, error, speed_norm, error, score, error)
+    return Row(name, "", Result(None, 1, 1.0, 2.0, None, 3.0, measured))
+
+
 ROWS = [
-    {"name": name, "perf_norm": p, "perf_norm_se": e, "speed_norm": s, "speed_norm_se": e, "score": max(p + s, 0) / 2}
-    for name, p, s, e in zip(NAMES, (0.7, 0.99, 0.9, 0.4), (0.18, 0.31, 0.05, -0.2), (0.01, 0.02, None, 0), strict=True)
+    a_row("drop_28", 0.7, 0.18),
+    a_row("w8a8", 0.99, 0.31, 0.02),
+    a_row("$x$ 한국어", 0.9, 0.05, math.nan),
+    a_row("<b>bold</b>", 0.4, -0.2, 0.0),
 ]
 
 
@@ -30,14 +44,14 @@ def found(pico_llama):
 
 def draw(kind, path, found):
     if kind == "structure":
-        return plots.structure(found, path)
+        return plots.plot_structure(found, path)
     if kind == "scores":
-        return plots.scores(ROWS, path)
-    return plots.shards([2.5, 3.0, 2.75], [2.75, 3.5, 2.5], path)
+        return plots.plot_scores(ROWS, path)
+    return plots.plot_shards([2.5, 3.0, 2.75], [2.75, 3.5, 2.5], path)
 
 
 @pytest.mark.parametrize("kind", ["structure", "scores", "shards"])
-def test_png(kind, found, tmp_path):
+def test_a_png_has_a_sensible_size_and_all_colors(kind, found, tmp_path):
     path = draw(kind, tmp_path / "new" / "plot.png", found)
     assert path == tmp_path / "new" / "plot.png"
     assert os.listdir(path.parent) == ["plot.png"]
@@ -48,7 +62,7 @@ def test_png(kind, found, tmp_path):
     assert 1000 <= width <= 1600
     assert 600 <= height <= 1100
     assert 20_000 < path.stat().st_size < 500_000
-    for color in (plots.BLUE, plots.ORANGE):  # both are drawn: a bar or a point of each
+    for color in (drawing.BLUE, drawing.ORANGE):  # both are drawn: a bar or a point of each
         wanted = np.array([int(color[place : place + 2], 16) for place in (1, 3, 5)])
         assert (np.abs(pixels.astype(int) - wanted).max(axis=-1) < 4).sum() > 30
     edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
@@ -56,7 +70,7 @@ def test_png(kind, found, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["structure", "scores", "shards"])
-def test_html_needs_nothing_else(kind, found, tmp_path):
+def test_html_needs_no_other_file_and_shows_the_values(kind, found, tmp_path):
     path = draw(kind, tmp_path / "plot.html", found)
     assert os.listdir(tmp_path) == ["plot.html"]
     page = path.read_text(encoding="utf-8")
@@ -76,21 +90,21 @@ def test_html_needs_nothing_else(kind, found, tmp_path):
 
 def test_structure_without_importance_is_one_panel(pico_llama, tmp_path):
     found = analyze.analyze(pico_llama)
-    path = plots.structure(found, tmp_path / "plot.png")
+    path = plots.plot_structure(found, tmp_path / "plot.png")
     with Image.open(path) as image:
         assert image.size[1] < 600
-    page = plots.structure(found, tmp_path / "plot.html").read_text(encoding="utf-8")
+    page = plots.plot_structure(found, tmp_path / "plot.html").read_text(encoding="utf-8")
     assert "block influence" not in page[page.rindex("Plotly.newPlot(") :]
 
 
 def test_lines_of_equal_score_are_lines_of_equal_score():
     x, y = (-0.1, 0.4), (0.3, 1.1)
-    levels = plots._levels(x, y, (0.5, 0.5))
+    levels = scores_plot._levels(x, y, (0.5, 0.5))
     assert levels == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
     drawn = 0
     for weights in ((0.5, 0.5), (0.8, 0.2), (1.0, 0.0), (0.0, 1.0)):
-        for level in plots._levels(x, y, weights):
-            line = plots._line(level, x, y, weights)
+        for level in scores_plot._levels(x, y, weights):
+            line = scores_plot._line(level, x, y, weights)
             for speed, perf in line or ():
                 drawn += 1
                 assert weights[0] * perf + weights[1] * speed == pytest.approx(level)
@@ -100,7 +114,7 @@ def test_lines_of_equal_score_are_lines_of_equal_score():
 
 
 def test_every_model_its_errors_and_the_baseline_are_in_the_window():
-    (left, right), (low, high) = plots._window(ROWS)
+    (left, right), (low, high) = scores_plot._window(scores_plot.points_of(ROWS))
     assert left < -0.2
     assert right > 0.31 + 0.02
     assert low < 0.4
@@ -109,10 +123,10 @@ def test_every_model_its_errors_and_the_baseline_are_in_the_window():
     assert low < 1 < high
 
 
-def test_labels_lie_beside_each_other_and_inside():
+def test_labels_cover_neither_each_other_nor_the_edge():
     """Twelve models on one spot: each name can still be read."""
-    rows = [{**ROWS[0], "name": f"model_{n}", "perf_norm": 0.7 + n / 1e4} for n in range(12)]
-    figure = plots._scores_png(rows, (0.5, 0.5))
+    rows = [a_row(f"model_{n}", 0.7 + n / 1e4, 0.18, score=0.44) for n in range(12)]
+    figure = scores_plot._scores_png(scores_plot.points_of(rows), (0.5, 0.5))
     figure.canvas.draw()
     (axes,) = figure.axes
     boxes = [Text.get_window_extent(text) for text in axes.texts if text.get_text().startswith(("model_", "baseline"))]
@@ -120,24 +134,33 @@ def test_labels_lie_beside_each_other_and_inside():
     for place, box in enumerate(boxes):
         assert axes.bbox.x0 <= box.x0 + 1
         assert box.x1 - 1 <= axes.bbox.x1
-        assert all(plots._overlap(box, other) < 1 for other in boxes[:place])
+        assert all(labels.overlap(box, other) < 1 for other in boxes[:place])
 
 
-@pytest.mark.parametrize("rows", [[], ROWS[:1], [{**ROWS[0], "perf_norm": None}], [{**ROWS[0], "score": float("nan")}]])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        ROWS[:1],
+        [Row("broken", "", failure="NotFinite", reason="its loss")],
+        [a_row("nan", 0.7, 0.1, score=math.nan)],
+    ],
+    ids=["none", "one", "failed", "not finite"],
+)
 def test_few_or_no_models_are_drawn_too(rows, tmp_path):
-    assert plots.scores(rows, tmp_path / "plot.png").stat().st_size > 10_000
+    assert plots.plot_scores(rows, tmp_path / "plot.png").stat().st_size > 10_000
 
 
 def test_the_baseline_among_the_models_is_named_once():
-    baseline = {**ROWS[0], "name": "baseline", "perf_norm": 1.0, "speed_norm": 0.0, "score": 0.5}
-    (axes,) = plots._scores_png([*ROWS, baseline], (0.5, 0.5)).axes
+    points = scores_plot.points_of([*ROWS, a_row("baseline", 1.0, 0.0)])
+    (axes,) = scores_plot._scores_png(points, (0.5, 0.5)).axes
     assert [text.get_text() for text in axes.texts].count("baseline  0.500") == 1
 
 
 @pytest.mark.parametrize("name", ["plot.svg", "plot", "plot.PNG.jpg"])
 def test_another_suffix_is_refused_and_nothing_is_written(name, tmp_path):
     with pytest.raises(UsageError, match=r"choose a name that ends in \.png or \.html") as caught:
-        plots.scores(ROWS, tmp_path / "new" / name)
+        plots.plot_scores(ROWS, tmp_path / "new" / name)
     assert caught.value.exit_status == 2
     assert os.listdir(tmp_path) == []
 
@@ -145,20 +168,20 @@ def test_another_suffix_is_refused_and_nothing_is_written(name, tmp_path):
 @pytest.mark.parametrize(("base", "model"), [([], []), ([1.0], [1.0, 2.0])])
 def test_shards_that_do_not_match_are_refused(base, model, tmp_path):
     with pytest.raises(UsageError, match="measure both on the same shards"):
-        plots.shards(base, model, tmp_path / "plot.png")
+        plots.plot_shards(base, model, tmp_path / "plot.png")
     assert os.listdir(tmp_path) == []
 
 
 def test_one_shard_has_no_error(tmp_path):
-    assert plots._verdict([0.25]) == "Model − baseline: +0.2500 nats per token on average"
-    assert plots._verdict([0.1, 0.3]) == "Model − baseline: +0.2000 ± 0.1000 nats per token on average"
-    plots.shards([1.0], [1.25], tmp_path / "plot.png")
+    assert shards_plot._verdict([0.25]) == "Model − baseline: +0.2500 nats per token on average"
+    assert shards_plot._verdict([0.1, 0.3]) == "Model − baseline: +0.2000 ± 0.1000 nats per token on average"
+    plots.plot_shards([1.0], [1.25], tmp_path / "plot.png")
 
 
 def test_a_place_that_cannot_be_written_is_one_line_and_the_old_plot_stays(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="nothing was changed there"):
-        plots.scores(ROWS, tmp_path / "file" / "plot.png")
+        plots.plot_scores(ROWS, tmp_path / "file" / "plot.png")
     path = tmp_path / "plot.png"
     path.write_text("old")
 
@@ -167,7 +190,7 @@ def test_a_place_that_cannot_be_written_is_one_line_and_the_old_plot_stays(tmp_p
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     with pytest.raises(UsageError, match="No space left on device"):
-        plots.scores(ROWS, path)
+        plots.plot_scores(ROWS, path)
     assert path.read_text() == "old"
     assert sorted(os.listdir(tmp_path)) == ["file", "plot.png"]
 
@@ -178,6 +201,6 @@ def test_drawing_leaves_no_global_state(tmp_path):
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    plots.scores(ROWS, tmp_path / "plot.png")
+    plots.plot_scores(ROWS, tmp_path / "plot.png")
     assert dict(matplotlib.rcParams) == before
     assert "tkinter" not in sys.modules

@@ -1,0 +1,204 @@
+"""The evaluation of a checkpoint: eval_result.json, the file next to its weights that a report is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compressors.plan import CompressionPlan
+from evaluator.measurement import Measurement
+from evaluator.score import Formula, Score, score_of
+from search.files import read_json
+from search.json_values import known_fields, measurement_from, plan_from
+from search.setup.setting import Setting
+from search.show.rows import Result, Row
+
+RESULT = "eval_result.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Confirmed:
+    """Quality on the report text, which neither calibration nor search saw.
+
+    Attributes:
+        perplexity: The model's.
+        base_perplexity: The base model's.
+        perf_norm_se: The standard error of PerfNorm, paired over the shards of the text.
+        text_digest: The digest of the text.
+    """
+
+    perplexity: float
+    base_perplexity: float
+    perf_norm: float
+    perf_norm_se: float
+    text_digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    """The base model of an evaluation: where it came from, and the digest of its files."""
+
+    source: str
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A model measured against its base model, with everything that a report needs.
+
+    Attributes:
+        name: The name of the run.
+        score: PerfNorm, SpeedNorm and Score with their standard errors.
+        date: When it was measured, in ISO 8601.
+        model: The base model.
+        description: What was done, in the words of the study file.
+        plan: The plan that made the model; None for a model of another origin.
+        base_plan: The plan that changes nothing of the base model.
+        circumstances: What the measurement depends on except the models; JSON values.
+        report_text: Quality on the report text, where the study file has one.
+        settings: The study file without its storage; JSON values.
+        words: The words of the command line that chose the study file; None for an export.
+        study: The study of an exported trial.
+        trial: The number of an exported trial.
+    """
+
+    name: str
+    score: Score
+    date: str
+    model: BaseModel
+    description: str | None
+    plan: CompressionPlan | None
+    base_plan: CompressionPlan
+    formula: Formula
+    circumstances: Mapping[str, Any]
+    measurement: Measurement
+    baseline: Measurement
+    report_text: Confirmed | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    words: tuple[str, ...] | None = None
+    study: str | None = None
+    trial: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values: the contents of eval_result.json."""
+        exported = {} if self.trial is None else {"study": self.study, "trial": self.trial}
+        return {
+            "name": self.name,
+            **exported,
+            **({} if self.words is None else {"words": list(self.words)}),
+            **dataclasses.asdict(self.score),
+            "date": self.date,
+            "model": dataclasses.asdict(self.model),
+            "description": self.description,
+            "plan": None if self.plan is None else self.plan.to_dict(),
+            "base_plan": self.base_plan.to_dict(),
+            "formula": plain(dataclasses.asdict(self.formula)),
+            "circumstances": dict(self.circumstances),
+            "measurement": self.measurement.to_dict(),
+            "baseline": self.baseline.to_dict(),
+            "report_text": None if self.report_text is None else dataclasses.asdict(self.report_text),
+            "settings": dict(self.settings),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
+        """Return the evaluation in `values`, which another version may have written.
+
+        Raises:
+            ValueError: Something that every evaluation has is missing.
+        """
+        try:
+            plan, text, words = values["plan"], values.get("report_text"), values.get("words")
+            return cls(
+                **{
+                    **known_fields(cls, values),
+                    "score": Score(**known_fields(Score, values)),
+                    "model": BaseModel(**known_fields(BaseModel, values["model"])),
+                    "description": values.get("description"),
+                    "plan": None if plan is None else plan_from(plan),
+                    "base_plan": plan_from(values["base_plan"]),
+                    "formula": Formula(**known_fields(Formula, values["formula"])),
+                    "measurement": measurement_from(values["measurement"]),
+                    "baseline": measurement_from(values["baseline"]),
+                    "report_text": None if text is None else Confirmed(**known_fields(Confirmed, text)),
+                    "words": None if words is None else tuple(words),
+                }
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a whole evaluation: {error}") from None
+
+    @classmethod
+    def read(cls, model: Path) -> Evaluation | None:
+        """Return the evaluation in the directory `model`, or None where there is no whole one."""
+        values = read_json(model / RESULT)
+        if values is None:
+            return None
+        try:
+            return cls.from_dict(values)
+        except ValueError:
+            return None
+
+    def row(self, path: Path, *, before: bool | None = None, remark: str | None = None) -> Row:
+        """Return the row of the model, which is in `path`, for a comparison."""
+        result = _result(self.plan, self.measurement, self.measurement.kl_nats_per_token, self.score)
+        return Row(self.name, str(path), result, before=before, remark=remark)
+
+    def baseline_row(self) -> Row:
+        """Return the row of the base model, which the others are compared with."""
+        score = Score(1.0, 0.0, 0.0, 0.0, self.formula.weight_perf, 0.0)
+        return Row("baseline", self.model.source, _result(self.base_plan, self.baseline, 0.0, score))
+
+
+def _result(plan: CompressionPlan | None, measured: Measurement, kl: float | None, score: Score) -> Result:
+    return Result(
+        plan=plan,
+        total_parameters=measured.total_parameters,
+        model_size_mb=measured.model_size_mb,
+        perplexity=measured.perplexity,
+        kl_nats_per_token=kl,
+        time_per_token_ms=measured.time_per_token_ms,
+        score=score,
+    )
+
+
+def evaluation_of(
+    setting: Setting,
+    measurement: Measurement,
+    baseline: Measurement,
+    plan: CompressionPlan | None,
+    *,
+    name: str,
+    words: Sequence[str] | None = None,
+    report_text: Confirmed | None = None,
+    study: str | None = None,
+    trial: int | None = None,
+) -> Evaluation:
+    """Return the evaluation of a model that was measured just now; the arguments are its attributes."""
+    return Evaluation(
+        name=name,
+        score=score_of(measurement, baseline, setting.formula),
+        date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        model=BaseModel(setting.file.model.source, setting.base_digest),
+        description=setting.file.description,
+        plan=plan,
+        base_plan=setting.identity,
+        formula=setting.formula,
+        circumstances=plain(setting.circumstances),
+        measurement=measurement,
+        baseline=baseline,
+        report_text=report_text,
+        settings=setting.file.model_dump(mode="json", exclude={"storage"}),  # its URL may hold a password
+        words=None if words is None else tuple(words),
+        study=study,
+        trial=trial,
+    )
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `values` as a JSON file would give them back, with lists in place of tuples."""
+    plain_values: dict[str, Any] = json.loads(json.dumps(values))
+    return plain_values

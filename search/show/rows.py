@@ -1,0 +1,75 @@
+"""Rows of the comparison of evaluated models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from compressors.plan import CompressionPlan
+from evaluator.score import Score
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What was measured of one model.
+
+    Attributes:
+        plan: The plan that made the model; None for a model of another origin.
+        model_size_mb: The size of the weights; 1 MB is 1e6 bytes.
+        kl_nats_per_token: The KL divergence to the base model; None where it was not computed.
+        score: PerfNorm, SpeedNorm and Score with their standard errors.
+    """
+
+    plan: CompressionPlan | None
+    total_parameters: int
+    model_size_mb: float
+    perplexity: float
+    kl_nats_per_token: float | None
+    time_per_token_ms: float
+    score: Score
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; the numbers of the score stand next to the others."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["score"]
+        return {
+            **values,
+            "plan": None if self.plan is None else self.plan.to_dict(),
+            **dataclasses.asdict(self.score),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row holds one model of a comparison: its result, or why there is none.
+
+    Attributes:
+        path: The model's directory, or the source of the base model.
+        result: None for a model that could not be built or measured.
+        failure: The kind of error, where there is no result.
+        reason: The error in one line, where there is no result.
+        before: Whether an earlier call measured it; None where that was not asked.
+        remark: What keeps it from being compared with the first row.
+    """
+
+    name: str
+    path: str
+    result: Result | None = None
+    failure: str | None = None
+    reason: str | None = None
+    before: bool | None = None
+    remark: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values without the keys that don't apply."""
+        named = {"name": self.name, "path": self.path}
+        if self.result is None:
+            return {**named, "failure": self.failure, "reason": self.reason}
+        notes = {"before": self.before, "remark": self.remark}
+        return {**named, **self.result.to_dict(), **{key: note for key, note in notes.items() if note is not None}}
+
+
+def by_score(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows with the best Score first and those without a result last."""
+    return sorted(rows, key=lambda row: 1.0 if row.result is None else -row.result.score.score)

@@ -1,0 +1,244 @@
+"""Where a study stands, as values: its trials, its best models, and its distilled finalists."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from compressors.plan import CompressionPlan
+from evaluator.measurement import Measurement
+from search.json_values import known_fields
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialSummary:
+    """What a study's storage holds of one trial. What a trial did not reach is None.
+
+    Attributes:
+        trial: The trial's number.
+        state: The name of its Optuna state.
+        score: Its Score; None unless it is complete.
+        stage: The last stage that it entered.
+        reason: Why it was pruned or failed, in one line.
+        failure: The kind of error of a failed trial.
+    """
+
+    trial: int
+    state: str
+    score: float | None
+    perf_norm: float | None = None
+    perf_norm_se: float | None = None
+    speed_norm: float | None = None
+    speed_norm_se: float | None = None
+    score_se: float | None = None
+    perplexity: float | None = None
+    kl_nats_per_token: float | None = None
+    time_per_token_ms: float | None = None
+    model_size_mb: float | None = None
+    total_parameters: int | None = None
+    stage: str | None = None
+    reason: str | None = None
+    failure: str | None = None
+    plan: CompressionPlan | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values without those that are None; the Score is always there."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["plan"] = None if self.plan is None else self.plan.to_dict()
+        return {name: value for name, value in values.items() if value is not None or name == "score"}
+
+
+@dataclasses.dataclass(frozen=True)
+class FinalistScore:
+    """The numbers of a finalist before or after its distillation; `_se` are standard errors."""
+
+    score: float
+    score_se: float | None = None
+    perf_norm: float | None = None
+    perf_norm_se: float | None = None
+    speed_norm: float | None = None
+    speed_norm_se: float | None = None
+    kl_nats_per_token: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FinalistScore:
+        """Return the numbers in `values`. Raises TypeError when the Score is missing."""
+        return cls(**known_fields(cls, values))
+
+
+@dataclasses.dataclass(frozen=True)
+class FinalistResult:
+    """What distillation made of a finalist.
+
+    Attributes:
+        after: The numbers of the distilled model.
+        tokens: The number of tokens that it was trained on.
+        seconds: How long that took.
+        held_out_kl: The KL divergence to the base model on held-out text, before and at its best.
+        stopped: Why the distillation ended.
+        weights_sha256: The digest of the model that was measured; None in a row of an older version.
+    """
+
+    after: FinalistScore
+    tokens: int
+    seconds: float
+    held_out_kl: tuple[float, float]
+    stopped: str
+    weights_sha256: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "weights_sha256": self.weights_sha256,
+            "after": self.after.to_dict(),
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "held_out_kl": list(self.held_out_kl),
+            "stopped": self.stopped,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FinalistResult:
+        """Return the result in `values`. Raises KeyError or TypeError when something is missing."""
+        before, best = values["held_out_kl"]
+        after = FinalistScore.from_dict(values["after"])
+        return cls(**{**known_fields(cls, values), "after": after, "held_out_kl": (before, best)})
+
+
+@dataclasses.dataclass(frozen=True)
+class FinalistRow:
+    """One of a study's best trials, before and after its distillation.
+
+    Attributes:
+        trial: The trial's number.
+        name: The name of the distilled model's directory.
+        path: The path of that directory.
+        before: The numbers of the trial.
+        result: None where the model could not be made or measured.
+        failure: The kind of error, where there is no result.
+        reason: The error in one line, where there is no result.
+        reused: Whether an earlier call made and measured it; None in the storage, which doesn't hold it.
+    """
+
+    trial: int
+    name: str
+    path: str
+    before: FinalistScore
+    result: FinalistResult | None = None
+    failure: str | None = None
+    reason: str | None = None
+    reused: bool | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values without the keys that don't apply."""
+        begun = {"trial": self.trial, "name": self.name, "path": self.path, "before": self.before.to_dict()}
+        if self.result is None:
+            return {**begun, "failure": self.failure, "reason": self.reason}
+        return {**begun, **self.result.to_dict(), **({} if self.reused is None else {"reused": self.reused})}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FinalistRow:
+        """Return the row in `values`. Raises KeyError or TypeError when something required is missing."""
+        result = FinalistResult.from_dict(values) if "after" in values else None
+        return cls(
+            **{
+                **known_fields(cls, values),
+                "before": FinalistScore.from_dict(values["before"]),
+                "result": result,
+            }
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BestOfAll:
+    """The best model of a study.
+
+    Attributes:
+        trial: The number of the trial that it comes from.
+        path: The directory of the distilled model; None for the trial's own.
+    """
+
+    trial: int
+    path: str | None
+    score: float | None
+    score_se: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class PassedOver:
+    """A good trial that is not distilled, and why.
+
+    Attributes:
+        trial: The trial's number.
+        reason: Why distillation has nothing to win there.
+    """
+
+    trial: int
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyState:
+    """Where a study stands.
+
+    Attributes:
+        study: The study's name.
+        trials: The number of finished trials that the last call asked for.
+        finished: The number of trials that ended by themselves, whatever their state.
+        best: The measured trial with the best Score.
+        pareto: The trials that no other beats in PerfNorm without losing SpeedNorm, by falling PerfNorm.
+        pruned_at: The number of pruned trials by stage.
+        ended: The trials that were pruned or failed.
+        distilled: The finalists, the best Score first.
+        best_of_all: The best of the trials and of the distilled models that are still there.
+        passed_over: The trials that were not distilled; None where nothing was to be distilled.
+    """
+
+    study: str
+    trials: int | None
+    finished: int
+    complete: int
+    pruned: int
+    failed: int
+    running: int
+    waiting: int
+    baseline: Measurement | None
+    best: TrialSummary | None
+    pareto: tuple[TrialSummary, ...]
+    pruned_at: Mapping[str, int]
+    ended: tuple[TrialSummary, ...]
+    distilled: tuple[FinalistRow, ...]
+    best_of_all: BestOfAll | None
+    passed_over: tuple[PassedOver, ...] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("baseline", "best", "best_of_all"):
+            values[name] = None if values[name] is None else values[name].to_dict()
+        for name in ("pareto", "ended", "distilled"):
+            values[name] = [one.to_dict() for one in values[name]]
+        values["pruned_at"] = dict(self.pruned_at)
+        if self.passed_over is None:
+            del values["passed_over"]
+        else:
+            values["passed_over"] = [one.to_dict() for one in self.passed_over]
+        return values
+
+
+def finalists_by_score(rows: Iterable[FinalistRow]) -> list[FinalistRow]:
+    """Return the finalists with the best Score first and those without a result last."""
+    return sorted(rows, key=lambda row: 1.0 if row.result is None else -row.result.after.score)

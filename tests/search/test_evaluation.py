@@ -1,0 +1,206 @@
+"""What eval_result.json and a study's rows hold, written and read by this version and by others."""
+
+import json
+
+import pytest
+
+from compressors.plan import CompressionPlan
+from evaluator.measurement import Measurement, TaskResult, Workload
+from evaluator.score import Formula, score_of
+from search.by_hand import report
+from search.by_hand.evaluation import RESULT, BaseModel, Confirmed, Evaluation
+from search.show import tables
+from search.show.rows import Row, by_score
+from search.show.study_state import FinalistResult, FinalistRow, FinalistScore, TrialSummary
+
+BASE = CompressionPlan(5, 6, 3, 96, 160, "bfloat16")
+PLAN = CompressionPlan(4, 6, 3, 96, 160, "W8A8", quantizer="gptq")
+CIRCUMSTANCES = {"backend": "transformers", "workload": {"batch_sizes": [1]}}
+
+
+def measurement(nll, ratio):
+    return Measurement(
+        perplexity=2.0 + nll,
+        nll_nats_per_token=nll,
+        nll_nats_per_token_se=0.01,
+        tokens=1000,
+        shard_nll=(nll - 0.1, nll + 0.1),
+        time_per_token_ms=10 * ratio,
+        time_per_token_ms_se=0.1,
+        base_time_per_token_ms=10.0,
+        base_time_per_token_ms_se=0.1,
+        time_ratio=ratio,
+        time_ratio_se=0.01,
+        timing_samples=64,
+        tokens_per_sec=100 / ratio,
+        model_size_mb=0.5,
+        total_parameters=400_000,
+        number_of_layers=4,
+        number_of_heads=6,
+        hidden_dim=96,
+        backend="transformers",
+        engine_version="1",
+        transformers_version="2",
+        torch_version="3",
+        device="cpu",
+        dtype="float32",
+        workload=Workload(),
+        text_digest="text",
+        logits_sha256="logits",
+        weights_sha256="weights",
+        notes=("a note",),
+        tasks={"quiz": TaskResult(0.5, 0.1, 2, (0.0, 1.0), "digest")},
+    )
+
+
+def evaluation(**changes):
+    base, model = measurement(1.0, 1.0), measurement(1.2, 0.7)
+    formula = Formula(perf=(("perplexity", 2.0), ("quiz", 1.0)))
+    values = {
+        "name": "drop4",
+        "score": score_of(model, base, formula),
+        "date": "2026-01-01T00:00:00+00:00",
+        "model": BaseModel("base", "digest"),
+        "description": None,
+        "plan": PLAN,
+        "base_plan": BASE,
+        "formula": formula,
+        "circumstances": CIRCUMSTANCES,
+        "measurement": model,
+        "baseline": base,
+        "report_text": Confirmed(3.0, 2.5, 0.8, 0.01, "digest"),
+        "settings": {"text": {"window": 32}},
+        "words": ("--study", "demo"),
+    }
+    return Evaluation(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"plan": None, "report_text": None, "description": "by somebody"},
+        {"words": None, "study": "demo", "trial": 3},
+    ],
+    ids=["compressed", "of another origin", "exported"],
+)
+def test_an_evaluation_is_read_as_it_was_written(changes):
+    written = evaluation(**changes)
+    assert Evaluation.from_dict(json.loads(json.dumps(written.to_dict()))) == written
+
+
+def test_an_export_names_its_trial_and_an_evaluation_the_words_of_its_command_line():
+    by_hand, exported = evaluation().to_dict(), evaluation(words=None, study="demo", trial=3).to_dict()
+    assert set(by_hand) - set(exported) == {"words"}
+    assert set(exported) - set(by_hand) == {"study", "trial"}
+
+
+def test_keys_of_another_version_are_ignored_and_missing_options_get_their_defaults():
+    values = evaluation().to_dict()
+    for place in (values, *(values[key] for key in ("model", "plan", "base_plan", "formula", "report_text"))):
+        place["from_the_future"] = 1
+    for key in ("measurement", "baseline"):
+        values[key]["from_the_future"] = 1
+        values[key]["workload"]["from_the_future"] = 1
+        values[key]["tasks"]["quiz"]["from_the_future"] = 1
+    for key in ("quantizer", "kv_cache"):
+        del values["plan"][key], values["base_plan"][key]
+    for key in ("words", "description", "settings", "report_text"):
+        del values[key]
+    read = Evaluation.from_dict(json.loads(json.dumps(values)))
+    expected = evaluation(words=None, description=None, settings={}, report_text=None)
+    assert read.measurement == expected.measurement
+    assert read.plan == CompressionPlan(4, 6, 3, 96, 160, "W8A8")
+    assert read.score == expected.score
+    assert (read.words, read.description, read.settings, read.report_text) == (None, None, {}, None)
+
+
+@pytest.mark.parametrize("key", ["measurement", "formula", "base_plan", "perf_norm", "name"])
+def test_a_file_without_what_every_evaluation_has_is_none(tmp_path, key):
+    values = evaluation().to_dict()
+    del values[key]
+    with pytest.raises(ValueError, match="not a whole evaluation"):
+        Evaluation.from_dict(values)
+    (tmp_path / RESULT).write_text(json.dumps(values))
+    assert Evaluation.read(tmp_path) is None
+
+
+def test_a_file_that_was_cut_off_is_none(tmp_path):
+    (tmp_path / RESULT).write_text(json.dumps(evaluation().to_dict())[:-100])
+    assert Evaluation.read(tmp_path) is None
+    assert Evaluation.read(tmp_path / "nowhere") is None
+
+
+def test_a_row_has_the_numbers_of_its_evaluation(tmp_path):
+    one = evaluation()
+    row = one.row(tmp_path, before=True).to_dict()
+    assert list(row) == [
+        *("name", "path", "plan", "total_parameters", "model_size_mb", "perplexity", "kl_nats_per_token"),
+        *("time_per_token_ms", "perf_norm", "perf_norm_se", "speed_norm", "speed_norm_se", "score", "score_se"),
+        "before",
+    ]
+    assert (row["path"], row["before"], row["plan"]["quantizer"]) == (str(tmp_path), True, "gptq")
+    assert (row["score"], row["perplexity"]) == (one.score.score, one.measurement.perplexity)
+    baseline = one.baseline_row().to_dict()
+    assert (baseline["perf_norm"], baseline["speed_norm"], baseline["score"]) == (1.0, 0.0, 0.5)
+    assert (baseline["path"], baseline["kl_nats_per_token"]) == ("base", 0.0)
+    assert baseline["plan"] == BASE.to_dict()
+
+
+def test_a_row_that_failed_has_its_reason_and_comes_last(tmp_path):
+    failed = Row("broken", "submit/broken", failure="NotFinite", reason="its loss is NaN")
+    expected = {"name": "broken", "path": "submit/broken", "failure": "NotFinite", "reason": "its loss is NaN"}
+    assert failed.to_dict() == expected
+    one = evaluation()
+    rows = by_score([failed, one.baseline_row(), one.row(tmp_path)])
+    assert [row.name for row in rows] == ["drop4", "baseline", "broken"]
+    assert tables.comparison(rows).row_count == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "remark"),
+    [
+        ({"model": BaseModel("other", "other digest")}, "another base model: other"),
+        ({"circumstances": {**CIRCUMSTANCES, "backend": "vllm"}}, "measured with another backend: not comparable"),
+        ({"formula": Formula(weight_perf=0.9)}, "scored by another formula: not comparable"),
+    ],
+)
+def test_a_comparison_says_what_can_not_be_compared(tmp_path, changes, remark):
+    rows = report.compared([(tmp_path / "one", evaluation()), (tmp_path / "two", evaluation(**changes))])
+    assert [row.remark for row in rows] == [None, None, remark]
+    assert remark in report.comparison(rows)
+    assert "remark" not in rows[1].to_dict()
+
+
+BEFORE = {"score": 0.6, "score_se": 0.01, "perf_norm": 0.7, "perf_norm_se": 0.02, "speed_norm": 0.5,
+          "speed_norm_se": 0.0, "kl_nats_per_token": None}  # fmt: skip
+STORED = {"trial": 3, "name": "model_kd_drop3", "path": "submit/model_kd_drop3", "before": BEFORE,
+          "weights_sha256": "digest", "after": {**BEFORE, "score": 0.7}, "tokens": 512, "seconds": 1.5,
+          "held_out_kl": [0.3, 0.2], "stopped": "tokens"}  # fmt: skip
+
+
+def test_a_finalist_is_read_as_it_is_stored():
+    row = FinalistRow.from_dict(STORED)
+    assert row.result is not None
+    assert (row.before.score, row.result.after.score, row.result.held_out_kl) == (0.6, 0.7, (0.3, 0.2))
+    assert row.to_dict() == STORED
+    failed = {key: STORED[key] for key in ("trial", "name", "path", "before")}
+    failed |= {"failure": "UsageError", "reason": "holds another model"}
+    assert FinalistRow.from_dict(failed).to_dict() == failed
+
+
+def test_a_finalist_of_another_version_is_read():
+    older = {key: value for key, value in STORED.items() if key != "weights_sha256"}
+    newer = {**STORED, "more": 1, "after": {**STORED["after"], "more": 1}}
+    assert FinalistRow.from_dict(newer) == FinalistRow.from_dict(STORED)
+    row = FinalistRow.from_dict(older)
+    assert isinstance(row.result, FinalistResult)
+    assert row.result.weights_sha256 is None
+    assert FinalistScore.from_dict({"score": 0.5}).score_se is None
+
+
+def test_a_trial_has_only_the_keys_of_what_it_reached():
+    pruned = TrialSummary(1, "PRUNED", None, stage="screen", reason="weak", plan=PLAN).to_dict()
+    assert list(pruned) == ["trial", "state", "score", "stage", "reason", "plan"]
+    assert pruned["score"] is None
+    assert pruned["plan"] == PLAN.to_dict()
