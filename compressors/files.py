@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from compressors.errors import CheckpointError
+
+
+def digest_of_json(values: Any, digits: int) -> str:
+    """Return the first `digits` hexadecimal digits of the sha256 of `values` as JSON with sorted keys.
+
+    Cache keys and file names are such digests, so the text that is hashed must never change.
+    """
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:digits]
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

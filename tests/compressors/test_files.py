@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from compressors.errors import CheckpointError
-from compressors.files import alone
+from compressors.files import alone, digest_of_json
 
 HOLDS = """
 import pathlib, sys, time
@@ -41,3 +41,13 @@ def test_a_place_that_can_not_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="make its directory writable"), alone(tmp_path / "file" / "made"):
         pass
+
+
+def test_a_digest_depends_on_the_values_and_not_on_the_order_of_keys():
+    assert digest_of_json({"b": [1, 2.5], "a": "é"}, 16) == digest_of_json({"a": "é", "b": [1, 2.5]}, 16)
+    assert digest_of_json({"a": 1}, 16) != digest_of_json({"a": 2}, 16)
+
+
+def test_a_digest_is_that_of_earlier_versions():
+    # sha256 of '{"a": [1, 2.5], "b": null}'
+    assert digest_of_json({"b": None, "a": [1, 2.5]}, 24) == "68982516a4a37116914e58df"
