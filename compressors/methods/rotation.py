@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from compressors.device import release
+from compressors.device import compute_dtype, release
 from compressors.errors import CheckpointError
 from compressors.files import alone
 from compressors.model import safetensors_file
@@ -86,7 +86,7 @@ def _principal(
     device: str,
     say: Callable[[str], None],
 ) -> Rotation:
-    model = base.to_model(device, dtype=torch.float32 if device == "cpu" else None)
+    model = base.to_model(device, dtype=compute_dtype(device))
     called: Called = {}
     streams = [Layers(model, family, those, called=called) for those in windows.values()]
     count = int(base.config["num_hidden_layers"])

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from compressors.device import release
+from compressors.device import compute_dtype, release
 from compressors.errors import CheckpointError
 from compressors.files import alone
 from compressors.methods.repair import cholesky
@@ -166,7 +166,7 @@ def refit(
     parts: by layer, see `refit_parts`. windows: by domain. Both models are in memory, and the streams of all windows.
     Raises CheckpointError when activations are not finite.
     """
-    dtype = torch.float32 if device == "cpu" else None
+    dtype = compute_dtype(device)
     whole, small = base.to_model(device, dtype), cut.to_model(device, dtype)
     called: tuple[Called, Called] = ({}, {})
     modules = dict(small.named_modules())

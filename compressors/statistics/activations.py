@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from compressors.device import compute_dtype
 from compressors.errors import CheckpointError
 from compressors.model import safetensors_file
 from compressors.model.checkpoint import Checkpoint
@@ -77,7 +78,7 @@ def calibrate(
             f"calibration: the text holds token {largest}, and the model has {vocabulary}; its tokenizer is another "
             "model's, copy its own"
         )
-    model = base.to_model(device, dtype=torch.float32 if device == "cpu" else None)
+    model = base.to_model(device, dtype=compute_dtype(device))
     sums = _Sums(int(base.config["num_hidden_layers"]), int(base.config["num_attention_heads"]))
     hooks = sums.attach(dict(model.named_modules()), family)
     try:

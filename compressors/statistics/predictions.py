@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from compressors.device import compute_dtype
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family
 from compressors.statistics.layerwise import Layers
@@ -46,7 +47,7 @@ class Predictions:
         every: int = 1,
     ) -> None:
         self.every = every
-        model = base.to_model(device, dtype=torch.float32 if device == "cpu" else None)
+        model = base.to_model(device, dtype=compute_dtype(device))
         self.layers = Layers(model, family, windows, batch)
         self.norm, self.head = self.layers.modules[family.final_norm], model.get_output_embeddings()
         self.start = list(self.layers.hidden)

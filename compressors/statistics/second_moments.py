@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from compressors.device import compute_dtype
 from compressors.errors import CheckpointError
 from compressors.files import alone
 from compressors.model.checkpoint import Checkpoint
@@ -157,7 +158,7 @@ def _collect(
 ) -> None:
     family = family_of(base)
     count = int(base.config["num_hidden_layers"])
-    model = base.to_model(device, dtype=torch.float32 if device == "cpu" else None)
+    model = base.to_model(device, dtype=compute_dtype(device))
     called: Called = {}
     streams = {name: Layers(model, family, windows, batch, called) for name, windows in domains.items()}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
