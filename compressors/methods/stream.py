@@ -41,7 +41,7 @@ from compressors.model import safetensors_file
 from compressors.model.checkpoint import Checkpoint, LazyTensor
 from compressors.model.family import Family
 from compressors.statistics.layerwise import Called, Layers
-from compressors.statistics.residual_streams import Stays, Streams, Told
+from compressors.statistics.residual_streams import Stays, Streams
 from compressors.statistics.second_moments import Moments
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # λ over the median of diag A
@@ -161,65 +161,121 @@ def refit(
     batch: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Strength]]:
-    """(name → weight, in the dtype of `cut` on the CPU; name → how it was found), of every projection that is refit.
+    """Refit the projections `parts` of `cut`, layer after layer; both models and the streams of all windows in memory.
 
-    parts: by layer, see `refit_parts`. windows: by domain. Both models are in memory, and the streams of all windows.
-    Raises CheckpointError when activations are not finite.
+    Args:
+        cut: The cut checkpoint.
+        base: The base model's checkpoint.
+        family: The family of both.
+        stays: What the cut kept of `base`.
+        parts: The groups of projections to refit, by layer of `cut`; see `refit_parts`.
+        windows: The windows of token ids, by domain.
+        device: The device that both models run on.
+        batch: The largest number of windows that run at once.
+        progress: A function that is called with (layers done, layers in all) after each layer.
+
+    Returns:
+        (weight name → weight in the dtype of `cut`, on the CPU; weight name → its `Strength`).
+
+    Raises:
+        CheckpointError: When activations are not finite.
     """
-    dtype = compute_dtype(device)
-    whole, small = base.to_model(device, dtype), cut.to_model(device, dtype)
-    called: tuple[Called, Called] = ({}, {})
-    modules = dict(small.named_modules())
-    streams = []
-    batch = max(1, min(batch, min(map(len, windows.values())) // 2))  # two at least, of which one is not fitted to
-    for those in windows.values():
-        of_base, of_cut = Layers(whole, family, those, batch, called[0]), Layers(small, family, those, batch, called[1])
-        streams.append(Streams(of_base, of_cut, family, stays))
-    weights: dict[str, torch.Tensor] = {}
-    strengths: dict[str, Strength] = {}
-
-    def fit(layer: int, parts: Sequence[str], told: Callable[[Streams], Told]) -> None:
-        fits: dict[str, list[tuple[Fit, Fit]]] = {part: [] for part in parts}  # by domain, of its two halves
-        for domain in streams:
-            halves = [(Fit(), Fit()) for _ in parts]
-            for place, (x, weight, missing) in enumerate(told(domain)):
-                for of_part, error in zip(halves, missing, strict=True):
-                    of_part[2 * place >= len(domain.cut.hidden)].add(x, error, weight)
-            for part, of_domain in zip(parts, halves, strict=True):
-                fits[part].append(of_domain)
-        for part, by_domain in fits.items():
-            name = f"{family.in_layer(layer, part)}.weight"
-            sums = [of for halves in by_domain for half in halves if half.tokens for of in (half.second, half.cross)]
-            if not all(torch.isfinite(of).all() for of in sums):
-                raise CheckpointError(
-                    f"repair: what {name} reads or puts out is NaN or infinite: the weights are broken"
-                )
-            delta, strengths[name] = change(by_domain)
-            module = modules[family.in_layer(layer, part)]
-            made = (module.weight.data.double() + delta).to(cut.tensors[name].dtype)
-            module.weight.data = made.to(module.weight.dtype)  # what follows is fit to what will be written
-            weights[name] = made.cpu()
-
-    layers, writers = stays.layers, ((family.o,), (family.down,))
+    models = _load(cut, base, family, stays, windows, device, batch)
+    layers = stays.layers
     following = [*layers[1:], int(base.config["num_hidden_layers"])]
     last = max((new for new, groups in enumerate(parts) if groups), default=-1)
-    alike = stays.dimensions is None and layers[0] == 0  # the streams, so far
+    alike = stays.dimensions is None and layers[0] == 0  # whether both streams are still the same
+    weights: dict[str, torch.Tensor] = {}
+    strengths: dict[str, Strength] = {}
     for new, old in enumerate(layers[: last + 1]):
         alike = alike and not parts[new]
-        readers = [group[0] for group in parts[new] if group not in writers]
+        readers = [group[0] for group in parts[new] if not _writes(family, group)]
         skipped = range(old) if new == 0 else ()
-        for domain in streams:
-            domain.advance_base(skipped, old, range(old + 1, following[new]), readers, look=not alike)
+        for streams in models.streams:
+            streams.advance_base(skipped, old, range(old + 1, following[new]), readers, look=not alike)
         for group in parts[new]:
-            if group in writers:
-                fit(new, group, functools.partial(Streams.of_writer, layer=new, part=group[0]))
-            else:
-                fit(new, group, functools.partial(Streams.of_readers, layer=new, parts=group))
-        for domain in streams:
-            domain.advance_cut(new, alike=alike)
+            for name, (weight, strength) in _refit_group(models, new, group).items():
+                weights[name], strengths[name] = weight, strength
+        for streams in models.streams:
+            streams.advance_cut(new, alike=alike)
         if progress is not None:
             progress(new + 1, last + 1)
     return weights, strengths
+
+
+@dataclasses.dataclass(frozen=True)
+class _Models:
+    """The cut model in memory, and both models' streams on each domain's windows.
+
+    Attributes:
+        cut: The cut checkpoint.
+        family: Its family.
+        modules: The modules of the cut model in memory, by name; their weights are replaced as they are refit.
+        streams: The streams of both models, an entry per domain.
+    """
+
+    cut: Checkpoint
+    family: Family
+    modules: Mapping[str, Any]
+    streams: Sequence[Streams]
+
+
+def _load(
+    cut: Checkpoint,
+    base: Checkpoint,
+    family: Family,
+    stays: Stays,
+    windows: Mapping[str, Sequence[Sequence[int]]],
+    device: str,
+    batch: int,
+) -> _Models:
+    dtype = compute_dtype(device)
+    whole, small = base.to_model(device, dtype), cut.to_model(device, dtype)
+    called: tuple[Called, Called] = ({}, {})
+    batch = max(1, min(batch, min(map(len, windows.values())) // 2))  # two batches at least: one is kept from the fit
+    streams = []
+    for some in windows.values():
+        of_base, of_cut = Layers(whole, family, some, batch, called[0]), Layers(small, family, some, batch, called[1])
+        streams.append(Streams(of_base, of_cut, family, stays))
+    return _Models(cut, family, dict(small.named_modules()), streams)
+
+
+def _writes(family: Family, group: Sequence[str]) -> bool:
+    """Return whether a group of projections with one input writes to the residual stream."""
+    return group[0] in (family.o, family.down)
+
+
+def _refit_group(models: _Models, layer: int, group: Sequence[str]) -> dict[str, tuple[torch.Tensor, Strength]]:
+    """Refit the projections of one input in the model in memory; return their new weights by name."""
+    refitted = {}
+    for part, halves in _sums(models, layer, group).items():
+        module_name = models.family.in_layer(layer, part)
+        name = f"{module_name}.weight"
+        sums = [tensor for pair in halves for half in pair if half.tokens for tensor in (half.second, half.cross)]
+        if not all(torch.isfinite(tensor).all() for tensor in sums):
+            raise CheckpointError(
+                f"repair: the inputs or outputs of {name} are NaN or infinite; the weights are broken, copy them again"
+            )
+        delta, strength = change(halves)
+        module = models.modules[module_name]
+        weight = (module.weight.data.double() + delta).to(models.cut.tensors[name].dtype)
+        module.weight.data = weight.to(module.weight.dtype)  # later layers are fit to what will be written
+        refitted[name] = weight.cpu(), strength
+    return refitted
+
+
+def _sums(models: _Models, layer: int, group: Sequence[str]) -> dict[str, list[tuple[Fit, Fit]]]:
+    """Return, by projection of the group, the sums over the two halves of each domain's batches."""
+    fits: dict[str, list[tuple[Fit, Fit]]] = {part: [] for part in group}
+    for streams in models.streams:
+        halves = [(Fit(), Fit()) for _ in group]
+        told = streams.of_writer(layer, group[0]) if _writes(models.family, group) else streams.of_readers(layer, group)
+        for place, (x, weight, missing) in enumerate(told):
+            for pair, error in zip(halves, missing, strict=True):
+                pair[2 * place >= len(streams.cut.hidden)].add(x, error, weight)
+        for part, pair in zip(group, halves, strict=True):
+            fits[part].append(pair)
+    return fits
 
 
 class Fit:
