@@ -1,4 +1,4 @@
-"""The memory of a device."""
+"""Choose the dtype that a device computes in, and give its unused memory back."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ import gc
 import torch
 
 
+def compute_dtype(device: str) -> torch.dtype | None:
+    """Return the dtype to run a model in on `device`: float32 on a CPU, else None, which keeps the model's own.
+
+    Most CPUs compute 16-bit dtypes slowly, and too coarsely to compare models by.
+    """
+    return torch.float32 if device == "cpu" else None
+
+
 def release(device: str) -> None:
-    """What torch keeps of the device's memory, an engine may want next."""
+    """Collect garbage, and return the memory that torch caches on a GPU, so that an engine can allocate it."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

@@ -1,20 +1,20 @@
-"""What can be wrong with a checkpoint or a plan; each text is one line.
+"""Define what can be wrong with a checkpoint or a plan; each message is one line.
 
 CompressionError
 ├── CheckpointError    a directory that can't be read or written
-└── InfeasiblePlan     a plan that can't be built or served; the text is the reason
+└── InfeasiblePlan     a plan that can't be built or served; the message is the reason
 """
 
 from __future__ import annotations
 
 
 class CompressionError(ValueError):
-    pass
+    """CompressionError is the base class of this package's errors, and stands for settings that are out of range."""
 
 
 class CheckpointError(CompressionError):
-    pass
+    """CheckpointError says that a model, its weights or a file derived from them can't be read, used or written."""
 
 
 class InfeasiblePlan(CompressionError):
-    pass
+    """InfeasiblePlan says why a plan can't be built from its base model, or not be served."""

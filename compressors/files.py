@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and a lock between processes that make the same one."""
+"""Write files whole or not at all, hash JSON, and hold a lock between processes."""
 
 from __future__ import annotations
 
@@ -14,29 +14,65 @@ from typing import Any
 from compressors.errors import CheckpointError
 
 
+def digest_of_json(values: Any, digits: int) -> str:
+    """Return the first `digits` hexadecimal digits of the sha256 of `values` as JSON with sorted keys.
+
+    Cache keys and file names are such digests, so the text that is hashed must never change.
+    """
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:digits]
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yield the path of an empty scratch file next to `path`, and rename it to `path` when the block ends.
+
+    A reader of `path` sees the old file or the new one, never a part. After an error the scratch file is removed
+    and `path` is unchanged. A killed process leaves a file named `.NAME.` and eight random characters.
+
+    Raises:
+        OSError: When the directory of `path` is missing or can't be written.
+    """
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as created:
+        scratch = Path(created.name)
+    try:
+        yield scratch
+        scratch.chmod(0o644)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Its directory is made if it isn't there. Raises ValueError for NaN and infinity."""
+    """Write `values` to `path` as indented JSON, whole or not at all; create its directory if needed.
+
+    Raises:
+        ValueError: For NaN and infinity.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as out:
-        json.dump(values, out, indent=1, allow_nan=False)
-        out.write("\n")
-    Path(out.name).chmod(0o644)
-    Path(out.name).replace(path)
+    with written_whole(path) as scratch:
+        scratch.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
 def alone(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """While the block runs, no other process is in a block of the same `path`, on this machine; a killed one is not.
+    """Hold a lock on `path` between the processes of one machine while the block runs.
 
-    The directory of `path` is made. waiting: called where another process has to be waited for.
-    `.NAME.lock` beside `path`, which is empty, stays there. Raises CheckpointError where it can't be written.
+    The lock is released when its holder is killed. It is the empty file `.NAME.lock` next to `path`, which stays; the
+    directory of `path` is created.
+
+    Args:
+        path: The path that only one process at a time may work on.
+        waiting: A function that is called once if another process holds the lock.
+
+    Raises:
+        CheckpointError: When the lock file can't be written.
     """
-    place = path.with_name(f".{path.name}.lock")
+    lock = path.with_name(f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        held = place.open("w")
+        held = lock.open("w")
     except OSError as error:
-        raise CheckpointError(f"{place}: {error.strerror or error}; make its directory writable") from None
+        raise CheckpointError(f"{lock}: {error.strerror or error}; make its directory writable") from None
     with held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What could be cut from a model, and what each cut would save."""
+"""List what could be cut from a model, and what each cut would save."""
 
 from __future__ import annotations
 
@@ -11,15 +11,22 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family
 from compressors.plan import CompressionPlan
 
-PRECISIONS = ("float16", "W8A8", "FP8_DYNAMIC", "W4A16")  # what a plan is tried in
+TRIED_PRECISIONS = ("float16", "W8A8", "FP8_DYNAMIC", "W4A16")
 FFN_STEP = 128  # channels
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """One plan and what it saves against the model as it is; None where the plan can't even be laid out.
+    """Cut is one plan with what it saves against the uncut model; savings are None where the plan has no valid shapes.
 
-    share: of the model's bytes. infeasible: why it can't be built, loaded or served fast, or None.
+    Attributes:
+        what: The change, for people: `layers 30 → 29`.
+        plan: The plan that makes this one change.
+        parameters_saved: The number of parameters saved.
+        bytes_saved: The bytes of weights saved.
+        decode_bytes_saved: The bytes saved of what one decode step reads.
+        share: The share of the model's bytes that is saved.
+        infeasible: The reason why the plan can't be built, loaded or served fast, or None.
     """
 
     what: str
@@ -32,9 +39,12 @@ class Cut:
 
 
 def cuts(checkpoint: Checkpoint, family: Family, *, kernels: build.Kernels | None = None) -> list[Cut]:
-    """One step along each axis, and each precision; only headers are read.
+    """Return one step along each dimension and each other precision; only headers are read.
 
-    kernels: as in `build.check`, what vLLM's GPU kernels ask for.
+    Args:
+        checkpoint: The model to cut.
+        family: Its family.
+        kernels: What an engine's kernels ask for, as in `build.check`.
     """
     own = CompressionPlan.identity(checkpoint.config)
     return [
@@ -60,23 +70,23 @@ def _steps(own: CompressionPlan) -> list[tuple[str, dict[str, Any]]]:
         ),
         (f"FFN width {channels} → {narrow}", {"intermediate_size": narrow}),
         (f"hidden size {width} → {slim}", {"hidden_size": slim}),
-        *((f"{own.precision} → {name}", {"precision": name}) for name in PRECISIONS if name != own.precision),
+        *((f"{own.precision} → {name}", {"precision": name}) for name in TRIED_PRECISIONS if name != own.precision),
     ]
 
 
 def _cut(what: str, plan: CompressionPlan, base: Checkpoint, family: Family, kernels: build.Kernels | None) -> Cut:
     reason = build.check(plan, base, family, kernels=kernels)
     try:
-        made = build.shapes(plan, base, family)
+        cut = build.shapes(plan, base, family)
     except CompressionError:
         return Cut(what, plan, None, None, None, None, reason)
-    saved = base.size_bytes - made.size_bytes
+    saved = base.size_bytes - cut.size_bytes
     return Cut(
         what,
         plan,
-        parameters_saved=base.total_parameters - made.total_parameters,
+        parameters_saved=base.total_parameters - cut.total_parameters,
         bytes_saved=saved,
-        decode_bytes_saved=base.decode_bytes - made.decode_bytes,
+        decode_bytes_saved=base.decode_bytes - cut.decode_bytes,
         share=saved / base.size_bytes,
         infeasible=reason,
     )

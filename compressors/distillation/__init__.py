@@ -1,1 +1,1 @@
-"""The parts of `compressors.methods.distill`."""
+"""Train a cut model to predict like the original: settings, loss, the pair of models, training and saved states."""

@@ -1,12 +1,14 @@
-"""Distillation: a cut student is trained to give the next-token distributions of its teacher, the original model.
+"""Distill: train a cut student to predict the next-token distributions of its teacher, the original model.
 
 Hinton et al., https://arxiv.org/abs/1503.02531; for pruned language models Minitron, https://arxiv.org/abs/2407.14679,
-section 3: KL on the logits alone is what recovers most.
+section 3: the KL divergence of the logits alone recovers most.
 
-AdamW in float32 master weights; what is computed runs in bfloat16 on CUDA and in float32 elsewhere (on most CPUs
-bfloat16 is slow and too coarse to tell good students apart). A killed run, called again with the same arguments, goes
-on from its last saved state and ends with the same weights, on a CPU bit for bit. Knows no study; texts come in as
-token ids. A student is distilled first and quantised afterwards.
+The optimizer is AdamW on float32 master weights. Models compute in bfloat16 on CUDA and in float32 elsewhere: on most
+CPUs bfloat16 is slow, and too coarse to tell good students apart.
+
+A killed run that is called again with the same arguments resumes from its last saved state. It ends with the same
+weights, on a CPU bit for bit. Knows no study; texts come in as token ids. A student is distilled first and quantized
+afterwards.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from compressors.distillation.settings import COMPUTED_IN, Distillation, batch_o
 from compressors.distillation.state import Evaluation, Standing
 from compressors.distillation.train import MOST_BAD, NOT_FINITE, Progress, Report, best_kl, train
 from compressors.errors import CheckpointError, CompressionError
-from compressors.model.checkpoint import Checkpoint, read_json
+from compressors.model.checkpoint import Checkpoint, require_json
 from compressors.model.family import FLOATS
 
 __all__ = ["Distillation", "Distilled", "Evaluation", "Progress", "batch_of", "best", "distill", "learning_rate"]
@@ -33,16 +35,31 @@ __all__ = ["Distillation", "Distilled", "Evaluation", "Progress", "batch_of", "b
 
 @dataclasses.dataclass(frozen=True)
 class Distilled:
-    """
-    checkpoint: the best student, of the student's dtypes and config; its tensors are read from `work`, so keep that
-        until it is written. The student itself, when no evaluation was better than before.
-    kl_before, kl_best, evaluations: KL(teacher ‖ student) on the held-out windows, nats per token, computed in `dtype`.
-    tokens: that went through both models; epochs: as often each window was seen; skipped: batches without an update.
-    seconds: of all calls together; tokens_per_second: of the updates alone, without evaluations, saving and loading.
-    flops_per_token: 6·N of the student (forward and backward) + 2·N of the teacher (forward), N the weights that a
-        token is multiplied by: every matrix, the head counted at every position, an embedding that is no head not.
-        Left out: attention's products of activations, softmax, norms, the optimizer, and what is computed twice.
-    flops_per_second: flops_per_token · tokens_per_second. stopped: "tokens", all were seen, or "no improvement".
+    """Distilled is the result of a distillation.
+
+    Attributes:
+        checkpoint: The best student, in the student's dtypes and config; the student itself if no evaluation was better
+            than before training. Its tensors are read from `work`, so keep that directory until they are written.
+        tokens: The tokens that went through both models.
+        epochs: How often each window was seen.
+        updates: The number of updates.
+        skipped: The number of batches without an update.
+        seconds: The seconds of all calls together.
+        tokens_per_second: The speed of the updates alone, without evaluations, saving and loading.
+        kl_before: KL(teacher ‖ student) on the held-out windows before training, in nats per token, computed in
+            `dtype`.
+        kl_best: The lowest one.
+        evaluations: All of them.
+        flops_per_token: 6·N of the student (forward and backward) + 2·N of the teacher (forward). N are the weights
+            that a
+            token is multiplied by: every matrix, the head at every position, an untied embedding not. Left out are
+            attention's products of activations, softmax, norms, the optimizer, and what is computed twice.
+        flops_per_second: flops_per_token · tokens_per_second.
+        stopped: "tokens" when all were seen, or "no improvement".
+        dtype: The dtype that was computed in.
+        micro_batch: The windows that ran at once.
+        gradient_checkpointing: Whether activations were computed twice.
+        compiled: Whether the layers were compiled.
     """
 
     checkpoint: Checkpoint
@@ -74,12 +91,24 @@ def distill(
     work: Path,
     progress: Callable[[Progress], None],
 ) -> Distilled:
-    """Train the student on `windows`, each of `settings.window` token ids; `held_out` judges it and is not trained on.
+    """Train the student on `windows`; `held_out` judges it and is not trained on.
 
-    work: a directory of this distillation alone, where its state is kept. progress: called before and after every
-    micro-batch and window of an evaluation, and tensor of a saved state. Raises CheckpointError for models that can't
-    be distilled, another distillation's `work`, or one that can't be read or written; CompressionError for settings,
-    and when the loss was not finite three times in a row: then `best` gives the best student there was.
+    Args:
+        student: The cut model.
+        teacher: The original model.
+        windows: The windows to train on, each of `settings.window` token ids.
+        held_out: The held-out windows, of the same length.
+        settings: The settings.
+        device: The device of both models.
+        work: A directory for this distillation alone, where its state is saved.
+        progress: A function that is called before and after every micro-batch and group of evaluated windows, and for
+            every tensor of a saved state.
+
+    Raises:
+        CheckpointError: For models that can't be distilled, the `work` of another distillation, or one that can't be
+            read or written.
+        CompressionError: For invalid settings, a device without memory, and when the loss was not finite three times in
+            a row; then `best` returns the best student so far.
     """
     require_valid(settings)
     require_same_vocabulary(student, teacher)
@@ -102,13 +131,13 @@ def distill(
             standing = train(pair, student, ids, held_out_ids, settings, definition, work, report, standing)
         except torch.OutOfMemoryError:
             raise CompressionError(
-                f"distill: {device} has no memory left; say a micro_batch of fewer windows, a smaller chunk, or "
+                f"distill: {device} has no memory left; set a smaller micro_batch, a smaller chunk, or "
                 "gradient_checkpointing"
             ) from None
     if standing.ended == NOT_FINITE:
         raise CompressionError(
             f"distill: the loss or its gradient was NaN or infinite {MOST_BAD} batches in a row, at {standing.step} of "
-            f"{settings.steps}, learning rate {learning_rate(standing.step - 1, settings):.3g}; take a lower "
+            f"{settings.steps}, learning rate {learning_rate(standing.step - 1, settings):.3g}; set a lower "
             f"learning_rate and another directory; the best so far (held-out KL "
             f"{best_kl(standing):.4f}) is kept in {work}"
         )
@@ -116,20 +145,25 @@ def distill(
 
 
 def best(student: Checkpoint, work: Path) -> Checkpoint | None:
-    """The best student so far in `work`, of a distillation that ended or was killed; None: none was better than before.
+    """Return the best student so far of a distillation that ended or was killed; None: none was better than before.
 
-    student: as it was given to `distill`. Raises CheckpointError.
+    Args:
+        student: The student that was given to `distill`.
+        work: The directory that was given to `distill`.
+
+    Raises:
+        CheckpointError: When the directory can't be read, or holds another student.
     """
-    found = distill_state.read(work)
-    if found is None or found[1].best is None:
+    saved = distill_state.read(work)
+    if saved is None or saved[1].best is None:
         return None
-    there = distill_state.tensors(work, found[1].best)
-    lost = sorted(
-        name for name in there if name not in student.tensors or student.tensors[name].shape != there[name].shape
+    tensors = distill_state.tensors(work, saved[1].best)
+    foreign = sorted(
+        name for name in tensors if name not in student.tensors or student.tensors[name].shape != tensors[name].shape
     )
-    if lost:
-        raise CheckpointError(f"distill {work}: holds another student ({lost[0]} differs); name its own directory")
-    return dataclasses.replace(student, tensors={**student.tensors, **there})
+    if foreign:
+        raise CheckpointError(f"distill {work}: holds another student ({foreign[0]} differs); name its own directory")
+    return dataclasses.replace(student, tensors={**student.tensors, **tensors})
 
 
 def _distilled(
@@ -169,13 +203,17 @@ def _distilled(
 
 
 def require_same_vocabulary(student: Checkpoint, teacher: Checkpoint) -> None:
-    """That both are unquantised and number the same tokens. Raises CheckpointError."""
+    """Check that both models are unquantized and number the same tokens.
+
+    Raises:
+        CheckpointError: When they don't.
+    """
     for whose, checkpoint in (("student", student), ("teacher", teacher)):
         integers = [name for name, tensor in checkpoint.tensors.items() if tensor.dtype not in FLOATS]
         if checkpoint.config.get("quantization_config") or checkpoint.activations or integers:
             raise CheckpointError(
-                f"distill: the {whose} is quantised; distil the model in a floating-point dtype, and quantise what "
-                "comes out of it"
+                f"distill: the {whose} is quantized; distill the model in a floating-point dtype, and quantize the "
+                "result"
             )
     sizes = [int(checkpoint.config["vocab_size"]) for checkpoint in (student, teacher)]
     if sizes[0] != sizes[1]:
@@ -190,28 +228,28 @@ def require_same_vocabulary(student: Checkpoint, teacher: Checkpoint) -> None:
 
 
 def _vocabulary(tokenizer: Path) -> Any:
-    model = read_json(tokenizer, "").get("model")
+    model = require_json(tokenizer, "").get("model")
     return model.get("vocab") if isinstance(model, dict) else None
 
 
 def _token_ids(
     what: str, windows: Sequence[Sequence[int]], settings: Distillation, student: Checkpoint
 ) -> torch.Tensor:
-    """[number of windows, T] int64. Raises CompressionError."""
+    """Return the windows as int64 [number of windows, T]."""
     if not windows:
         raise CompressionError(f"distill: {what} is empty; give at least one window of {settings.window} token ids")
     lengths = {len(window) for window in windows}
     if lengths != {settings.window}:
         raise CompressionError(
-            f"distill: {what} holds windows of {', '.join(map(str, sorted(lengths)[:3]))} tokens, and window is "
-            f"{settings.window}; make them all so long"
+            f"distill: {what} holds windows of {', '.join(map(str, sorted(lengths)[:3]))} tokens, but window is "
+            f"{settings.window}; give windows of that length"
         )
     ids = torch.tensor([list(window) for window in windows])
     vocabulary = int(student.config["vocab_size"])
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         raise CompressionError(
             f"distill: {what} holds tokens {int(ids.min())} to {int(ids.max())}, and the models have {vocabulary}; "
-            "their tokenizer is another model's, use their own"
+            "use the models' own tokenizer"
         )
     return ids
 
@@ -234,7 +272,7 @@ def _definition(
     dtype: str,
     device: str,
 ) -> dict[str, Any]:
-    """All that what comes out depends on, as JSON has it."""
+    """Return everything that the result depends on, as JSON values."""
     values = dataclasses.asdict(settings)
     del values["save_every"]
     return {

@@ -1,4 +1,4 @@
-"""How a distillation fits its device: windows at a time, activations kept or computed twice, layers compiled.
+"""Fit a distillation to its device: windows at a time, activations kept or computed twice, layers compiled or not.
 
 Symbols: T tokens of a window, E hidden size. Knows no text and no schedule.
 """
@@ -15,25 +15,33 @@ from torch.utils.checkpoint import checkpoint as run_again_in_backward
 from compressors.distillation import loss as distill_loss
 from compressors.distillation.pair import Pair, last_hidden
 
-MOST_TOKENS = 16384  # of a micro-batch: a GPU gains nothing from more
-FEWEST_TOKENS = 4096  # of a micro-batch: rather than fewer, activations are computed twice
-CPU_TOKENS = 512  # of a micro-batch on a CPU: a second's work for a small model
-CHUNK_TENSORS = 10  # of [chunk, V] in float32, that the loss holds at once where it is not compiled
-SHARE_OF_MEMORY = 0.85  # of what is free
+MOST_TOKENS = 16384  # the most tokens of a micro-batch: a GPU gains nothing from more
+FEWEST_TOKENS = 4096  # with fewer tokens in a micro-batch, activations are computed twice instead
+CPU_TOKENS = 512  # the tokens of a micro-batch on a CPU: a second's work for a small model
+CHUNK_TENSORS = 10  # the tensors [chunk, V] in float32 that the loss holds at once where it is not compiled
+SHARE_OF_MEMORY = 0.85  # the share of the free memory to use
 
 
 def divisor(of: int, most: int) -> int:
-    """The largest divisor of `of` up to `most`: batches of one size, which are compiled once."""
+    """Return the largest divisor of `of` up to `most`, so that all batches have one size and are compiled once."""
     return next(size for size in range(max(min(of, most), 1), 0, -1) if of % size == 0)
 
 
 def fit(
     pair: Pair, window: torch.Tensor, batch: int, chunk: int, again: bool | None, micro: int | None
 ) -> tuple[int, bool]:
-    """(windows of a micro-batch, whether activations are computed twice), as memory allows; a batch has `batch`.
+    """Return (the windows of a micro-batch, whether to compute activations twice), as memory allows.
 
-    again, micro: what was asked for. On a GPU by what one window's activations take; elsewhere by CPU_TOKENS, without
-    computing twice.
+    On a GPU both follow from what one window's activations take. Elsewhere the micro-batch follows from CPU_TOKENS, and
+    nothing is computed twice unless `again` asks for it.
+
+    Args:
+        pair: Both models.
+        window: One window of token ids [T].
+        batch: The windows of a batch.
+        chunk: The number of positions whose logits are held at once.
+        again: Whether to compute activations twice; None: where memory requires it.
+        micro: The wanted windows of a micro-batch; None: as memory allows.
     """
     length = len(window)
     if not pair.device.startswith("cuda"):
@@ -57,7 +65,7 @@ def fit(
 
 
 def saved_bytes(pair: Pair, window: torch.Tensor) -> int:
-    """What the student keeps of one window [T] until its backward pass, in bytes, weights aside."""
+    """Return the bytes that the student keeps of one window [T] until its backward pass, weights not counted."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in pair.student.parameters()}
     sizes: dict[int, int] = {}
 
@@ -68,19 +76,23 @@ def saved_bytes(pair: Pair, window: torch.Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        # its graph keeps what was saved alive, and so the addresses apart
+        # the graph keeps saved tensors alive, so that no address is used twice
         hidden = last_hidden(pair.student, window[None].to(pair.device))
     del hidden
     return sum(sizes.values())
 
 
 def set_layers(pair: Pair, *, twice: bool, compiled: bool) -> None:
-    """How the layers of both models run from now on.
+    """Set how the layers of both models run from now on.
 
-    twice: gradient checkpointing; of each of the student's layers only its input is kept for the backward pass.
-    compiled: torch.compile fuses what is between the matrix products, layer by layer, so that one serves for all.
+    Args:
+        pair: Both models.
+        twice: Whether to use gradient checkpointing: each of the student's layers keeps only its input for the backward
+            pass.
+        compiled: Whether torch.compile fuses what lies between the matrix products, layer by layer, so that one
+            compiled layer serves for all.
     """
-    if compiled:  # one graph for each of: two models, with and without gradients, kinds of layers, window counts
+    if compiled:  # one graph per model, use of gradients, kind of layer, and number of windows
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for layers, again in zip(pair.layers, (twice, False), strict=True):
         for layer in layers:

@@ -1,12 +1,13 @@
-"""The loss of distillation, a few positions' logits at a time. Knows no model and no text.
+"""Compute the loss of distillation, a few positions' logits at a time.
 
-Symbols: P positions, E hidden size (the teacher's may be another), V vocabulary, C positions of a chunk, T temperature.
+Symbols: P positions, E hidden size (the teacher's may differ), V vocabulary, C positions of a chunk, T temperature.
 With logits s of the student and t of the teacher at a position, and y the true next token,
 
     loss = T² · KL(softmax(t/T) ‖ softmax(s/T)) + w · CE(s, y)
     ∂loss/∂s = T · (softmax(s/T) − softmax(t/T)) + w · (softmax(s) − onehot(y))
 
 Hinton et al., https://arxiv.org/abs/1503.02531, section 2: the factor T² keeps the gradients' size at any temperature.
+Knows no model and no text.
 """
 
 from __future__ import annotations
@@ -31,12 +32,21 @@ def distillation_loss(
     chunk: int = 2048,
     of_chunk: OfChunk | None = None,
 ) -> torch.Tensor:
-    """Mean loss over P positions, in nats: a scalar that can be differentiated by `hidden` and `head`.
+    """Return the mean loss over P positions in nats, a scalar that is differentiable by `hidden` and `head`.
 
-    hidden [P, E] and teacher_hidden [P, E']: last hidden states, after the final norm. head [V, E] and teacher_head
-    [V, E']: what makes logits of them. targets int64 [P]: the true next tokens. The gradients are computed along with
-    the loss, so that the logits of `chunk` positions are held at once, and never all. Softmax and sums are float32, or
-    float64 where the inputs are. of_chunk: `loss_and_gradient`, or what a compiler made of it.
+    Gradients are computed along with the loss, so only the logits of `chunk` positions are held at once. Softmax and
+    sums are in float32, or float64 for float64 inputs.
+
+    Args:
+        hidden: The student's last hidden states after the final norm, [P, E].
+        head: The student's output embedding, [V, E].
+        teacher_hidden: The teacher's last hidden states, [P, E'].
+        teacher_head: The teacher's output embedding, [V, E'].
+        targets: The true next tokens, int64 [P].
+        temperature: T.
+        weight_ce: w.
+        chunk: C, the number of positions whose logits are held at once.
+        of_chunk: `loss_and_gradient`, or a compiled version of it.
     """
     return _ChunkedLoss.apply(  # type: ignore[no-any-return, no-untyped-call]
         hidden,
@@ -100,7 +110,15 @@ class _ChunkedLoss(torch.autograd.Function):
 def loss_and_gradient(
     student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, temperature: float, weight_ce: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of the loss over C positions, its gradient by the student's logits [C, V]); logits [C, V], targets [C]."""
+    """Return (the sum of the loss over C positions, its gradient by the student's logits [C, V]).
+
+    Args:
+        student: The student's logits, [C, V].
+        teacher: The teacher's logits, [C, V].
+        targets: The true next tokens, [C].
+        temperature: T.
+        weight_ce: w.
+    """
     log_s = torch.log_softmax(student / temperature, dim=-1)
     log_t = torch.log_softmax(teacher / temperature, dim=-1)
     p_t = log_t.exp()
@@ -118,7 +136,7 @@ def loss_and_gradient(
 def kl_sum(
     hidden: torch.Tensor, head: torch.Tensor, teacher_hidden: torch.Tensor, teacher_head: torch.Tensor, chunk: int
 ) -> float:
-    """Σ KL(teacher ‖ student) over P positions at temperature 1, in nats; arguments as of `distillation_loss`."""
+    """Return Σ KL(teacher ‖ student) over P positions at temperature 1 in nats; arguments as in `distillation_loss`."""
     total = 0.0
     for rows in _rows(len(hidden), chunk):
         log_s = torch.log_softmax(logits(hidden[rows], head), dim=-1)
@@ -128,7 +146,7 @@ def kl_sum(
 
 
 def logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """[C, V] in float32 (float64 of float64), and not rounded to 16 bits in between."""
+    """Return the logits [C, V] in float32 (float64 for float64), without rounding to 16 bits in between."""
     return _wide_product(hidden, head.t())
 
 

@@ -1,8 +1,8 @@
-"""A student and its teacher on a device: the student's float32 master weights, one batch's gradient, the held-out KL.
+"""Run a student and its teacher on a device: master weights, a batch's gradient, updates, the held-out KL.
 
-What is computed runs in float32, or in bfloat16 beside float32 master weights: then the model holds a bfloat16 copy of
-them, its gradients are added up in float32 micro-batch by micro-batch, and every update is made on the masters. (A
-copy and not autocast: under autocast the norms' float32 gains would make the whole residual stream float32.)
+Models compute in float32, or in bfloat16 with float32 master weights of the student. Then the model holds a bfloat16
+copy, its gradients are added up in float32 micro-batch by micro-batch, and every update changes the masters. (Under
+autocast, the norms' float32 gains would make the whole residual stream float32.)
 
 Symbols: B windows of a micro-batch, T tokens of a window, E hidden size, V vocabulary. Knows no schedule and no state.
 """
@@ -21,13 +21,21 @@ from compressors.errors import CheckpointError
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import family_of
 
-PROBE_TOKENS = 16  # of a window, on which the logits are compared
+PROBE_TOKENS = 16  # the number of tokens on which the logits are compared
 
 
 @dataclasses.dataclass
 class Pair:
-    """student, teacher: stock transformers models. masters: the student's weights by name, float32; where the model
-    computes in float32 these are the model's own parameters.
+    """Pair holds both models and the student's master weights.
+
+    Attributes:
+        student: The stock transformers model to train.
+        teacher: The stock transformers model to learn from.
+        masters: The student's weights by name, float32; in float32 these are the model's own parameters.
+        layers: The decoder layers of the student and of the teacher.
+        dtype: The dtype that both compute in.
+        device: The device of both.
+        of_chunk: The loss of a chunk, compiled or not.
     """
 
     student: Any
@@ -40,13 +48,15 @@ class Pair:
 
     @property
     def copies(self) -> dict[str, torch.nn.Parameter]:
+        """Return the parameters that the student computes with, by name."""
         return dict(self.student.named_parameters())
 
 
 def make(student: Checkpoint, teacher: Checkpoint, dtype: torch.dtype, device: str) -> Pair:
-    """Both models on the device, the student ready for gradients.
+    """Load both models on the device, the student ready for gradients.
 
-    Raises CheckpointError for a model whose logits are not its output embedding times its last hidden states.
+    Raises:
+        CheckpointError: When a checkpoint's family is unknown or its tensors don't match its config.
     """
     prefixes = family_of(student).layers, family_of(teacher).layers
     taught = student.to_model(device, torch.float32)
@@ -81,17 +91,24 @@ def _add_up(master: torch.Tensor, parameter: torch.Tensor) -> None:
 
 @torch.no_grad()
 def require_plain_logits(pair: Pair, window: torch.Tensor) -> None:
-    """Whether logits are what the loss takes them to be, on a window's first tokens [T]; raises CheckpointError."""
+    """Check on a window's first tokens [T] that logits are the output embedding times the last hidden states.
+
+    Raises:
+        CheckpointError: When they are not, or not finite.
+    """
     ids = window[None, :PROBE_TOKENS].to(pair.device)
     for whose, model in (("student", pair.student), ("teacher", pair.teacher)):
         head = model.get_output_embeddings()
-        said = model(input_ids=ids, use_cache=False).logits[0].float()  # (T, V)
+        given = model(input_ids=ids, use_cache=False).logits[0].float()  # (T, V)
         computed = distill_loss.logits(last_hidden(model, ids)[0], head.weight)
-        if not torch.isfinite(said).all():
-            raise CheckpointError(f"distill: the {whose}'s logits are NaN or infinite before training; it is broken")
-        rounding = 1e-4 if pair.dtype == torch.float32 else 2e-2  # of the largest logit
-        apart = float((said - computed).abs().max())
-        if getattr(head, "bias", None) is not None or apart > rounding * float(said.abs().max()):
+        if not torch.isfinite(given).all():
+            raise CheckpointError(
+                f"distill: the {whose}'s logits are NaN or infinite before training; its weights are broken, build it "
+                "again"
+            )
+        rounding = 1e-4 if pair.dtype == torch.float32 else 2e-2  # relative to the largest logit
+        apart = float((given - computed).abs().max())
+        if getattr(head, "bias", None) is not None or apart > rounding * float(given.abs().max()):
             raise CheckpointError(
                 f"distill: the {whose}'s logits are not its output embedding times its last hidden states (they differ "
                 f"by up to {apart:.3g}: capped, scaled or biased); such a model can't be distilled here"
@@ -99,7 +116,16 @@ def require_plain_logits(pair: Pair, window: torch.Tensor) -> None:
 
 
 def backward(pair: Pair, ids: torch.Tensor, share: float, temperature: float, weight_ce: float, chunk: int) -> float:
-    """Add `share` of the mean loss' gradient over windows [B, T] to the masters' `grad`; returns the mean loss."""
+    """Add `share` of the mean loss' gradient over windows [B, T] to the masters' `grad`, and return the mean loss.
+
+    Args:
+        pair: Both models.
+        ids: The token ids, [B, T].
+        share: The share of the batch that these windows are.
+        temperature: The temperature of the KL divergence.
+        weight_ce: The weight of the cross-entropy.
+        chunk: The number of positions whose logits are held at once.
+    """
     with torch.no_grad():
         teacher_hidden = _predicting(last_hidden(pair.teacher, ids))
     loss = distill_loss.distillation_loss(
@@ -119,9 +145,10 @@ def backward(pair: Pair, ids: torch.Tensor, share: float, temperature: float, we
 
 @torch.no_grad()
 def update(pair: Pair, optimizer: torch.optim.Optimizer, grad_clip: float) -> bool:
-    """Take the optimizer's step with the gradients that were added up, scaled to a norm of at most `grad_clip`.
+    """Take the optimizer's step with the added gradients, scaled to a norm of at most `grad_clip`.
 
-    False, and nothing changed, when they are not finite.
+    Returns:
+        Whether the gradients were finite; else nothing is changed.
     """
     norm = torch.nn.utils.clip_grad_norm_(list(pair.masters.values()), grad_clip)
     finite = bool(torch.isfinite(norm))
@@ -142,8 +169,15 @@ def copy_masters(pair: Pair) -> None:
 
 @torch.no_grad()
 def held_out_kl(pair: Pair, windows: torch.Tensor, together: int, chunk: int, tick: Callable[[], None]) -> float:
-    """KL(teacher ‖ student) at temperature 1 over the predicted tokens of windows [N, T], nats per token; `together`
-    windows run at once."""
+    """Return KL(teacher ‖ student) at temperature 1 over the predicted tokens of windows [N, T], in nats per token.
+
+    Args:
+        pair: Both models.
+        windows: The token ids, [N, T].
+        together: The number of windows that run at once.
+        chunk: The number of positions whose logits are held at once.
+        tick: A function that is called after each group of windows.
+    """
     total = 0.0
     for ids in torch.split(windows, together):
         ids = ids.to(pair.device)
@@ -159,16 +193,17 @@ def held_out_kl(pair: Pair, windows: torch.Tensor, together: int, chunk: int, ti
 
 
 def last_hidden(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return the last hidden states [B, T, E] after the final norm."""
     return model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]  # (B, T, E)
 
 
 def _predicting(hidden: torch.Tensor) -> torch.Tensor:
-    """The positions that have a next token: [B, T, E] → [B·(T − 1), E]."""
+    """Return the positions that have a next token: [B, T, E] → [B·(T − 1), E]."""
     return hidden[:, :-1].reshape(-1, hidden.shape[-1])
 
 
 def multiplied(checkpoint: Checkpoint) -> int:
-    """N: the weights that every token is multiplied by: all matrices, but not an embedding that is no head too."""
+    """Return N, the number of weights that every token is multiplied by: all matrices, except an untied embedding."""
     family = family_of(checkpoint)
     tied = checkpoint.config.get("tie_word_embeddings", False)
     return sum(
@@ -182,7 +217,7 @@ def multiplied(checkpoint: Checkpoint) -> int:
 
 
 def optimizer_of(pair: Pair, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the masters (betas 0.9 and 0.95; fused on CUDA); embeddings, norms and biases are not decayed."""
+    """Return AdamW over the masters (betas 0.9 and 0.95, fused on CUDA); only matrices are decayed, no embedding."""
     embedding = pair.student.get_input_embeddings().weight
     spared = {name for name, parameter in pair.copies.items() if parameter.ndim < 2 or parameter is embedding}
     groups = [
@@ -193,27 +228,31 @@ def optimizer_of(pair: Pair, weight_decay: float) -> torch.optim.AdamW:
 
 
 def to_tensors(pair: Pair, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Masters and both moments, for a file; the moments are missing before the first update."""
-    found: dict[str, torch.Tensor] = {}
+    """Return the masters and both of AdamW's moments for a file; there are no moments before the first update."""
+    tensors: dict[str, torch.Tensor] = {}
     for name, master in pair.masters.items():
-        found[f"weight.{name}"] = master
+        tensors[f"weight.{name}"] = master
         for moment, value in optimizer.state.get(master, {}).items():
             if moment != "step":
-                found[f"{moment}.{name}"] = value
-    return found
+                tensors[f"{moment}.{name}"] = value
+    return tensors
 
 
 @torch.no_grad()
 def from_tensors(
     pair: Pair, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Callable[[], torch.Tensor]], updates: int
 ) -> None:
-    """What `to_tensors` gave, into the masters, the model and the optimizer; raises KeyError where one is missing."""
+    """Load what `to_tensors` returned into the masters, the model and the optimizer.
+
+    Raises:
+        KeyError: When a tensor is missing.
+    """
     names = {id(master): name for name, master in pair.masters.items()}
     for name, master in pair.masters.items():
         master.copy_(tensors[f"weight.{name}"]())
     copy_masters(pair)
     if updates:
-        said = optimizer.state_dict()
+        groups = optimizer.state_dict()["param_groups"]
         in_order = [names[id(master)] for group in optimizer.param_groups for master in group["params"]]
         state = {
             number: {
@@ -223,4 +262,4 @@ def from_tensors(
             }
             for number, name in enumerate(in_order)
         }
-        optimizer.load_state_dict({"state": state, "param_groups": said["param_groups"]})
+        optimizer.load_state_dict({"state": state, "param_groups": groups})

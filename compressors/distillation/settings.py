@@ -1,4 +1,4 @@
-"""What a distillation is asked for, and what follows from that alone: its schedule and the order of its windows.
+"""Define the settings of a distillation, and derive its schedule and the order of its windows.
 
 Knows no model and no text.
 """
@@ -19,18 +19,29 @@ COMPUTED_IN = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """
-    tokens: of training in all; batch_tokens: of an update; window: of each window (rounded to whole windows).
-    warmup_share: of the updates, in which the learning rate rises; then it falls to 0 along a cosine.
-    temperature: of the KL, which counts temperature² times. weight_ce: of the cross-entropy with the true next token.
-    weight_decay: of the matrices; embeddings, norms and biases have none.
-    evaluate_every: tokens between evaluations on the first `held_out_windows` held-out windows; `patience` of them in
-        a row without improvement end it.
-    chunk: positions whose logits are held at once. micro_batch: windows that run at once; None: as memory allows.
-    gradient_checkpointing: compute activations twice instead of keeping them; None: where memory asks for it.
-    dtype: "bfloat16" or "float32", computed in; None: bfloat16 on CUDA, else float32.
-    compiled: whether torch.compile fuses each layer; None: on CUDA, where it works.
-    save_every: seconds between saved states, at evaluations; it changes nothing else.
+    """Distillation holds the settings of a distillation.
+
+    Attributes:
+        tokens: The number of tokens to train on in all.
+        batch_tokens: The tokens of an update, rounded down to whole windows.
+        window: The tokens of a window.
+        learning_rate: The highest learning rate.
+        warmup_share: The share of the updates in which the learning rate rises; then it falls to 0 along a cosine.
+        temperature: The temperature of the KL divergence, which is multiplied by temperature².
+        weight_ce: The weight of the cross-entropy with the true next token.
+        weight_decay: The weight decay of matrices; embeddings, norms and biases have none.
+        grad_clip: The largest norm of the gradient.
+        evaluate_every: The number of tokens between evaluations.
+        patience: The number of evaluations in a row without improvement that end the training.
+        seed: The random seed of the order of windows.
+        gradient_checkpointing: Whether to compute activations twice instead of keeping them; None: where memory
+            requires it.
+        held_out_windows: The number of held-out windows to evaluate on, from the first.
+        chunk: The number of positions whose logits are held at once.
+        micro_batch: The number of windows that run at once; None: as memory allows.
+        dtype: The dtype to compute in, "bfloat16" or "float32"; None: bfloat16 on CUDA, else float32.
+        compiled: Whether torch.compile fuses each layer; None: on CUDA, where it works.
+        save_every: The seconds between saved states, at evaluations; it does not change the result.
     """
 
     tokens: int
@@ -55,16 +66,21 @@ class Distillation:
 
     @property
     def batch(self) -> int:
-        """Windows of an update."""
+        """Return the number of windows of an update."""
         return self.batch_tokens // self.window
 
     @property
     def steps(self) -> int:
+        """Return the number of updates in all."""
         return math.ceil(self.tokens / (self.batch * self.window))
 
 
 def require_valid(settings: Distillation) -> None:
-    """Raises CompressionError, one line."""
+    """Check every setting.
+
+    Raises:
+        CompressionError: For the first setting that is out of range; one line.
+    """
     rules = {
         "tokens": (settings.tokens >= 1, "must be 1 or more"),
         "window": (settings.window >= 2, "must be 2 tokens or more: the first predicts the next"),
@@ -84,11 +100,11 @@ def require_valid(settings: Distillation) -> None:
     }
     for name, (holds, rule) in rules.items():
         if not holds:
-            raise CompressionError(f"distill: {name} is {getattr(settings, name)!r}, and {rule}")
+            raise CompressionError(f"distill: {name} is {getattr(settings, name)!r}, but {rule}")
 
 
 def learning_rate(step: int, settings: Distillation) -> float:
-    """Of update number `step` (from 0): a linear rise over the first warmup_share, then a cosine that ends near 0."""
+    """Return the learning rate of update number `step` (from 0): a linear rise, then a cosine that ends near 0."""
     steps = settings.steps
     warmup = min(round(settings.warmup_share * steps), steps - 1)
     if step < warmup:
@@ -97,12 +113,15 @@ def learning_rate(step: int, settings: Distillation) -> float:
 
 
 def batch_of(step: int, batch: int, windows: int, seed: int) -> list[int]:
-    """The numbers of the windows of update `step`: all `windows` in an order drawn from the seed, then in another."""
-    found = []
+    """Return the numbers of the windows of update `step`.
+
+    All `windows` are taken in an order drawn from the seed, then in another order, and so on.
+    """
+    numbers = []
     for place in range(step * batch, (step + 1) * batch):
         epoch, index = divmod(place, windows)
-        found.append(_order(epoch, windows, seed)[index])
-    return found
+        numbers.append(_order(epoch, windows, seed)[index])
+    return numbers
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,12 +1,11 @@
-"""Where a distillation stands, kept in a directory so that a killed one goes on: JSON and safetensors, nothing else.
+"""Save and load the state of a distillation in a directory, so that a killed one resumes: JSON and safetensors.
 
-`state.json` is what counts: it names the files that belong to it, and is written beside its place and renamed last.
-What it doesn't name is left over and removed. Knows no model and no text.
+`state.json` is what counts: it names the files that belong to it, and is replaced last. Files that it doesn't name are
+leftovers and are removed. Knows no model and no text.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
@@ -16,16 +15,23 @@ from typing import Any
 import torch
 
 from compressors.errors import CheckpointError
+from compressors.files import written_whole
 from compressors.model import safetensors_file
 from compressors.model.checkpoint import LazyTensor
 
 STATE = "state.json"
-FORMAT = 1  # raised whenever a directory of before could not be gone on with
+VERSION = 1  # increase it when earlier directories can't be resumed
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """After `tokens`: KL(teacher ‖ student) on the held-out windows, and the mean loss since the last one, in nats."""
+    """Evaluation is one measurement on the held-out windows.
+
+    Attributes:
+        tokens: The number of tokens trained on so far.
+        held_out_kl: KL(teacher ‖ student) in nats per token.
+        loss: The mean loss since the last evaluation, in nats per token.
+    """
 
     tokens: int
     held_out_kl: float
@@ -34,12 +40,23 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Standing:
-    """
-    micro_batch, gradient_checkpointing: as they were chosen when it began. compiled: in the last call.
-    step: batches taken; updates: those that changed the weights; bad: the last ones in a row that could not.
-    loss: moving mean of the batches' loss. recent: sum and number of the losses since the last evaluation.
-    seconds: of everything; training_seconds: of the batches alone.
-    ended: why it ended, or None. weights, best: names of files in the directory, or None.
+    """Standing is the progress of a distillation.
+
+    Attributes:
+        micro_batch: The windows that run at once, as chosen at the start.
+        gradient_checkpointing: Whether activations are computed twice, as chosen at the start.
+        compiled: Whether the layers were compiled in the last call.
+        step: The number of batches taken.
+        updates: The number of batches that changed the weights.
+        bad: The number of last batches in a row that did not.
+        loss: The moving mean of the batches' losses.
+        recent: The sum and the number of the losses since the last evaluation.
+        seconds: The seconds of everything.
+        training_seconds: The seconds of the batches alone.
+        evaluations: The evaluations so far.
+        ended: Why the training ended, or None.
+        weights: The name of the file of weights and optimizer state in the directory, or None.
+        best: The name of the file of the best student, or None.
     """
 
     micro_batch: int
@@ -59,36 +76,41 @@ class Standing:
 
 
 def load(work: Path, definition: Mapping[str, Any]) -> Standing | None:
-    """What `work` holds of the distillation that `definition` says; None: nothing yet.
+    """Return what `work` holds of the distillation with this definition; None: nothing yet.
 
-    Raises CheckpointError where it is another one, or can't be read.
+    Raises:
+        CheckpointError: When it holds another distillation, or can't be read.
     """
-    found = read(work)
-    if found is None:
+    saved = read(work)
+    if saved is None:
         return None
-    known, standing = found
+    known, standing = saved
     if known != dict(definition):
         changed = sorted(key for key in {*known, *definition} if key not in known or known[key] != definition.get(key))
-        said = "; ".join(f"{key} was {known.get(key)!r} and is {definition.get(key)!r}" for key in changed[:3])
+        changes = "; ".join(f"{key} was {known.get(key)!r} and is {definition.get(key)!r}" for key in changed[:3])
         raise CheckpointError(
-            f"distill {work}: holds another distillation ({said}); name another directory, or delete it"
+            f"distill {work}: holds another distillation ({changes}); name another directory, or delete it"
         )
     return standing
 
 
 def read(work: Path) -> tuple[dict[str, Any], Standing] | None:
-    """(its definition, where it stands), whatever it is. Raises CheckpointError."""
+    """Return (the definition, the standing) of whatever distillation `work` holds, or None.
+
+    Raises:
+        CheckpointError: When it can't be read.
+    """
     try:
         values = json.loads((work / STATE).read_text())
-        if values["format"] != FORMAT:
-            raise ValueError(f"format {values['format']}, and {FORMAT} is known")
+        if values["format"] != VERSION:
+            raise ValueError(f"format {values['format']}, but only {VERSION} is known")
         entry = dict(values["standing"])
         entry["evaluations"] = tuple(Evaluation(**evaluation) for evaluation in entry["evaluations"])
         entry["recent"] = (float(entry["recent"][0]), int(entry["recent"][1]))
         standing = Standing(**entry)
         for name in (standing.weights, standing.best):
             if name is not None and Path(name).name != name:
-                raise ValueError(f"{name!r} is no file's name")
+                raise ValueError(f"{name!r} is not a file name")
         return dict(values["definition"]), standing
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -97,7 +119,11 @@ def read(work: Path) -> tuple[dict[str, Any], Standing] | None:
 
 
 def tensors(work: Path, name: str) -> dict[str, LazyTensor]:
-    """Of a file that a standing names, each read when it is used. Raises CheckpointError."""
+    """Return the tensors of a file that a standing names; each is read when it is used.
+
+    Raises:
+        CheckpointError: When the file is missing or damaged.
+    """
     try:
         shapes = safetensors_file.shapes(work / name)
     except CheckpointError as error:
@@ -109,12 +135,16 @@ def tensors(work: Path, name: str) -> dict[str, LazyTensor]:
 
 
 def prepare(work: Path) -> None:
-    """Make the directory, before anything is spent on what it is to hold. Raises CheckpointError."""
+    """Create the directory before anything is computed for it.
+
+    Raises:
+        CheckpointError: When it can't be created.
+    """
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(
-            f"distill {work}: can't be made ({error.strerror or error}); name another place"
+            f"distill {work}: can't be made ({error.strerror or error}); name another directory"
         ) from None
 
 
@@ -126,9 +156,18 @@ def save(
     best: Mapping[str, torch.Tensor] | None,
     tick: Callable[[], None],
 ) -> Standing:
-    """Write it, and return it with the names of its files. weights None: none are needed. best None: as it was.
+    """Write a state, and return it with the names of its files; the old state stays whole until the new one is.
 
-    tick: called before each tensor. What was there stays whole until the new is. Raises CheckpointError.
+    Args:
+        work: The directory.
+        definition: The definition of the distillation.
+        standing: The progress to save.
+        weights: The weights and optimizer state by name; None: not needed any more.
+        best: The best student's tensors; None: unchanged.
+        tick: A function that is called before each tensor.
+
+    Raises:
+        CheckpointError: When it can't be written.
     """
     try:
         named: dict[str, str | None] = {"weights": None, "best": standing.best}
@@ -138,17 +177,16 @@ def save(
                 _write(work / name, values, tick)
                 named[kind] = name
         standing = dataclasses.replace(standing, weights=named["weights"], best=named["best"])
-        content = {"format": FORMAT, "definition": dict(definition), "standing": dataclasses.asdict(standing)}
-        written = work / f".{STATE}"
-        written.write_text(json.dumps(content, indent=1) + "\n")
-        written.replace(work / STATE)
-        for pattern in ("weights-*.safetensors", "best-*.safetensors", ".*.safetensors"):
+        content = {"format": VERSION, "definition": dict(definition), "standing": dataclasses.asdict(standing)}
+        with written_whole(work / STATE) as scratch:
+            scratch.write_text(json.dumps(content, indent=1) + "\n")
+        for pattern in ("weights-*.safetensors", "best-*.safetensors", ".*.safetensors*", f".{STATE}*"):
             for file in work.glob(pattern):
                 if file.name not in named.values():
                     file.unlink()
     except OSError as error:
         raise CheckpointError(
-            f"distill {work}: its state can't be written ({error.strerror or error}); what was there is as it was"
+            f"distill {work}: its state can't be written ({error.strerror or error}); the last saved one is unchanged"
         ) from None
     return standing
 
@@ -161,19 +199,14 @@ def _write(path: Path, values: Mapping[str, torch.Tensor], tick: Callable[[], No
 
         return load
 
-    written = path.with_name(f".{path.name}")
-    try:
-        lazy = {name: LazyTensor(tuple(value.shape), value.dtype, loader(value)) for name, value in values.items()}
-        safetensors_file.write(written, lazy)
-        written.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            written.unlink()
-        raise
+    lazy = {name: LazyTensor(tuple(value.shape), value.dtype, loader(value)) for name, value in values.items()}
+    with written_whole(path) as scratch:
+        safetensors_file.write(scratch, lazy)
 
 
 def unreadable(work: Path, name: str, error: Exception) -> CheckpointError:
+    """Return the error for a file of `work` that can't be read."""
     return CheckpointError(
         f"distill {work}: {name} can't be read ({' '.join(str(error).split())}); delete the directory, "
-        "and it begins anew"
+        "and it starts again"
     )

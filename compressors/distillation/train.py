@@ -1,6 +1,6 @@
-"""The training loop of a distillation: batches, evaluations, saved states, until it ends.
+"""Train a student: batches, evaluations and saved states, until the distillation ends.
 
-Knows no checks of what it is given: see `distill`.
+Inputs are not checked here: see `distill`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,24 @@ from compressors.distillation.state import Evaluation, Standing
 from compressors.errors import CheckpointError, CompressionError
 from compressors.model.checkpoint import Checkpoint
 
-MOST_BAD = 3  # batches in a row whose loss or gradient is not finite
+MOST_BAD = 3  # the number of batches in a row without a finite loss and gradient that ends the training
 OUT_OF_TOKENS, NO_IMPROVEMENT, NOT_FINITE = "tokens", "no improvement", "not finite"
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """stage: "loading", "training", "evaluating" or "saving". tokens: seen of `total_tokens`, before a kill too.
+    """Progress is what a caller is told during a distillation.
 
-    tokens_per_second: of training in this call. loss: moving mean, nats per token. held_out_kl: the last one.
-    seconds_left: until all tokens are seen, at this call's pace, evaluations and saving included; it may end earlier.
+    Attributes:
+        stage: The stage: "loading", "training", "evaluating" or "saving".
+        tokens: The tokens trained on, those before a kill included.
+        total_tokens: The tokens to train on in all.
+        tokens_per_second: The speed of training in this call.
+        loss: The moving mean of the loss, in nats per token.
+        held_out_kl: The last held-out KL divergence, in nats per token.
+        best_kl: The lowest one so far.
+        seconds_left: The seconds until all tokens are seen at this call's speed, evaluations and saving included;
+            training may end earlier.
     """
 
     stage: str
@@ -47,27 +55,31 @@ class Progress:
 
 
 class Report:
-    """Says how it goes: holds when this call and its training began, and where it stood then and stands now."""
+    """Report tells a caller the progress, from the start of this call and of its training and the standings since."""
 
     def __init__(self, progress: Callable[[Progress], None], settings: Distillation) -> None:
+        """Start the clock of this call."""
         self.progress, self.settings = progress, settings
         self.began = self.training_began = time.monotonic()
         self.first: Standing | None = None
         self.last: Standing | None = None
 
     def begin(self, standing: Standing | None) -> None:
+        """Set the standing at the start of this call."""
         self.first = self.last = standing
 
     @property
     def seconds(self) -> float:
-        """Of all calls together."""
+        """Return the seconds of all calls together."""
         return (self.first.seconds if self.first else 0.0) + time.monotonic() - self.began
 
     def at(self, standing: Standing) -> Standing:
+        """Set the present standing, and return it."""
         self.last = standing
         return standing
 
     def __call__(self, stage: str) -> None:
+        """Tell the caller the progress in this stage."""
         first, last, settings = self.first, self.last, self.settings
         of_batch = settings.batch * settings.window
         steps = (last.step if last else 0) - (first.step if first else 0)
@@ -99,7 +111,23 @@ def train(
     report: Report,
     standing: Standing | None,
 ) -> Standing:
-    """From where it stands to its end. ids [n, T], held_out [N, T]: int64, in main memory."""
+    """Train from `standing` to the end of the distillation, and return the standing there.
+
+    Args:
+        pair: Both models.
+        student: The student's checkpoint.
+        ids: The windows to train on, int64 [n, T], in main memory.
+        held_out: The held-out windows, int64 [N, T], in main memory.
+        settings: The settings.
+        definition: What the result depends on, for the saved state.
+        work: The directory of the saved state.
+        report: The report to keep up to date.
+        standing: The saved standing to resume from; None: start.
+
+    Raises:
+        CheckpointError: When a model can't be distilled, or the state can't be read or written.
+        CompressionError: When torch.compile was asked for and fails.
+    """
     distill_pair.require_plain_logits(pair, held_out[0])
     optimizer = distill_pair.optimizer_of(pair, settings.weight_decay)
     if standing is None:
@@ -108,16 +136,16 @@ def train(
         )
         standing = Standing(micro_batch=micro, gradient_checkpointing=twice)
     else:
-        _go_on(pair, optimizer, work, standing)
+        _resume(pair, optimizer, work, standing)
     compiled = _prepare_layers(pair, optimizer, ids[: standing.micro_batch], settings, standing.gradient_checkpointing)
     standing = report.at(dataclasses.replace(standing, compiled=compiled))
-    better: dict[str, torch.Tensor] | None = None  # the best student, where it is not in `work` yet
+    better: dict[str, torch.Tensor] | None = None  # the best student, until it is saved
     if not standing.evaluations:
         standing, _ = _evaluate(pair, held_out, settings, standing, report)
         if not math.isfinite(standing.evaluations[0].held_out_kl):
             raise CheckpointError(
                 f"distill: the held-out KL is {standing.evaluations[0].held_out_kl} before training; the student or "
-                "the teacher is broken"
+                "the teacher is broken, build it again"
             )
     distill_state.prepare(work)
     every = max(round(settings.evaluate_every / (settings.batch * settings.window)), 1)
@@ -144,10 +172,10 @@ def train(
     return standing
 
 
-def _go_on(pair: Pair, optimizer: torch.optim.Optimizer, work: Path, standing: Standing) -> None:
+def _resume(pair: Pair, optimizer: torch.optim.Optimizer, work: Path, standing: Standing) -> None:
     try:
-        there = distill_state.tensors(work, str(standing.weights))
-        distill_pair.from_tensors(pair, optimizer, {name: lazy.load for name, lazy in there.items()}, standing.updates)
+        saved = distill_state.tensors(work, str(standing.weights))
+        distill_pair.from_tensors(pair, optimizer, {name: lazy.load for name, lazy in saved.items()}, standing.updates)
     except (KeyError, RuntimeError) as error:
         raise distill_state.unreadable(work, str(standing.weights), error) from None
 
@@ -155,7 +183,7 @@ def _go_on(pair: Pair, optimizer: torch.optim.Optimizer, work: Path, standing: S
 def _prepare_layers(
     pair: Pair, optimizer: torch.optim.Optimizer, ids: torch.Tensor, settings: Distillation, twice: bool
 ) -> bool:
-    """Whether the layers are compiled; where they are to be, they run forward and backward once. No weight changes."""
+    """Compile the layers where wanted, by one pass forward and backward without an update; return whether they are."""
     compiled = pair.device.startswith("cuda") if settings.compiled is None else settings.compiled
     distill_fit.set_layers(pair, twice=twice, compiled=compiled)
     if not compiled:
@@ -164,9 +192,11 @@ def _prepare_layers(
         distill_pair.backward(pair, ids.to(pair.device), 1.0, settings.temperature, settings.weight_ce, settings.chunk)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a compiler raises that lacks a tool of its own
+    except Exception as error:  # compilers that lack a tool raise errors of many types
         if settings.compiled:
-            raise CompressionError(f"distill: torch.compile fails here ({_first_line(error)}); leave it out") from None
+            raise CompressionError(
+                f"distill: torch.compile fails here ({_first_line(error)}); set compiled to false"
+            ) from None
         distill_fit.set_layers(pair, twice=twice, compiled=False)
         compiled = False
     optimizer.zero_grad(set_to_none=True)
@@ -181,7 +211,7 @@ def _batch(
     standing: Standing,
     report: Report,
 ) -> Standing:
-    """One update, or none where the loss or its gradient is not finite; where it stands after that."""
+    """Take a batch and update the weights if its loss and gradient are finite; return the new standing."""
     began = time.monotonic()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(standing.step, settings)
@@ -221,7 +251,7 @@ def _batch(
 def _evaluate(
     pair: Pair, held_out: torch.Tensor, settings: Distillation, standing: Standing, report: Report
 ) -> tuple[Standing, bool]:
-    """(where it stands after an evaluation, whether that was the best so far)."""
+    """Return (the standing after an evaluation, whether it was the best so far)."""
     report("evaluating")
     together = distill_fit.divisor(len(held_out), standing.micro_batch)
     kl = distill_pair.held_out_kl(pair, held_out, together, settings.chunk, functools.partial(report, "evaluating"))
@@ -240,7 +270,7 @@ def _evaluate(
 
 
 def best_kl(standing: Standing) -> float:
-    """The lowest held-out KL, that before training included."""
+    """Return the lowest held-out KL divergence, including the one before training."""
     return min(evaluation.held_out_kl for evaluation in standing.evaluations if not math.isnan(evaluation.held_out_kl))
 
 

@@ -1,4 +1,4 @@
-"""Depth: fewer layers."""
+"""Cut depth: choose which layers go, and renumber the rest."""
 
 from __future__ import annotations
 
@@ -17,11 +17,20 @@ BY_KL = ("kl", "kl-look-ahead")
 def choose(
     layers: int, keep: int, drop_from: str, calibration: Calibration | None, order: Sequence[int] | None = None
 ) -> tuple[int, ...]:
-    """Which `keep` of `layers` stay, ascending.
+    """Return which `keep` of `layers` stay, ascending.
 
-    drop_from: "top" drops the last, "bottom" the first; "importance" those of least block influence, 1 − cos of a
-    layer's input and output on the calibration text (ShortGPT, https://arxiv.org/abs/2403.03853); "kl" and
-    "kl-look-ahead" the first of `order`; "3,7" just those.
+    Args:
+        layers: The number of layers.
+        keep: The number of layers to keep.
+        drop_from: "top" drops the last layers and "bottom" the first. "importance" drops those of least block
+            influence, 1 − cos of a layer's input and output on the calibration text (ShortGPT,
+            https://arxiv.org/abs/2403.03853); "kl" and "kl-look-ahead" drop the first of `order`, and "3,7" drops
+            layers 3 and 7.
+        calibration: The activation statistics, for "importance".
+        order: The layers in the order in which they go, for "kl" and "kl-look-ahead".
+
+    Raises:
+        InfeasiblePlan: When the layers can't be kept, or what `drop_from` needs is missing.
     """
     if not 1 <= keep <= layers:
         raise InfeasiblePlan(f"num_hidden_layers: {keep} of {layers} can't stay; choose from 1 to {layers}")
@@ -39,25 +48,23 @@ def choose(
         return tuple(range(layers - keep, layers))
     if drop_from in BY_KL:
         if order is None:
-            raise InfeasiblePlan(f"drop_from: {drop_from} is measured on calibration text, and there is none")
+            raise InfeasiblePlan(f"drop_from: {drop_from} needs calibration text, and there is none; add some")
         return tuple(index for index in range(layers) if index not in set(order[: layers - keep]))
     if drop_from != "importance":
         known = ", ".join(map(str, CHOICES["drop_from"].values))
         raise InfeasiblePlan(f"drop_from: {drop_from!r} is not one of {known}, nor a list of layers")
     if calibration is None:
-        raise InfeasiblePlan(
-            "drop_from: importance is measured on calibration text, and there is none; calibrate first"
-        )
+        raise InfeasiblePlan("drop_from: importance needs calibration statistics, and there are none; calibrate first")
     influence = calibration.block_influence.tolist()
     by_influence = sorted(range(layers), key=lambda index: (-influence[index], index))
     return tuple(sorted(by_influence[:keep]))
 
 
 def cut(checkpoint: Checkpoint, family: Family, kept: Sequence[int]) -> Checkpoint:
-    """Keep these layers of the checkpoint (ascending numbers), renumbered from 0.
+    """Keep the layers `kept` (ascending numbers) of the checkpoint, renumbered from 0.
 
-    Lists with an entry per layer are written out, since the rule that a stock config makes them by (each fourth layer
-    is another) counts from the model's own first layer.
+    Lists with an entry per layer are written out. A stock config derives them by a rule, such as every fourth layer,
+    that counts from the first layer of the uncut model.
     """
     config = dict(checkpoint.config)
     layers = int(config["num_hidden_layers"])

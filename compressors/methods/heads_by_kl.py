@@ -1,10 +1,9 @@
-"""Which key/value groups of each layer do the least damage when they go together with those of all other layers, by the
-KL divergence of what is predicted then.
+"""Choose which key/value groups to remove in each layer, by the KL divergence of the predictions without all of them.
 
-Coordinate descent: from the groups that add the least to their layer's output (`methods.importance.energy`), layer
-after layer, those that are the cheapest to leave out while the other layers go without theirs; SWEEPS times through the
-model. What the absence of one does depends on which others are absent: chosen each by itself, by the KL of leaving it
-out of the whole model, SmolLM2's groups were worse than by energy (benchmarks/README.md). Knows no plan.
+Coordinate descent, SWEEPS times through the model. It starts from the groups that add the least to their layer's output
+(`methods.importance.energy`). Layer after layer it chooses those that are cheapest to leave out while the other layers
+go without theirs. The effect of one group depends on which others are absent: SmolLM2's groups chosen one by one, by
+the KL of leaving each out of the whole model, were worse than by energy (benchmarks/README.md). Knows no plan.
 """
 
 from __future__ import annotations
@@ -24,13 +23,14 @@ from compressors.model.family import Family, head_dim
 from compressors.statistics.predictions import Predictions, spread
 
 WINDOWS = 16  # of each domain of the calibration text
-CANDIDATES = 4  # for each group that goes, so many of the least energy are tried
+CANDIDATES = 4  # the number of groups of the least energy that are tried for each one that goes
 SWEEPS = 2
-EVERY = 4  # tokens, of which one's prediction is looked at
-RULES = [2, WINDOWS, CANDIDATES, SWEEPS, EVERY]  # what a choice that was kept must have been found by
+EVERY = 4  # the predictions of one in EVERY tokens are compared
+VERSION = [2, WINDOWS, CANDIDATES, SWEEPS, EVERY]  # kept choices of another version are searched again
+RULES = VERSION  # its name in digests
 
 Say = Callable[[str], None]
-Gone = list[tuple[int, ...]]  # by layer, the groups that go
+Gone = list[tuple[int, ...]]  # the groups that go, by layer
 
 
 def choose(
@@ -45,11 +45,23 @@ def choose(
     batch: int = 4,
     say: Say = lambda _: None,
 ) -> Gone:
-    """By layer of `base`, the groups that go, ascending, `keep` of them staying.
+    """Return the groups to remove by layer of `base`, ascending; `keep` of each layer's stay.
 
-    domains: windows of token ids, of which WINDOWS of each are taken, spread evenly. energy: of each layer's groups.
-    Kept in a file of `directory` after each layer, from which a later call goes on. Raises CheckpointError for a file
-    that can't be read.
+    The choice is kept in a file of `directory` after each layer, and a later call resumes it.
+
+    Args:
+        base: The model.
+        family: Its family.
+        domains: The windows of token ids by domain; WINDOWS of each are taken, spread evenly.
+        energy: The energy of each group, by layer.
+        keep: The number of groups that stay in each layer.
+        directory: The directory of the file.
+        device: The device that runs the model.
+        batch: The number of windows that run at once.
+        say: A function that is called with what is being done.
+
+    Raises:
+        CheckpointError: When the file can't be read.
     """
     path = directory / f"groups-{keep}.json"
     gone, done = _read(path, energy, keep)
@@ -58,49 +70,49 @@ def choose(
             gone, done = _read(path, energy, keep)
             if done < SWEEPS * len(energy):
                 say("leaving out heads: reading the model")
-                windows = [window for those in domains.values() for window in spread(those, WINDOWS)]
+                windows = [window for some in domains.values() for window in spread(some, WINDOWS)]
                 _descend(_Search(base, family, windows, device, batch), gone, done, energy, path, say)
         release(device)
     return gone
 
 
 def _descend(search: _Search, gone: Gone, done: int, energy: Sequence[Sequence[float]], path: Path, say: Say) -> None:
-    """Change `gone` in place, layer after layer; `done` layers of all sweeps are behind."""
+    """Improve `gone` in place, layer after layer; `done` counts the layers of all sweeps that are finished."""
     for step in range(done, SWEEPS * len(energy)):
         sweep, layer = divmod(step, len(energy))
         say(f"leaving out heads, sweep {sweep + 1} of {SWEEPS}: layer {layer + 1} of {len(energy)}")
         gone[layer] = search.cheapest(layer, _least(energy[layer], len(gone[layer]) + CANDIDATES - 1), gone)
-        write_json(path, {"rules": RULES, "gone": gone, "done": step + 1})
+        write_json(path, {"rules": VERSION, "gone": gone, "done": step + 1})
 
 
 def _read(path: Path, energy: Sequence[Sequence[float]], keep: int) -> tuple[Gone, int]:
-    """(the choice so far, how many layers of all sweeps it has seen)."""
+    """Return (the choice so far, the number of layers of all sweeps that are finished)."""
     try:
         stored: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rules": None}
-        if stored["rules"] == RULES:
-            return [tuple(map(int, those)) for those in stored["gone"]], int(stored["done"])
+        if stored["rules"] == VERSION:
+            return [tuple(map(int, groups)) for groups in stored["gone"]], int(stored["done"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"heads {path}: can't be read ({error}); delete it, it is made again") from None
-    return [tuple(sorted(_least(those, len(those) - keep))) for those in energy], 0
+        raise CheckpointError(f"heads {path}: can't be read ({error}); delete it, and it is searched again") from None
+    return [tuple(sorted(_least(of_layer, len(of_layer) - keep))) for of_layer in energy], 0
 
 
 def _least(energy: Sequence[float], count: int) -> list[int]:
-    """So many groups of a layer, the one of the least energy first."""
+    """Return `count` groups of a layer, the one of the least energy first."""
     return sorted(range(len(energy)), key=lambda group: (energy[group], group))[:count]
 
 
 class _Search(Predictions):
-    """Groups are left out by setting what o reads of them to 0."""
+    """_Search leaves groups out by setting what o reads of them to 0."""
 
     def __init__(
         self, base: Checkpoint, family: Family, windows: Sequence[Sequence[int]], device: str, batch: int
     ) -> None:
-        self.absent: Gone = []  # while it is empty, all are there
+        self.absent: Gone = []  # empty: no group is left out
         super().__init__(base, family, windows, device, batch, EVERY)
         heads = int(base.config["num_attention_heads"])
         self.width = head_dim(base.config) * heads // int(base.config.get("num_key_value_heads") or heads)
-        self.reached: tuple[int, list[torch.Tensor]] = (0, self.start)  # a layer, and what goes into it
-        self.now: float | None = None  # what costs the choice as it is
+        self.reached: tuple[int, list[torch.Tensor]] = (0, self.start)  # a layer and its input
+        self.now: float | None = None  # the cost of the present choice
         for layer in range(self.layers.count):
             self.layers.modules[family.in_layer(layer, family.o)].register_forward_pre_hook(self._leaving_out(layer))
 
@@ -117,8 +129,9 @@ class _Search(Predictions):
         return hook
 
     def cheapest(self, layer: int, tried: Sequence[int], gone: Gone) -> tuple[int, ...]:
-        """As many groups of this layer as go now, others as in `gone`: the cheapest of `tried`, one after the other, or
-        those that go now where that is cheaper.
+        """Return the groups of this layer to remove, as many as now, while the other layers are as in `gone`.
+
+        The cheapest of `tried` are added one after the other; if the present choice is cheaper, it stays.
         """
         self.absent = list(gone)
         start, hidden = self.reached if self.reached[0] <= layer else (0, self.start)

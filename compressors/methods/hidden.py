@@ -1,4 +1,4 @@
-"""Hidden size: fewer dimensions of the residual stream, the same ones everywhere."""
+"""Cut the hidden size: keep fewer dimensions of the residual stream, the same ones in every layer."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from compressors.statistics.activations import Calibration
 
 
 def choose(hidden_size: int, keep: int, calibration: Calibration | None) -> torch.Tensor:
-    """The dimensions that stay, int64 [keep], ascending: those of the largest activity in the residual stream
-    (Minitron, https://arxiv.org/abs/2407.14679); without a calibration the first, which are the largest components of a
-    model that was turned (`compressors.methods.rotation`).
+    """Return the kept dimensions, int64 [keep], ascending: those of the largest activity in the residual stream.
+
+    Minitron, https://arxiv.org/abs/2407.14679. Without a calibration the first are kept, which are the largest
+    components of a rotated model (`compressors.methods.rotation`).
+
+    Raises:
+        InfeasiblePlan: When `keep` is not from 1 to `hidden_size`.
     """
     if not 1 <= keep <= hidden_size:
         raise InfeasiblePlan(
@@ -31,21 +35,25 @@ def choose(hidden_size: int, keep: int, calibration: Calibration | None) -> torc
 def cut(
     checkpoint: Checkpoint, family: Family, kept: torch.Tensor, mean_square: list[torch.Tensor] | None
 ) -> Checkpoint:
-    """Keep these dimensions S in every weight that reads from or writes to the residual stream.
+    """Keep the dimensions S in every weight that reads from or writes to the residual stream.
 
-    An RMSNorm divides by the root mean square of what it sees, which is another over S than over all dimensions. Its
-    gain is corrected by √(mean(x_S²) / mean(x²)), x² from the calibration text, before a block (Llama) as after it
-    (EXAONE). Where the embedding is multiplied by √E, it is scaled so that it is as large as before; if it is the
-    lm_head too, the final norm's gain takes that back.
+    An RMSNorm divides by the root mean square of its input, which is another over S than over all dimensions. Its gain
+    is corrected by √(mean(x_S²) / mean(x²)), with x² from the calibration text, before a block (Llama) as after it
+    (EXAONE). An embedding that is multiplied by √E is scaled to keep its size. If it is also the lm_head, the final
+    norm's gain undoes that.
 
-    mean_square: of the inputs of `family.residual_norms`, in that order, [E] each; None: gains are cut uncorrected.
+    Args:
+        checkpoint: The model.
+        family: Its family.
+        kept: S, int64 [kept].
+        mean_square: x² [E] of the inputs of `family.residual_norms`, in that order; None: gains are not corrected.
     """
     config = dict(checkpoint.config)
     layers, width = int(config["num_hidden_layers"]), int(config["hidden_size"])
     if len(kept) == width:
         return checkpoint
     tensors = dict(checkpoint.tensors)
-    factors: dict[str, float] = {}  # of the norms' gains
+    factors: dict[str, float] = {}  # by norm, for its gains
     for layer in range(layers):
         for part in (family.q, family.k, family.v, family.gate, family.up):
             take_columns(tensors, family.in_layer(layer, part), kept)
@@ -55,7 +63,7 @@ def cut(
         take_rows(tensors, name, kept)
         if mean_square is not None:
             squares = mean_square[place].double()  # (E)
-            if squares.any():  # a block that puts out nothing has nothing to correct
+            if squares.any():  # a block whose output is all zeros needs no correction
                 factors[name] = float((squares[kept].mean() / squares.mean()).sqrt())
     take_columns(tensors, family.embedding, kept)
     untied = f"{family.lm_head}.weight" in tensors
@@ -75,5 +83,5 @@ def cut(
 
 
 def _scaled(factor: float, offset: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """weight + offset times the factor, as a weight again."""
+    """Return a function that scales the gain weight + offset by the factor, and returns it as a weight."""
     return lambda weight: ((weight.float() + offset) * factor - offset).to(weight.dtype)

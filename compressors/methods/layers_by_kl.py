@@ -1,8 +1,8 @@
-"""Which layers do the least damage when they go: measured one by one, by the KL divergence of what is predicted then.
+"""Order layers by the damage of removing them: the KL divergence of the predictions without each, measured one by one.
 
-Greedy: the layer goes whose removal is the cheapest, then the next in what is left, as in LaCo's and SLEB's searches
-(SLEB, https://arxiv.org/abs/2402.09025). With look-ahead, the one goes whose removal leaves the cheapest next one:
-layers that are redundant only together are not torn apart. Knows no plan: it orders the layers.
+The search is greedy, as in LaCo and SLEB (https://arxiv.org/abs/2402.09025). The layer that is cheapest to remove
+goes, then the next in what is left. With look-ahead, the layer goes whose removal leaves the cheapest next one, so that
+layers that are redundant only together go together. Knows no plan: it orders the layers.
 """
 
 from __future__ import annotations
@@ -19,17 +19,22 @@ from compressors.model.family import Family
 from compressors.statistics.predictions import Predictions, spread
 
 WINDOWS = 5  # of each domain of the calibration text
-CANDIDATES = 10  # the cheapest of a step are tried in the next
-AHEAD = 4  # the cheapest of a step that look-ahead follows
-RULES = [2, WINDOWS, CANDIDATES, AHEAD]  # what an order that was kept must have been found by
+CANDIDATES = 10  # the number of cheapest layers of a step that the next one tries
+AHEAD = 4  # the number of cheapest layers of a step that look-ahead follows
+VERSION = [2, WINDOWS, CANDIDATES, AHEAD]  # kept orders of another version are searched again
 
 Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """removed: layers of the base model in the order in which they go. kl: nats per token after each. ranking: those
-    that are left, the cheapest first as they were last tried: the next step tries its first CANDIDATES; None: all.
+    """Order is the state of a search.
+
+    Attributes:
+        removed: The layers of the base model in the order in which they go.
+        kl: The KL divergence in nats per token after each removal.
+        ranking: The layers that are left, the cheapest first as they were last tried; the next step tries its first
+            CANDIDATES; None: all.
     """
 
     removed: tuple[int, ...] = ()
@@ -49,27 +54,41 @@ def order(
     batch: int = 4,
     say: Say = lambda _: None,
 ) -> tuple[int, ...]:
-    """The first `count` layers that go. Kept in a file of `directory` after each step, from which a later call goes on.
+    """Return the first `count` layers to remove.
 
-    domains: windows of token ids, of which WINDOWS of each are taken, spread evenly. Greedy steps don't depend on how
-    many follow, so that all counts share a file; with look-ahead the last step is another, and each count has its own.
-    Raises CheckpointError for a file that can't be read.
+    The search is kept in a file of `directory` after each step, and a later call resumes it. Greedy steps don't depend
+    on how many follow, so all counts share a file. With look-ahead the last step differs, and each count has its own
+    file.
+
+    Args:
+        base: The model.
+        family: Its family.
+        domains: The windows of token ids by domain; WINDOWS of each are taken, spread evenly.
+        count: The number of layers to remove.
+        directory: The directory of the file.
+        device: The device that runs the model.
+        look_ahead: Whether to choose by the cheapest next removal.
+        batch: The number of windows that run at once.
+        say: A function that is called with what is being done.
+
+    Raises:
+        CheckpointError: When the file can't be read.
     """
     path = directory / (f"order-look-ahead-{count}.json" if look_ahead else "order.json")
-    found = _read(path)
-    if len(found.removed) < count:
+    state = _read(path)
+    if len(state.removed) < count:
         with alone(path, lambda: say("leaving out layers: waiting for another process that does so")):
-            found = _read(path)
-            if len(found.removed) < count:
+            state = _read(path)
+            if len(state.removed) < count:
                 say("leaving out layers: reading the model")
-                windows = [window for those in domains.values() for window in spread(those, WINDOWS)]
+                windows = [window for some in domains.values() for window in spread(some, WINDOWS)]
                 search = _Search(base, family, windows, device, batch)
-            while len(found.removed) < count:
-                place = f"leaving out layer {len(found.removed) + 1} of {count}"
-                ahead = look_ahead and len(found.removed) + 1 < count
-                found = search.step(found, _saying(say, place), ahead)
-                write_json(path, {"rules": RULES, **dataclasses.asdict(found)})
-    return found.removed[:count]
+            while len(state.removed) < count:
+                place = f"leaving out layer {len(state.removed) + 1} of {count}"
+                ahead = look_ahead and len(state.removed) + 1 < count
+                state = search.step(state, _saying(say, place), ahead)
+                write_json(path, {"rules": VERSION, **dataclasses.asdict(state)})
+    return state.removed[:count]
 
 
 def _read(path: Path) -> Order:
@@ -77,12 +96,14 @@ def _read(path: Path) -> Order:
         return Order()
     try:
         stored = json.loads(path.read_text())
-        if stored.pop("rules") != RULES:
+        if stored.pop("rules") != VERSION:
             return Order()
         ranking = stored["ranking"]
         return Order(tuple(stored["removed"]), tuple(stored["kl"]), None if ranking is None else tuple(ranking))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"layer order {path}: can't be read ({error}); delete it, it is made again") from None
+        raise CheckpointError(
+            f"layer order {path}: can't be read ({error}); delete it, and it is searched again"
+        ) from None
 
 
 def _saying(say: Say, where: str) -> Say:
@@ -90,13 +111,13 @@ def _saying(say: Say, where: str) -> Say:
 
 
 class _Search(Predictions):
-    """Layers are left out by not calling them."""
+    """_Search leaves layers out by not calling them."""
 
-    def step(self, there: Order, say: Say, look_ahead: bool) -> Order:
-        """One layer more. look_ahead: the one that leaves the cheapest next one."""
-        left = [layer for layer in range(self.layers.count) if layer not in there.removed]
-        before = left if there.ranking is None else there.ranking
-        costs = self.costs(left, left if there.ranking is None else before[:CANDIDATES], say)
+    def step(self, state: Order, say: Say, look_ahead: bool) -> Order:
+        """Remove one more layer; with `look_ahead`, the one that leaves the cheapest next one."""
+        left = [layer for layer in range(self.layers.count) if layer not in state.removed]
+        before = left if state.ranking is None else state.ranking
+        costs = self.costs(left, left if state.ranking is None else before[:CANDIDATES], say)
         cheapest = sorted(costs, key=lambda layer: (costs[layer], layer))
         gone = cheapest[0]
         ranking = [*cheapest, *(layer for layer in before if layer not in costs)]
@@ -108,21 +129,21 @@ class _Search(Predictions):
                 after[first] = min(self.costs(rest, nexts, _saying(say, f"{first} and one more")).values())
             gone = min(after, key=lambda first: (after[first], first))
         return Order(
-            (*there.removed, gone),
-            (*there.kl, costs[gone]),
+            (*state.removed, gone),
+            (*state.kl, costs[gone]),
             tuple(layer for layer in ranking if layer != gone),
         )
 
     def costs(self, left: Sequence[int], candidates: Sequence[int], say: Say) -> dict[int, float]:
-        """Layer → KL in nats per token without it; of those that are `left`, the `candidates`."""
-        found: dict[int, float] = {}
+        """Return the KL divergence in nats per token without each of `candidates`, among the layers `left`."""
+        kl: dict[int, float] = {}
         hidden = self.start
         tried = [layer for layer in left if layer in candidates]
         for place, layer in enumerate(left):
             if layer in tried:
-                say(f"trying {len(found) + 1} of {len(tried)}")
-                found[layer] = self.kl(self.through(left[place + 1 :], hidden))
-            if len(found) == len(tried):
+                say(f"trying {len(kl) + 1} of {len(tried)}")
+                kl[layer] = self.kl(self.through(left[place + 1 :], hidden))
+            if len(kl) == len(tried):
                 break
             hidden = list(self.through([layer], hidden))
-        return found
+        return kl

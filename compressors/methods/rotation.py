@@ -1,22 +1,22 @@
-"""Hidden size by principal components: the residual stream is turned into their basis before dimensions go.
+"""Rotate the residual stream into the basis of its principal components before dimensions are cut.
 
-RMSNorm divides by a length, which no rotation changes. So where norms stand before the blocks alone (Llama, Qwen),
-their gains can be multiplied into what reads from them, and the stream can be written in any orthonormal basis: the
-model computes the same (SliceGPT, https://arxiv.org/abs/2401.15024, which has a basis for each block and a matrix
-between two; here all layers share one, so that stock architectures have a place for it).
+RMSNorm divides by a length, which no rotation changes. Where norms stand only before the blocks (Llama, Qwen), their
+gains can be multiplied into what reads from them, and the stream can be written in any orthonormal basis: the model
+computes the same. SliceGPT (https://arxiv.org/abs/2401.15024) has a basis for each block and a matrix between two. Here
+all layers share one basis, which stock architectures can express.
 
-A norm behind a block (EXAONE 4, Gemma) has gains for the stream's own dimensions. They are multiplied into what writes,
-before the norm, which then divides by the length of g ⊙ o and not by that of o. In the mean over tokens its one gain
-makes that good; what is left is how much the two lengths' ratio differs between tokens. On a trained EXAONE 4 of 31M
-parameters that is 0.3% to 12% by layer, and turned, nothing cut, it is a KL of 0.011 away from what it was.
+A norm after a block (EXAONE 4, Gemma) has gains for the stream's own dimensions. They are multiplied into what writes,
+before the norm, which then divides by the length of g ⊙ o and not by that of o. A single gain makes up for that in the
+mean over tokens. What is left is how much the ratio of the two lengths differs between tokens. On a trained EXAONE 4 of
+31M parameters that is 0.3% to 12% by layer. Rotated and uncut, that model is at a KL of 0.011 from the original.
 
-Symbols: E hidden size, x [E] the stream, o [E] what a block puts out, x̂ = x / √mean(x²), g [E] a norm's gain, Q [E, E]
-the basis, a column a component, the largest first:
+Symbols: E hidden size, x [E] the stream, o [E] a block's output, x̂ = x / √mean(x²), g [E] a norm's gain, Q [E, E] the
+basis, whose columns are the components, the largest first:
 
-    embedding' = embedding Q, W' = W diag(g) Q of what reads, W' = Qᵀ diag(g / c) W of what writes, c = √mean((g ⊙ ô)²)
+    embedding' = embedding Q, W' = W diag(g) Q of readers, W' = Qᵀ diag(g / c) W of writers, c = √mean((g ⊙ ô)²)
 
-(without the norm g = c = 1), and the norms' gains are numbers: 1, and c behind a block. An lm_head that was tied to
-the embedding is another matrix then.
+(without a norm, g = c = 1). The norms' gains become numbers: 1, and c after a block. An lm_head that was tied to the
+embedding becomes a matrix of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from compressors.device import release
+from compressors.device import compute_dtype, release
 from compressors.errors import CheckpointError
 from compressors.files import alone
 from compressors.model import safetensors_file
@@ -37,14 +37,20 @@ from compressors.model.checkpoint import Checkpoint, LazyTensor
 from compressors.model.family import Family
 from compressors.statistics.layerwise import Called, Layers
 
-VERSION = 1  # raised when the same text would give another basis
+VERSION = 1  # increase it when the same text would give another basis
 BASIS = "basis"
 
 
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-    """basis Q [E, E], float32, orthonormal columns. mean_square: by the name of each norm over the residual width, [E],
-    the mean over tokens of the squared coordinates in that basis: of x̂, or behind a block of g ⊙ ô."""
+    """Rotation is the basis of the residual stream and the mean squares in it.
+
+    Attributes:
+        basis: Q [E, E], float32, with orthonormal columns.
+        mean_square: The name of each norm over the residual width → [E], the mean over tokens of the squared
+            coordinates in
+            that basis: of x̂, or of g ⊙ ô for a norm after a block.
+    """
 
     basis: torch.Tensor
     mean_square: dict[str, torch.Tensor]
@@ -58,25 +64,36 @@ def principal(
     device: str = "cpu",
     say: Callable[[str], None] = lambda _: None,
 ) -> Rotation:
-    """The principal components of x̂ over all that reads from the stream, all tokens and, each counting the same, all
-    domains of the text.
+    """Return the principal components of x̂ over all readers, all tokens, and all domains with equal weight.
 
-    Found once by a pass of the base model over `windows` (by domain) and kept in the directory `path`; on the way
-    there are E² floats in main memory for each norm. Raises CheckpointError when activations are not finite or the
-    file can't be written.
+    They are computed once by a pass of the base model over `windows` and kept in the directory `path`. The pass needs
+    E² floats of main memory per norm.
+
+    Args:
+        base: The model.
+        family: Its family.
+        windows: The windows of token ids by domain.
+        path: The directory of the file.
+        device: The device that runs the model.
+        say: A function that is called with what is being done.
+
+    Raises:
+        CheckpointError: When activations are not finite, or the file can't be written or read.
     """
     file = path / f"rotation-{VERSION}.safetensors"
     if not file.is_file():
-        with alone(path / "rotation", lambda: say("rotation: waiting for another process that finds it")):
+        with alone(path / "rotation", lambda: say("rotation: waiting for another process that computes it")):
             if not file.is_file():
-                found = _principal(base, family, windows, device, say)
-                safetensors_file.keep(file, {BASIS: found.basis, **found.mean_square}, f"rotation: {file}")
+                rotation = _principal(base, family, windows, device, say)
+                safetensors_file.keep(file, {BASIS: rotation.basis, **rotation.mean_square}, f"rotation: {file}")
                 release(device)
     try:
         tensors = load_file(file)
         return Rotation(tensors.pop(BASIS), tensors)
     except (SafetensorError, OSError, KeyError) as error:
-        raise CheckpointError(f"rotation {file}: can't be read ({error}); delete it, it is made again") from None
+        raise CheckpointError(
+            f"rotation {file}: can't be read ({error}); delete it, and it is computed again"
+        ) from None
 
 
 def _principal(
@@ -86,9 +103,9 @@ def _principal(
     device: str,
     say: Callable[[str], None],
 ) -> Rotation:
-    model = base.to_model(device, dtype=torch.float32 if device == "cpu" else None)
+    model = base.to_model(device, dtype=compute_dtype(device))
     called: Called = {}
-    streams = [Layers(model, family, those, called=called) for those in windows.values()]
+    streams = [Layers(model, family, some, called=called) for some in windows.values()]
     count = int(base.config["num_hidden_layers"])
     reads = [family.input_norms.get(part, part) for part in (family.q, family.gate)]
     behind = tuple(family.output_norms.values())
@@ -99,9 +116,9 @@ def _principal(
         sums = [{part: _Sum(gains.get(part)) for part in (*reads, *behind)} for _ in streams]
         for stream, of_domain in zip(streams, sums, strict=True):
             stream.forward(layer, {part: of_part.add for part, of_part in of_domain.items()})
-        found = {part: _mean([of_domain[part] for of_domain in sums]) for part in (*reads, *behind)}
-        together = together + found[reads[0]] + found[reads[1]]
-        of_norms |= {family.in_layer(layer, norm): found[norm] for norm in family.block_norms}
+        means = {part: _mean([of_domain[part] for of_domain in sums]) for part in (*reads, *behind)}
+        together = together + means[reads[0]] + means[reads[1]]
+        of_norms |= {family.in_layer(layer, norm): means[norm] for norm in family.block_norms}
         say(f"rotation: layer {layer + 1} of {count}")
     last = [_Sum() for _ in streams]
     for stream, of_last in zip(streams, last, strict=True):
@@ -110,7 +127,9 @@ def _principal(
     of_norms[family.final_norm] = _mean(last)
     together = together + of_norms[family.final_norm]
     if not all(torch.isfinite(second).all() for second in (together, *of_norms.values())):
-        raise CheckpointError("rotation: the base model's activations are NaN or infinite: its weights are broken")
+        raise CheckpointError(
+            "rotation: the base model's activations are NaN or infinite; its weights are broken, copy them again"
+        )
     basis = torch.linalg.eigh(together.to(device, torch.float64)).eigenvectors.flip(1).float()
     mean_square = {
         name: ((second.to(device) @ basis) * basis).sum(0).clamp_min(0).cpu() for name, second in of_norms.items()
@@ -119,7 +138,7 @@ def _principal(
 
 
 class _Sum:
-    """Σ x̂ x̂ᵀ, or with a gain g [E] Σ (g ⊙ x̂)(g ⊙ x̂)ᵀ, in float32 on the model's device."""
+    """_Sum adds up Σ x̂ x̂ᵀ, or with a gain g [E] Σ (g ⊙ x̂)(g ⊙ x̂)ᵀ, in float32 on the model's device."""
 
     def __init__(self, gain: torch.Tensor | None = None) -> None:
         self.gain = gain
@@ -127,7 +146,7 @@ class _Sum:
         self.tokens = 0
 
     def add(self, x: torch.Tensor) -> None:
-        """x [B, T, E]."""
+        """Add the tokens of x [B, T, E]."""
         x = x.float().flatten(0, -2)
         x = x * x.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
         if self.gain is not None:
@@ -141,9 +160,13 @@ def _mean(domains: Sequence[_Sum]) -> torch.Tensor:
 
 
 def turn(base: Checkpoint, family: Family, rotation: Rotation | None, device: str = "cpu") -> Checkpoint:
-    """`base` with its stream in the basis: it computes the same, or nearly, where norms stand behind its blocks.
+    """Return `base` with its stream in the basis: it computes the same, or nearly where norms stand after its blocks.
 
-    rotation None: its shapes alone.
+    Args:
+        base: The model.
+        family: Its family.
+        rotation: The basis; None: return the right shapes with arbitrary values.
+        device: The device of the arithmetic.
     """
     basis = None if rotation is None else rotation.basis.to(device)
     tensors = dict(base.tensors)
@@ -192,8 +215,11 @@ def turn(base: Checkpoint, family: Family, rotation: Rotation | None, device: st
 
 
 def of_inputs(base: Checkpoint, family: Family, basis: torch.Tensor) -> Callable[[int, str], torch.Tensor | None]:
-    """(layer of `base`, projection) → T [E, E], where the projection reads T x in the turned model and x in `base`;
-    None where it reads the same. A dimension without a gain is zero in x, and nothing is known of it."""
+    """Return a function that says how a projection's input changes when the model is rotated.
+
+    It maps (layer of `base`, projection) to T [E, E], where the rotated model reads T x and `base` reads x. It maps to
+    None where both read the same. A dimension with a gain of 0 is 0 in x, so nothing is known of it.
+    """
 
     def change(layer: int, part: str) -> torch.Tensor | None:
         if part not in (family.q, family.k, family.v, family.gate, family.up):

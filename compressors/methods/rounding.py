@@ -1,7 +1,7 @@
-"""The grids that a scheme's weights lie on: which scale a group gets, and which value a weight.
+"""Round weights to the grid of a scheme: choose the scale of each group, and the value of each weight.
 
-Symbols: N output and K input width of a Linear, g group size. Weights are symmetric: one scale per output channel for
-W8A8 and FP8_DYNAMIC (g = K), one per group of g inputs for W4A16. Knows no checkpoint and no calibration.
+Symbols: N output and K input width of a Linear, g group size. Weights are symmetric: W8A8 and FP8_DYNAMIC have one
+scale per output channel (g = K), W4A16 one per group of g inputs. Knows no checkpoint and no calibration.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 import torch
 
 HALF_RANGE = {"W8A8": 127.5, "FP8_DYNAMIC": 448.0, "W4A16": 7.5, "W8A16": 127.5}
-SHRINKS = {  # scales that are tried, as shares of the one that reaches the largest magnitude
+SHRINKS = {  # the scales to try, as shares of the one that reaches the largest magnitude
     "W8A8": tuple(1 - 0.02 * step for step in range(16)),
     "W8A16": tuple(1 - 0.02 * step for step in range(16)),
     "FP8_DYNAMIC": tuple(2 ** (-step / 16) for step in range(16)),  # a power of two moves no rounding
     "W4A16": tuple(1.06 - 0.02 * step for step in range(29)),
 }
-CHUNK = 2**22  # weights whose candidates are tried at once
+CHUNK = 2**22  # the number of weights whose candidates are tried at once
 
 
 def to_grid(scaled: torch.Tensor, scheme: str) -> torch.Tensor:
-    """The nearest value of the grid to weights that are divided by their scale: integers, or float8_e4m3fn values."""
+    """Return the grid's nearest values to weights divided by their scale: integers, or float8_e4m3fn values."""
     if scheme == "FP8_DYNAMIC":
         return scaled.clamp(-448, 448).to(torch.float8_e4m3fn).to(scaled.dtype)
     half = 2 ** ((4 if scheme == "W4A16" else 8) - 1)
@@ -27,10 +27,10 @@ def to_grid(scaled: torch.Tensor, scheme: str) -> torch.Tensor:
 
 
 def largest_scales(weight: torch.Tensor, scheme: str, size: int | None) -> torch.Tensor:
-    """Scales [N, K/g] of the weight [N, K] in its dtype: the largest magnitude over half the range.
+    """Return scales [N, K/g] of the weight [N, K] in its dtype: the largest magnitude over half the range.
 
-    As compressed-tensors has it, and rounded to the 16-bit dtype that it is stored in, so that values can be chosen as
-    the nearest to what is multiplied out.
+    They are computed as in compressed-tensors, and rounded to the 16-bit dtype that stores them. Values can then be
+    chosen nearest to what they are multiplied out to.
     """
     groups = _groups(weight, size)
     return _stored(groups.abs().amax(dim=-1) / HALF_RANGE[scheme], weight.dtype)
@@ -39,9 +39,13 @@ def largest_scales(weight: torch.Tensor, scheme: str, size: int | None) -> torch
 def searched_scales(
     weight: torch.Tensor, scheme: str, size: int | None, importance: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Scales [N, K/g] with the least squared error of rounding to the nearest, among SHRINKS of the largest.
+    """Return the scales [N, K/g] among SHRINKS of the largest that round to nearest with the least squared error.
 
-    importance [K]: how much an input's error counts, such as its mean square; None: all alike.
+    Args:
+        weight: [N, K].
+        scheme: The quantization scheme.
+        size: The group size; None: K.
+        importance: The weight [K] of each input's error, such as its mean square; None: all the same.
     """
     rows = max(1, CHUNK // weight.shape[1])
     parts = (weight[start : start + rows] for start in range(0, len(weight), rows))
@@ -78,11 +82,11 @@ def _stored(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def nearest(weight: torch.Tensor, scales: torch.Tensor, scheme: str) -> torch.Tensor:
-    """The values [N, K] of the grid, as float32, that are nearest to the weight [N, K] with scales [N, K/g]."""
+    """Return the values [N, K] of the grid, as float32, nearest to the weight [N, K] with scales [N, K/g]."""
     groups = weight.float().reshape(*scales.shape, -1)
     return to_grid(groups / scales.float()[..., None], scheme).reshape(weight.shape)
 
 
 def multiplied_out(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """What values [N, K] and scales [N, K/g] stand for, float32 [N, K]."""
+    """Return the weight, float32 [N, K], that values [N, K] and scales [N, K/g] stand for."""
     return (values.reshape(*scales.shape, -1) * scales.float()[..., None]).reshape(values.shape)

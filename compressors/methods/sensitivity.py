@@ -1,10 +1,13 @@
-"""Which projections lose the most when they are quantised, in closed form from the second moments of their inputs.
+"""Order projections by what they lose when they are quantized, in closed form from the second moments of their inputs.
 
-A projection's error counts relative to its output, and its block (attention or MLP) by its share of the residual stream
-that has been added up so far: what most of the stream comes from is what later layers read. Checked against the KL of
-SmolLM2-135M with one group at a time in W4A16: rank correlation 0.6, and the first 12 of 120 hold 3/4 of what the worst
-12 do; relative errors alone find 2/5. Symbols: N output and K input width of a Linear, H = E[x xᵀ] the second moment of
-its input, ΔW what rounding changes. Knows no plan: it orders, and whoever asks keeps as many as wanted in 16 bits.
+A projection's error counts relative to its output. Its block (attention or MLP) counts by its share of the residual
+stream at that point: later layers read mostly what most of the stream comes from.
+
+Checked against the KL of SmolLM2-135M with one group at a time in W4A16, the rank correlation is 0.6. The first 12 of
+120 groups hold 3/4 of what the worst 12 do; relative errors alone find 2/5.
+
+Symbols: N output and K input width of a Linear, H = E[x xᵀ] the second moment of its input, ΔW what rounding changes.
+Knows no plan: it orders, and the caller keeps as many as it wants in 16 bits.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ import torch
 from compressors.methods import precision, quantizers, rounding
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family
+from compressors.statistics.second_moments import InputMoment
 
-BITS = {"W8A8": 8, "FP8_DYNAMIC": 8, "W4A16": 4}
+WEIGHT_BITS = {"W8A8": 8, "FP8_DYNAMIC": 8, "W4A16": 4}
 FP8_ERROR = 2**-6 / 12 * 0.541  # mean square relative error of rounding to 3 bits of mantissa, magnitudes log-uniform
 
 
@@ -26,20 +30,31 @@ def rank(
     checkpoint: Checkpoint,
     family: Family,
     scheme: str,
-    moments: precision.Moments,
+    moments: InputMoment,
     *,
     quantizer: str = "nearest",
     group_size: int = 0,
 ) -> list[tuple[str, ...]]:
-    """The fused projections of every layer, those first whose quantization does the most damage per byte that it saves.
+    """Return the fused projections of every layer, those first whose quantization does the most damage per byte saved.
 
-    The arguments are those of `precision.quantize`. One weight at a time is in memory. Raises InfeasiblePlan.
+    One weight at a time is in memory.
+
+    Args:
+        checkpoint: The model.
+        family: Its family.
+        scheme: The quantization scheme.
+        moments: A function from a module's name to the second moment [K, K] of its input.
+        quantizer: The quantizer, as in `precision.quantize`.
+        group_size: The group size, as in `precision.quantize`.
+
+    Raises:
+        InfeasiblePlan: When the group size does not fit the model.
     """
     size = precision.group_size(checkpoint, family, group_size) if scheme == "W4A16" else None
     checkpoint = precision.in_16_bits(checkpoint)
     shares = list(_shares(checkpoint, family, moments))
     attention = {family.q, family.o}
-    found = []
+    ranked = []
     for number, parts in enumerate(precision.fused_groups(checkpoint, family)):
         layer, group = divmod(number, len(family.fused))
         share = shares[layer][0 if family.fused[group][0] in attention else 1]
@@ -47,17 +62,22 @@ def rank(
         for module in parts:
             weight = checkpoint.tensors[f"{module}.weight"].load()
             lost += share * damage(weight, moments(module), scheme, size, quantizer)
-            saved += weight.numel() * (16 - BITS[scheme] - 16 / (size or weight.shape[1])) / 8
-        found.append((lost / saved, parts))
-    return [parts for _, parts in sorted(found, key=lambda pair: -pair[0])]
+            saved += weight.numel() * (16 - WEIGHT_BITS[scheme] - 16 / (size or weight.shape[1])) / 8
+        ranked.append((lost / saved, parts))
+    return [parts for _, parts in sorted(ranked, key=lambda pair: -pair[0])]
 
 
 def damage(
     weight: torch.Tensor, moment: torch.Tensor, scheme: str, size: int | None, quantizer: str = "nearest"
 ) -> float:
-    """The squared error of the output relative to the output, tr(ΔW H ΔWᵀ) / tr(W H Wᵀ), rounded inputs included.
+    """Return the output's relative squared error, tr(ΔW H ΔWᵀ) / tr(W H Wᵀ), plus that of rounded inputs.
 
-    weight [N, K] in 16 bits, moment [K, K], size: the group's, None: K.
+    Args:
+        weight: [N, K], in 16 bits.
+        moment: H [K, K].
+        scheme: The quantization scheme.
+        size: The group size; None: K.
+        quantizer: The quantizer, as in `precision.quantize`.
     """
     weight = weight.to(moment.device)
     values, scales = quantizers.quantizer(quantizer).round_weight(weight, lambda: moment, scheme, size)
@@ -68,14 +88,14 @@ def damage(
 
 
 def _square(weight: torch.Tensor, moment: torch.Tensor) -> float:
-    """The mean square of weight · x, its outputs together: tr(W H Wᵀ)."""
+    """Return the mean square of weight · x, summed over outputs: tr(W H Wᵀ)."""
     return float(((weight @ moment.float()) * weight).sum())
 
 
-def _shares(checkpoint: Checkpoint, family: Family, moments: precision.Moments) -> Iterator[tuple[float, float]]:
-    """(attention's, the MLP's) share of the residual stream's mean square behind it, layer by layer.
+def _shares(checkpoint: Checkpoint, family: Family, moments: InputMoment) -> Iterator[tuple[float, float]]:
+    """Yield (attention's, the MLP's) share of the residual stream's mean square after it, layer by layer.
 
-    Blocks are taken to add to the stream without regard to each other, and the embedding's part is left out.
+    Blocks are taken to add to the stream independently of each other, and the embedding's part is left out.
     """
     stream = torch.finfo(torch.float32).tiny
     for layer in range(int(checkpoint.config["num_hidden_layers"])):
@@ -84,7 +104,7 @@ def _shares(checkpoint: Checkpoint, family: Family, moments: precision.Moments) 
             norm = family.output_norms.get(part)
             module = family.in_layer(layer, norm or part)
             weight = checkpoint.tensors[f"{module}.weight"].load().float()
-            if norm is not None:  # the norm's gains are what it puts out
+            if norm is not None:  # the norm's gains are the size of its output
                 own = float((weight + family.norm_offset).square().sum())
             else:
                 moment = moments(module)
@@ -95,9 +115,15 @@ def _shares(checkpoint: Checkpoint, family: Family, moments: precision.Moments) 
 
 
 def _lost_to_inputs(weight: torch.Tensor, square: torch.Tensor, scheme: str) -> float:
-    """What rounding the inputs per token adds, expected; square [K]: their mean squares.
+    """Return the expected error that rounding the inputs per token adds.
 
-    int8: a step is the largest of a token's inputs over 127.5; that is the largest channel, or chance's largest of K.
+    For int8, a step is the largest of a token's inputs over 127.5. That is the largest channel, or the largest of K by
+    chance.
+
+    Args:
+        weight: [N, K].
+        square: The mean squares of the inputs [K].
+        scheme: The quantization scheme.
     """
     by_input = weight.square().sum(dim=0)  # (K,)
     if scheme == "FP8_DYNAMIC":

@@ -1,16 +1,19 @@
-"""Smoothing: each input of a projection divided by a factor, and its weights multiplied by it, before a scheme rounds
-both: the same model, whose inputs and weights have no channel that makes all others coarse.
+"""Smooth a model before rounding: divide each input of a projection by a factor, and multiply its weights by it.
+
+The model computes the same, but no channel of inputs or weights makes the rounding of all others coarse.
 
 SmoothQuant, Xiao et al., https://arxiv.org/abs/2211.10438, with factors in closed form. Symbols: W [N, K] the weights
-of projections that read one input x [K], s [K] its factors. The step of a token's int8 grid is its largest |x_c| / s_c,
-a row's its largest |W_nc| s_c. With sums of squares in place of the largest, what rounding either of them costs is
+of projections that read one input x [K], s [K] its factors. The step of a token's int8 grid is proportional to its
+largest |x_c| / s_c, and that of a row to its largest |W_nc| s_c. With sums of squares in place of the largest values,
+rounding either of them costs
 
     E Σ_c x_c² / s_c²  ·  Σ_c s_c² ‖W_c‖²,    least (Cauchy and Schwarz) at    s_c² = √(E x_c²) / ‖W_c‖.
 
-The factors are powers of two, so that nothing is rounded by them: in bfloat16 the model computes the same, bit for bit.
-What divides x is what made it: the gains of the norm before q, k, v or gate, up; v's outputs for o, one factor for all
-query heads that read it; up's outputs for down. Where projections read the residual stream itself (EXAONE 4) nothing
-divides it, and they stay as they are.
+The factors are powers of two, so they round nothing: in bfloat16 the model computes the same, bit for bit.
+
+What produces x is divided: the gains of the norm before q, k, v or gate, up, the outputs of v for o, and those of up
+for down. All query heads that read one value head share its factors. Projections that read the residual stream itself
+(EXAONE 4) stay unchanged, since nothing could be divided.
 """
 
 from __future__ import annotations
@@ -21,23 +24,26 @@ from collections.abc import Callable
 
 import torch
 
-from compressors.methods.precision import Moments
 from compressors.model.checkpoint import Checkpoint, LazyTensor
 from compressors.model.family import Family, head_dim
+from compressors.statistics.second_moments import InputMoment
 
-VERSION = 1  # raised when the same model would be smoothed otherwise
-MOST = 8  # factors are from 2⁻⁸ to 2⁸: float16 has no room for more, and rounds what they make very small
+VERSION = 1  # increase it when the same model would be smoothed differently
+MOST = 8  # factors are from 2⁻⁸ to 2⁸: float16 would overflow or round small results with more
 
 Factors = Callable[[], torch.Tensor]  # float32 [K], on the CPU
 
 
-def smooth(checkpoint: Checkpoint, family: Family, moments: Moments) -> tuple[Checkpoint, Moments]:
-    """(the same model with other weights, the second moments of its inputs); both are made when they are asked for.
+def smooth(checkpoint: Checkpoint, family: Family, moments: InputMoment) -> tuple[Checkpoint, InputMoment]:
+    """Return the smoothed checkpoint and the second moments of its inputs; both are computed when they are asked for.
 
-    moments: module → E[x xᵀ] [K, K] of its input in `checkpoint`.
+    Args:
+        checkpoint: The model.
+        family: Its family.
+        moments: A function from a module's name to E[x xᵀ] [K, K] of its input in `checkpoint`.
     """
     tensors = dict(checkpoint.tensors)
-    found: dict[str, Factors] = {}  # by module, of its input
+    factors_of: dict[str, Factors] = {}  # by module, for its input
 
     def change(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if name in tensors:
@@ -46,30 +52,38 @@ def smooth(checkpoint: Checkpoint, family: Family, moments: Moments) -> tuple[Ch
     for layer in range(int(checkpoint.config["num_hidden_layers"])):
         for parts in family.fused:
             modules = [family.in_layer(layer, part) for part in parts]
-            norm, maker = family.input_norms.get(parts[0]), {family.o: family.v, family.down: family.up}.get(parts[0])
+            norm, producer = (
+                family.input_norms.get(parts[0]),
+                {family.o: family.v, family.down: family.up}.get(parts[0]),
+            )
             shared = _shared(checkpoint, family) if parts[0] == family.o else (1, 1)
             factors: Factors = functools.cache(functools.partial(_of_input, checkpoint, modules, moments, *shared))
             if norm is not None:
                 name, offset = f"{family.in_layer(layer, norm)}.weight", family.norm_offset
                 change(name, functools.partial(_divided_gains, offset, factors))
                 factors = functools.partial(_of_gains, checkpoint.tensors[name], offset, factors)
-            elif maker is not None:
+            elif producer is not None:
                 for kind in ("weight", "bias"):
                     change(
-                        f"{family.in_layer(layer, maker)}.{kind}", functools.partial(_divided_rows, factors, *shared)
+                        f"{family.in_layer(layer, producer)}.{kind}", functools.partial(_divided_rows, factors, *shared)
                     )
             else:
                 continue
             for module in modules:
-                found[module] = factors
+                factors_of[module] = factors
                 change(f"{module}.weight", functools.partial(_multiplied_columns, factors))
-    return dataclasses.replace(checkpoint, tensors=tensors), functools.partial(_of_smoothed, moments, found)
+    return dataclasses.replace(checkpoint, tensors=tensors), functools.partial(_of_smoothed, moments, factors_of)
 
 
 def best_factors(square: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The powers of two nearest to √(√square / √weights), about 1 in their geometric mean; float32 [K].
+    """Return the powers of two nearest to √(√square / √weights), with a geometric mean of about 1; float32 [K].
 
-    square [K]: E x_c²; weights [K]: ‖W_c‖². An input that is always 0, or that no weight reads, has 1.
+    Args:
+        square: E x_c² [K].
+        weights: ‖W_c‖² [K].
+
+    Returns:
+        The factors; 1 for an input that is always 0 or that no weight reads.
     """
     live = (square > 0) & (weights > 0)
     power = (torch.where(live, square, 1.0).double().log2() - torch.where(live, weights, 1.0).double().log2()) / 4
@@ -78,13 +92,16 @@ def best_factors(square: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def _shared(checkpoint: Checkpoint, family: Family) -> tuple[int, int]:
-    """(query heads that read one value, head_dim)."""
+    """Return (the query heads that read one value head, head_dim)."""
     heads = int(checkpoint.config["num_attention_heads"])
     return heads // int(checkpoint.config.get("num_key_value_heads") or heads), head_dim(checkpoint.config)
 
 
-def _of_input(checkpoint: Checkpoint, modules: list[str], moments: Moments, shared: int, size: int) -> torch.Tensor:
-    """Of the input [K] of these modules; runs of `size` channels that share what they are made of, have the same."""
+def _of_input(checkpoint: Checkpoint, modules: list[str], moments: InputMoment, shared: int, size: int) -> torch.Tensor:
+    """Return the factors of the input [K] of these modules.
+
+    Runs of `size` channels that share what they are computed from have the same factors, `shared` runs each.
+    """
     square = moments(modules[0]).diagonal().float().cpu()
     weights = torch.zeros_like(square)
     for module in modules:
@@ -94,10 +111,10 @@ def _of_input(checkpoint: Checkpoint, modules: list[str], moments: Moments, shar
     return factors.expand(-1, shared, size).flatten()
 
 
-def _divided_rows(factors: Factors, shared: int, size: int, made: torch.Tensor) -> torch.Tensor:
-    """The weight [N, K] or bias [N] of what makes an input; one of those that share stands for all."""
-    each = factors().reshape(-1, shared, size)[:, 0].flatten().to(made.device)
-    return (made.float() / each.reshape(-1, *[1] * (made.dim() - 1))).to(made.dtype)
+def _divided_rows(factors: Factors, shared: int, size: int, tensor: torch.Tensor) -> torch.Tensor:
+    """Divide the weight [N, K] or bias [N] of what produces an input; runs that share factors are divided once."""
+    each = factors().reshape(-1, shared, size)[:, 0].flatten().to(tensor.device)
+    return (tensor.float() / each.reshape(-1, *[1] * (tensor.dim() - 1))).to(tensor.dtype)
 
 
 def _multiplied_columns(factors: Factors, weight: torch.Tensor) -> torch.Tensor:
@@ -105,23 +122,23 @@ def _multiplied_columns(factors: Factors, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _divided_gains(offset: float, factors: Factors, weight: torch.Tensor) -> torch.Tensor:
-    """A norm's weight [K], whose gains are weight + offset."""
+    """Divide the gains of a norm, which are its weight [K] + offset."""
     gains = weight.float() + offset
     divided = (gains / factors().to(weight.device) - offset).to(weight.dtype)
-    # a gain beside an offset that its dtype would round to nothing
+    # keep a gain whose quotient the dtype would round to exactly -offset, that is to a gain of 0
     return torch.where((divided.float() + offset == 0) & (gains != 0), weight, divided)
 
 
 def _of_gains(stored: LazyTensor, offset: float, factors: Factors) -> torch.Tensor:
-    """What the gains were really divided by: beside an offset the dtype rounds them."""
+    """Return what the gains were really divided by: with an offset the dtype rounds them."""
     weight = stored.load()
     before, after = (x.float().cpu() + offset for x in (weight, _divided_gains(offset, factors, weight)))
     return torch.where(after == 0, 1.0, before / torch.where(after == 0, 1.0, after))
 
 
-def _of_smoothed(moments: Moments, found: dict[str, Factors], module: str) -> torch.Tensor:
+def _of_smoothed(moments: InputMoment, factors_of: dict[str, Factors], module: str) -> torch.Tensor:
     moment = moments(module)
-    if module not in found:
+    if module not in factors_of:
         return moment
-    factors = found[module]().to(moment)
+    factors = factors_of[module]().to(moment)
     return moment / factors[:, None] / factors

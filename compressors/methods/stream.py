@@ -1,31 +1,33 @@
-"""Repair through the whole model: layer after layer, what writes to the residual stream is refit so that the stream is
-the base model's again.
+"""Repair a cut model layer after layer: refit what writes to the residual stream to restore the base model's stream.
 
-Symbols: r the base model's residual stream and r' the cut model's, x' [K] what a projection W' [N, K] reads in the cut
-model, whose layers before it have been repaired already, t = r − r' what W' x' has to add there.
+Symbols: r the base model's residual stream, r' the cut model's, x' [K] what a projection W' [N, K] of the cut model
+reads. Its earlier layers are repaired already. t = r − r' is what W' x' has to add.
 
     W' = W + B (A + λ I)⁻¹,   A = E[w x' x'ᵀ],   B = E[w (t − W x') x'ᵀ],   w = 1 / √mean(r²)
 
 minimises E w ‖W' x' − t‖² + λ ‖W' − W‖². Every reader divides by √mean(r²), and a few massive tokens
-(https://arxiv.org/abs/2402.17762) hold nearly all of an error that isn't divided: with w = 1 they crush the others.
-With the relative error's 1 / mean(r²) a few windows lost much on SmolLM2; between the two none does. Refit is what lost
-inputs; and where layers were dropped, the last projection before the gap aims at the stream behind it. Where a norm
-follows the projection (EXAONE 4, Gemma), t is carried back through it. What reads a stream that is not the base model's
-any more, q, k, v, gate and up, is refit toward the base model's outputs (w = 1 / mean of the square of what the base
-model reads there) where no layer was dropped: from all of r' more can be told of r than from one projection's inputs.
-Closed-form updates that see what the cut model really reads, with the base model's output as their target, are those of
-GPTAQ (https://arxiv.org/abs/2504.02692) for quantization; no bias and no tensor is added.
+(https://arxiv.org/abs/2402.17762) hold nearly all of an unweighted error. With w = 1 they outweigh the others. With the
+relative error's 1 / mean(r²) a few windows of SmolLM2 lost much; with the square root none does.
 
-λ is chosen for each projection by calibration text that the fit did not see: `change`.
+Refit are projections that lost inputs. Where layers were dropped, the last projection before the gap aims at the stream
+after it. Where a norm follows the projection (EXAONE 4, Gemma), t is carried back through the norm. Where no layer was
+dropped, q, k, v, gate and up are refit too if the stream they read differs from the base model's. They aim at the base
+model's outputs, with w = 1 / the mean square of what the base model reads there: all of r' tells more of r than the
+inputs of one projection.
+
+GPTAQ (https://arxiv.org/abs/2504.02692) makes such closed-form updates for quantization: they see what the compressed
+model really reads, and aim at the base model's output. No bias and no tensor is added.
+
+λ is chosen for each projection on calibration text that the fit did not see: `change`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from compressors.device import release
+from compressors.device import compute_dtype, release
 from compressors.errors import CheckpointError
 from compressors.files import alone
 from compressors.methods.repair import cholesky
@@ -41,13 +43,13 @@ from compressors.model import safetensors_file
 from compressors.model.checkpoint import Checkpoint, LazyTensor
 from compressors.model.family import Family
 from compressors.statistics.layerwise import Called, Layers
-from compressors.statistics.residual_streams import Stays, Streams, Told
+from compressors.statistics.residual_streams import Stays, Streams
 from compressors.statistics.second_moments import Moments
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # λ over the median of diag A
-VERSION = 7  # raised when the same cut would be refit otherwise
-FILES = 16  # that are kept
-ROWS = 128  # about as many outputs choose the strength
+VERSION = 7  # increase it when the same cut would be refit differently
+FILES = 16  # the number of results that are kept
+ROWS = 128  # about the number of outputs that choose the strength
 
 
 def take_over(
@@ -59,9 +61,21 @@ def take_over(
     device: str = "cpu",
     say: Callable[[str], None] = lambda _: None,
 ) -> Checkpoint:
-    """`cut` with its weights refit when one of them is first read, on the text of the moments.
+    """Return `cut` with the weights to repair replaced by ones that are refit when one of them is first read.
 
-    They are kept in a file beside those, the last FILES of them. Raises CheckpointError where it can't be written.
+    The fit uses the text of `moments`, and its result is kept in a file in their directory; the last FILES are kept.
+
+    Args:
+        cut: The cut checkpoint.
+        base: The base model's checkpoint.
+        family: The family of both.
+        stays: What the cut kept of `base`.
+        moments: The second moments, for their text and directory.
+        device: The device that both models run on.
+        say: A function that is called with what is being done.
+
+    Raises:
+        CheckpointError: On reading a weight, when activations are not finite or the file can't be written or read.
     """
     parts = refit_parts(family, stays, int(base.config["num_hidden_layers"]))
     names = [
@@ -71,7 +85,7 @@ def take_over(
 
     def fit(path: Path) -> None:
         say("repair: reading both models")
-        made, _ = refit(
+        weights, _ = refit(
             cut,
             base,
             family,
@@ -81,21 +95,21 @@ def take_over(
             device,
             progress=lambda done, total: say(f"repair, layer {done} of {total}"),
         )
-        _keep(path, made)
-        del made
+        _keep(path, weights)
+        del weights
         release(device)
 
     def load(name: str) -> torch.Tensor:
         path = moments.path / f"stream-{key()}.safetensors"
         if not path.is_file():
-            # one at a time, whatever they fit: each wants the memory of two models
+            # one process at a time, since each needs the memory of two models
             with alone(moments.path / "stream", lambda: say("repair: waiting for another process that fits")):
                 if not path.is_file():
                     fit(path)
         try:
             return safetensors_file.loader(path, name)()
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"repair {path}: can't be read ({error}); delete it, it is made again") from None
+            raise CheckpointError(f"repair {path}: can't be read ({error}); delete it, and it is fit again") from None
 
     def lazily(name: str) -> LazyTensor:
         return LazyTensor(cut.tensors[name].shape, cut.tensors[name].dtype, functools.partial(load, name))
@@ -104,7 +118,7 @@ def take_over(
 
 
 def _key(cut: Checkpoint, stays: Stays, device: str) -> str:
-    """Of what is cut, how it is fit, and the norms and biases, which a cut of hidden_size changes."""
+    """Return a digest of what is cut, how it is fit, and the norms and biases, which a cut of hidden_size changes."""
     chosen = {part: [index.tolist() for index in of_layer] for part, of_layer in sorted(stays.inputs.items())}
     how = [VERSION, STRENGTHS, ROWS, device, list(stays.layers), chosen]
     digest = hashlib.sha256(json.dumps(how).encode())
@@ -114,30 +128,36 @@ def _key(cut: Checkpoint, stays: Stays, device: str) -> str:
     return digest.hexdigest()[:24]
 
 
-def _keep(path: Path, made: dict[str, torch.Tensor]) -> None:
-    """Write the file beside its place and rename it; the oldest go, and what killed processes left."""
-    for left in path.parent.glob(".stream-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    there = sorted(path.parent.glob("stream-*.safetensors"), key=lambda file: file.stat().st_mtime)
-    for old in there[: max(0, len(there) - FILES + 1)]:
+def _keep(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write the file; remove the oldest ones, and what killed processes left."""
+    for leftover in path.parent.glob(".stream-*"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+    kept = sorted(path.parent.glob("stream-*.safetensors"), key=lambda file: file.stat().st_mtime)
+    for old in kept[: max(0, len(kept) - FILES + 1)]:
         old.unlink(missing_ok=True)
-    safetensors_file.keep(path, made, f"repair: {path}")
+    safetensors_file.keep(path, weights, f"repair: {path}")
 
 
 def refit_parts(family: Family, stays: Stays, count: int) -> list[list[tuple[str, ...]]]:
-    """By layer, the projections that are refit, those of one input together, in the order of the forward pass.
+    """Return the groups of projections to refit by layer, in the order of the forward pass; a group has one input.
 
-    What lost inputs, and what writes before a gap; with fewer dimensions all have lost some. Where all layers stay,
-    also what reads a stream that is no longer the base model's. On SmolLM2 that gave 2 of 3 key/value groups PerfNorm
-    .822 in place of .811; behind a gap it took .865 to .855, and other projections that write took .822 to .752.
-    count: of the base model's layers.
+    Refit are projections that lost inputs, and what writes before a gap; with fewer dimensions all have lost some. If
+    no layer is dropped, also what reads a stream that differs from the base model's. On SmolLM2 that raised PerfNorm
+    from .811 to .822 for 2 of 3 key/value groups. After a gap it lowered it from .865 to .855, and refitting other
+    projections that write from .822 to .752.
+
+    Args:
+        family: The family of the model.
+        stays: What the cut kept of the base model.
+        count: The number of layers of the base model.
     """
     if stays.dimensions is not None:
         return [list(family.fused)] * len(stays.layers)
     readers, o, gated, down = family.fused
     following = [*stays.layers[1:], count]
     whole, differs = len(stays.layers) == count, False
-    found = []
+    by_layer = []
     for new, old in enumerate(stays.layers):
         parts = [readers] if whole and differs else []
         if family.o in stays.inputs:
@@ -146,8 +166,8 @@ def refit_parts(family: Family, stays: Stays, count: int) -> list[list[tuple[str
             parts.append(gated)
         if family.down in stays.inputs or following[new] > old + 1:
             parts, differs = [*parts, down], True
-        found.append(parts)
-    return found
+        by_layer.append(parts)
+    return by_layer
 
 
 def refit(
@@ -161,75 +181,139 @@ def refit(
     batch: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Strength]]:
-    """(name → weight, in the dtype of `cut` on the CPU; name → how it was found), of every projection that is refit.
+    """Refit the projections `parts` of `cut`, layer after layer; both models and the streams of all windows in memory.
 
-    parts: by layer, see `refit_parts`. windows: by domain. Both models are in memory, and the streams of all windows.
-    Raises CheckpointError when activations are not finite.
+    Args:
+        cut: The cut checkpoint.
+        base: The base model's checkpoint.
+        family: The family of both.
+        stays: What the cut kept of `base`.
+        parts: The groups of projections to refit, by layer of `cut`; see `refit_parts`.
+        windows: The windows of token ids, by domain.
+        device: The device that both models run on.
+        batch: The largest number of windows that run at once.
+        progress: A function that is called with (layers done, layers in all) after each layer.
+
+    Returns:
+        (weight name → weight in the dtype of `cut`, on the CPU; weight name → its `Strength`).
+
+    Raises:
+        CheckpointError: When activations are not finite.
     """
-    dtype = torch.float32 if device == "cpu" else None
-    whole, small = base.to_model(device, dtype), cut.to_model(device, dtype)
-    called: tuple[Called, Called] = ({}, {})
-    modules = dict(small.named_modules())
-    streams = []
-    batch = max(1, min(batch, min(map(len, windows.values())) // 2))  # two at least, of which one is not fitted to
-    for those in windows.values():
-        of_base, of_cut = Layers(whole, family, those, batch, called[0]), Layers(small, family, those, batch, called[1])
-        streams.append(Streams(of_base, of_cut, family, stays))
-    weights: dict[str, torch.Tensor] = {}
-    strengths: dict[str, Strength] = {}
-
-    def fit(layer: int, parts: Sequence[str], told: Callable[[Streams], Told]) -> None:
-        fits: dict[str, list[tuple[Fit, Fit]]] = {part: [] for part in parts}  # by domain, of its two halves
-        for domain in streams:
-            halves = [(Fit(), Fit()) for _ in parts]
-            for place, (x, weight, missing) in enumerate(told(domain)):
-                for of_part, error in zip(halves, missing, strict=True):
-                    of_part[2 * place >= len(domain.cut.hidden)].add(x, error, weight)
-            for part, of_domain in zip(parts, halves, strict=True):
-                fits[part].append(of_domain)
-        for part, by_domain in fits.items():
-            name = f"{family.in_layer(layer, part)}.weight"
-            sums = [of for halves in by_domain for half in halves if half.tokens for of in (half.second, half.cross)]
-            if not all(torch.isfinite(of).all() for of in sums):
-                raise CheckpointError(
-                    f"repair: what {name} reads or puts out is NaN or infinite: the weights are broken"
-                )
-            delta, strengths[name] = change(by_domain)
-            module = modules[family.in_layer(layer, part)]
-            made = (module.weight.data.double() + delta).to(cut.tensors[name].dtype)
-            module.weight.data = made.to(module.weight.dtype)  # what follows is fit to what will be written
-            weights[name] = made.cpu()
-
-    layers, writers = stays.layers, ((family.o,), (family.down,))
+    models = _load(cut, base, family, stays, windows, device, batch)
+    layers = stays.layers
     following = [*layers[1:], int(base.config["num_hidden_layers"])]
     last = max((new for new, groups in enumerate(parts) if groups), default=-1)
-    alike = stays.dimensions is None and layers[0] == 0  # the streams, so far
+    alike = stays.dimensions is None and layers[0] == 0  # whether both streams are still the same
+    weights: dict[str, torch.Tensor] = {}
+    strengths: dict[str, Strength] = {}
     for new, old in enumerate(layers[: last + 1]):
         alike = alike and not parts[new]
-        readers = [group[0] for group in parts[new] if group not in writers]
+        readers = [group[0] for group in parts[new] if not _writes(family, group)]
         skipped = range(old) if new == 0 else ()
-        for domain in streams:
-            domain.advance_base(skipped, old, range(old + 1, following[new]), readers, look=not alike)
+        for streams in models.streams:
+            streams.advance_base(skipped, old, range(old + 1, following[new]), readers, look=not alike)
         for group in parts[new]:
-            if group in writers:
-                fit(new, group, functools.partial(Streams.of_writer, layer=new, part=group[0]))
-            else:
-                fit(new, group, functools.partial(Streams.of_readers, layer=new, parts=group))
-        for domain in streams:
-            domain.advance_cut(new, alike=alike)
+            for name, (weight, strength) in _refit_group(models, new, group).items():
+                weights[name], strengths[name] = weight, strength
+        for streams in models.streams:
+            streams.advance_cut(new, alike=alike)
         if progress is not None:
             progress(new + 1, last + 1)
     return weights, strengths
 
 
+@dataclasses.dataclass(frozen=True)
+class _Models:
+    """The cut model in memory, and both models' streams on each domain's windows.
+
+    Attributes:
+        cut: The cut checkpoint.
+        family: Its family.
+        modules: The modules of the cut model in memory, by name; their weights are replaced as they are refit.
+        streams: The streams of both models, an entry per domain.
+    """
+
+    cut: Checkpoint
+    family: Family
+    modules: Mapping[str, Any]
+    streams: Sequence[Streams]
+
+
+def _load(
+    cut: Checkpoint,
+    base: Checkpoint,
+    family: Family,
+    stays: Stays,
+    windows: Mapping[str, Sequence[Sequence[int]]],
+    device: str,
+    batch: int,
+) -> _Models:
+    dtype = compute_dtype(device)
+    whole, small = base.to_model(device, dtype), cut.to_model(device, dtype)
+    called: tuple[Called, Called] = ({}, {})
+    batch = max(1, min(batch, min(map(len, windows.values())) // 2))  # two batches at least: one is kept from the fit
+    streams = []
+    for some in windows.values():
+        of_base, of_cut = Layers(whole, family, some, batch, called[0]), Layers(small, family, some, batch, called[1])
+        streams.append(Streams(of_base, of_cut, family, stays))
+    return _Models(cut, family, dict(small.named_modules()), streams)
+
+
+def _writes(family: Family, group: Sequence[str]) -> bool:
+    """Return whether a group of projections with one input writes to the residual stream."""
+    return group[0] in (family.o, family.down)
+
+
+def _refit_group(models: _Models, layer: int, group: Sequence[str]) -> dict[str, tuple[torch.Tensor, Strength]]:
+    """Refit the projections of one input in the model in memory; return their new weights by name."""
+    refitted = {}
+    for part, halves in _sums(models, layer, group).items():
+        module_name = models.family.in_layer(layer, part)
+        name = f"{module_name}.weight"
+        sums = [tensor for pair in halves for half in pair if half.tokens for tensor in (half.second, half.cross)]
+        if not all(torch.isfinite(tensor).all() for tensor in sums):
+            raise CheckpointError(
+                f"repair: the inputs or outputs of {name} are NaN or infinite; the weights are broken, copy them again"
+            )
+        delta, strength = change(halves)
+        module = models.modules[module_name]
+        weight = (module.weight.data.double() + delta).to(models.cut.tensors[name].dtype)
+        module.weight.data = weight.to(module.weight.dtype)  # later layers are fit to what will be written
+        refitted[name] = weight.cpu(), strength
+    return refitted
+
+
+def _sums(models: _Models, layer: int, group: Sequence[str]) -> dict[str, list[tuple[Fit, Fit]]]:
+    """Return, by projection of the group, the sums over the two halves of each domain's batches."""
+    fits: dict[str, list[tuple[Fit, Fit]]] = {part: [] for part in group}
+    for streams in models.streams:
+        halves = [(Fit(), Fit()) for _ in group]
+        told = streams.of_writer(layer, group[0]) if _writes(models.family, group) else streams.of_readers(layer, group)
+        for place, (x, weight, missing) in enumerate(told):
+            for pair, error in zip(halves, missing, strict=True):
+                pair[2 * place >= len(streams.cut.hidden)].add(x, error, weight)
+        for part, pair in zip(group, halves, strict=True):
+            fits[part].append(pair)
+    return fits
+
+
 class Fit:
-    """Sums over the tokens of a domain: A [K, K], B [N, K], w (t − W x')² [N]; float32 on the model's device."""
+    """Fit adds up a domain's tokens: A [K, K], B [N, K], w (t − W x')² [N]; float32 on the model's device.
+
+    Attributes:
+        second: A.
+        cross: B.
+        square: The weighted squares of what is missing.
+        tokens: The number of tokens.
+    """
 
     def __init__(self, second: Any = 0.0, cross: Any = 0.0, square: Any = 0.0, tokens: int = 0) -> None:
+        """Start from these sums."""
         self.second, self.cross, self.square, self.tokens = second, cross, square, tokens
 
     def add(self, x: torch.Tensor, missing: torch.Tensor, weight: torch.Tensor) -> None:
-        """x [B, T, K], missing = t − W x [B, T, N], weight [B, T, 1]."""
+        """Add the inputs x [B, T, K], what is missing t − W x [B, T, N], and the tokens' weights [B, T, 1]."""
         root = weight.float().sqrt()
         x, missing = (x.float() * root).flatten(0, 1), (missing.float() * root).flatten(0, 1)
         self.second = self.second + x.T @ x
@@ -238,6 +322,7 @@ class Fit:
         self.tokens += len(x)
 
     def __add__(self, other: Fit) -> Fit:
+        """Return the sums over both."""
         return Fit(
             self.second + other.second,
             self.cross + other.cross,
@@ -246,24 +331,30 @@ class Fit:
         )
 
     def means(self) -> Fit:
+        """Return the means over tokens."""
         return Fit(self.second / self.tokens, self.cross / self.tokens, self.square / self.tokens, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Strength:
-    """factor: λ over the median of diag A, infinite where no fit gains. left: the share of the loss that is left on
-    text that the fit did not see."""
+    """Strength says how strongly a fit was held back, and what it gains.
+
+    Attributes:
+        factor: λ over the median of diag A; infinite where no fit gains.
+        left: The share of the loss that is left on text that the fit did not see.
+    """
 
     factor: float
     left: float
 
 
 def change(fits: Sequence[Sequence[Fit]]) -> tuple[torch.Tensor, Strength]:
-    """(W' − W [N, K] float64, how strongly it was held back), from the sums of each domain's two halves.
+    """Return (W' − W [N, K] float64, its strength) from the sums of each domain's two halves.
 
-    λ loses the least on text that the fit did not see: each domain in turn left out, and the second half of each left
-    out, which counts the same: neither text of another kind nor more of the same may lose. Zero where nothing gains.
-    λ is the middle of STRENGTHS where a single window is all there is, and no text is unseen.
+    λ is the one of STRENGTHS that loses least on text that the fit did not see. Each domain in turn is left out, and so
+    is the second half of each, with the same weight. So the fit must not lose on another kind of text, nor on more of
+    the same. The change is zero where no λ gains. λ is the middle of STRENGTHS for a single window, where no text is
+    unseen.
     """
     halves = [[half.means() for half in of_domain if half.tokens] for of_domain in fits]
     whole = [sum(of_domain[1:], of_domain[0]).means() for of_domain in fits]
@@ -283,8 +374,8 @@ def change(fits: Sequence[Sequence[Fit]]) -> tuple[torch.Tensor, Strength]:
         solve = _solver(fitted, some)
         cross, square = judged.cross[some], max(float(judged.square[some].sum()), 1e-30)
         for factor in STRENGTHS:
-            made = solve(factor).float()
-            gained = 2 * (made * cross).sum() - ((made @ judged.second) * made).sum()
+            delta = solve(factor).float()
+            gained = 2 * (delta * cross).sum() - ((delta @ judged.second) * delta).sum()
             lost[factor] += (1 - float(gained) / square) / len(unseen)
     best = min(lost, key=lambda factor: lost[factor])
     if not lost[best] < 1.0:
@@ -293,14 +384,14 @@ def change(fits: Sequence[Sequence[Fit]]) -> tuple[torch.Tensor, Strength]:
 
 
 def _solver(sums: Sequence[Fit], rows: slice = slice(None)) -> Callable[[float], torch.Tensor]:
-    """λ's factor → B (A + λ I)⁻¹ of these outputs, float64; domains count the same."""
+    """Return a function from λ's factor to B (A + λ I)⁻¹ of these outputs, float64; domains weigh the same."""
     second = torch.stack([one.second for one in sums]).mean(0).double()
     cross = torch.stack([one.cross[rows] for one in sums]).mean(0).double()
     unit = second.diagonal().median().clamp_min(1e-30)
     eye = torch.eye(len(second), dtype=second.dtype, device=second.device)
 
     def solve(factor: float) -> torch.Tensor:
-        made: torch.Tensor = torch.cholesky_solve(cross.T, cholesky(second + factor * unit * eye)).T
-        return made
+        delta: torch.Tensor = torch.cholesky_solve(cross.T, cholesky(second + factor * unit * eye)).T
+        return delta
 
     return solve

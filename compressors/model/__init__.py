@@ -1,1 +1,1 @@
-"""Checkpoints on disk and in memory, the families they belong to, and what they are made of."""
+"""Read and write checkpoints, tell their families apart, and describe their structure."""

@@ -1,7 +1,8 @@
-"""Checkpoint: config + lazily mapped tensors + tokenizer files. Read, write, put into a stock transformers model.
+"""Read checkpoints, write them, and load them into stock transformers models.
 
-Knows no family and no method. Tensors are read when they are asked for, so that a compressed checkpoint costs no
-memory until it is written or put into a model, and then one tensor at a time.
+A `Checkpoint` is a config, lazily loaded tensors and tokenizer files; this module knows no family and no method.
+Tensors are read when they are asked for: a compressed checkpoint needs no memory until it is written or loaded into
+a model. Then it needs that of one tensor at a time.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from typing import Any
 import torch
 
 from compressors.errors import CheckpointError
+from compressors.files import digest_of_json, written_whole
 from compressors.model import exaone3, safetensors_file
+from compressors.model.stock_model import imitate_activations, make_buffers
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
-COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # Llama 2 stored them
+COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # stored by Llama 2, and ignored
 SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 CARRIED = (
@@ -41,7 +44,10 @@ CARRIED = (
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is known by its shape and dtype until `load` makes it: on the CPU, but for simulated weights."""
+    """LazyTensor is a tensor of known shape and dtype, whose values `load` computes on the CPU.
+
+    `load` of simulated quantized weights may use another device.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -49,24 +55,29 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
+        """Return the size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def take(self, dim: int, index: torch.Tensor) -> LazyTensor:
-        """Those rows (dim 0) or columns (dim 1) whose numbers are in `index` [kept], in that order."""
+        """Return the rows (dim 0) or columns (dim 1) whose numbers are in `index` [kept], in that order."""
         shape = (*self.shape[:dim], len(index), *self.shape[dim + 1 :])
         return LazyTensor(shape, self.dtype, lambda: self.load().index_select(dim, index))
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype | None = None) -> LazyTensor:
-        """The same shape, computed from the tensor."""
+        """Return a tensor of the same shape whose values are `function` of this one's; dtype None keeps the dtype."""
         return LazyTensor(self.shape, dtype or self.dtype, lambda: function(self.load()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """
-    config: config.json. tensors: by their names in the weights. files: what is carried along, by file name.
-    parameters: of the model before quantization packed it; None: count the tensors.
-    activations: the scheme whose activation quantization an in-memory model is to imitate, by module name.
+    """Checkpoint holds a model's config, its lazily loaded tensors and the files that are copied along.
+
+    Attributes:
+        config: The values of config.json.
+        tensors: The tensors by name.
+        files: The files to copy along, such as the tokenizer's, by file name.
+        parameters: The number of parameters before quantization packed them; None: count the tensors.
+        activations: The scheme whose activation quantization a model in memory imitates, by module name.
     """
 
     config: dict[str, Any]
@@ -77,25 +88,28 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: str | Path) -> Checkpoint:
-        """A directory as the hub has them; nothing but headers is read. Raises CheckpointError, one line.
+        """Read a model's directory in the layout of the Hugging Face hub; of the weights only headers are read.
 
-        A config that names no dtype gets that of the weights, as stock transformers loads them, one that leaves
-        tie_word_embeddings to a default of true gets that, and a tied head that is stored beside the embedding is left
-        out. EXAONE 3.0 and 3.5 are read as the Llama that they are.
+        A config without a dtype gets that of the weights, as stock transformers loads them. One without
+        tie_word_embeddings gets true if that is the default of its class. A tied head that is stored as well as the
+        embedding is left out. EXAONE 3.0 and 3.5 are read as Llama.
+
+        Raises:
+            CheckpointError: When a file is missing or damaged, or the model is quantized; one line.
         """
         path = Path(path)
-        config = read_json(path / "config.json", "a model's directory holds config.json")
+        config = require_json(path / "config.json", "a model's directory holds config.json")
         quantized = config.get("quantization_config")
         if quantized:
             how = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-            raise CheckpointError(f"model {path}: is quantised already ({how}); start from the unquantised model")
+            raise CheckpointError(f"model {path}: is quantized already ({how}); start from the unquantized model")
         renamed = exaone3.is_exaone3(config)
         if renamed:
             config = exaone3.llama_config(config)
         for key in SIZES:
             if not isinstance(config.get(key), int) or config[key] < 1:
-                rule = foreign(config) or "it must be a number"
-                raise CheckpointError(f"model {path}: config.json says {key}: {config.get(key)!r}; {rule}")
+                rule = foreign(config) or "it must be a number of 1 or more"
+                raise CheckpointError(f"model {path}: config.json has {key}: {config.get(key)!r}; {rule}")
         tensors: dict[str, LazyTensor] = {}
         for file in weight_files(path):
             for name, (shape, dtype) in safetensors_file.shapes(file).items():
@@ -104,10 +118,10 @@ class Checkpoint:
         if renamed:
             tensors = exaone3.llama_tensors(tensors)
             config.setdefault("tie_word_embeddings", HEAD not in tensors)  # versions differ in its default
-        if config["num_hidden_layers"] > len(tensors):  # or a mere number would fill the memory with names
+        if config["num_hidden_layers"] > len(tensors):  # else the names of missing weights could fill the memory
             raise CheckpointError(
-                f"model {path}: config.json says num_hidden_layers: {config['num_hidden_layers']}, and the weights "
-                f"hold {len(tensors)} tensors in all; they belong to different models"
+                f"model {path}: config.json has num_hidden_layers: {config['num_hidden_layers']}, but the weights "
+                f"hold {len(tensors)} tensors in all; use config.json and weights of the same model"
             )
         if "tie_word_embeddings" not in config and _tied_by_default(config):
             config["tie_word_embeddings"] = True
@@ -124,29 +138,30 @@ class Checkpoint:
 
     @property
     def total_parameters(self) -> int:
+        """Return the number of parameters, that of the unquantized model for packed weights."""
         if self.parameters is not None:
             return self.parameters
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     @property
     def size_bytes(self) -> int:
-        """Of the tensors, without the file's header."""
+        """Return the bytes of all tensors, without the file's header."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
     def file_bytes(self) -> int:
-        """Of model.safetensors."""
+        """Return the size of model.safetensors in bytes, header included."""
         return 8 + len(safetensors_file.header_of(self.tensors)) + self.size_bytes
 
     @property
     def decode_bytes(self) -> int:
-        """Of the weights that one decode step reads: all of them, but of an untied embedding only a row."""
+        """Return the bytes that one decode step reads: all weights, and a single row of an untied embedding."""
         tied = self.config.get("tie_word_embeddings", False)
         embedding = sum(tensor.nbytes for name, tensor in self.tensors.items() if name.endswith(EMBEDDING))
         return self.size_bytes - (0 if tied else embedding)
 
     def digest(self) -> str:
-        """sha256 over config and tensors: 32 hexadecimal digits."""
+        """Return 32 hexadecimal digits of a sha256 over the config and all tensors; every tensor is loaded."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name in sorted(self.tensors):
             tensor = self.tensors[name].load().contiguous()
@@ -155,9 +170,13 @@ class Checkpoint:
         return digest.hexdigest()[:32]
 
     def write(self, path: str | Path) -> str:
-        """Write config.json, one model.safetensors and the carried files, beside `path` and then renamed into it.
+        """Write config.json, one model.safetensors and the files along, whole or not at all; replace what is at `path`.
 
-        Returns the weights' sha256. What was at `path` is replaced. Raises CheckpointError when it can't be written.
+        Returns:
+            The sha256 of model.safetensors.
+
+        Raises:
+            CheckpointError: When the directory can't be written; then nothing is changed at `path`.
         """
         path = Path(path)
         scratch = old = None
@@ -169,7 +188,7 @@ class Checkpoint:
                 shutil.copyfile(source, scratch / name)
             (scratch / "config.json").write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
             sha256 = safetensors_file.write(scratch / WEIGHTS, self.tensors)
-            if path.exists():  # out of the way first: the place is never half of one and half of the other
+            if path.exists():  # moved away first, so that old and new files never mix
                 old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
                 path.replace(old)
             try:
@@ -181,16 +200,20 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"checkpoint {path}: {error.strerror or error}; nothing was changed there") from None
         finally:
-            for left in (scratch, old):
-                if left is not None:
-                    shutil.rmtree(left, ignore_errors=True)
+            for leftover in (scratch, old):
+                if leftover is not None:
+                    shutil.rmtree(leftover, ignore_errors=True)
         return sha256
 
     def to_model(self, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
-        """The stock transformers model with these tensors, in eval mode.
+        """Return the stock transformers model with these tensors, in eval mode and without gradients.
 
-        dtype: of the weights; None: the config's. Raises CheckpointError when tensors are missing or
-        left over.
+        Args:
+            device: The device of the model.
+            dtype: The dtype of its weights; None: that of the config.
+
+        Raises:
+            CheckpointError: When tensors are missing or left over.
         """
         from transformers import AutoModelForCausalLM
 
@@ -206,93 +229,73 @@ class Checkpoint:
             raise CheckpointError(
                 f"weights: {len(missing)} tensors missing, {len(unexpected)} left over: {[*missing, *unexpected][:3]}"
             )
-        _make_buffers(model, config, device)
+        make_buffers(model, config, device)
         for name, scheme in self.activations.items():
-            _imitate_activations(model.get_submodule(name), scheme)
+            imitate_activations(model.get_submodule(name), scheme)
         return model.to(device).eval().requires_grad_(False)
 
 
 def stock_config(config: Mapping[str, Any]) -> Any:
-    """The stock transformers config. Raises CheckpointError with its reason, such as Llama's that hidden_size must be a
-    multiple of num_attention_heads.
+    """Return the stock transformers config of a config.json.
+
+    Raises:
+        CheckpointError: When transformers refuses it, such as a Llama's hidden_size that is no multiple of
+            num_attention_heads; the message holds its reason.
     """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.for_model(**copy.deepcopy(dict(config)))  # it writes into a nested rope_scaling
-    except Exception as error:  # the config classes raise their own mixture
+        return AutoConfig.for_model(**copy.deepcopy(dict(config)))  # transformers changes a nested rope_scaling
+    except Exception as error:  # the config classes raise errors of many types
         cause = error.__cause__ or error
         raise CheckpointError(f"transformers refuses the config: {' '.join(str(cause).split())}") from None
 
 
 def foreign(config: Mapping[str, Any]) -> str | None:
-    """Why a model isn't one of stock transformers' text models, where that is known; else None."""
+    """Return why a model is not a text model of stock transformers, or None when no reason is known."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = str(config.get("model_type"))
     if isinstance(config.get("text_config"), dict):
-        return f"a {model_type} model has its language model inside; save that alone, as its own model_type"
+        return f"a {model_type} model has its language model inside; save that part under its own model_type"
     if config.get("auto_map") and model_type not in CONFIG_MAPPING:
-        return f"stock transformers has no {model_type}: it brings its own code, and a model's code is never run"
+        return f"stock transformers has no {model_type}; it needs its own code, and a model's code is never run"
     return None
 
 
 def digest_of(path: Path, cache: Path) -> str:
-    """`Checkpoint.digest` of a directory, remembered by its files' sizes and times so that it is hashed once.
+    """Return `Checkpoint.digest` of a directory, kept in `cache` under `stamp_of(path)` so that it is computed once.
 
-    Raises CheckpointError.
+    Raises:
+        CheckpointError: When the directory can't be read.
     """
     known = cache / stamp_of(path)
     if known.is_file():
         return known.read_text().strip()
     digest = Checkpoint.read(path).digest()
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as out:
-        out.write(digest)
-    Path(out.name).replace(known)
+    with written_whole(known) as scratch:
+        scratch.write_text(digest)
     return digest
 
 
 def stamp_of(path: Path, *, carried: bool = False) -> str:
-    """Another one when a directory's config.json or weights are others, by place, size and time: 32 hexadecimal digits.
+    """Return 32 hexadecimal digits that change with the path, size or time of a directory's config.json or weights.
 
-    carried: or its tokenizer, or what else a checkpoint carries along.
-    Raises CheckpointError.
+    Args:
+        path: A model's directory.
+        carried: Whether the tokenizer and the other files along count too.
+
+    Raises:
+        CheckpointError: When there is no readable config.json.
     """
     path = Path(path).resolve()
-    read_json(path / "config.json", "a model's directory holds config.json")
+    require_json(path / "config.json", "a model's directory holds config.json")
     files = {path / "config.json", *path.glob("*.safetensors")}
     if carried:
         files |= {file for pattern in CARRIED for file in path.glob(pattern)}
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
-    return hashlib.sha256(json.dumps([str(path), stamps]).encode()).hexdigest()[:32]
-
-
-def _make_buffers(model: Any, config: Any, device: str) -> None:
-    """Rotary frequencies and scales are no weights: they are computed, and a model made on `meta` has none yet."""
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "scalar_embed_scale"):  # Gemma's embedding
-            module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
-        elif any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            parent = model.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], type(module)(config).to(device))
-
-
-def _imitate_activations(linear: torch.nn.Module, scheme: str) -> None:
-    """Round a Linear's input as the scheme's dynamic per-token quantization does, x [..., tokens, K]."""
-
-    def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        x = args[0]
-        largest = x.abs().amax(dim=-1, keepdim=True).float()
-        if scheme == "W8A8":
-            scale = (largest / 127.5).clamp_min(torch.finfo(torch.float32).tiny)
-            rounded = (x / scale).round().clamp(-128, 127) * scale
-        else:  # FP8_DYNAMIC
-            scale = (largest / 448.0).clamp_min(torch.finfo(torch.float32).tiny)
-            rounded = (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
-        return (rounded.to(x.dtype), *args[1:])
-
-    linear.register_forward_pre_hook(hook)
+    return digest_of_json([str(path), stamps], 32)
 
 
 def _dtype(config: Mapping[str, Any]) -> torch.dtype:
@@ -301,12 +304,15 @@ def _dtype(config: Mapping[str, Any]) -> torch.dtype:
 
 
 def _without_head(path: Path, tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Stock transformers doesn't tie a head that differs from the embedding, and vLLM ties it all the same."""
+    """Drop a tied head that is stored as well.
+
+    If it differs from the embedding, stock transformers does not tie it and vLLM does, so that is an error.
+    """
     embedding = next((tensor for name, tensor in tensors.items() if name.endswith(EMBEDDING)), None)
     if embedding is None or not torch.equal(tensors[HEAD].load(), embedding.load()):
         raise CheckpointError(
-            f"model {path}: config.json says tie_word_embeddings, and {HEAD} is not the embedding; say false there, or "
-            "remove the tensor"
+            f"model {path}: config.json sets tie_word_embeddings, but {HEAD} is not the embedding; set it to false, "
+            "or remove the tensor"
         )
     return {name: tensor for name, tensor in tensors.items() if name != HEAD}
 
@@ -322,25 +328,39 @@ def _stored_dtype(tensors: Mapping[str, LazyTensor]) -> str:
     return str(max(tensors.values(), key=lambda tensor: tensor.nbytes).dtype).removeprefix("torch.")
 
 
-def read_json(path: Path, rule: str) -> dict[str, Any]:
+def require_json(path: Path, rule: str) -> dict[str, Any]:
+    """Return the object in the JSON file `path` of a model's directory.
+
+    Args:
+        path: The file, in UTF-8.
+        rule: What to do when the file is missing; it ends the error message.
+
+    Raises:
+        CheckpointError: When the file is missing, can't be read, or holds no object.
+    """
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"model {path.parent}: has no {path.name}; {rule}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"model {path.parent}: {path.name} can't be read ({' '.join(str(error).split())})"
+            f"model {path.parent}: {path.name} can't be read ({' '.join(str(error).split())}); copy it again"
         ) from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"model {path.parent}: {path.name} is no JSON object")
+        raise CheckpointError(f"model {path.parent}: {path.name} holds no JSON object; copy or download it again")
     return values
 
 
 def weight_files(path: Path) -> list[Path]:
+    """Return the safetensors files of a model's directory: model.safetensors, or the shards that its index names.
+
+    Raises:
+        CheckpointError: When there are none, a shard is missing, or only pickled weights are there.
+    """
     if (path / WEIGHTS).is_file():
         return [path / WEIGHTS]
     if (path / INDEX).is_file():
-        named = read_json(path / INDEX, "").get("weight_map")
+        named = require_json(path / INDEX, "").get("weight_map")
         if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
             raise CheckpointError(f"model {path}: {INDEX} has no weight_map of names to files; copy it again")
         files = sorted({path / Path(name).name for name in named.values()})

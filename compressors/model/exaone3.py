@@ -1,8 +1,8 @@
-"""EXAONE 3.0 and 3.5, read as the Llama that they are: other names, the same arithmetic.
+"""Read EXAONE 3.0 and 3.5 as Llama: they compute the same under other names.
 
-What is written is a Llama, which every vLLM and transformers loads; of an `exaone` model stock transformers knows since
-5.24 alone (https://github.com/huggingface/transformers, models/exaone), which runs its Llama class for it, and before
-that it needed the model's own code.
+They are written as a Llama, which every version of vLLM and transformers loads. Stock transformers knows `exaone`
+models only since 5.24 (https://github.com/huggingface/transformers, models/exaone) and runs its Llama class for them.
+Before that, these models needed their own code.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any, TypeVar
 from compressors.errors import CheckpointError
 
 MODEL_TYPE = "exaone"
-VERSION = 1  # raised when the same model would be written otherwise
-ARCHITECTURES = ("ExaoneForCausalLM", "LlamaForCausalLM")  # as it was made, and as transformers saves it
-KEYS = {  # its own names in config.json
+VERSION = 1  # increase it when the same model would be written differently
+ARCHITECTURES = ("ExaoneForCausalLM", "LlamaForCausalLM")  # the original name, and the one that transformers saves
+KEYS = {  # EXAONE's names in config.json → Llama's
     "num_layers": "num_hidden_layers",
     "layer_norm_epsilon": "rms_norm_eps",
     "activation_function": "hidden_act",
 }
-# What its own code and stock transformers have different defaults for, or Llama another one.
-SAID = ("vocab_size", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "hidden_act")
+# Keys whose default differs between EXAONE's own code, stock transformers and Llama.
+STATED = ("vocab_size", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "hidden_act")
 ROPE = ("rope_theta", "rope_parameters")
 TENSORS = (
     (re.compile(r"^transformer\.wte\."), "model.embed_tokens."),
@@ -41,34 +41,39 @@ Value = TypeVar("Value")
 
 
 def is_exaone3(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json is that of EXAONE 3.0 or 3.5."""
     return config.get("model_type") == MODEL_TYPE
 
 
 def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Its config.json as Llama's. Raises CheckpointError for one that leaves to a default what has several."""
+    """Return an EXAONE 3 config.json as Llama's.
+
+    Raises:
+        CheckpointError: When it leaves out a key whose default differs between versions.
+    """
     if any(name not in ARCHITECTURES for name in config.get("architectures") or ()):
         raise CheckpointError(
-            f"architecture: config.json says {', '.join(map(str, config['architectures']))}, and {MODEL_TYPE} is "
-            f"understood as {' or '.join(ARCHITECTURES)} alone"
+            f"architecture: config.json names {', '.join(map(str, config['architectures']))}, but {MODEL_TYPE} models "
+            f"are read only as {' or '.join(ARCHITECTURES)}"
         )
-    made = {KEYS.get(key, key): value for key, value in config.items() if key != "auto_map"}
-    missing = [key for key in SAID if made.get(key) is None]
-    if not any(made.get(key) for key in ROPE):
+    llama = {KEYS.get(key, key): value for key, value in config.items() if key != "auto_map"}
+    missing = [key for key in STATED if llama.get(key) is None]
+    if not any(llama.get(key) for key in ROPE):
         missing.append(ROPE[0])
     if missing:
         raise CheckpointError(
-            f"architecture: config.json of an {MODEL_TYPE} model says no {', '.join(missing)}, and its defaults differ "
-            "between versions; write them there"
+            f"architecture: config.json of an {MODEL_TYPE} model lacks {', '.join(missing)}, whose defaults differ "
+            "between versions; add them to it"
         )
-    return {**made, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    return {**llama, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
 
 def llama_tensors(tensors: Mapping[str, Value]) -> dict[str, Value]:
-    """The same by Llama's names."""
+    """Return the values of `tensors` under Llama's names for them."""
     return {_llama_name(name): value for name, value in tensors.items()}
 
 
 def _llama_name(name: str) -> str:
-    for pattern, its in TENSORS:
-        name = pattern.sub(its, name)
+    for pattern, replacement in TENSORS:
+        name = pattern.sub(replacement, name)
     return name

@@ -1,6 +1,6 @@
-"""Reading safetensors headers and writing a file in one pass, tensor by tensor.
+"""Read safetensors headers, and write a file in one pass, tensor by tensor.
 
-The format: 8 bytes with the header's length (little-endian), the JSON header, the tensors one after the other.
+The format: 8 bytes with the header's length (little-endian), the JSON header, then the tensors one after the other.
 https://huggingface.co/docs/safetensors
 """
 
@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import struct
-import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from compressors.errors import CheckpointError
+from compressors.files import written_whole
 
 NAMES = {
     torch.float64: "F64",
@@ -40,9 +40,10 @@ DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 def shapes(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor, from a header that was checked against the file's size.
+    """Return the shape and dtype of every tensor by name, from a header that is checked against the file's size.
 
-    Raises CheckpointError for a file that is corrupt or cut off.
+    Raises:
+        CheckpointError: For a file that is corrupt, cut off, or holds a dtype that can't be compressed.
     """
     try:
         with safe_open(path, framework="pt"):
@@ -54,18 +55,18 @@ def shapes(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         raise CheckpointError(
             f"weights {path}: not a whole safetensors file ({' '.join(str(error).split())}); copy or download it again"
         ) from None
-    found = {}
+    tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(f"weights {path}: {name} has the dtype {entry['dtype']}, which can't be compressed")
-        found[name] = (tuple(entry["shape"]), DTYPES[entry["dtype"]])
-    return found
+        tensors[name] = (tuple(entry["shape"]), DTYPES[entry["dtype"]])
+    return tensors
 
 
 def loader(path: Path, name: str) -> Callable[[], torch.Tensor]:
-    """Reads one tensor when called; the file is memory-mapped, so that a slice costs no more than its bytes."""
+    """Return a function that reads one tensor; the file is memory-mapped, so a slice costs only its own bytes."""
 
     def load() -> torch.Tensor:
         with safe_open(path, framework="pt") as file:
@@ -75,7 +76,7 @@ def loader(path: Path, name: str) -> Callable[[], torch.Tensor]:
 
 
 def header_of(tensors: Mapping[str, Any]) -> bytes:
-    """The header of a file that holds these (anything with `shape` and `dtype`), in this order."""
+    """Return the header of a file that holds `tensors` in this order; each value has a `shape` and a `dtype`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
@@ -91,12 +92,17 @@ def header_of(tensors: Mapping[str, Any]) -> bytes:
 
 
 def write(path: Path, tensors: Mapping[str, Any]) -> str:
-    """Write `tensors` (with `shape`, `dtype`, `load()`), one at a time in memory; returns the file's sha256."""
+    """Write `tensors` one at a time and return the file's sha256; each value has `shape`, `dtype` and `load()`.
+
+    Raises:
+        CheckpointError: When a loaded tensor has another shape or dtype than it announced.
+        OSError: When the file can't be written.
+    """
     digest = hashlib.sha256()
-    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
+    with path.open("wb") as file, ThreadPoolExecutor(1) as hashing:
 
         def put(data: Any) -> None:
-            digested = beside.submit(digest.update, data)  # neither holds the interpreter's lock
+            digested = hashing.submit(digest.update, data)  # hashing and writing both release the interpreter's lock
             file.write(data)
             digested.result()
 
@@ -107,7 +113,7 @@ def write(path: Path, tensors: Mapping[str, Any]) -> str:
             tensor = lazy.load().detach().cpu().contiguous()
             if tuple(tensor.shape) != tuple(lazy.shape) or tensor.dtype != lazy.dtype:
                 raise CheckpointError(
-                    f"{name}: announced as {tuple(lazy.shape)} {lazy.dtype}, and is "
+                    f"{name}: announced as {tuple(lazy.shape)} {lazy.dtype}, but loaded as "
                     f"{tuple(tensor.shape)} {tensor.dtype}"
                 )
             put(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
@@ -115,11 +121,13 @@ def write(path: Path, tensors: Mapping[str, Any]) -> str:
 
 
 def keep(path: Path, tensors: Mapping[str, torch.Tensor], named: str) -> None:
-    """Write what was worked out beside its place, and rename it. Raises CheckpointError, which begins with `named`."""
+    """Write computed `tensors` to `path`, whole or not at all.
+
+    Raises:
+        CheckpointError: When the file can't be written; the message begins with `named`.
+    """
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as scratch:
-            written = Path(scratch, path.name)
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, written)
-            written.replace(path)
+        with written_whole(path) as scratch:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{named} can't be written ({error}); free some space") from None

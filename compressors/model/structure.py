@@ -1,6 +1,6 @@
-"""What a model is made of, part by part and layer by layer; what could be cut, and what each cut would save.
+"""Describe what a model is made of, part by part and layer by layer.
 
-Reads headers and config.json; of weights only the shapes that packed ones are stored with. Knows no printing.
+Headers and config.json are read; of the weights only the stored shapes of packed ones. Knows no printing.
 """
 
 from __future__ import annotations
@@ -13,29 +13,27 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from compressors.errors import CheckpointError
 from compressors.model import safetensors_file
-from compressors.model.checkpoint import Checkpoint, LazyTensor, read_json, weight_files
+from compressors.model.checkpoint import Checkpoint, LazyTensor, require_json, weight_files
 from compressors.model.family import Family, family_of, names
+from compressors.model.packed import PACKED, method_of, unpacked_shape
 
 KINDS = ("embedding", "attention", "mlp", "norms", "lm_head", "other")
-# How modules are called where no family says it; norms first, since a norm may be named after what it precedes.
+# What modules of unknown families are called; norms come first, since a norm may be named after what it precedes.
 PATTERNS = {
     "norms": re.compile(r"norm[^.]*$|(^|\.)ln_[^.]*$"),
     "attention": re.compile(r"attn|attention"),
     "mlp": re.compile(r"mlp|ffn|feed_forward|experts|moe|(^|\.)(fc\d|(gate|up|down)_proj)$"),
 }
 EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "tok_embeddings", "embed_positions", "embed_in")
-HEADS = ("lm_head", "embed_out", "output")
+OUTPUT_HEADS = ("lm_head", "embed_out", "output")
 NUMBERED = re.compile(r"^(.*?)\.(\d{1,6})\.(.+)$")  # prefix, layer, the rest
 ORDER = (
     *("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "c_fc"),
     *("down_proj", "input_layernorm", "post_attention_layernorm", "post_feedforward_layernorm", "q_norm", "k_norm"),
 )
-PACKED = ("weight_packed", "qweight")
-ASIDE = re.compile(  # what quantization stores beside the weights: bytes, and no parameters
+ASIDE = re.compile(  # what quantization stores next to the weights: it has bytes and no parameters
     r"(weight|input|output|[qkv])_(global_)?(scale|scale_inv|zero_point)|(weight_)?g_idx|weight_shape|scales|qzeros|SCB"
     r"|weight\..+"  # bitsandbytes: weight.absmax, weight.quant_state.…
 )
@@ -43,10 +41,16 @@ ASIDE = re.compile(  # what quantization stores beside the weights: bytes, and n
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Some weights together. name: of a module as in the checkpoint, in a layer without the layer's own name.
+    """Part is some weights together, with their sums.
 
-    shape, dtype: of one weight as it is multiplied ([out, in], unpacked) and as it is stored; None where they differ.
-    count: how many such modules. parts: what it is made of, whose sums it has.
+    Attributes:
+        name: The module's name in the checkpoint; within a layer, without the layer's own name.
+        parameters: The number of parameters.
+        bytes: The bytes as stored, scales included.
+        shape: The shape of one unpacked weight, [out, in]; None where the parts differ.
+        dtype: The dtype that the weight is stored in; None where the parts differ.
+        count: The number of modules of this name.
+        parts: The parts that this one sums up.
     """
 
     name: str
@@ -60,6 +64,8 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class LayerStructure:
+    """LayerStructure is one decoder layer by kind of part."""
+
     index: int
     attention: Part
     mlp: Part
@@ -68,20 +74,40 @@ class LayerStructure:
 
     @property
     def total(self) -> Part:
+        """Return all parts of the layer together."""
         return _together(f"layer {self.index}", (self.attention, self.mlp, self.norms, self.other))
 
     def like(self, layer: LayerStructure) -> bool:
-        """Whether both have the same weights in the same shapes and dtypes."""
+        """Return whether both layers have the same weights in the same shapes and dtypes."""
         return dataclasses.replace(self, index=layer.index) == layer
 
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """Of a whole model. The parts' sums are `parameters` and `bytes`; those of tied weights count once.
+    """Structure describes a whole model; its parts add up to `parameters` and `bytes`, and tied weights count once.
 
-    bytes: of the tensors, without headers. decode_bytes: what one decode step reads of them; None where it is not known
-    (experts of which only some work). Sizes are None where config.json says none.
-    uncuttable: why no plan applies to this model, or None.
+    Sizes are None where config.json does not give them.
+
+    Attributes:
+        model_type: The model_type of config.json.
+        dtype: The dtype of config.json, or that of the largest tensor.
+        quantization: The quantization method and format, or None.
+        embedding: The input embedding.
+        attention: The attention of all layers.
+        mlp: The MLPs of all layers.
+        norms: All norms.
+        lm_head: The output head, empty where it is tied.
+        other: Everything else.
+        layers: The decoder layers.
+        tied: Whether the head is the embedding.
+        decode_bytes: The bytes that one decode step reads; None where only some experts work.
+        num_attention_heads: The query heads of a layer.
+        num_key_value_heads: The key/value heads of a layer.
+        head_dim: The width of a head.
+        hidden_size: The width of the residual stream.
+        intermediate_size: The FFN width.
+        vocab_size: The number of tokens in the vocabulary.
+        uncuttable: The reason why no plan applies to this model, or None.
     """
 
     model_type: str
@@ -106,25 +132,29 @@ class Structure:
 
     @property
     def parts(self) -> tuple[Part, ...]:
+        """Return the parts of the model in the order of KINDS."""
         return tuple(getattr(self, kind) for kind in KINDS)
 
     @property
     def parameters(self) -> int:
+        """Return the number of parameters."""
         return sum(part.parameters for part in self.parts)
 
     @property
     def bytes(self) -> int:
+        """Return the bytes of all tensors, without headers."""
         return sum(part.bytes for part in self.parts)
 
     @property
     def heads_per_group(self) -> int | None:
+        """Return the number of query heads that share a key/value head, or None where it is unknown."""
         if self.num_attention_heads is None or self.num_key_value_heads is None:
             return None
         return self.num_attention_heads // self.num_key_value_heads
 
 
 def describe(checkpoint: Checkpoint, family: Family) -> Structure:
-    """The structure of a checkpoint of a known family; only headers are read."""
+    """Return the structure of a checkpoint of a known family; only headers are read."""
     config = checkpoint.config
     kinds = dict.fromkeys((family.q, family.k, family.v, family.o), "attention")
     kinds |= dict.fromkeys((family.gate, family.up, family.down), "mlp")
@@ -139,13 +169,15 @@ def describe(checkpoint: Checkpoint, family: Family) -> Structure:
 
 
 def describe_any(path: Path) -> Structure:
-    """The structure of a model's directory, also of one that is quantised or of a family that is not known here: then
-    its parts are told by the names of its tensors, and `uncuttable` says why it can't be cut.
+    """Return the structure of any model's directory, also of a quantized model or an unknown family.
 
-    Raises CheckpointError for a directory without a readable config.json or without whole safetensors.
+    Their parts are told apart by the names of their tensors, and `uncuttable` holds the reason why they can't be cut.
+
+    Raises:
+        CheckpointError: For a directory without a readable config.json or without whole safetensors.
     """
     path = Path(path)
-    config = read_json(path / "config.json", "a model's directory holds config.json")
+    config = require_json(path / "config.json", "a model's directory holds config.json")
     tensors: dict[str, LazyTensor] = {}
     for file in weight_files(path):
         for name, (shape, dtype) in safetensors_file.shapes(file).items():
@@ -175,13 +207,15 @@ def _by_names(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], uncu
         last = name.rpartition(".")[2]
         if layer is not None:
             return next((kind for kind, pattern in PATTERNS.items() if pattern.search(name)), "other")
-        if last in EMBEDDINGS or last in HEADS:
+        if last in EMBEDDINGS or last in OUTPUT_HEADS:
             return "embedding" if last in EMBEDDINGS else "lm_head"
         return "norms" if PATTERNS["norms"].search(name) and not NUMBERED.match(name) else "other"
 
-    made = _structure(tensors, config, place, kind)
+    structure = _structure(tensors, config, place, kind)
     sparse = any("experts" in name.split(".") for name in tensors)
-    return dataclasses.replace(made, decode_bytes=None if sparse else made.decode_bytes, uncuttable=uncuttable)
+    return dataclasses.replace(
+        structure, decode_bytes=None if sparse else structure.decode_bytes, uncuttable=uncuttable
+    )
 
 
 def _structure(
@@ -190,19 +224,26 @@ def _structure(
     place: Callable[[str], tuple[int | None, str]],
     kind: Callable[[int | None, str], str],
 ) -> Structure:
-    """place: module → (its layer or None, its name in there). kind: (layer, name) → one of KINDS."""
-    found: dict[int | None, dict[str, list[Part]]] = {}
+    """Sum up the tensors by layer and kind.
+
+    Args:
+        tensors: The tensors by name.
+        config: The values of config.json.
+        place: A function from a module's name to (its layer or None, its name within the layer).
+        kind: A function from (layer, name) to one of KINDS.
+    """
+    by_layer: dict[int | None, dict[str, list[Part]]] = {}
     for module in _modules(tensors, config.get("quantization_config")):
         layer, name = place(module.name)
         its_kind = kind(layer, name)
-        found.setdefault(layer, {}).setdefault(its_kind, []).append(dataclasses.replace(module, name=_starred(name)))
+        by_layer.setdefault(layer, {}).setdefault(its_kind, []).append(dataclasses.replace(module, name=_starred(name)))
     layers = [
         LayerStructure(
-            index, *(_group(kind, found[index].get(kind, [])) for kind in ("attention", "mlp", "norms", "other"))
+            index, *(_group(kind, by_layer[index].get(kind, [])) for kind in ("attention", "mlp", "norms", "other"))
         )
-        for index in sorted(layer for layer in found if layer is not None)
+        for index in sorted(layer for layer in by_layer if layer is not None)
     ]
-    whole = {kind: [part for layer in found.values() for part in layer.get(kind, [])] for kind in KINDS}
+    whole = {kind: [part for layer in by_layer.values() for part in layer.get(kind, [])] for kind in KINDS}
     parts = {kind: _group(kind, whole[kind]) for kind in KINDS}
     tied = bool(config.get("tie_word_embeddings", False)) or not whole["lm_head"]
     total = sum(part.bytes for part in parts.values())
@@ -212,7 +253,7 @@ def _structure(
     return Structure(
         model_type=str(config.get("model_type")),
         dtype=str(config.get("dtype") or config.get("torch_dtype") or _dtype(_largest(tensors))),
-        quantization=_method(quantization) if quantization else None,
+        quantization=method_of(quantization) if quantization else None,
         embedding=parts["embedding"],
         attention=parts["attention"],
         mlp=parts["mlp"],
@@ -221,7 +262,7 @@ def _structure(
         other=parts["other"],
         layers=tuple(layers),
         tied=tied,
-        # a step multiplies by the head, and of an embedding that is none reads a row
+        # a step multiplies by the head, and reads one row of an embedding that is not the head
         decode_bytes=total - (parts["lm_head"] if tied else parts["embedding"]).bytes,
         num_attention_heads=heads,
         num_key_value_heads=_size(config, "num_key_value_heads") or heads,
@@ -233,7 +274,7 @@ def _structure(
 
 
 def _modules(tensors: Mapping[str, LazyTensor], quantization: Any) -> list[Part]:
-    """Module by module: a weight with its bias, its scales and whatever else is stored under its name."""
+    """Return a part per module: a weight with its bias, its scales and whatever else is stored under its name."""
     by_module: dict[str, dict[str, LazyTensor]] = {}
     for name, tensor in tensors.items():
         module, suffix = _module(name)
@@ -242,7 +283,7 @@ def _modules(tensors: Mapping[str, LazyTensor], quantization: Any) -> list[Part]
 
 
 def _module(name: str) -> tuple[str, str]:
-    """`a.q_proj.weight_scale` → (`a.q_proj`, `weight_scale`); a bare parameter is its own module, without a suffix."""
+    """Split `a.q_proj.weight_scale` into (`a.q_proj`, `weight_scale`); a bare parameter has no suffix."""
     module, dot, rest = name.partition(".weight.")
     if dot:
         return module, f"weight.{rest}"
@@ -257,57 +298,11 @@ def _part(module: str, stored: Mapping[str, LazyTensor], quantization: Any) -> P
     for suffix, tensor in stored.items():
         if ASIDE.fullmatch(suffix):
             continue
-        its_shape = _unpacked(module, suffix, stored, quantization)
+        its_shape = unpacked_shape(module, suffix, stored, quantization)
         parameters += math.prod(its_shape)
         if suffix != "bias":
             shape, dtype = its_shape, _dtype(tensor)
     return Part(module, parameters, sum(tensor.nbytes for tensor in stored.values()), shape, dtype)
-
-
-def _unpacked(module: str, suffix: str, stored: Mapping[str, LazyTensor], quantization: Any) -> tuple[int, ...]:
-    """The shape [out, in] of a weight of which several values are stored in one integer; others' own."""
-    shape = stored[suffix].shape
-    method = _method(quantization)
-    if method.startswith("bitsandbytes") and stored[suffix].dtype == torch.uint8:  # two in a byte, flat
-        return (math.prod(shape) * 2,)
-    if suffix not in PACKED or len(shape) != 2:
-        return shape
-    if "weight_shape" in stored:
-        rows, columns = stored["weight_shape"].load().tolist()
-        if rows != shape[0] or not 0 < columns <= shape[1] * 32:
-            raise CheckpointError(
-                f"weights: {module} is packed as {shape[0]} × {shape[1]} integers, and its weight_shape is {rows} × "
-                f"{columns}; copy or download it again"
-            )
-        return rows, columns
-    bits = _bits(quantization)
-    if bits is None:
-        raise CheckpointError(
-            f"weights: {module} is packed, and quantization_config in config.json doesn't say in how many bits; copy "
-            "config.json again"
-        )
-    if method.startswith("awq"):  # [in, out·bits/32]
-        return shape[1] * 32 // bits, shape[0]
-    if suffix == "qweight":  # GPTQ: [in·bits/32, out]
-        return shape[1], shape[0] * 32 // bits
-    return shape[0], shape[1] * 32 // bits
-
-
-def _method(quantization: Any) -> str:
-    """`compressed-tensors int-quantized`, `gptq`."""
-    if not isinstance(quantization, dict):
-        return str(quantization)
-    return " ".join(str(quantization[key]) for key in ("quant_method", "format") if quantization.get(key))
-
-
-def _bits(quantization: Any) -> int | None:
-    if not isinstance(quantization, dict):
-        return None
-    groups = quantization.get("config_groups")
-    groups = list(groups.values()) if isinstance(groups, dict) else []
-    weights = groups[0].get("weights") if groups and isinstance(groups[0], dict) else None
-    said = (weights if isinstance(weights, dict) else {}).get("num_bits", quantization.get("bits"))
-    return said if isinstance(said, int) and 0 < said <= 32 else None
 
 
 def _dtype(tensor: LazyTensor) -> str:
@@ -319,7 +314,7 @@ def _largest(tensors: Mapping[str, LazyTensor]) -> LazyTensor:
 
 
 def _size(config: Mapping[str, Any], *keys: str) -> int | None:
-    """A positive number of config.json, or of the language model's part of it."""
+    """Return the first positive number among `keys` of config.json or of its language model's part."""
     inner = config.get("text_config")
     for values in (config, inner if isinstance(inner, dict) else {}):
         for key in keys:
@@ -330,12 +325,12 @@ def _size(config: Mapping[str, Any], *keys: str) -> int | None:
 
 
 def _starred(name: str) -> str:
-    """Experts and the like have numbers: `mlp.experts.3.up_proj` → `mlp.experts.*.up_proj`."""
+    """Replace the numbers of experts and the like: `mlp.experts.3.up_proj` → `mlp.experts.*.up_proj`."""
     return ".".join("*" if piece.isdigit() else piece for piece in name.split("."))
 
 
 def _group(name: str, modules: Iterable[Part]) -> Part:
-    """The modules of one name together, in the order in which a model runs them."""
+    """Merge modules of one name, and order the names as a model runs them."""
     by_name: dict[str, list[Part]] = {}
     for module in modules:
         by_name.setdefault(module.name, []).append(module)

@@ -1,1 +1,1 @@
-"""What a model computes on calibration text: activations, second moments, residual streams, predictions."""
+"""Measure what a model computes on calibration text: activations, second moments, residual streams, predictions."""

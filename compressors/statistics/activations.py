@@ -1,7 +1,7 @@
-"""Activation statistics of the base model on calibration text, collected in one pass: what every choice rests on.
+"""Collect activation statistics of the base model on calibration text, in one pass.
 
-Symbols: L layers, H query heads, D head_dim, E hidden size, F FFN width, T tokens of a window, N windows.
-Knows no study; texts come in as token ids.
+They say which layers, heads, channels and dimensions do the most. Symbols: L layers, H query heads, D head_dim, E
+hidden size, F FFN width, T tokens of a window, N windows. Knows no study; texts come in as token ids.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from compressors.device import compute_dtype
 from compressors.errors import CheckpointError
 from compressors.model import safetensors_file
 from compressors.model.checkpoint import Checkpoint
@@ -26,13 +27,18 @@ FIELDS = ("block_influence", "ffn_activity", "head_activity", "hidden_activity")
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """
-    block_influence [L]: 1 − cos(x, y) of a layer's input x and output y, mean over tokens; small: it does little.
-        ShortGPT, https://arxiv.org/abs/2403.03853.
-    ffn_activity [L, F], head_activity [L, H]: L2 over the windows of the mean over tokens of |input of down_proj|, and
-        of the L2 norm of a head's slice of o_proj's input. Minitron, https://arxiv.org/abs/2407.14679, section 2.2.
-    hidden_activity [E]: mean |x| of the residual stream after each layer, each layer's divided by its mean, summed.
-    norm_mean_square: module name of each norm over the residual width → [E], the mean over tokens of its squared input.
+    """Calibration holds the activation statistics of a model.
+
+    Attributes:
+        block_influence: [L], 1 − cos(x, y) of a layer's input x and output y, the mean over tokens; a small value means
+            that the layer does little. ShortGPT, https://arxiv.org/abs/2403.03853.
+        ffn_activity: [L, F], the mean over a window's tokens of |input of down_proj|, then the L2 norm over windows.
+            Minitron, https://arxiv.org/abs/2407.14679, section 2.2.
+        head_activity: [L, H], the same of the L2 norm of a head's slice of the input of o_proj.
+        hidden_activity: [E], the mean |x| of the residual stream after each layer, divided by its mean over dimensions,
+            then summed over layers.
+        norm_mean_square: The module name of each norm over the residual width → [E], the mean over tokens of its
+            squared input.
     """
 
     block_influence: torch.Tensor
@@ -42,7 +48,11 @@ class Calibration:
     norm_mean_square: dict[str, torch.Tensor]
 
     def save(self, path: Path) -> None:
-        """As safetensors, written beside its place and renamed. Raises CheckpointError."""
+        """Write the statistics as safetensors, whole or not at all.
+
+        Raises:
+            CheckpointError: When the file can't be written.
+        """
         tensors = {NORM + name: value for name, value in self.norm_mean_square.items()}
         tensors |= {field: getattr(self, field) for field in FIELDS}
         safetensors_file.keep(path, tensors, f"calibration {path}:")
@@ -64,13 +74,19 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
-        """Raises CheckpointError for a file that is not whole."""
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: When the file is damaged or missing.
+        """
         try:
             tensors = load_file(path)
             norms = {name.removeprefix(NORM): tensors.pop(name) for name in list(tensors) if name.startswith(NORM)}
             return cls(**tensors, norm_mean_square=norms)
         except (SafetensorError, OSError, TypeError) as error:
-            raise CheckpointError(f"calibration {path}: can't be read ({error}); delete it, it is made again") from None
+            raise CheckpointError(
+                f"calibration {path}: can't be read ({error}); delete it, and it is measured again"
+            ) from None
 
 
 def calibrate(
@@ -79,9 +95,16 @@ def calibrate(
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """Run the base model over `windows` (N of T token ids); statistics are summed in float32 and end on the CPU.
+    """Run the base model over `windows` and return its statistics, summed in float32, on the CPU.
 
-    Raises CheckpointError without text, or when the model's activations are not finite.
+    Args:
+        base: The model.
+        windows: N windows of T token ids.
+        device: The device to run it on.
+        progress: A function that is called with (windows done, windows in all) after each window.
+
+    Raises:
+        CheckpointError: Without text, for token ids beyond the vocabulary, or when activations are not finite.
     """
     if not windows:
         raise CheckpointError("calibration: no text; give at least one window of token ids")
@@ -89,10 +112,10 @@ def calibrate(
     largest, vocabulary = max(map(max, windows)), int(base.config["vocab_size"])
     if largest >= vocabulary:
         raise CheckpointError(
-            f"calibration: the text holds token {largest}, and the model has {vocabulary}; its tokenizer is another "
-            "model's, copy its own"
+            f"calibration: the text holds token {largest}, and the model has {vocabulary}; use the model's own "
+            "tokenizer"
         )
-    model = base.to_model(device, dtype=torch.float32 if device == "cpu" else None)
+    model = base.to_model(device, dtype=compute_dtype(device))
     sums = _Sums(int(base.config["num_hidden_layers"]), int(base.config["num_attention_heads"]))
     hooks = sums.attach(dict(model.named_modules()), family)
     try:
@@ -104,22 +127,24 @@ def calibrate(
     finally:
         for hook in hooks:
             hook.remove()
-    found = sums.means(tokens=sum(map(len, windows)))
-    if not all(torch.isfinite(getattr(found, field)).all() for field in FIELDS):
-        raise CheckpointError("calibration: the base model's activations are NaN or infinite: its weights are broken")
-    return found
+    means = sums.means(tokens=sum(map(len, windows)))
+    if not all(torch.isfinite(getattr(means, field)).all() for field in FIELDS):
+        raise CheckpointError(
+            "calibration: the base model's activations are NaN or infinite; its weights are broken, copy them again"
+        )
+    return means
 
 
 class _Sums:
-    """What forward hooks add up, by layer or by module name; float32 on the model's device."""
+    """_Sums holds what forward hooks add up, by (kind, layer or module name); float32 on the model's device."""
 
     def __init__(self, layers: int, heads: int) -> None:
         self.layers, self.heads = layers, heads
         self.by_key: dict[tuple[str, Any], torch.Tensor] = {}
 
     def add(self, kind: str, key: Any, value: torch.Tensor) -> None:
-        there = self.by_key.get((kind, key))
-        self.by_key[kind, key] = value if there is None else there + value
+        total = self.by_key.get((kind, key))
+        self.by_key[kind, key] = value if total is None else total + value
 
     def attach(self, modules: dict[str, Any], family: Family) -> list[Any]:
         hooks = []

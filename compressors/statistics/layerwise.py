@@ -1,7 +1,7 @@
-"""A model's layers one at a time over all windows: what closed-form methods need, in the memory of one layer.
+"""Run a model's layers one at a time over all windows, as closed-form methods need, in the memory of one layer.
 
-Hidden states of all windows stay in main memory between two layers. Works on the stock transformers model of any family
-here: what a layer is called with beside its input is recorded from a whole forward pass.
+Between two layers the hidden states of all windows stay in main memory. It works on the stock transformers model of any
+family: the keyword arguments of each layer are recorded from a whole forward pass.
 
 Symbols: B windows of a batch, T tokens of a window, E hidden size, K input width of a Linear.
 """
@@ -18,23 +18,36 @@ from compressors.errors import CheckpointError
 from compressors.model.family import Family
 
 Called = dict[tuple[int, int], list[dict[str, Any]]]  # (windows of a batch, tokens) → keyword arguments of each layer
-Inputs = Callable[[torch.Tensor], None]  # told the input of a module, [B, T, K]
+Inputs = Callable[[torch.Tensor], None]  # is called with the input of a module, [B, T, K]
 
 
 class _Reached(Exception):
-    """The layers begin: the rest of the forward pass is of no interest."""
+    """_Reached ends a forward pass whose rest is not needed."""
 
 
 class Layers:
-    """Windows on their way through the layers of `model`; all of them have the same length.
+    """Layers carries windows of one length through the layers of `model`.
 
-    hidden: the input of the next layer, a tensor [B, T, E] for each batch, in main memory.
+    Attributes:
+        hidden: The inputs [B, T, E] of the next layer, a tensor per batch, in main memory.
     """
 
     def __init__(
         self, model: Any, family: Family, windows: Sequence[Sequence[int]], batch: int = 4, called: Called | None = None
     ) -> None:
-        """called: of others of the same model, which have recorded what its layers are called with."""
+        """Embed the windows.
+
+        Args:
+            model: A stock transformers model.
+            family: Its family.
+            windows: The windows of token ids, all of one length.
+            batch: The number of windows that run at once.
+            called: The keyword arguments of the layers as recorded by another `Layers` of the same model; shared and
+                extended.
+
+        Raises:
+            CheckpointError: When the windows differ in length.
+        """
         lengths = {len(window) for window in windows}
         if len(lengths) != 1:
             raise CheckpointError(f"calibration: windows of {sorted(lengths)} tokens; all must have the same length")
@@ -46,12 +59,17 @@ class Layers:
         self.hidden: list[torch.Tensor] = list(self._embedded())
 
     def layer(self, index: int) -> Any:
+        """Return the module of a layer."""
         return self.modules[self.family.layer(index)]
 
     def forward(self, index: int, watch: Mapping[str, Inputs] | None = None, keep: bool = True) -> None:
-        """Run layer `index` on `hidden`, and put its output there if `keep`.
+        """Run layer `index` on `hidden`, and replace `hidden` by its output if `keep`.
 
-        watch: by the name of a module in the layer (`family.o`), what is told its input, batch by batch.
+        Args:
+            index: The number of the layer.
+            watch: The name of a module within the layer (`family.o`) → a function that is called with its input, per
+                batch.
+            keep: Whether the output becomes the next layer's input.
         """
         for place in range(len(self.hidden)):
             out, seen = self.run(index, place, tuple(watch or ()))
@@ -64,9 +82,16 @@ class Layers:
     def run(
         self, index: int, place: int, watched: Sequence[str] = (), until: str | None = None
     ) -> tuple[Any, dict[str, torch.Tensor]]:
-        """(the output of layer `index` for batch `place` of `hidden`, the inputs [B, T, K] of its modules `watched`).
+        """Run layer `index` on one batch of `hidden`.
 
-        until: a module at whose input the layer ends; it is watched too, and the output is None.
+        Args:
+            index: The number of the layer.
+            place: The number of the batch.
+            watched: The modules within the layer whose inputs are wanted.
+            until: A module at whose input the layer stops; it is watched too.
+
+        Returns:
+            (the output [B, T, E], or None with `until`; the inputs [B, T, K] by watched module).
         """
         hidden = self.hidden[place]
         keywords = self._keywords(len(hidden), hidden.shape[1])[index]
@@ -95,11 +120,11 @@ class Layers:
 
     @torch.inference_mode()
     def _embedded(self) -> Iterator[torch.Tensor]:
-        """The input of the first layer."""
-        found: list[torch.Tensor] = []
+        """Yield the input of the first layer, per batch."""
+        inputs: list[torch.Tensor] = []
 
         def stop(module: Any, args: Any, kwargs: Any) -> None:
-            found.append((args[0] if args else kwargs["hidden_states"]).cpu())
+            inputs.append((args[0] if args else kwargs["hidden_states"]).cpu())
             raise _Reached
 
         for windows in self.windows:
@@ -109,16 +134,16 @@ class Layers:
                     self.model(input_ids=self._ids(windows), use_cache=False, logits_to_keep=1)
             finally:
                 hook.remove()
-            yield found.pop()
+            yield inputs.pop()
 
     @torch.inference_mode()
     def _keywords(self, size: int, tokens: int) -> list[dict[str, Any]]:
-        """What each layer is called with beside its input, for batches of this size: masks, positions, rotations."""
+        """Return each layer's keyword arguments for batches of this size: masks, positions, rotations."""
         if (size, tokens) not in self.called:
-            found: list[dict[str, Any]] = []
+            recorded: list[dict[str, Any]] = []
 
             def record(module: Any, args: Any, kwargs: Any) -> None:
-                found.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
+                recorded.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
 
             hooks = [
                 self.layer(index).register_forward_pre_hook(record, with_kwargs=True) for index in range(self.count)
@@ -129,5 +154,5 @@ class Layers:
             finally:
                 for hook in hooks:
                     hook.remove()
-            self.called[size, tokens] = found
+            self.called[size, tokens] = recorded
         return self.called[size, tokens]

@@ -1,4 +1,4 @@
-"""What a model predicts, and how far from it what it predicts when parts of it are left out.
+"""Compare a model's predictions with those it makes when parts of it are left out.
 
 Symbols: B windows of a batch, T tokens of a window, E hidden size, V vocabulary.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from compressors.device import compute_dtype
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family
 from compressors.statistics.layerwise import Layers
@@ -18,22 +19,26 @@ CHUNK = 128  # tokens whose logits are held at a time
 
 
 def spread(windows: Sequence[Sequence[int]], count: int) -> Sequence[Sequence[int]]:
-    """So many of them at most, at equal steps from the first."""
+    """Return at most `count` of the windows, at equal steps from the first."""
     return windows[:: max(1, len(windows) // count)][:count]
 
 
 def _home(device: str, needed: int) -> str:
-    """Where so many bytes wait that are read again and again: on the device, where they take a quarter of its free
-    memory at most, or else in main memory.
+    """Return where to keep `needed` bytes that are read repeatedly: on the GPU, or in main memory.
+
+    They are kept on the GPU if they take less than a quarter of its free memory.
     """
     return device if device == "cuda" and needed < torch.cuda.mem_get_info()[0] / 4 else "cpu"
 
 
 class Predictions:
-    """A model in memory with what it predicts of some windows.
+    """Predictions holds a model in memory with its predictions on some windows.
 
-    every: of so many tokens one's prediction is looked at, the last; the vocabulary costs as much as many layers.
-    start: what goes into its first layer, batch by batch [B, T, E].
+    Attributes:
+        every: The step between compared positions: the last of each `every` tokens counts, since the vocabulary costs
+            as much as many layers.
+        start: The input [B, T, E] of the first layer, per batch.
+        base: The log-probabilities of the whole model, float16 [≤ CHUNK, V], by batch and chunk.
     """
 
     def __init__(
@@ -45,8 +50,9 @@ class Predictions:
         batch: int,
         every: int = 1,
     ) -> None:
+        """Load `base` on `device` and predict the windows, `batch` at once."""
         self.every = every
-        model = base.to_model(device, dtype=torch.float32 if device == "cpu" else None)
+        model = base.to_model(device, dtype=compute_dtype(device))
         self.layers = Layers(model, family, windows, batch)
         self.norm, self.head = self.layers.modules[family.final_norm], model.get_output_embeddings()
         self.start = list(self.layers.hidden)
@@ -58,7 +64,7 @@ class Predictions:
         ]
 
     def through(self, those: Sequence[int], hidden: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """What comes out of these layers, batch by batch [B, T, E]."""
+        """Yield what the layers `those` make of `hidden`, [B, T, E] per batch."""
         for place, of_batch in enumerate(hidden):
             self.layers.hidden[place] = of_batch
             for layer in those:
@@ -67,8 +73,10 @@ class Predictions:
             yield self.layers.hidden[place].cpu()
 
     def kl(self, hidden: Iterator[torch.Tensor]) -> float:
-        """Of the whole model's predictions from those made of a last layer's output, nats per token that is looked
-        at.
+        """Return the KL divergence of the whole model from predictions on `hidden`, in nats per compared token.
+
+        Args:
+            hidden: The outputs [B, T, E] of a last layer, per batch.
         """
         total, tokens = 0.0, 0
         for of_batch, known in zip(hidden, self.base, strict=True):
@@ -80,7 +88,7 @@ class Predictions:
 
     @torch.inference_mode()
     def _logits(self, hidden: torch.Tensor) -> Iterator[Any]:
-        """float32 [≤ CHUNK, V]."""
+        """Yield the logits float32 [≤ CHUNK, V] of the compared positions."""
         looked_at = hidden[:, self.every - 1 :: self.every].to(self.layers.model.device)
         for part in self.norm(looked_at).flatten(0, 1).split(CHUNK):
             yield self.head(part).float()

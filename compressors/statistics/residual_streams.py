@@ -1,8 +1,10 @@
-"""The base model and a cut one, side by side, layer after layer: what each projection of the cut model reads, and what
-it would have to put out for the residual stream to be the base model's.
+"""Run the base model and a cut one side by side, layer after layer.
 
-Symbols: B windows of a batch, T tokens of a window, E hidden size of the base model, K and N widths of a projection; r
-the residual stream of the base model, r' of the cut one.
+It yields what each projection of the cut model reads, and what its output lacks for the residual stream to be the base
+model's.
+
+Symbols: B windows of a batch, T tokens of a window, E hidden size of the base model, K and N widths of a projection.
+The residual stream is r in the base model, r' in the cut one.
 """
 
 from __future__ import annotations
@@ -16,18 +18,21 @@ import torch
 from compressors.model.family import Family
 from compressors.statistics.layerwise import Layers
 
-GAIN = 1e-2  # of the median gain² of an output norm: dimensions of much less are corrected less
+GAIN = 1e-2  # share of the median gain² of an output norm, below which dimensions are corrected less
 
 Told = Iterator[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stays:
-    """What a cut left of the base model.
+    """Stays says what a cut keeps of the base model.
 
-    layers: their numbers. dimensions: of the residual stream, int64 [kept], or where it was turned
-    (`methods.rotation`), the basis of what stays, [E, kept]; None: all. inputs, outputs: of a projection that lost
-    some, those that stay, by its part and by layer of the cut model.
+    Attributes:
+        layers: The numbers of the layers that are kept.
+        dimensions: The kept dimensions of the residual stream, int64 [kept]; for a rotated stream (`methods.rotation`)
+            the kept columns of its basis, [E, kept]; None: all.
+        inputs: The kept inputs of a projection that lost some, by its name in the layer and by layer of the cut model.
+        outputs: The same for its outputs.
     """
 
     layers: tuple[int, ...]
@@ -37,7 +42,7 @@ class Stays:
 
 
 class Streams:
-    """The windows of one domain on their way through both models; everything that waits does so in main memory."""
+    """Streams carries the windows of one domain through both models; what waits is kept in main memory."""
 
     def __init__(self, base: Layers, cut: Layers, family: Family, stays: Stays) -> None:
         self.base, self.cut, self.family, self.stays = base, cut, family, stays
@@ -50,9 +55,14 @@ class Streams:
     def advance_base(
         self, skipped: Sequence[int], layer: int, then: Sequence[int], readers: Sequence[str], *, look: bool = True
     ) -> None:
-        """Through layers that were dropped, one that stays, with a look at it, and the dropped ones behind it.
+        """Run the base model through dropped layers, one kept layer, and the dropped layers after it.
 
-        readers: of q and gate, those whose inputs `of_readers` will want.
+        Args:
+            skipped: The dropped layers before the kept one.
+            layer: The kept layer.
+            then: The dropped layers after it.
+            readers: The projections among q and gate whose inputs `of_readers` will need.
+            look: Whether to record what `of_writer` and `of_readers` compare with.
         """
         family = self.family
         for dropped in skipped:
@@ -70,8 +80,10 @@ class Streams:
             self.base.forward(dropped)
 
     def of_writer(self, layer: int, part: str) -> Told:
-        """Batch by batch: the input x' [B, T, K] of o or down in a layer of the cut model, the weight [B, T, 1] of each
-        token, and [what is missing in its output, B, T, N].
+        """Yield, per batch, what a fit of o or down in a layer of the cut model needs.
+
+        Yields:
+            (the input x' [B, T, K], the weight of each token [B, T, 1], [what its output lacks, [B, T, N]]).
         """
         family = self.family
         targets = self._middle if part == family.o else self.base.hidden
@@ -88,7 +100,7 @@ class Streams:
             put_out = self._linear(self.cut, layer, part, x)
             missing = self._kept(target).float() - stream.float() - self._added(self.cut, layer, part, put_out).float()
             if self.norm_of:
-                # with the norm's own epsilon: a token whose output is next to nothing would count for all others
+                # with the norm's own epsilon: else a token with almost no output would outweigh all others
                 root = (_root_mean_square(put_out).square() + float(self.cut.model.config.rms_norm_eps)).sqrt()
                 gain = self._gain(layer, part)
                 missing = missing * root * gain / (gain.square() + GAIN * gain.square().median())
@@ -96,7 +108,7 @@ class Streams:
             yield x, weight, [missing]
 
     def of_readers(self, layer: int, parts: Sequence[str]) -> Told:
-        """The same of q, k and v, or of gate and up: what is missing of the base model's outputs."""
+        """Yield the same for q, k and v, or for gate and up: what their outputs lack of the base model's."""
         for place in range(len(self.cut.hidden)):
             _, seen = self.cut.run(layer, place, until=parts[0])
             x = seen[parts[0]]
@@ -111,13 +123,13 @@ class Streams:
             yield x, weight, missing
 
     def advance_cut(self, layer: int, *, alike: bool = False) -> None:
-        """Through the same layer of the cut model. alike: the streams are the same there."""
+        """Run the cut model through the same layer; `alike` says that both streams are equal, so none is computed."""
         if alike:
             self.cut.hidden = list(self.base.hidden)
         elif not self._last:
             self.cut.forward(layer)
         device = self.cut.model.device
-        for place, (stream, x) in enumerate(self._last):  # of_writer has been there: only down has changed since
+        for place, (stream, x) in enumerate(self._last):  # kept by of_writer: only down has changed since then
             put_out = self._linear(self.cut, layer, self.family.down, x.to(device))
             added = self._added(self.cut, layer, self.family.down, put_out)
             self.cut.hidden[place] = (stream.to(device) + added).cpu()
@@ -137,7 +149,7 @@ class Streams:
 
     @torch.inference_mode()
     def _added(self, layers: Layers, index: int, part: str, put_out: torch.Tensor) -> Any:
-        """What a projection's output adds to the stream."""
+        """Return what a projection's output adds to the stream."""
         norm = self.norm_of.get(part)
         return put_out if norm is None else layers.modules[self.family.in_layer(index, norm)](put_out)
 
@@ -148,6 +160,6 @@ class Streams:
 
 
 def _root_mean_square(x: torch.Tensor) -> torch.Tensor:
-    """[…, N] → float32 […, 1]."""
-    made: torch.Tensor = x.float().square().mean(-1, keepdim=True).sqrt()
-    return made
+    """Return the root mean square over the last axis: […, N] → float32 […, 1]."""
+    root: torch.Tensor = x.float().square().mean(-1, keepdim=True).sqrt()
+    return root

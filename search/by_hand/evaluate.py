@@ -12,9 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from compressors.device import release
+from compressors.device import compute_dtype, release
 from compressors.errors import CheckpointError
 from compressors.files import write_json
 from compressors.model import structure
@@ -158,7 +156,7 @@ def _screen_of_directory(bench: Bench, path: Path) -> Screen:
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=torch.float32 if device == "cpu" else "auto",
+            dtype=compute_dtype(device) or "auto",
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,

@@ -22,7 +22,7 @@ from search.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from search.study.status import StudyState
+    from search.show.study_state import StudyState
 
 
 @main.command("run", cls=StudyCommand)

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from compressors.errors import CheckpointError
 from compressors.files import alone
 from compressors.model import exaone3
-from compressors.model.checkpoint import Checkpoint, read_json, stamp_of
+from compressors.model.checkpoint import Checkpoint, require_json, stamp_of
 from compressors.model.family import family_of
 
 EMBEDDED = "smollm2-135m"
@@ -53,7 +53,7 @@ def resolve(source: str, cache: Path, revision: str | None = None, say: Callable
 
 def _served(path: Path, cache: Path, say: Callable[[str], None]) -> Path:
     """The directory itself, or where its model is written as one that every server loads."""
-    if not (path / "config.json").is_file() or not exaone3.is_exaone3(read_json(path / "config.json", "")):
+    if not (path / "config.json").is_file() or not exaone3.is_exaone3(require_json(path / "config.json", "")):
         return path
     place = cache / "models" / f"{path.name}-as-llama-{exaone3.VERSION}-{stamp_of(path, carried=True)[:12]}"
     with alone(place, lambda: say(f"model {path.name}: waiting for another process that writes it as a Llama")):

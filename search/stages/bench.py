@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from compressors import build
-from compressors.device import release
+from compressors.device import compute_dtype, release
 from compressors.errors import CompressionError
 from compressors.files import write_json
 from compressors.model import checkpoint, structure
@@ -184,7 +182,7 @@ class Bench:
         if plan.repair == "stream":  # beside it, for a while, the base model and the cut one
             need = 2 * need + (setting.base.total_parameters * 4 if on_cpu else setting.base.size_bytes)
         require_memory(need, setting.device, "screening this plan")
-        model = simulated.to_model(setting.device, dtype=torch.float32 if on_cpu else None)
+        model = simulated.to_model(setting.device, dtype=compute_dtype(setting.device))
         try:
             yield model
         finally:

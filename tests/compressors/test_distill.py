@@ -425,8 +425,8 @@ def test_models_that_can_not_be_distilled_are_refused(pico_llama, pico_exaone4, 
         precision.quantize(student, family_of(student), "W8A8"),
         precision.simulate(student, family_of(student), "W8A8"),
     ):
-        assert "the student is quantised" in refused(CheckpointError, made, teacher, work)
-        assert "the teacher is quantised" in refused(CheckpointError, student, made, work)
+        assert "the student is quantized" in refused(CheckpointError, made, teacher, work)
+        assert "the teacher is quantized" in refused(CheckpointError, student, made, work)
     larger = Checkpoint.read(write_pico_model(tmp_path / "larger", "llama", vocab_size=352))
     assert "the student has 320 tokens and the teacher 352" in refused(CheckpointError, student, larger, work)
     other = json.loads((pico_exaone4 / "tokenizer.json").read_text())
@@ -498,7 +498,7 @@ def test_another_distillations_directory_and_a_damaged_one_are_refused(pico_exao
 
 def refusal_of_damage(student, teacher, work, content):
     (work / "state.json").write_bytes(content)
-    return "delete the directory, and it begins anew" in refused(CheckpointError, student, teacher, work)
+    return "delete the directory, and it starts again" in refused(CheckpointError, student, teacher, work)
 
 
 def test_a_place_where_nothing_can_be_kept_is_refused(pico_llama, tmp_path):

@@ -60,19 +60,19 @@ def read(path):
             "qwen2",
             ("num_key_value_heads",),
             {},
-            "says no num_key_value_heads, and transformers takes 32 for qwen2, not 6",
+            "lacks num_key_value_heads, and transformers takes 32 for qwen2, not 6",
         ),
-        ("qwen2", (), {"head_dim": 16}, "head_dim is 16, and vLLM takes hidden_size / num_attention_heads = 144 / 6"),
+        ("qwen2", (), {"head_dim": 16}, "head_dim is 16, but vLLM takes hidden_size / num_attention_heads = 144 / 6"),
         ("qwen3", (), {"attention_bias": True}, "attention_bias is True"),
         ("qwen3", (), {"use_sliding_window": True}, "use_sliding_window is True"),
-        ("qwen3", ("head_dim",), {}, "says no head_dim, and transformers takes 128 for qwen3, not 16"),
+        ("qwen3", ("head_dim",), {}, "lacks head_dim, and transformers takes 128 for qwen3, not 16"),
         ("smollm3", (), {"attention_bias": True}, "attention_bias is True"),
         ("smollm3", (), {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window is True"),
         ("gemma3_text", (), {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
         ("gemma3_text", (), {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
         ("gemma3_text", (), {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
         ("gemma3_text", (), {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
-        ("gemma3_text", ("head_dim",), {}, "says no head_dim, and transformers takes 256 for gemma3_text, not 16"),
+        ("gemma3_text", ("head_dim",), {}, "lacks head_dim, and transformers takes 256 for gemma3_text, not 16"),
     ],
 )
 def test_what_would_change_the_meaning_is_refused_by_name(
@@ -98,7 +98,7 @@ def test_models_that_bring_their_own_code_are_refused_with_that_reason(pico_llam
         "vocab_size": 320,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    said = "stock transformers has no elsewhere: it brings its own code, and a model's code is never run"
+    said = "stock transformers has no elsewhere; it needs its own code, and a model's code is never run"
     with pytest.raises(CheckpointError, match=said):
         Checkpoint.read(tmp_path)
     base = Checkpoint.read(pico_llama)
@@ -286,16 +286,16 @@ def test_a_cut_exaone_3_is_a_llama_for_everyone(tmp_path, write_pico_exaone3, wi
 @pytest.mark.parametrize(
     ("dropped", "changes", "said"),
     [
-        (("rope_theta", "num_key_value_heads"), {}, "says no num_key_value_heads, rope_theta, and its defaults differ"),
-        (("layer_norm_epsilon",), {}, "says no rms_norm_eps, and its defaults differ"),
+        (("rope_theta", "num_key_value_heads"), {}, "lacks num_key_value_heads, rope_theta, whose defaults differ"),
+        (("layer_norm_epsilon",), {}, "lacks rms_norm_eps, whose defaults differ"),
         (
             (),
             {"architectures": ["ExaoneForSequenceClassification"]},
-            "is understood as ExaoneForCausalLM or LlamaForCausalLM alone",
+            "are read only as ExaoneForCausalLM or LlamaForCausalLM",
         ),
         ((), {"logit_scale": 0.5}, "logit_scale is 0.5"),
         ((), {"num_layers": 6}, "weights: 9 are missing, model.layers.5.input_layernorm.weight first"),
-        (("num_layers",), {}, "config.json says num_hidden_layers: None; it must be a number"),
+        (("num_layers",), {}, "config.json has num_hidden_layers: None; it must be a number"),
     ],
 )
 def test_an_exaone_3_that_is_something_else(tmp_path, write_pico_exaone3, dropped, changes, said):

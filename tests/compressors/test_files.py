@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from compressors.errors import CheckpointError
-from compressors.files import alone
+from compressors.files import alone, digest_of_json, write_json, written_whole
 
 HOLDS = """
 import pathlib, sys, time
@@ -37,7 +37,39 @@ def test_the_second_waits_until_the_first_was_killed(tmp_path):
             assert second.stdout.read() == "inside\n"
 
 
+def test_a_file_is_replaced_when_it_is_whole_and_not_before(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with written_whole(path) as scratch:
+        scratch.write_text("ne")
+        assert path.read_text() == "old"
+        scratch.write_text("new")
+    assert path.read_text() == "new"
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_error_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
+    write_json(tmp_path / "file", {"old": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "file", {"new": float("nan")})
+    with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "file"):
+        raise KeyboardInterrupt
+    assert (tmp_path / "file").read_text() == '{\n "old": 1\n}\n'
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_place_that_can_not_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="make its directory writable"), alone(tmp_path / "file" / "made"):
         pass
+
+
+def test_a_digest_depends_on_the_values_and_not_on_the_order_of_keys():
+    assert digest_of_json({"b": [1, 2.5], "a": "é"}, 16) == digest_of_json({"a": "é", "b": [1, 2.5]}, 16)
+    assert digest_of_json({"a": 1}, 16) != digest_of_json({"a": 2}, 16)
+
+
+def test_a_digest_is_that_of_earlier_versions():
+    # sha256 of '{"a": [1, 2.5], "b": null}'
+    assert digest_of_json({"b": None, "a": [1, 2.5]}, 24) == "68982516a4a37116914e58df"

@@ -284,10 +284,10 @@ def test_broken_weights_and_damaged_files_are_said(pico_llama, domains, tmp_path
     moment = second_moments.collect(base, {"low": domains["low"][:4]}, tmp_path / "m")
     plan = dataclasses.replace(CompressionPlan.identity(base.config), intermediate_size=128, repair="stream")
     statistics = activations.calibrate(base, domains["low"][:4])
-    (moment.path / ".stream-999999-left").mkdir()  # of a process that was killed
+    (moment.path / ".stream-999999.safetensors.left").write_bytes(b"half")  # of a process that was killed
     made = build.apply(plan, base, its_family, statistics, moments=moment)
     made.digest()
-    assert not (moment.path / ".stream-999999-left").exists()
+    assert not (moment.path / ".stream-999999.safetensors.left").exists()
     (file,) = moment.path.glob("stream-*")
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="delete it"):

@@ -209,7 +209,7 @@ def test_a_quantised_checkpoint_is_described_with_the_parameters_it_had(scheme, 
     found = structure.describe_any(tmp_path / "made")
     agrees(found, made)
     assert found.parameters == base.total_parameters
-    assert "start from the unquantised model" in found.uncuttable
+    assert "start from the unquantized model" in found.uncuttable
     assert found.quantization.startswith("compressed-tensors ")
     plain = structure.describe(base, known)
     assert [(part.name, part.shape) for part in found.attention.parts] == [

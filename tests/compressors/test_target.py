@@ -341,9 +341,9 @@ def test_unknown_targets_are_refused(config, version, tmp_path):
     ("changes", "said"),
     [
         ({"rope_parameters": {**LLAMA3, "rope_type": "longrope"}}, "rope_type 'longrope' can't be expressed"),
-        ({"rope_parameters": {**LLAMA3, "partial_rotary_factor": 0.5}}, "says partial_rotary_factor"),
+        ({"rope_parameters": {**LLAMA3, "partial_rotary_factor": 0.5}}, "has partial_rotary_factor"),
         ({"rope_parameters": {**LLAMA3, "factor": None}}, "has no factor"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "factor": 4.0}}, "says factor"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "factor": 4.0}}, "has factor"),
         ({"rope_parameters": {"full_attention": LLAMA3}}, "differ by the type of layer"),
         ({"rope_theta": 10000.0}, "rope_parameters.rope_theta: 1000000.0, rope_theta: 10000.0"),
         (

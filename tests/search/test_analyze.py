@@ -144,7 +144,7 @@ def test_a_quantized_model_says_why_it_cannot_be_cut(write_pico_model, tmp_path)
     assert found["parameters"] == base.total_parameters
     shown = text(found, width=400)
     assert "nothing can be cut: model" in shown
-    assert "is quantised already (compressed-tensors)" in shown
+    assert "is quantized already (compressed-tensors)" in shown
     assert "quantized (compressed-tensors int-quantized)" in shown
     assert line(shown, "self_attn.q_proj          [")[1:] == ["[96,", "96]", "9.2k", "int8"]
     assert line(shown, "input_layernorm           [")[1:] == ["[96]", "96", "bfloat16"]

@@ -1,7 +1,7 @@
-"""EXAONE 4.0: norms after attention and MLP instead of before, and one per head on queries and keys.
+"""Describe EXAONE 4.0: norms after attention and MLP instead of before them, and one per head on queries and keys.
 
 https://github.com/huggingface/transformers, models/exaone4; arXiv 2507.11407. The 1.2B model has full attention in
-every layer; the 32B model's sliding windows come with a layer pattern that a depth cut would break, so it is refused.
+every layer. The 32B model's sliding windows follow a layer pattern that a depth cut would break, so it is refused.
 """
 
 from __future__ import annotations

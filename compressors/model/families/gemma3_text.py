@@ -1,10 +1,13 @@
-"""Gemma 3, text alone (1B, 270M): norms before and after attention and MLP, and per head on queries and keys, all with
-a gain of 1 + weight; an embedding that is multiplied by √hidden_size; five layers of six with a sliding window and
-another rotary base. https://github.com/huggingface/transformers, models/gemma3; arXiv 2503.19786.
+"""Describe the text models of Gemma 3 (1B, 270M).
 
-`layer_types` says which layers slide, or sliding_window_pattern where it isn't given; a depth cut carries each layer's
-own. Scores are scaled by query_pre_attn_scalar, which no cut changes. Soft-capping, which vLLM's class reads in part
-alone, biases and bidirectional attention are refused; the larger models (`gemma3`) hold a vision tower and are too.
+Norms stand before and after attention and MLP, and per head on queries and keys; all have a gain of 1 + weight. The
+embedding is multiplied by √hidden_size. Five of six layers have a sliding window and their own rotary base.
+https://github.com/huggingface/transformers, models/gemma3; arXiv 2503.19786.
+
+`layer_types` says which layers have a sliding window, or sliding_window_pattern where it is missing; a depth cut keeps
+each layer's type. Scores are scaled by query_pre_attn_scalar, which no cut changes. Refused are soft-capping, which
+vLLM's class reads only in part, biases and bidirectional attention. The larger models (`gemma3`) contain a vision
+tower and are refused too.
 """
 
 from __future__ import annotations

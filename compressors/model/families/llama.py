@@ -1,7 +1,9 @@
-"""Llama: pre-norm; Llama 2 and 3.x, SmolLM2, and EXAONE 3.0 and 3.5, which are read as it (`compressors.exaone3`).
-https://github.com/huggingface/transformers, models/llama.
+"""Describe Llama: norms before attention and MLP.
 
-`qkv_bias`, `bias` and `is_causal` are keys that vLLM's class reads and transformers' doesn't.
+The family of Llama 2 and 3.x, of SmolLM2, and of EXAONE 3.0 and 3.5, which are read as Llama
+(`compressors.model.exaone3`). https://github.com/huggingface/transformers, models/llama.
+
+The keys `qkv_bias`, `bias` and `is_causal` are read by vLLM's class and not by transformers'.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Qwen2 and Qwen2.5: Llama with biases on queries, keys and values. https://github.com/huggingface/transformers,
-models/qwen2; arXiv 2407.10671.
+"""Describe Qwen2 and Qwen2.5: Llama with biases on queries, keys and values.
 
-vLLM's class reads no head_dim: it divides hidden_size by the heads. A model that is cut so that this is another number
-is written as the Llama that computes the same: attention_bias, with a bias of zeros on o_proj, where Llama has one too.
-Sliding windows (off in the released models) are refused, and so is dual chunk attention, which vLLM alone knows.
+https://github.com/huggingface/transformers, models/qwen2; arXiv 2407.10671.
+
+vLLM's class does not read head_dim: it divides hidden_size by the number of heads. A model whose cut changes that
+quotient is written as the Llama that computes the same. It has attention_bias, and a zero bias on o_proj, where Llama
+has one too. Sliding windows (off in the released models) are refused, and so is dual chunk attention, which only vLLM
+knows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Qwen3 (dense): Llama with a norm per head on queries and keys. https://github.com/huggingface/transformers,
-models/qwen3; arXiv 2505.09388.
+"""Describe Qwen3 (dense): Llama with a norm per head on queries and keys.
 
-attention_bias is refused: transformers then has a bias on o_proj, and vLLM none. Sliding windows (off in the released
-models) and dual chunk attention are refused as for Qwen2.
+https://github.com/huggingface/transformers, models/qwen3; arXiv 2505.09388.
+
+attention_bias is refused: with it transformers has a bias on o_proj, and vLLM has none. Sliding windows (off in the
+released models) and dual chunk attention are refused as for Qwen2.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""SmolLM3: Llama without a rotary embedding in some layers, each fourth in the released model.
+"""Describe SmolLM3: Llama without a rotary embedding in some layers, every fourth one in the released model.
+
 https://github.com/huggingface/transformers, models/smollm3.
 
-`no_rope_layers` says which (1: rotary, 0: none); a depth cut carries each layer's own. Sliding windows (off in the
-released model) and biases are refused. vLLM runs it through its transformers backend,
-which has no place for the scales of an FP8 cache.
+`no_rope_layers` has an entry per layer (1: rotary, 0: none); a depth cut keeps each layer's entry. Sliding windows
+(off in the released model) and biases are refused. vLLM runs the model through its transformers backend, which can't
+hold the scales of an FP8 cache.
 """
 
 from __future__ import annotations
