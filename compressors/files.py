@@ -80,8 +80,3 @@ def alone(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[No
             waiting()
             fcntl.flock(held, fcntl.LOCK_EX)
         yield
-
-
-def digest_of_json(values: Any, digits: int) -> str:
-    """Return the first `digits` hexadecimal digits of the sha256 of `values` as JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:digits]
