@@ -1,40 +1,40 @@
-"""What can go wrong while a model is evaluated. A class's name is the failure's kind, its text one line.
+"""Errors of an evaluation. A class's name is the kind of the failure, and its text is one line.
 
 EvaluationError
-├── BackendUnavailable   the engine can't run on this machine, or there is no such engine
+├── BackendUnavailable   the engine cannot run on this machine, or does not exist
 ├── EngineCrashed        the engine's process ended or raised; its last lines are quoted
 │   ├── EngineOutOfMemory
-│   └── EngineTimeout    a start or a call took longer than allowed; the process was killed
-├── NotFinite            a NaN or an infinity where a number has to be: the model is broken
-└── TextError            a text that can't be read, or is too short
+│   └── EngineTimeout    a start or a call took longer than allowed, and the process was killed
+├── NotFinite            a number is NaN or infinite: the model is broken
+└── TextError            a text cannot be read, or is too short
 """
 
 from __future__ import annotations
 
 
 class EvaluationError(RuntimeError):
-    """Root of what this package raises."""
+    """The root of what this package raises."""
 
 
 class BackendUnavailable(EvaluationError):
-    pass
+    """The engine cannot run on this machine, or does not exist."""
 
 
 class EngineCrashed(EvaluationError):
-    pass
+    """The engine's process ended or raised."""
 
 
 class EngineOutOfMemory(EngineCrashed):
-    pass
+    """The engine ran out of memory, of the GPU or of the machine."""
 
 
 class EngineTimeout(EngineCrashed):
-    pass
+    """A start or a call took longer than allowed, and the process was killed."""
 
 
 class NotFinite(EvaluationError):
-    pass
+    """A number of a model is NaN or infinite: the model is broken."""
 
 
 class TextError(EvaluationError):
-    pass
+    """A text or a task cannot be read, or is too short."""

@@ -1,17 +1,18 @@
-"""The warm process: imports an engine's libraries once and forks a child for each engine.
+"""The warm process imports an engine's libraries once and forks a child for each engine.
 
-Started by `evaluator.process` as `python -m evaluator.forkserver BACKEND FD`. Why not multiprocessing's fork server:
-that one imports the caller's __main__ into every child, is one per program, and hides a child's exit status; this one
-is told apart per backend, never sees __main__, and is the lifeline of its engines.
+`evaluator.process` starts it as `python -m evaluator.forkserver BACKEND FD PID`. Python's own fork server, that of
+multiprocessing, imports the caller's __main__ into every child, exists once in a program and hides a child's exit
+status. This one belongs to one backend, never sees __main__, and its engines end with it.
 
     caller ── control socket (FD) ──> this process ── fork ──> engine, in a process group of its own
        └───────────── a socket per engine ─────────────────────────┘
 
-- The caller is gone, for whatever reason, in the midst of a call or not: the control socket ends (or the parent process
-  changes), and every engine's process group is killed.
-- This process is gone: the kernel kills the engines (PR_SET_PDEATHSIG), and elsewhere than on Linux they watch for it.
+- If the caller is gone, for whatever reason and even during a call, the control socket ends or the parent process
+  changes. Every engine's process group is then killed.
+- If this process is gone, the kernel kills the engines (PR_SET_PDEATHSIG). On systems other than Linux they watch for
+  it.
 
-Messages are JSON with a length before it; an engine's socket travels beside the request that asks for it.
+A message is JSON after its length; an engine's socket travels with the request that asks for the engine.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from evaluator import backends, errors
 from evaluator.backends import EngineSettings
 
 PR_SET_PDEATHSIG = 1
-OUT_OF_MEMORY = (  # what libraries say, lower case; the first is also CUDA's
+OUT_OF_MEMORY = (  # parts of libraries' messages in lower case; the first is also CUDA's
     "out of memory",
     "can't allocate memory",
     "cannot allocate memory",
@@ -50,6 +51,7 @@ OUT_OF_MEMORY = (  # what libraries say, lower case; the first is also CUDA's
 
 
 def send(to: socket.socket, message: dict[str, Any], fd: int | None = None) -> None:
+    """Send a message, and a file descriptor with it if one is given."""
     data = json.dumps(message).encode()
     header = struct.pack("!I", len(data))
     if fd is None:
@@ -60,7 +62,11 @@ def send(to: socket.socket, message: dict[str, Any], fd: int | None = None) -> N
 
 
 def receive(source: socket.socket) -> tuple[dict[str, Any], int | None]:
-    """A message, and the file descriptor that came with it. Raises EOFError when the other side is gone."""
+    """Wait for a message, and return it with the file descriptor that came with it, or None.
+
+    Raises:
+        EOFError: The other side is gone.
+    """
     header, fds, _, _ = socket.recv_fds(source, 4, 1)
     while 0 < len(header) < 4:
         header += _some(source, 4 - len(header))
@@ -85,6 +91,16 @@ def _some(source: socket.socket, most: int) -> bytes:
 
 
 def main(backend: str, fd: int, caller: int) -> int:
+    """Serve the caller until it is gone.
+
+    Args:
+        backend: The engine's name.
+        fd: The file descriptor of the control socket.
+        caller: The caller's process id.
+
+    Returns:
+        The exit status of this process.
+    """
     control = socket.socket(fileno=fd)
     control.set_inheritable(False)
     children: set[int] = set()
@@ -101,7 +117,7 @@ def main(backend: str, fd: int, caller: int) -> int:
             send(control, {"error": "importing its library opened the GPU, which no forked engine could use then"})
             return 1
         gc.collect()
-        gc.freeze()  # what is imported stays shared: the collector doesn't touch its pages
+        gc.freeze()  # imported modules stay shared: the collector leaves their pages alone
         send(control, {"ready": time.perf_counter() - started})
         while True:
             readable, _, _ = select.select([control], [], [], 1.0)
@@ -126,7 +142,7 @@ def _answer(
             _engine(message, fd, backend, control)
         os.close(fd)
         with contextlib.suppress(OSError):
-            os.setpgid(pid, pid)  # the child does so too: whoever comes first, a kill right now finds the group
+            os.setpgid(pid, pid)  # the child does so too: whichever is first, a kill finds the group
         children.add(pid)
         return {"pid": pid}
     pid = int(message["end"])
@@ -137,7 +153,7 @@ def _answer(
 
 
 def _end(pid: int, grace: float = 0.0) -> int | None:
-    """Kill what is left of the engine's group. Its exit code if it ended by itself within `grace` seconds."""
+    """Kill what is left of an engine's group; return its exit code if it ended by itself within `grace` seconds."""
     deadline = time.monotonic() + grace
     status = None
     while True:
@@ -163,7 +179,7 @@ def _end(pid: int, grace: float = 0.0) -> int | None:
 
 
 def _engine(message: dict[str, Any], fd: int, backend: str, control: socket.socket) -> NoReturn:
-    """Serve calls until the caller closes. Never returns into the warm process's code."""
+    """Serve calls until the caller closes; never return into the warm process's code."""
     code = 1
     try:
         server = os.getppid()
@@ -218,7 +234,7 @@ def _reply(connection: Connection, answer: dict[str, Any]) -> None:
 
 
 def _described(error: BaseException) -> dict[str, Any]:
-    """An exception as (kind, text): kind is the name of one of `evaluator.errors`."""
+    """Return an exception as kind, the name of one of `evaluator.errors`, and text."""
     if isinstance(error, errors.EvaluationError):
         return {"kind": type(error).__name__, "text": _one_line(error)}
     text = _one_line(error)
@@ -236,7 +252,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _die_with(server: int) -> None:
-    """This process is killed when the warm process ends, in whatever way."""
+    """Let this process be killed when the warm process ends, in whatever way."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != server:  # it ended before the line above

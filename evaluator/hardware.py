@@ -1,4 +1,4 @@
-"""What this machine is, for engines: its cores and its processor's name."""
+"""Functions that tell engines about this machine: its cores and its processor's name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def physical_cores() -> int:
-    """Cores that this process may use, counting hyper-threads of one core once: more threads only add noise."""
+    """Return the cores that this process may use; hyper-threads of one core count once, since more only add noise."""
     try:
         allowed = os.sched_getaffinity(0)
     except AttributeError:  # macOS
@@ -23,7 +23,7 @@ def physical_cores() -> int:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -1,7 +1,7 @@
-"""EngineProcess: an engine in a process of its own, that can hang, crash or run out of memory without harm to us.
+"""EngineProcess runs an engine in a process of its own, which can hang, crash or run out of memory harmlessly.
 
-Engines are forked from a warm process, one per backend, which has imported torch and the engine's library; see
-`evaluator.forkserver`. Whatever ends this process, SIGKILL too, ends its engines.
+Engines are forked from a warm process, one for each backend, which has imported torch and the engine's library; see
+`evaluator.forkserver`. Whatever ends this process, even SIGKILL, ends its engines.
 """
 
 from __future__ import annotations
@@ -29,19 +29,33 @@ from evaluator.backends import EngineSettings
 from evaluator.errors import BackendUnavailable, EngineCrashed, EngineOutOfMemory, EngineTimeout, NotFinite
 
 QUOTED_LINES = 3  # of the log, in an error's text
-ANSWER_S = 30.0  # forking and killing are answered at once: after this the warm process itself hangs
-GRACE_S = 2.0  # how long an engine whose socket ended may take to leave an exit status
+ANSWER_S = 30.0  # forking and killing take no time: an answer that takes longer means that the warm process hangs
+GRACE_S = 2.0  # the time in which an engine whose socket ended may leave an exit status
 LESS_MEMORY = "lower the batch sizes, the window or gpu_memory_utilization, or free memory"
 
 
 class EngineProcess:
-    """A started engine. Every method blocks until it is answered, at most `settings.call_timeout_s`.
+    """A started engine. Every method waits for the answer, at most `settings.call_timeout_s`.
 
-    log: the engine's standard output and error go there; emptied at the start.
-    seconds: {"start": until it was ready, "warm": of which the warm process's own start, "load": loading alone}.
+    After EngineTimeout, EngineOutOfMemory or EngineCrashed the process is gone and `alive` is False, except where the
+    engine survived the error.
 
-    Raises BackendUnavailable, EngineTimeout, EngineOutOfMemory, EngineCrashed; after the last three but for an error
-    that the engine survived, the process is gone and `alive` is False.
+    Args:
+        backend: The engine's name.
+        path: The checkpoint directory.
+        settings: How the engine is run.
+        log: The file for the engine's standard output and error; it is emptied at the start.
+
+    Attributes:
+        pid: The process id of the engine.
+        seconds: The seconds until it was ready ("start"), of them the warm process's own start ("warm"), and the
+            seconds of loading alone ("load").
+
+    Raises:
+        BackendUnavailable: The engine cannot run on this machine.
+        EngineTimeout: The start or a call took longer than allowed.
+        EngineOutOfMemory: The engine ran out of memory.
+        EngineCrashed: The engine ended or raised.
     """
 
     def __init__(self, backend: str, path: str | Path, settings: EngineSettings, log: str | Path) -> None:
@@ -84,7 +98,13 @@ class EngineProcess:
     # -- what an engine can do -------------------------------------------------------------------------------
 
     def nll(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Nats of each token but the first: T − 1 numbers per window of T ids. Raises NotFinite for a broken model."""
+        """Return the negative log-likelihood of each token except the first, in nats.
+
+        A window of T token ids gives T − 1 numbers.
+
+        Raises:
+            NotFinite: The model is broken.
+        """
         found: list[list[float]] = self._call("nll", [list(window) for window in windows])
         wrong = sum(not math.isfinite(value) for window in found for value in window)
         if wrong:
@@ -96,30 +116,32 @@ class EngineProcess:
         return found
 
     def decode_steps(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> list[float]:
-        """Seconds of each single decode step, after a prefill that is not timed."""
+        """Return the seconds of each single decode step, after a prefill that is not timed."""
         found: list[float] = self._call("decode_steps", batch_size, prompt_tokens, steps, seed)
         return found
 
     def logits_sha256(self, tokens: Sequence[int]) -> str:
+        """Return the sha256 of what the engine computes on one window; see `evaluator.backends.Engine`."""
         return str(self._call("logits_sha256", list(tokens)))
 
     def facts(self) -> dict[str, str]:
+        """Return what the engine told about itself when it was ready; see `evaluator.backends.Engine`."""
         return dict(self._facts)
 
     # -- the process -----------------------------------------------------------------------------------------
 
     @property
     def alive(self) -> bool:
-        """Whether it can still be called."""
+        """Whether the engine can still be called."""
         if self._connection is None:
             return False
         try:
-            return not self._connection.poll(0)  # between calls there is nothing to read but the end
+            return not self._connection.poll(0)  # between calls only the end can be read
         except OSError:
             return False
 
     def close(self) -> None:
-        """Kill the engine and what it started. Can be called again."""
+        """Kill the engine and what it started. A second call does nothing."""
         self._end()
 
     def __enter__(self) -> EngineProcess:
@@ -144,7 +166,7 @@ class EngineProcess:
                 raise self._ended(name) from None
             try:
                 answer = self._receive(name, self.settings.call_timeout_s, self.settings.call_timeout_s)
-            except BaseException:  # KeyboardInterrupt: its answer would be taken for that of the next call
+            except BaseException:  # KeyboardInterrupt: the answer would be taken for the next call's
                 self._end()
                 raise
         if "kind" in answer:
@@ -172,7 +194,7 @@ class EngineProcess:
         return answer
 
     def _ended(self, what: str) -> EngineCrashed:
-        """The error for an engine that is gone in the midst of `what`."""
+        """Return the error for an engine that ended during `what`."""
         status = self._end(GRACE_S)
         where = f"{self.backend} engine, {self.path.name}: {what}:"
         if status == -signal.SIGKILL:
@@ -211,7 +233,7 @@ class EngineProcess:
 
 
 class _Server:
-    """A warm process, see `evaluator.forkserver`. It ends with this process."""
+    """A warm process, which ends with this process; see `evaluator.forkserver`."""
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
@@ -221,7 +243,7 @@ class _Server:
         self.messages: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 lives as long as the process
         self.control, theirs = socket.socketpair()
         with theirs:
-            here = [entry or str(Path.cwd()) for entry in sys.path]  # what this process can import, it can
+            here = [entry or str(Path.cwd()) for entry in sys.path]  # it can import what this process can
             environment = {**os.environ, **backends.module_of(backend).ENVIRONMENT, "PYTHONPATH": os.pathsep.join(here)}
             arguments = [sys.executable, "-P", "-m", "evaluator.forkserver", backend]
             self.process = subprocess.Popen(
@@ -231,7 +253,7 @@ class _Server:
                 stderr=self.messages,
                 pass_fds=[theirs.fileno()],
                 env=environment,
-                start_new_session=True,  # Ctrl-C is for the caller, who closes its engines
+                start_new_session=True,  # Ctrl-C goes to the caller alone, who closes its engines
             )
 
     def wait_until_ready(self, deadline: float) -> None:
@@ -249,7 +271,7 @@ class _Server:
 
     def end(self, pid: int, grace: float) -> int | None:
         if self.owner != os.getpid():
-            return None  # a fork of the process that started it has no say
+            return None  # a fork of the process that started it must not end it
         try:
             status = self.ask({"end": pid, "grace": grace}, takes_s=grace)["status"]
         except errors.EvaluationError:
@@ -297,27 +319,27 @@ _starting = threading.Lock()
 
 
 def _server(backend: str, deadline: float) -> tuple[_Server, float]:
-    """(this process's warm process for the backend, seconds that it took to start: 0 when it was there)."""
+    """Return this process's warm process for a backend, and the seconds that its start took: 0 if it ran already."""
     with _starting:
-        there = _servers.get(backend)
-        if there is not None and there.owner == os.getpid() and there.usable and there.process.poll() is None:
-            return there, 0.0
+        known = _servers.get(backend)
+        if known is not None and known.owner == os.getpid() and known.usable and known.process.poll() is None:
+            return known, 0.0
         reason = backends.unavailable(backend)
         if reason:
             raise BackendUnavailable(f"backend {backend}: {reason}")
         started = time.monotonic()
-        made = _Server(backend)
+        server = _Server(backend)
         try:
-            made.wait_until_ready(deadline)
+            server.wait_until_ready(deadline)
         except BaseException:
-            made.close()
+            server.close()
             raise
-        _servers[backend] = made
-        return made, time.monotonic() - started
+        _servers[backend] = server
+        return server, time.monotonic() - started
 
 
 def warm(backend: str, timeout_s: float = 300.0) -> float:
-    """Start the backend's warm process ahead of its first engine; seconds that it took."""
+    """Start a backend's warm process before its first engine, and return the seconds that it took."""
     return _server(backend, time.monotonic() + timeout_s)[1]
 
 

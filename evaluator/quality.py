@@ -1,8 +1,8 @@
-"""Quality of a model in memory: negative log-likelihood, KL divergence to the base model, top-1 agreement.
+"""Functions for the quality of a model in memory: likelihood, KL divergence to the base model, top-1 agreement.
 
-Symbols: T tokens of a window, V vocabulary. Log-softmax is computed in float32, whatever the model's dtype. For
-candidates of near-equal quality the model itself should be float32 too: a base model in bfloat16 has a KL of 0.001 to
-itself in float32, and nothing below that can be told apart.
+Shapes use T for the tokens of a window and V for the vocabulary. Log-softmax is computed in float32, whatever the
+model's dtype. For candidates of nearly equal quality the model itself should be in float32 too. A base model in
+bfloat16 has a KL of 0.001 to itself in float32, and smaller differences cannot be seen.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ import torch
 
 from evaluator.errors import TextError
 
-CHUNK = 128  # positions whose float32 log-probabilities are held at once: 52 MB at a vocabulary of 102,400
+CHUNK = 128  # positions whose float32 log-probabilities are in memory at once: 52 MB for 102,400 tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardQuality:
-    """Means over a shard's predicted tokens, in nats. kl, agreement: None where the reference doesn't cover it.
+    """Means over a shard's predicted tokens.
 
-    kl: KL(base ‖ model). agreement: share of positions where both put the same token first.
+    Attributes:
+        nll: The negative log-likelihood, in nats.
+        tokens: The number of predicted tokens.
+        kl: KL(base ‖ model) in nats; None where the reference does not cover the shard.
+        agreement: The share of positions where both put the same token first; None as for `kl`.
     """
 
     nll: float
@@ -34,10 +38,12 @@ class ShardQuality:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """The base model on the shards.
+    """What the base model predicts on the shards.
 
-    nll: mean of every shard. log_probs: of the first shards that fit into `max_bytes`, float16 [positions, V] each, in
-    main memory; positions are the T − 1 predicted tokens of the shard's windows, one window after the other.
+    Attributes:
+        nll: The mean negative log-likelihood of each shard, in nats.
+        log_probs: The log-probabilities of the first shards, as many as fit into memory: float16 [positions, V] each,
+            in main memory. Positions are the T − 1 predicted tokens of the shard's windows, window after window.
     """
 
     nll: tuple[float, ...]
@@ -45,6 +51,7 @@ class Reference:
 
     @classmethod
     def of(cls, model: Any, shards: Sequence[Sequence[Sequence[int]]], max_bytes: int) -> Reference:
+        """Run the base model on the shards; keep log-probabilities of at most `max_bytes` bytes."""
         nll: list[float] = []
         kept: list[torch.Tensor] = []
         left = max_bytes
@@ -66,9 +73,12 @@ class Reference:
 
 @torch.inference_mode()
 def log_prob_chunks(model: Any, window: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(log-probabilities float32 [≤ CHUNK, V], the true next ids [≤ CHUNK]) along a window, on the model's device.
+    """Yield (log-probabilities float32 [≤ CHUNK, V], true next ids [≤ CHUNK]) along a window, on the model's device.
 
-    The forward pass is the top-level one: a compressed-tensors model unpacks its weights there and nowhere else.
+    The forward pass is the top-level one, since a compressed-tensors model unpacks its weights only there.
+
+    Raises:
+        TextError: The window has fewer than 2 tokens.
     """
     if len(window) < 2:
         raise TextError(f"quality: a window of {len(window)} tokens predicts nothing; take 2 or more")
@@ -80,7 +90,7 @@ def log_prob_chunks(model: Any, window: Sequence[int]) -> Iterator[tuple[torch.T
 
 
 def window_nll(model: Any, window: Sequence[int]) -> torch.Tensor:
-    """Negative log-likelihood of each token but the first, in nats: float32 [T − 1], in main memory."""
+    """Return the negative log-likelihood of each token except the first, in nats: float32 [T − 1], in main memory."""
     losses = [-log_probs.gather(1, targets[:, None])[:, 0] for log_probs, targets in log_prob_chunks(model, window)]
     return torch.cat(losses).cpu()
 
@@ -89,7 +99,14 @@ def window_nll(model: Any, window: Sequence[int]) -> torch.Tensor:
 def shard_quality(
     model: Any, windows: Sequence[Sequence[int]], reference: Reference | None = None, index: int = 0
 ) -> ShardQuality:
-    """Quality on one shard; `index` is its place in the reference. A broken model's NaN is passed on, not raised."""
+    """Return the quality of a model on one shard. A broken model's NaN is returned, not raised.
+
+    Args:
+        model: A transformers model.
+        windows: The shard's windows of token ids.
+        reference: What the base model predicts; without it there is neither KL nor agreement.
+        index: The shard's place in the reference.
+    """
     covered = reference is not None and index < len(reference.log_probs)
     base_log_probs = reference.log_probs[index] if reference is not None and covered else None  # (positions, V)
     nll, kl, agreed, tokens = 0.0, 0.0, 0, 0
@@ -98,7 +115,7 @@ def shard_quality(
             nll -= float(log_probs.gather(1, targets[:, None]).double().sum())
             if base_log_probs is not None:
                 base = base_log_probs[tokens : tokens + len(targets)].to(log_probs.device).float()
-                base = torch.log_softmax(base, dim=-1)  # float16 rounds: normalised again, KL can't be negative
+                base = torch.log_softmax(base, dim=-1)  # float16 rounds; normalized again, KL cannot be negative
                 kl += float((base.exp() * (base - log_probs)).sum(dim=-1).double().sum())
                 agreed += int((base.argmax(dim=-1) == log_probs.argmax(dim=-1)).sum())
             tokens += len(targets)
@@ -108,7 +125,7 @@ def shard_quality(
 
 
 def perplexity(nll_nats_per_token: float) -> float:
-    """exp of the mean negative log-likelihood; infinite where that overflows."""
+    """Return the exponential of a mean negative log-likelihood, or infinity where that overflows."""
     try:
         return math.exp(nll_nats_per_token)
     except OverflowError:

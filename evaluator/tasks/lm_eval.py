@@ -2,7 +2,7 @@
 
 The harness (https://github.com/EleutherAI/lm-evaluation-harness) writes the prompts and judges the answers; our engine
 computes the likelihoods. The accuracy is acc_norm where the task has it, else acc. An engine gives likelihoods alone,
-so tasks must have output_type multiple_choice: nothing is generated, and whether a text is the likeliest one
+so tasks must have output_type multiple_choice. Nothing is generated, and whether a text is the likeliest one
 (is_greedy) is not known. A task's YAML file may name Python functions, and the harness runs them: use folders that you
 trust.
 """

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -79,6 +80,42 @@ def test_stating_facts_imports_no_engine():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_new_backend_is_one_file(tmp_path):
+    (tmp_path / "abacus.py").write_text(
+        textwrap.dedent("""
+            from evaluator.backends import Facts, Kernel, Kernels, Refusal
+
+            FACTS = Facts(
+                packages=("abacus", "torch"),
+                kernels={"cuda": Kernels("Abacus", 16, {"W8A8": Kernel("beads", 10, 5)})},
+                batched_tokens=10,
+                casts={"float32": "float16"},
+                refusals=(Refusal("W4A16", (9, 0), "its beads are too small; choose W8A8"),),
+            )
+
+            def unavailable():
+                return None
+        """)
+    )
+    program = textwrap.dedent(f"""
+        from evaluator import backends
+        backends.__path__.append({str(tmp_path)!r})
+        print(backends.names(), backends.choose("abacus"), backends.packages("abacus"))
+        print(backends.kernels("abacus", "cuda").schemes["W8A8"].rows, backends.kernels("abacus", "mps"))
+        print(backends.batched_tokens("abacus"), backends.served_bytes("abacus", 8, "float32"))
+        print(backends.cannot_start("abacus", "W4A16", (9, 0)))
+        print(backends.cannot_start("abacus", "W4A16", (8, 9)), backends.cannot_start("abacus", "W8A8", (9, 0)))
+    """)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "['abacus', 'transformers', 'vllm'] abacus ('abacus', 'torch')",
+        "10 None",
+        "10 4",
+        "W4A16: its beads are too small; choose W8A8 (this GPU has compute capability 9.0)",
+        "None None",
+    ]
 
 
 # -- what these backends say ---------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def test_mlflow_has_the_manuals_names():
     }
 
 
-def test_the_columns_of_a_table_of_models():
+def test_a_table_of_models_has_these_columns_and_cells():
     columns = in_place("column")
     before = [shown.title for shown, _ in columns if shown.place < SCORE_COLUMN]
     after = [shown.title for shown, _ in columns if shown.place > SCORE_COLUMN]
@@ -63,7 +63,7 @@ def test_the_columns_of_a_table_of_models():
     assert cells == ["1.28B", "1,234.568", "0.1235", "2.346", "2558.8"]
 
 
-def test_the_rows_of_a_report():
+def test_a_report_has_these_rows():
     rows = in_place("row")
     assert [(shown.title, shown.text(NUMBERS[name], 0.01)) for shown, name in rows] == [
         ("parameters", "1.28B"),

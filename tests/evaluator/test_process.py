@@ -75,7 +75,7 @@ def test_logits_are_repeatable_and_told_apart(engine, start, shards):
     assert digest != engine.logits_sha256(shards[0][1])
 
 
-def test_facts(engine):
+def test_an_engine_tells_its_versions_and_its_device(engine):
     facts = engine.facts()
     assert facts["backend"] == "transformers"
     assert facts["dtype"] == "float32"
@@ -110,7 +110,7 @@ def test_a_hung_engine_is_killed(start):
     assert not engine.alive
 
 
-def test_a_group_is_killed_as_a_whole(tmp_path):
+def test_an_engine_is_killed_with_what_it_started(tmp_path):
     said = tmp_path / "pid"
     pid = os.fork()
     if pid == 0:
@@ -129,7 +129,7 @@ def test_a_group_is_killed_as_a_whole(tmp_path):
     assert gone(grandchild)
 
 
-def test_what_the_kernel_kills_ran_out_of_memory(start):
+def test_an_engine_that_the_kernel_kills_ran_out_of_memory(start):
     engine = start()
     os.kill(engine.pid, signal.SIGKILL)
     with pytest.raises(EngineOutOfMemory, match="lower the batch sizes") as raised:
@@ -138,7 +138,7 @@ def test_what_the_kernel_kills_ran_out_of_memory(start):
     assert not engine.alive
 
 
-def test_another_death_is_a_crash(start):
+def test_a_process_that_ends_otherwise_has_crashed(start):
     engine = start()
     os.kill(engine.pid, signal.SIGSEGV)
     with pytest.raises(EngineCrashed, match="SIGSEGV") as raised:
@@ -164,7 +164,7 @@ def test_an_error_in_a_call_is_survived_and_logged(start):
     assert engine.alive
 
 
-def test_nan_is_not_finite(tiny, start, tmp_path, shards):
+def test_a_models_nan_is_raised_as_not_finite(tiny, start, tmp_path, shards):
     broken = shutil.copytree(tiny, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][3] = float("nan")
@@ -174,7 +174,7 @@ def test_nan_is_not_finite(tiny, start, tmp_path, shards):
     one_line(raised)
 
 
-def test_a_directory_that_is_no_checkpoint(start, tmp_path):
+def test_a_directory_that_is_no_checkpoint_is_refused(start, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(EngineCrashed, match="empty: start:") as raised:
         start(tmp_path / "empty")
@@ -196,7 +196,7 @@ def test_a_start_that_takes_too_long_harms_no_other_engine(start, shards):
     assert other.nll(shards[0])
 
 
-def test_an_unknown_backend(start):
+def test_an_unknown_backend_is_refused(start):
     with pytest.raises(BackendUnavailable, match="nope"):
         start(backend="nope")
 
@@ -280,7 +280,7 @@ def test_a_program_ends_by_itself_and_is_not_run_again(tiny, tmp_path):
         assert gone(pid)
 
 
-def test_a_library_that_can_not_be_imported(monkeypatch, tmp_path):
+def test_a_library_that_cannot_be_imported_is_unavailable(monkeypatch, tmp_path):
     """The reason comes out of the warm process."""
     broken = tmp_path / "broken"
     (broken / "vllm").mkdir(parents=True)

@@ -42,7 +42,7 @@ def test_a_model_agrees_with_itself(tiny_model, shards):
 
 
 @torch.no_grad()
-def test_kl_is_the_textbooks(tiny_model, shards):
+def test_kl_is_the_textbook_formula(tiny_model, shards):
     """The reference of another shard stands in for another model."""
     reference = Reference.of(tiny_model, shards, max_bytes=10**8)
     moved = Reference(reference.nll, reference.log_probs[1:])

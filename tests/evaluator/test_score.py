@@ -77,7 +77,7 @@ def test_the_baseline_scores_one_half():
     assert score.score_se == pytest.approx(0.01)
 
 
-def test_the_manuals_28_layers():
+def test_the_manuals_28_layers_have_the_manuals_score():
     score = score_of(measured(gain=-math.log(3797 / 2660), ratio=1 - 0.182), BASELINE)
     assert score.perf_norm == pytest.approx(0.700, abs=1e-3)
     assert score.score == pytest.approx(0.441, abs=1e-3)
@@ -90,14 +90,14 @@ def test_the_error_is_paired():
     assert noisy.perf_norm_se == pytest.approx(standard_error([0.01, -0.01, 0.01, -0.01]))
 
 
-def test_weights_and_the_floor_at_zero():
+def test_weights_count_and_no_score_is_negative():
     score = score_of(measured(gain=-5.0, ratio=3.0), BASELINE, Formula(0.5, 0.5))
     assert score.score == 0.0
     assert score_of(measured(ratio=0.5), BASELINE, Formula(0.0, 1.0)).score == 0.5
 
 
 @pytest.mark.parametrize("bad", [measured(gain=math.nan), measured(ratio=math.inf), measured(gain=1e4)])
-def test_not_finite(bad):
+def test_a_broken_measurement_has_no_score(bad):
     with pytest.raises(NotFinite):
         score_of(bad, BASELINE)
 
@@ -108,7 +108,7 @@ def test_other_text_is_refused():
 
 
 @pytest.mark.parametrize("wrong", [{"batch_sizes": ()}, {"batch_sizes": (0,)}, {"turns": 1}, {"prompt_tokens": 0}])
-def test_workloads_that_make_no_sense(wrong):
+def test_workloads_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValueError, match="workload"):
         Workload(**wrong)
 
@@ -134,7 +134,7 @@ def test_the_default_is_perplexity_bit_for_bit():
         assert found.score_se == math.hypot(0.5 * found.perf_norm_se, 0.5 * candidate.time_ratio_se)
 
 
-def test_perf_norm_by_hand():
+def test_perf_norm_is_the_weighted_mean_of_the_ratios():
     """Perplexity 0.8 of the base, quiz 3 of 5 where the base has 4, tale 2 of 4 where it has 1."""
     candidate = with_tasks(measured(gain=math.log(0.8)), quiz=[1, 1, 0, 1, 0], tale=[1, 0, 0, 1])
     baseline = with_tasks(BASELINE, quiz=[1, 1, 1, 1, 0], tale=[1, 0, 0, 0])
@@ -190,7 +190,7 @@ def test_a_model_that_answers_as_the_base_does_has_no_error():
         ({"quiz": [1, 0]}, {"quiz": [0, 0]}, "the base model answers none of its 2 items"),
     ],
 )
-def test_tasks_that_cannot_be_compared(candidate, baseline, says):
+def test_tasks_that_cannot_be_compared_are_refused(candidate, baseline, says):
     formula = Formula(perf=(("perplexity", 1.0), ("quiz", 1.0)))
     with pytest.raises(ValueError, match=says) as raised:
         score_of(with_tasks(BASELINE, **candidate), with_tasks(BASELINE, **baseline), formula)
@@ -205,10 +205,10 @@ def test_other_items_under_the_same_name_are_refused():
 
 
 @pytest.mark.parametrize("perf", [(), (("quiz", 0.0),), (("quiz", -1.0), ("x", 2.0)), (("q", 1.0), ("q", 1.0))])
-def test_formulas_that_make_no_sense(perf):
+def test_formulas_that_make_no_sense_are_refused(perf):
     with pytest.raises(ValueError, match="score: "):
         Formula(perf=perf)
 
 
-def test_a_formula_from_json():
+def test_a_formula_can_come_from_json():
     assert Formula(perf=[["quiz", 1]]) == Formula(perf=(("quiz", 1.0),))

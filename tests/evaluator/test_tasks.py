@@ -16,7 +16,7 @@ from evaluator.tasks import lm_eval as ours
 
 
 class Letters:
-    """A tokenizer of characters, but for some pairs that are one token; ids below 160, for the tiny model."""
+    """A tokenizer of characters, except for some pairs that are one token; ids are below 160, for the tiny model."""
 
     bos_token_id = 1
     eos_token_id = 2
@@ -197,7 +197,7 @@ def test_a_bad_line_is_named(tmp_path, line, says):
     assert len(str(raised.value)) < 400
 
 
-def test_files_that_hold_nothing(tmp_path):
+def test_files_without_a_question_are_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "latin.jsonl").write_bytes(b"\xe9")
     for files, says in [
@@ -227,14 +227,14 @@ def test_a_task_of_the_harness_needs_its_name():
         ours.Section(include_path="tasks")
 
 
-def test_limit_and_several_files(tmp_path):
+def test_several_files_are_read_in_order_up_to_the_limit(tmp_path):
     files = [write(tmp_path / "a.jsonl", *QUESTIONS[:2]), write(tmp_path / "b.jsonl", *QUESTIONS[2:])]
     task = quiz(*files, limit=3, name="mine")
     assert (len(task.items), task.name) == (3, "mine")
     assert [spelled(i.choices[0].ids) for i in task.items][2] == "What is white?\na rose"
 
 
-def test_a_line_separator_inside_a_string(tmp_path):
+def test_a_line_separator_inside_a_string_ends_no_question(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(item("one\u2028two", ["a", "b"], 0), ensure_ascii=False), encoding="utf-8")
     assert len(quiz(path, tokenizer=transformers_like()).items) == 1
@@ -282,7 +282,7 @@ def test_white_space_at_the_end_goes_to_the_choice():
     assert found.ids[found.start :] == (128, *map(ord, "es"))
 
 
-def test_with_a_real_tokenizer(pico_llama):
+def test_a_real_tokenizer_gives_back_question_and_choice(pico_llama):
     tokenizer = transformers.AutoTokenizer.from_pretrained(pico_llama)
     question, choice = "The statement is executed in the", " current namespace"
     found = _continuations.encode(tokenizer, question, choice)
@@ -332,7 +332,7 @@ def test_windows_go_a_few_dozen_at_a_time(tmp_path, tiny_model):
     assert found == task.run(engine)
 
 
-def test_a_broken_model(tmp_path):
+def test_a_broken_models_answers_are_refused(tmp_path):
     task = quiz(write(tmp_path / "a.jsonl", GOOD))
     with pytest.raises(NotFinite, match=r"task a: .* broken"):
         task.run(Table(a=math.nan))
@@ -454,7 +454,7 @@ def test_rolling_likelihood_predicts_each_token_once(harness, tiny_model):
     assert found == pytest.approx(plain, rel=1e-4)
 
 
-def test_what_needs_more_than_likelihoods_is_refused(harness):
+def test_tasks_that_need_more_than_likelihoods_are_refused(harness):
     folder = harness("writes", kind="generate_until", metrics=["exact_match"])
     harness("greedy", kind="loglikelihood", metrics=["acc"])
     harness("other", metrics=["brier_score"])
@@ -470,7 +470,7 @@ def test_what_needs_more_than_likelihoods_is_refused(harness):
         ours.language_model(Table(), Letters()).generate_until([])
 
 
-def test_tasks_that_are_not_there(harness, tmp_path):
+def test_tasks_that_do_not_exist_are_refused(harness, tmp_path):
     folder = harness("lost", path=tmp_path / "none.jsonl")
     for name, where, says in [
         ("mine", folder, "holds lost and not that one"),
@@ -483,7 +483,7 @@ def test_tasks_that_are_not_there(harness, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["task: [", "task: mine\ndataset_path: json\n", "\xff\xfe\x00"])
-def test_a_damaged_task_file(harness, text):
+def test_a_damaged_task_file_is_refused(harness, text):
     folder = harness()
     (folder / "mine.yaml").write_text(text)
     with pytest.raises(EvaluationError, match="task mine: ") as raised:
@@ -491,7 +491,7 @@ def test_a_damaged_task_file(harness, text):
     assert "\n" not in str(raised.value)
 
 
-def test_a_prompt_that_does_not_fit(harness):
+def test_a_prompt_that_does_not_fit_is_refused(harness):
     with pytest.raises(TextError, match="task mine: ' a rose' has 7 tokens, which max_tokens 5 leaves no room for"):
         asked_of("mine", harness(), max_tokens=5)
     assert asked_of("mine", harness(), max_tokens=10).longest == 10
@@ -504,13 +504,13 @@ def test_a_task_of_the_harness_can_be_renamed(harness):
     assert renamed.digest == plain.digest
 
 
-def test_a_limit_on_the_harness(harness, tiny_model):
+def test_the_limit_holds_for_the_harness_too(harness, tiny_model):
     found = asked_of("mine", harness(), limit=2).run(InMemory(tiny_model))
     assert isinstance(found, TaskResult)
     assert found.items == 2
 
 
-def test_without_the_harness(monkeypatch, tmp_path):
+def test_a_missing_harness_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(BackendUnavailable, match=r"pip install 'optuna-search\[lm-eval\]'"):
         asked_of("mine", tmp_path)

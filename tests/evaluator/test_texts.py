@@ -51,13 +51,13 @@ def test_txt_paragraphs_are_grouped(tmp_path):
     assert documents[1].text.startswith("paragraph 3")
 
 
-def test_jsonl(tmp_path):
+def test_each_line_of_a_jsonl_file_is_a_document(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"text": "one"}) + "\n\n" + json.dumps({"text": "two", "more": 1}) + "\n")
     assert [d.text for d in texts.read_documents([str(file)])] == ["one", "two"]
 
 
-def test_jsonl_with_a_line_separator_inside_a_string(tmp_path):
+def test_a_line_separator_inside_a_string_ends_no_document(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "one\u2028two"}\r\n{"text": "three"}', encoding="utf-8", newline="")
     assert [d.text for d in texts.read_documents([file])] == ["one\u2028two", "three"]
@@ -72,14 +72,14 @@ def test_jsonl_with_a_line_separator_inside_a_string(tmp_path):
         ("a.pdf", b"", ".pdf is not known"),
     ],
 )
-def test_unreadable_text(tmp_path, name, content, says):
+def test_unreadable_text_is_refused_by_name(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(TextError, match=says) as raised:
         texts.read_documents([tmp_path / name])
     assert "\n" not in str(raised.value)
 
 
-def test_missing_text(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(TextError, match="No such file"):
         texts.read_documents([tmp_path / "none.txt"])
 
@@ -94,24 +94,24 @@ def test_digest_tells_windows_apart():
 LONG = "Nothing in a language model's weights says which of its layers could be spared without anyone noticing it."
 
 
-def test_a_whole_document_in_both():
+def test_a_whole_document_in_both_is_an_overlap():
     first = [Document("a", "One two."), Document("b", "Three.")]
     (found,) = texts.overlap(first, [Document("c", "four"), Document("d", "  one\nTWO. ")])
     assert found == 'a and d are the same: "one two."'
 
 
-def test_a_paragraph_copied_into_another_document():
+def test_a_paragraph_copied_into_another_document_is_an_overlap():
     first = [Document("a", f"An introduction.\n\n{LONG}\n\nAn end.")]
     wrapped = LONG.upper().replace(" ", "\n  ", 3)
     (found,) = texts.overlap(first, [Document("b", "apart"), Document("c", f"Other words\n \n{wrapped}\n\nmore")])
     assert found == f'a and c both hold: "{LONG.lower()[:79]}…"'
 
 
-def test_a_line_copied_into_another_document():
+def test_a_line_copied_into_another_document_is_an_overlap():
     assert texts.overlap([Document("a", f"One\n{LONG}\nTwo")], [Document("b", f"Three\n{LONG}")])
 
 
-def test_short_paragraphs_and_parts_of_them_are_no_overlap():
+def test_short_paragraphs_and_parts_of_paragraphs_are_no_overlap():
     assert len(LONG[:79]) == 79
     first = [Document("a", f"Apart.\n\n{LONG[:79]}"), Document("c", LONG), Document("e", "  ")]
     second = [Document("b", f"{LONG[:79]}\n\nOther."), Document("d", f"{LONG} And more."), Document("f", "\n")]
@@ -138,14 +138,14 @@ def test_some_megabytes_are_compared_at_once():
 # -- datasets ------------------------------------------------------------------------------------------------
 
 
-def test_a_dataset_without_the_library(monkeypatch):
+def test_a_dataset_without_the_library_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(TextError, match=r"hub:ORG/NAME: .*pip install 'optuna-search\[hub\]'"):
         texts.read_documents(["hub:ORG/NAME"])
 
 
 @pytest.mark.parametrize("name", ["hub:", "hub:a:b:c:d:e", "hub::config"])
-def test_what_names_no_dataset(name):
+def test_a_wrong_name_of_a_dataset_is_refused(name):
     with pytest.raises(TextError, match="no dataset's name"):
         texts.read_documents([name])
 
@@ -160,7 +160,7 @@ def test_what_names_no_dataset(name):
         ("hub:NAME:::content", ("NAME", None, "train", "content")),
     ],
 )
-def test_the_parts_of_a_datasets_name(monkeypatch, name, asked):
+def test_the_parts_of_a_datasets_name_are_told_apart(monkeypatch, name, asked):
     seen = []
     monkeypatch.setattr(
         texts,
@@ -173,7 +173,7 @@ def test_the_parts_of_a_datasets_name(monkeypatch, name, asked):
 
 @pytest.fixture
 def dataset(tmp_path):
-    """A directory with a dataset of 50 rows, and other files beside it."""
+    """A directory with a dataset of 50 rows next to other files."""
     pytest.importorskip("datasets")
     folder = tmp_path / "set"
     folder.mkdir()
@@ -191,7 +191,7 @@ def test_rows_of_a_dataset_are_grouped_and_limited(dataset):
     assert len(texts.read_documents([f"hub:{dataset}"])) == 10
 
 
-def test_a_split_and_a_column_of_a_dataset(dataset):
+def test_a_split_and_a_column_of_a_dataset_can_be_chosen(dataset):
     assert [d.text for d in texts.read_documents([f"hub:{dataset}::test:text"])] == ["one"]
 
 
@@ -204,7 +204,7 @@ def test_a_split_and_a_column_of_a_dataset(dataset):
         (":::number", "its 'number' is no text"),
     ],
 )
-def test_what_a_dataset_does_not_have(dataset, rest, says):
+def test_what_a_dataset_does_not_have_is_refused_by_name(dataset, rest, says):
     with pytest.raises(TextError, match=says) as raised:
         texts.read_documents([f"hub:{dataset}{rest}"])
     assert "\n" not in str(raised.value)
@@ -219,7 +219,7 @@ def test_a_dataset_is_streamed(dataset, monkeypatch):
         texts.dataset_documents(str(dataset), limit=101)
 
 
-def test_a_hub_that_cannot_be_reached(monkeypatch):
+def test_a_hub_that_cannot_be_reached_is_given_up_soon(monkeypatch):
     pytest.importorskip("datasets")
     import huggingface_hub
 
@@ -241,7 +241,7 @@ class Letters:
         return [ord(letter) for letter in text]
 
 
-def test_windows_of_several_texts_are_as_many_of_each_but_where_one_is_short():
+def test_several_texts_give_the_same_number_of_windows_except_where_one_is_short():
     domains = {"a": [Document("1", "a" * 400)], "b": [Document("2", "b" * 14)], "c": [Document("3", "c" * 400)]}
     found = texts.mixed_windows(Letters(), domains, 8, 9)
     assert [chr(window[0]) for window in found] == list("aaabbcccc")  # b makes two
