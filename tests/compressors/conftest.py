@@ -1,4 +1,4 @@
-"""The model that a test of every family is about."""
+"""Fixtures: each family's model in turn, for tests that hold for every family."""
 
 import pytest
 

@@ -1,3 +1,5 @@
+"""Test reading and writing checkpoints, their digests, and what is refused."""
+
 import hashlib
 import json
 import os
@@ -33,13 +35,13 @@ def edit_config(path, **changes):
     (path / "config.json").write_text(json.dumps({**config, **changes}))
 
 
-def test_write_gives_what_safetensors_reads_and_the_sha256_of_the_file(pico, tmp_path):
+def test_write_creates_a_file_that_safetensors_reads_and_returns_its_sha256(pico, tmp_path):
     base = Checkpoint.read(pico)
     sha256 = base.write(tmp_path / "out")
     weights = tmp_path / "out" / "model.safetensors"
     assert sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
     (header,) = struct.unpack("<Q", weights.read_bytes()[:8])
-    assert header % 8 == 0, "the tensors begin where a memory-mapped reader may want them"
+    assert header % 8 == 0, "tensors must be aligned for readers that map the file into memory"
     there, original = load_file(weights), load_file(pico / "model.safetensors")
     assert there.keys() == original.keys()
     assert all(torch.equal(there[name], original[name]) for name in there)
@@ -79,7 +81,7 @@ def test_the_digest_changes_with_a_weight_and_with_the_config(copy, tmp_path):
     assert len({first, second, model_checkpoint.digest_of(copy, cache)}) == 3
 
 
-def test_truncated_and_corrupt_weights(copy):
+def test_truncated_and_corrupt_weights_are_refused(copy):
     weights = copy / "model.safetensors"
     whole = weights.read_bytes()
     for damaged in (whole[:-7], whole[:5], b"", struct.pack("<Q", 1 << 60) + whole[8:], b"PK" + whole):
@@ -87,7 +89,7 @@ def test_truncated_and_corrupt_weights(copy):
         assert "not a whole safetensors file" in refused(copy)
 
 
-def test_what_is_missing_is_named(copy):
+def test_missing_files_are_named(copy):
     (copy / "tokenizer.json").rename(copy / "t")
     assert "tokenizer" in refused(copy)
     (copy / "t").rename(copy / "tokenizer.json")
@@ -99,7 +101,7 @@ def test_what_is_missing_is_named(copy):
     assert "config.json" in refused(copy)
 
 
-def test_a_config_that_is_no_json(copy):
+def test_a_config_that_is_not_json_is_refused(copy):
     (copy / "config.json").write_text("{")
     assert "config.json" in refused(copy)
 
@@ -125,7 +127,7 @@ def test_a_config_that_is_no_json(copy):
         ({"dtype": "foo16"}, "transformers refuses the config"),
     ],
 )
-def test_architectures_that_are_not_understood_are_refused_by_name(copy, changes, said):
+def test_architectures_that_are_not_supported_are_refused_by_name(copy, changes, said):
     edit_config(copy, **changes)
     assert said in refused(copy)
 
@@ -139,7 +141,9 @@ def test_architectures_that_are_not_understood_are_refused_by_name(copy, changes
         ({"layer_types": ["full_attention"] * 4}, None, "number of `layer_types` (4)"),
     ],
 )
-def test_exaone_with_windows_is_refused_also_where_they_are_a_default(pico_exaone4, tmp_path, changes, dropped, said):
+def test_exaone_with_sliding_windows_is_refused_also_if_they_are_the_default(
+    pico_exaone4, tmp_path, changes, dropped, said
+):
     shutil.copytree(pico_exaone4, tmp_path / "model")
     edit_config(tmp_path / "model", **changes)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -149,21 +153,21 @@ def test_exaone_with_windows_is_refused_also_where_they_are_a_default(pico_exaon
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {}, {"model.norm.weight": 3}, {"model.norm.weight": "../x"}])
-def test_an_index_that_names_no_files(copy, weight_map):
+def test_an_index_that_names_no_files_is_refused(copy, weight_map):
     (copy / "model.safetensors").unlink()
     (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert "model.safetensors.index.json" in refused(copy)
 
 
-def test_weights_of_no_floating_point_dtype(copy):
+def test_weights_that_are_not_floating_point_are_refused(copy):
     tensors = load_file(copy / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     assert "model.norm.weight is int8" in refused(copy)
 
 
-def test_a_tied_head_that_is_stored_too_is_counted_and_written_once(pico_llama, copy):
-    """transformers unties one that differs from the embedding, vLLM does not: they would serve different models."""
+def test_a_stored_tied_head_is_counted_and_written_once(pico_llama, copy):
+    """transformers unties a head that differs from the embedding and vLLM does not: they would serve two models."""
     tensors = load_file(copy / "model.safetensors")
     for factor in (1, 2):
         both = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] * factor}
@@ -178,7 +182,7 @@ def test_a_tied_head_that_is_stored_too_is_counted_and_written_once(pico_llama, 
             assert "lm_head.weight is not the embedding" in refused(copy)
 
 
-def test_a_config_that_names_no_dtype_gets_the_weights(copy):
+def test_a_config_without_dtype_gets_that_of_the_weights(copy):
     from compressors.plan import CompressionPlan
 
     config = json.loads((copy / "config.json").read_text())
@@ -187,7 +191,7 @@ def test_a_config_that_names_no_dtype_gets_the_weights(copy):
     assert CompressionPlan.identity(Checkpoint.read(copy).config).precision == "bfloat16"
 
 
-def test_writing_replaces_what_was_there_and_leaves_nothing_beside(pico_llama, tmp_path):
+def test_writing_replaces_the_directory_and_leaves_no_scratch_files(pico_llama, tmp_path):
     base = Checkpoint.read(pico_llama)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "stale.safetensors").write_text("")
@@ -198,7 +202,7 @@ def test_writing_replaces_what_was_there_and_leaves_nothing_beside(pico_llama, t
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_a_write_that_fails_keeps_what_was_there(pico_llama, tmp_path):
+def test_a_failed_write_keeps_the_old_directory(pico_llama, tmp_path):
     base = Checkpoint.read(pico_llama)
     base.write(tmp_path / "out")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -209,7 +213,7 @@ def test_a_write_that_fails_keeps_what_was_there(pico_llama, tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_a_rename_that_fails_puts_back_what_was_there(pico_llama, tmp_path, monkeypatch):
+def test_a_failed_rename_restores_the_old_directory(pico_llama, tmp_path, monkeypatch):
     base = Checkpoint.read(pico_llama)
     base.write(tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -230,7 +234,7 @@ def test_a_rename_that_fails_puts_back_what_was_there(pico_llama, tmp_path, monk
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_the_digest_of_no_model_is_one_line(tmp_path):
+def test_the_digest_of_a_directory_without_a_model_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json"):
         model_checkpoint.digest_of(tmp_path, tmp_path / "cache")
 
@@ -250,7 +254,7 @@ def test_an_untied_head_is_kept_cut_and_counted(tmp_path, write_pico_model):
     made.to_model("cpu")
 
 
-def test_a_full_disk_leaves_nothing_half_written(pico_llama, tmp_path):
+def test_a_full_disk_leaves_no_partial_files(pico_llama, tmp_path):
     import subprocess
 
     small = tmp_path / "small"
@@ -266,8 +270,8 @@ def test_a_full_disk_leaves_nothing_half_written(pico_llama, tmp_path):
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_a_config_in_the_form_of_transformers_4_is_left_as_it_is(pico_exaone4, tmp_path):
-    """EXAONE-4.0's own on the hub: transformers 5 writes into the nested dict that it is given."""
+def test_a_config_in_the_form_of_transformers_4_is_not_changed(pico_exaone4, tmp_path):
+    """EXAONE-4.0 has such a config on the hub, and transformers 5 changes the nested dict that it is given."""
     from compressors.model.transformers_version import retarget
 
     path = shutil.copytree(pico_exaone4, tmp_path / "model")

@@ -1,4 +1,4 @@
-"""What every family and every method must keep to, on models on disk; a new family is tested by being one of `pico`."""
+"""Test what every family and every method must keep to, on models on disk; `pico` is each family in turn."""
 
 import dataclasses
 import itertools
@@ -37,7 +37,7 @@ def own(base):
 
 
 def stock(path, **options):
-    """The model as stock transformers loads it, which must find every weight and miss none."""
+    """Load the model with stock transformers, which must find every weight and miss none."""
     model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -110,7 +110,7 @@ def test_an_identity_plan_changes_no_bit(base, its_family, statistics, own, pico
     assert torch.equal(logits(base.to_model("cpu"), windows), expected)
 
 
-def test_stock_transformers_loads_it_and_computes_what_the_screen_computed(
+def test_stock_transformers_loads_a_checkpoint_and_computes_what_the_screen_did(
     base, its_family, statistics, plan, tmp_path, windows
 ):
     assert build.check(plan, base, its_family, max_bytes=None) is None
@@ -136,7 +136,7 @@ def test_stock_transformers_loads_it_and_computes_what_the_screen_computed(
     }
 
 
-def test_quantised_checkpoints_load_and_agree_with_the_simulation(
+def test_quantized_checkpoints_load_and_agree_with_the_simulation(
     base, its_family, statistics, quantised, tmp_path, windows
 ):
     assert build.check(quantised, base, its_family, max_bytes=None) is None
@@ -155,7 +155,7 @@ def test_quantised_checkpoints_load_and_agree_with_the_simulation(
 @pytest.mark.parametrize(
     ("stored", "unquantised"), [("float32", torch.bfloat16), ("bfloat16", torch.bfloat16), ("float16", torch.float16)]
 )
-def test_quantised_checkpoints_keep_the_rest_in_16_bits(base, its_family, own, stored, unquantised):
+def test_quantized_checkpoints_keep_the_rest_in_16_bits(base, its_family, own, stored, unquantised):
     given = precision.cast(base, stored)
     for scheme in ("W8A8", "FP8_DYNAMIC"):
         made = build.apply(dataclasses.replace(own, precision=scheme), given, its_family, None)
@@ -165,9 +165,7 @@ def test_quantised_checkpoints_keep_the_rest_in_16_bits(base, its_family, own, s
         assert any(name.endswith("weight_scale") for name in kept)
 
 
-def test_predicted_bytes_are_those_written_and_parameters_those_of_the_model(
-    base, its_family, statistics, own, tmp_path
-):
+def test_predicted_bytes_and_parameters_are_those_of_the_written_model(base, its_family, statistics, own, tmp_path):
     for index, changes in enumerate([*PLANS.values(), *QUANTISED.values()]):
         plan = dataclasses.replace(own, **changes)
         made = build.apply(plan, base, its_family, statistics)
@@ -189,13 +187,13 @@ def test_a_plan_over_the_size_limit_is_infeasible_by_its_exact_size(base, its_fa
 
 
 def masked(base, edit):
-    """The base model in float32 after `edit(model)` has zeroed what a cut would remove."""
+    """Return the base model in float32 after `edit(model)` has zeroed what a cut would remove."""
     model = base.to_model("cpu", F32)
     edit(model)
     return model
 
 
-def test_a_depth_cut_is_the_model_without_these_layers(base, its_family, windows):
+def test_a_depth_cut_computes_the_model_without_the_dropped_layers(base, its_family, windows):
     cut = depth.cut(base, its_family, (0, 2, 3)).to_model("cpu", F32)
 
     def edit(model):
@@ -207,7 +205,7 @@ def test_a_depth_cut_is_the_model_without_these_layers(base, its_family, windows
     assert torch.equal(logits(cut, windows), logits(masked(base, edit), windows))
 
 
-def test_an_ffn_cut_is_the_model_with_these_channels_silent(base, its_family, statistics, windows):
+def test_an_ffn_cut_computes_the_model_with_the_removed_channels_zeroed(base, its_family, statistics, windows):
     kept = importance.choose_channels(base, its_family, 96, "activation", activations=statistics)
     assert len({tuple(index.tolist()) for index in kept}) > 1, "which channels stay must differ by layer"
 
@@ -222,7 +220,7 @@ def test_an_ffn_cut_is_the_model_with_these_channels_silent(base, its_family, st
 
 
 @pytest.mark.parametrize(("keep_heads", "keep_groups"), [(4, 2), (3, 3), (2, 2), (1, 1)])
-def test_a_head_cut_is_the_model_with_these_heads_silent(
+def test_a_head_cut_computes_the_model_with_the_removed_heads_zeroed(
     base, its_family, statistics, windows, keep_heads, keep_groups
 ):
     kept = importance.choose_heads(base, its_family, keep_heads, keep_groups, "activation", activations=statistics)
@@ -237,8 +235,8 @@ def test_a_head_cut_is_the_model_with_these_heads_silent(
     torch.testing.assert_close(logits(cut, windows), logits(masked(base, edit), windows), atol=2e-4, rtol=1e-4)
 
 
-def test_a_hidden_cut_is_the_model_with_these_dimensions_silent(base, its_family, statistics, windows):
-    """Zeroed dimensions count in the original's norms, so the mean over fewer of them is corrected by √(E'/E)."""
+def test_a_hidden_cut_computes_the_model_with_the_removed_dimensions_zeroed(base, its_family, statistics, windows):
+    """Zeroed dimensions count in the original's norms, so the mean over the kept ones is corrected by √(E'/E)."""
     width, layers = int(base.config["hidden_size"]), int(base.config["num_hidden_layers"])
     kept = hidden.choose(width, 72, statistics)
     gone = torch.ones(width, dtype=torch.bool)
@@ -262,8 +260,8 @@ def test_a_hidden_cut_is_the_model_with_these_dimensions_silent(base, its_family
     torch.testing.assert_close(logits(cut, windows), logits(masked(base, edit), windows), atol=2e-3, rtol=1e-3)
 
 
-def test_a_hidden_cut_keeps_each_norms_output_where_the_text_puts_it(base, its_family, statistics, own):
-    """The gain that stays, over the root mean square that is left, is as large as it was in the whole model."""
+def test_a_hidden_cut_keeps_the_size_of_each_norms_output_on_the_text(base, its_family, statistics, own):
+    """The kept gain over the remaining root mean square is as large as in the uncut model."""
     plan = dataclasses.replace(own, num_hidden_layers=3, hidden_size=72, precision="float32", drop_from="bottom")
     made = build.apply(plan, precision.cast(base, "float32"), its_family, statistics)
     layers = (2, 3, 4)  # none keeps its number
@@ -285,7 +283,7 @@ def test_a_hidden_cut_keeps_each_norms_output_where_the_text_puts_it(base, its_f
     assert min(gaps) > 2e-5, "corrections closer than the tolerance above couldn't be told apart"
 
 
-def test_a_block_that_puts_out_nothing_gives_no_nan(base, its_family, statistics):
+def test_a_block_whose_output_is_zero_gives_no_nan(base, its_family, statistics):
     silent = [torch.zeros(base.config["hidden_size"])] * len(its_family.residual_norms(5))
     cut = hidden.cut(base, its_family, torch.arange(72), silent)
     assert all(torch.isfinite(tensor.load()).all() for tensor in cut.tensors.values())
@@ -294,7 +292,7 @@ def test_a_block_that_puts_out_nothing_gives_no_nan(base, its_family, statistics
 # -- what stays ----------------------------------------------------------------------------------------------
 
 
-def test_statistics_are_those_of_a_plain_computation(base, its_family, windows, statistics):
+def test_statistics_equal_a_plain_computation(base, its_family, windows, statistics):
     model = base.to_model("cpu", F32)
     seen = {}
 
@@ -325,7 +323,7 @@ def test_statistics_are_those_of_a_plain_computation(base, its_family, windows, 
     torch.testing.assert_close(statistics.norm_mean_square[norm], squares, atol=1e-5, rtol=1e-4)
 
 
-def test_hidden_activity_is_the_mean_over_layers_that_count_alike(base, its_family, windows, statistics):
+def test_hidden_activity_weighs_all_layers_the_same(base, its_family, windows, statistics):
     model = base.to_model("cpu", F32)
     streams = [[] for _ in range(5)]
     for layer, stream in zip(model.model.layers, streams, strict=True):
@@ -337,7 +335,7 @@ def test_hidden_activity_is_the_mean_over_layers_that_count_alike(base, its_fami
     torch.testing.assert_close(statistics.hidden_activity, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_windows_of_different_lengths_weigh_by_their_tokens(base, its_family, windows):
+def test_windows_of_different_lengths_are_weighted_by_their_tokens(base, its_family, windows):
     short, long = windows[0][:10], windows[1]
     both = activations.calibrate(base, [short, long])
     alone = [activations.calibrate(base, [window]) for window in (short, long)]
@@ -360,15 +358,15 @@ def test_activations_that_are_not_finite_are_refused(base, windows):
         activations.calibrate(dataclasses.replace(base, tensors=broken), windows)
 
 
-def test_statistics_survive_the_disk(statistics, tmp_path):
+def test_saved_statistics_are_loaded_unchanged(statistics, tmp_path):
     statistics.save(tmp_path / "s.safetensors")
     again = activations.Calibration.load(tmp_path / "s.safetensors")
     assert torch.equal(again.ffn_activity, statistics.ffn_activity)
     assert again.norm_mean_square.keys() == statistics.norm_mean_square.keys()
 
 
-def test_statistics_follow_the_layers_that_stay(base, its_family, statistics, own):
-    """Depth is cut first: what stays of the new layer 0 must be chosen by the activity of the old layer 2."""
+def test_statistics_follow_the_kept_layers(base, its_family, statistics, own):
+    """Depth is cut first, so the new layer 0 must be cut by the activity of the old layer 2."""
     plan = dataclasses.replace(
         own, num_hidden_layers=3, intermediate_size=96, num_attention_heads=3, drop_from="bottom"
     )
@@ -386,8 +384,8 @@ def test_statistics_follow_the_layers_that_stay(base, its_family, statistics, ow
         assert torch.equal(found, expected)
 
 
-def test_a_config_of_transformers_4_is_understood(base, its_family, statistics, own, pico, tmp_path, windows):
-    """The hub's own files say rope_theta, rope_scaling and torch_dtype: misread, they would give other logits."""
+def test_a_config_of_transformers_4_is_read_correctly(base, its_family, statistics, own, pico, tmp_path, windows):
+    """Files on the hub have rope_theta, rope_scaling and torch_dtype; misread, they would give other logits."""
     shutil.copytree(pico, tmp_path / "old")
     config = dict(base.config)
     rope = config.pop("rope_parameters")

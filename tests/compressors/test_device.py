@@ -1,4 +1,4 @@
-"""The dtype that a device computes in."""
+"""Test the dtype that a device computes in."""
 
 import torch
 

@@ -1,3 +1,5 @@
+"""Test distillation: its loss, its training, its saved states, and what is refused."""
+
 import dataclasses
 import json
 import math
@@ -36,7 +38,7 @@ SETTINGS = Distillation(
 
 
 def text(windows, seed, below=6):
-    """Windows of random walks over few tokens: what is learnt of some helps with others."""
+    """Return windows of random walks over few tokens, so that training on some helps with others."""
     random = torch.Generator().manual_seed(seed)
     steps = torch.randint(0, 3, (windows, WINDOW), generator=random)
     return ((torch.randint(0, below, (windows, 1), generator=random) + steps.cumsum(1)) % below).tolist()
@@ -64,7 +66,7 @@ def quiet(progress):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("temperature", "weight_ce"), [(1.0, 0.0), (2.5, 0.0), (1.0, 0.7), (2.5, 0.7)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole(tied, temperature, weight_ce, dtype):
+def test_the_chunked_loss_and_its_gradients_equal_the_unchunked_ones(tied, temperature, weight_ce, dtype):
     random = torch.Generator().manual_seed(0)
     V, E, E_teacher, P = 37, 8, 12, 23  # 23 positions: the last of the chunks of 5 is a shorter one
     embedding, head = (torch.randn(V, E, generator=random, dtype=dtype).requires_grad_() for _ in range(2))
@@ -100,7 +102,7 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole(tied, tempera
         torch.testing.assert_close(one, other, **close)
 
 
-def test_no_tensor_of_all_positions_and_the_vocabulary_is_made():
+def test_no_tensor_holds_the_logits_of_all_positions():
     made = []
 
     class Shapes(torch.utils._python_dispatch.TorchDispatchMode):
@@ -120,7 +122,7 @@ def test_no_tensor_of_all_positions_and_the_vocabulary_is_made():
     assert {size for shape in made if 333 in shape for size in shape} == {333, 8, 4}
 
 
-def test_a_batchs_gradient_is_that_of_the_stock_model(pico):
+def test_the_gradient_of_a_batch_equals_that_of_the_stock_model(pico):
     student, teacher = pair_of(pico)
     ids = torch.tensor(text(4, 0))
     taught, teaching = (checkpoint.to_model("cpu", torch.float32) for checkpoint in (student, teacher))
@@ -140,7 +142,7 @@ def test_a_batchs_gradient_is_that_of_the_stock_model(pico):
         torch.testing.assert_close(master.grad, expected[name].grad, rtol=1e-4, atol=1e-6)
 
 
-def test_activations_that_are_computed_twice_give_the_same_gradient_and_are_not_kept(pico_exaone4):
+def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(pico_exaone4):
     student, teacher = pair_of(pico_exaone4)
     ids = torch.tensor(text(2, 0))
     once = distill_pair.make(student, teacher, torch.float32, "cpu")
@@ -158,7 +160,7 @@ def test_activations_that_are_computed_twice_give_the_same_gradient_and_are_not_
 
 
 @pytest.mark.parametrize("family", ["llama", "exaone4"])
-def test_a_cut_student_comes_nearer_to_its_teacher(family, request, tmp_path):
+def test_distillation_brings_a_cut_student_nearer_to_its_teacher(family, request, tmp_path):
     teacher = Checkpoint.read(request.getfixturevalue(f"pico_{family}"))
     cut = depth.cut(teacher, family_of(teacher), range(4))
     student = ffn.cut(cut, family_of(teacher), importance.choose_channels(cut, family_of(teacher), 128, "activation"))
@@ -224,7 +226,7 @@ distill(student, teacher, text(50, 0), text(8, 1), {settings}, "cpu", pathlib.Pa
 """
 
 
-def test_a_killed_run_ends_as_one_that_was_not_killed(pico_exaone4, tmp_path):
+def test_a_killed_and_resumed_run_ends_like_an_uninterrupted_one(pico_exaone4, tmp_path):
     settings = "dataclasses.replace(SETTINGS, weight_ce=0.1)"
     script = KILLED.format(
         threads=torch.get_num_threads(),
@@ -265,7 +267,7 @@ def test_a_killed_run_ends_as_one_that_was_not_killed(pico_exaone4, tmp_path):
     assert dataclasses.replace(again, checkpoint=whole.checkpoint) == whole, "an ended one is not trained again"
 
 
-def test_it_stops_when_the_held_out_kl_stops_improving_and_gives_the_best(pico_exaone4, tmp_path):
+def test_training_stops_without_improvement_and_returns_the_best_student(pico_exaone4, tmp_path):
     student, teacher = pair_of(pico_exaone4)
     settings = dataclasses.replace(
         SETTINGS, tokens=4000 * 128, learning_rate=2e-3, warmup_share=0.0, evaluate_every=2 * 128, patience=1
@@ -299,7 +301,7 @@ def test_master_weights_keep_what_bfloat16_would_lose(pico_exaone4, tmp_path):
         assert torch.equal(kept[f"weight.{name}"].bfloat16().float(), gain)
 
 
-def test_bfloat16_beside_master_weights_learns_as_float32_does(pico_exaone4, tmp_path):
+def test_bfloat16_with_master_weights_learns_as_float32_does(pico_exaone4, tmp_path):
     student, teacher = pair_of(pico_exaone4)
     found = [
         distill(
@@ -319,7 +321,7 @@ def test_bfloat16_beside_master_weights_learns_as_float32_does(pico_exaone4, tmp
 
 
 def broken_token(checkpoint, token):
-    """Its input embedding is NaN, so that every window that holds it gives NaN."""
+    """Return the student with a NaN embedding of one token, so that every window with it gives NaN."""
 
     def broken(embedding):
         embedding = embedding.clone()
@@ -330,7 +332,7 @@ def broken_token(checkpoint, token):
     return dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, name: checkpoint.tensors[name].map(broken)})
 
 
-def test_batches_that_give_nan_are_skipped_and_three_in_a_row_end_it(write_pico_model, tmp_path):
+def test_nan_batches_are_skipped_and_three_in_a_row_end_the_training(write_pico_model, tmp_path):
     student, teacher = pair_of(write_pico_model(tmp_path / "model", "exaone4", tie_word_embeddings=False))
     student = broken_token(student, 319)
     good = text(16, 0)
@@ -347,7 +349,7 @@ def test_batches_that_give_nan_are_skipped_and_three_in_a_row_end_it(write_pico_
     rows = [*good[:5], *bad]  # of 25 windows most are bad: three in a row come soon, after a good one
     settings = dataclasses.replace(settings, evaluate_every=WINDOW, seed=next(filter(good_then_bad, range(1000))))
     arguments = (student, teacher, rows, text(8, 1), settings, "cpu", tmp_path / "three")
-    for _ in range(2):  # called again it says the same, and trains no further
+    for _ in range(2):  # a second call raises the same error, without more training
         with pytest.raises(CompressionError, match="3 batches in a row, at 4 of 16") as caught:
             distill(*arguments, quiet)
         assert "\n" not in str(caught.value)
@@ -442,7 +444,7 @@ def test_models_that_can_not_be_distilled_are_refused(pico_llama, pico_exaone4, 
     assert not work.exists()
 
 
-def test_a_model_that_changes_its_logits_is_refused(pico_llama):
+def test_a_model_whose_logits_are_capped_is_refused(pico_llama):
     pair = distill_pair.make(*pair_of(pico_llama), torch.float32, "cpu")
     window = torch.tensor(text(1, 0)[0])
     distill_pair.require_plain_logits(pair, window)
@@ -451,7 +453,7 @@ def test_a_model_that_changes_its_logits_is_refused(pico_llama):
         distill_pair.require_plain_logits(pair, window)
 
 
-def test_text_and_settings_that_can_not_be_are_refused(pico_llama, tmp_path):
+def test_invalid_text_and_settings_are_refused(pico_llama, tmp_path):
     student, teacher = pair_of(pico_llama)
 
     def said(**changes):
@@ -477,7 +479,7 @@ def test_text_and_settings_that_can_not_be_are_refused(pico_llama, tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-def test_another_distillations_directory_and_a_damaged_one_are_refused(pico_exaone4, tmp_path):
+def test_the_directory_of_another_distillation_and_a_damaged_one_are_refused(pico_exaone4, tmp_path):
     student, teacher = pair_of(pico_exaone4)
     settings = dataclasses.replace(SETTINGS, tokens=4 * 128)
     work = tmp_path / "work"
@@ -501,7 +503,7 @@ def refusal_of_damage(student, teacher, work, content):
     return "delete the directory, and it starts again" in refused(CheckpointError, student, teacher, work)
 
 
-def test_a_place_where_nothing_can_be_kept_is_refused(pico_llama, tmp_path):
+def test_a_directory_that_can_not_be_created_is_refused(pico_llama, tmp_path):
     student, teacher = pair_of(pico_llama)
     (tmp_path / "file").write_text("")
     assert "can't be made (Not a directory)" in refused(CheckpointError, student, teacher, tmp_path / "file" / "work")

@@ -1,4 +1,4 @@
-"""What is particular to one family: what its config.json leaves open, what is refused, and what vLLM makes of it."""
+"""Test what is particular to one family: the gaps of its config.json, what is refused, and what vLLM computes."""
 
 import dataclasses
 import functools
@@ -75,7 +75,7 @@ def read(path):
         ("gemma3_text", ("head_dim",), {}, "lacks head_dim, and transformers takes 256 for gemma3_text, not 16"),
     ],
 )
-def test_what_would_change_the_meaning_is_refused_by_name(
+def test_keys_that_would_change_the_architecture_are_refused_by_name(
     tmp_path, write_pico_model, model_type, dropped, changes, said
 ):
     path = write_pico_model(tmp_path / "m", model_type)
@@ -86,7 +86,7 @@ def test_what_would_change_the_meaning_is_refused_by_name(
     assert "\n" not in str(caught.value)
 
 
-def test_models_that_bring_their_own_code_are_refused_with_that_reason(pico_llama, tmp_path):
+def test_models_that_need_their_own_code_are_refused_with_that_reason(pico_llama, tmp_path):
     config = {
         "architectures": ["ElsewhereForCausalLM"],
         "auto_map": {"AutoConfig": "configuration_elsewhere.ElsewhereConfig"},
@@ -136,10 +136,10 @@ def test_a_model_that_reads_images_is_refused_with_that_reason(tmp_path):
         ),
     ],
 )
-def test_a_depth_cut_carries_each_layers_own_kind_that_a_rule_made(
+def test_a_depth_cut_keeps_each_layers_type_also_if_a_rule_derives_it(
     tmp_path, write_pico_model, windows, model_type, rule, dropped, key, own, kept
 ):
-    """As Gemma's hub config has it: a rule that counts from the first layer, and no list."""
+    """Gemma's config on the hub has a rule that counts from the first layer, and no list."""
     path = write_pico_model(tmp_path / "m", model_type)
     edit_config(path, *dropped, **rule)
     base, its_family = read(path)
@@ -166,8 +166,8 @@ def test_a_head_that_is_tied_by_default_is_read_in_each_decode_step(tmp_path, wr
 # -- Gemma's embedding -----------------------------------------------------------------------------------------
 
 
-def test_an_untied_gemma_keeps_its_logits_when_silent_dimensions_are_cut(tmp_path, write_pico_model, windows):
-    """The embedding makes up for √hidden_size, and the lm_head, which isn't scaled, must not."""
+def test_an_untied_gemma_keeps_its_logits_when_zeroed_dimensions_are_cut(tmp_path, write_pico_model, windows):
+    """The embedding is corrected for √hidden_size; the lm_head, which isn't scaled, must not be."""
     path = write_pico_model(tmp_path / "m", "gemma3_text", dtype="float32", tie_word_embeddings=False)
     base, its_family = read(path)
     kept = torch.arange(96)[torch.arange(96) % 4 != 1]  # 72
@@ -214,7 +214,7 @@ def test_a_qwen2_whose_head_dim_changes_becomes_the_llama_that_computes_the_same
 # -- EXAONE 3.5 as a Llama -------------------------------------------------------------------------------------
 
 
-def test_exaone_3_is_read_as_the_llama_that_it_is(tmp_path, write_pico_exaone3, windows):
+def test_exaone_3_is_read_as_a_llama(tmp_path, write_pico_exaone3, windows):
     path = write_pico_exaone3(tmp_path / "m", tie_word_embeddings=False)
     base, its_family = read(path)
     assert its_family.model_type == base.config["model_type"] == "llama"
@@ -228,7 +228,7 @@ def test_exaone_3_is_read_as_the_llama_that_it_is(tmp_path, write_pico_exaone3, 
 
 @pytest.mark.skipif("exaone" not in CONFIG_MAPPING_NAMES, reason="this transformers knows no EXAONE 3")
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}], ids=["tied", "untied"])
-def test_stock_transformers_computes_the_same_of_an_exaone_3(tmp_path, write_pico_exaone3, windows, changes):
+def test_stock_transformers_computes_the_same_from_an_exaone_3(tmp_path, write_pico_exaone3, windows, changes):
     path = write_pico_exaone3(tmp_path / "m", **changes)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
     assert not info["missing_keys"]
@@ -242,7 +242,7 @@ def test_stock_transformers_computes_the_same_of_an_exaone_3(tmp_path, write_pic
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_exaone_3_that_leaves_it_open_is_tied_as_its_weights_say(tmp_path, write_pico_exaone3, tied):
+def test_an_exaone_3_without_tie_word_embeddings_is_tied_as_its_weights_are(tmp_path, write_pico_exaone3, tied):
     path = write_pico_exaone3(tmp_path / "m", tie_word_embeddings=tied)
     edit_config(path, "tie_word_embeddings")  # of transformers 4 the default is true, of 5 false
     base, _ = read(path)
@@ -261,7 +261,7 @@ def test_rotary_frequencies_that_llama_2_stored_are_left_out(tmp_path, pico_llam
 
 
 @pytest.mark.parametrize("precision", ["float32", "W8A8"])
-def test_a_cut_exaone_3_is_a_llama_for_everyone(tmp_path, write_pico_exaone3, windows, precision):
+def test_a_cut_exaone_3_is_written_as_a_llama(tmp_path, write_pico_exaone3, windows, precision):
     base, its_family = read(write_pico_exaone3(tmp_path / "m"))
     plan = dataclasses.replace(
         CompressionPlan.identity(base.config),
@@ -298,7 +298,7 @@ def test_a_cut_exaone_3_is_a_llama_for_everyone(tmp_path, write_pico_exaone3, wi
         (("num_layers",), {}, "config.json has num_hidden_layers: None; it must be a number"),
     ],
 )
-def test_an_exaone_3_that_is_something_else(tmp_path, write_pico_exaone3, dropped, changes, said):
+def test_an_exaone_3_of_another_kind_is_refused(tmp_path, write_pico_exaone3, dropped, changes, said):
     path = write_pico_exaone3(tmp_path / "m")
     edit_config(path, *dropped, **changes)
     with pytest.raises(CheckpointError, match=said) as caught:
@@ -330,7 +330,7 @@ ALPHABET = 128
 
 
 def walks(count, length, seed):
-    """Token ids [count, length]; each is one of four that follow the one two before it: attention has to find that."""
+    """Return token ids [count, length]; each depends on the one two before it, which only attention can find."""
     table = torch.randint(3, 3 + ALPHABET, (ALPHABET, 4), generator=torch.Generator().manual_seed(0))
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 3 + ALPHABET, (count, length), generator=random)
@@ -342,7 +342,7 @@ def walks(count, length, seed):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, write_pico_model):
-    """Writes what SERVED names, trained for some seconds: a random model's loss says little of how it was loaded."""
+    """Write the models of SERVED, trained for some seconds: the loss of a random model hardly depends on loading."""
 
     @functools.cache
     def write(name):

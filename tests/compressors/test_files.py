@@ -1,4 +1,4 @@
-"""One process at a time, and a killed one holds up nobody."""
+"""Test that files are written whole, and that a lock is held by one process at a time."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def holding(path, seconds):
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def test_the_second_waits_until_the_first_was_killed(tmp_path):
+def test_a_lock_is_waited_for_and_released_when_its_holder_is_killed(tmp_path):
     with holding(tmp_path / "made", 600) as first:
         assert first.stdout.readline() == "inside\n"
         with holding(tmp_path / "made", 0) as second:
@@ -59,7 +59,7 @@ def test_an_error_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_place_that_can_not_be_written_is_one_line(tmp_path):
+def test_a_lock_that_can_not_be_written_is_an_error_of_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="make its directory writable"), alone(tmp_path / "file" / "made"):
         pass

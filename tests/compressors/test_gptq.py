@@ -1,4 +1,4 @@
-"""GPTQ against a plain implementation, and on inputs that are dead, too few, or a thousand times the others."""
+"""Test GPTQ against a plain implementation, and on inputs that are dead, too few, or a thousand times the others."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Key/value groups chosen by what the predictions lose when those of all layers are left out."""
+"""Test the choice of key/value groups by what the predictions lose without them."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ def collected(model, domains, tmp_path_factory):
 
 
 def kl_without(model, gone, windows):
-    """Nats per token, of every fourth, of a stock model whose o_proj has zeros for these groups, by layer."""
+    """Return the KL of a stock model whose o_proj is zero for these groups by layer, over every fourth token."""
     its, size = family.family_of(model), family.head_dim(model.config)
     width, tensors = 2 * size, dict(model.tensors)
     for layer, groups in enumerate(gone):
@@ -84,7 +84,7 @@ def by_hand(model, energy, keep, windows):
 
 
 @pytest.mark.parametrize("keep", [6, 3])
-def test_each_layer_goes_without_what_costs_least_beside_the_others(model, domains, collected, tmp_path, keep):
+def test_each_layer_loses_the_groups_that_cost_least_given_the_other_layers(model, domains, collected, tmp_path, keep):
     its = family.family_of(model)
     energy = importance.group_energies(model, its, collected)
     windows = [window for those in domains.values() for window in those]
@@ -107,7 +107,7 @@ def test_the_windows_are_spread_over_the_text(model, domains, collected, tmp_pat
     )
 
 
-def test_a_search_goes_on_where_it_was_killed(model, domains, collected, tmp_path):
+def test_a_killed_search_resumes_where_it_was(model, domains, collected, tmp_path):
     its = family.family_of(model)
     energy = importance.group_energies(model, its, collected)
     expected = heads_by_kl.choose(model, its, domains, energy, 6, tmp_path)
@@ -129,15 +129,15 @@ def test_a_search_goes_on_where_it_was_killed(model, domains, collected, tmp_pat
     assert said == []
     file = tmp_path / "cut" / "groups-6.json"
     stored = json.loads(file.read_text())
-    file.write_text(json.dumps({**stored, "rules": [0], "gone": [[0, 1]] * 3}))  # by other rules: made again
+    file.write_text(json.dumps({**stored, "rules": [0], "gone": [[0, 1]] * 3}))  # of another version: searched again
     assert heads_by_kl.choose(model, its, domains, energy, 6, tmp_path / "cut") == expected
     file.write_text("{")
     with pytest.raises(CheckpointError, match="delete it"):
         heads_by_kl.choose(model, its, domains, energy, 6, tmp_path / "cut")
 
 
-def test_a_plan_keeps_the_others_in_the_layers_that_stay(model, domains, collected):
-    """Chosen in the whole model: a plan with fewer layers asks for no other choice."""
+def test_a_plan_keeps_the_other_groups_in_its_kept_layers(model, domains, collected):
+    """Groups are chosen in the whole model, so a plan with fewer layers needs no other choice."""
     its, own = family.family_of(model), CompressionPlan.identity(model.config)
     energy = importance.group_energies(model, its, collected)
     gone = heads_by_kl.choose(model, its, domains, energy, 6, collected.path)

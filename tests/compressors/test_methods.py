@@ -1,3 +1,5 @@
+"""Test the choices of methods, the grids of schemes, and the reasons of infeasible plans."""
+
 import dataclasses
 import json
 

@@ -1,4 +1,4 @@
-"""Options of a scheme: what is written, what stock transformers makes of it, what is refused."""
+"""Test the options of schemes: what is written, what stock transformers computes from it, what is refused."""
 
 import json
 from collections import Counter

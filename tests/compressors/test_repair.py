@@ -1,4 +1,4 @@
-"""Second moments, what is chosen by them, and what they repair."""
+"""Test second moments, the choices made by them, and the repair with them."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ from compressors.steps import quantize
 
 
 def moment_of(x):
-    """Of x [n, K]."""
+    """Return the moments of x [n, K]."""
     return Moment(x.T @ x / len(x), x.mean(0), len(x))
 
 
@@ -39,7 +39,7 @@ def collected(base, domains, tmp_path_factory):
 # -- second moments ------------------------------------------------------------------------------------------
 
 
-def test_they_are_those_of_a_whole_forward_pass(base, its_family, domains, collected):
+def test_second_moments_equal_those_of_a_whole_forward_pass(base, its_family, domains, collected):
     model = base.to_model("cpu", torch.float32)
     names = dict(model.named_modules())
     for domain, windows in domains.items():
@@ -58,7 +58,7 @@ def test_they_are_those_of_a_whole_forward_pass(base, its_family, domains, colle
             torch.testing.assert_close(found.mean, x.mean(0), rtol=1e-3, atol=1e-5)
 
 
-def test_one_token_does_not_hold_the_trace():
+def test_a_massive_token_does_not_hold_the_trace():
     x = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))
     calm = x.clone()
     x[0, 0] *= 1e4
@@ -71,7 +71,7 @@ def test_one_token_does_not_hold_the_trace():
     torch.testing.assert_close(found[0, 0] / found[0, 0].norm(), calm[0, 0] / calm[0, 0].norm())
 
 
-def test_they_are_collected_once_and_renumbered_with_the_layers(base, domains, collected):
+def test_second_moments_are_collected_once_and_renumbered_with_the_layers(base, domains, collected):
     stamp = (collected.path / "layer-0.safetensors").stat().st_mtime_ns
     assert second_moments.collect(base, domains, collected.path) == collected
     assert (collected.path / "layer-0.safetensors").stat().st_mtime_ns == stamp
@@ -108,14 +108,14 @@ def problem():
     return x, weight, kept
 
 
-def test_without_a_ridge_it_is_least_squares(problem):
+def test_without_a_ridge_the_repair_is_least_squares(problem):
     x, weight, kept = problem
     made = repair.ridge(weight, kept, moment_of(x).second, 1e-9)
     expected = torch.linalg.lstsq(x[:, kept].double(), (x @ weight.T).double()).solution.T
     torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_ridge_is_toward_the_weights_that_stay(problem):
+def test_the_ridge_pulls_toward_the_kept_weights(problem):
     x, weight, kept = problem
     second = moment_of(x).second
     own = weight.double()[:, kept]
@@ -123,7 +123,7 @@ def test_the_ridge_is_toward_the_weights_that_stay(problem):
     torch.testing.assert_close(repair.ridge(weight, kept, second, 1e9), own, rtol=1e-6, atol=1e-6)
     distances = [float((repair.ridge(weight, kept, second, f) - own).norm()) for f in repair.STRENGTHS]
     assert distances == sorted(distances, reverse=True)
-    # it minimises what its docstring says: any other W' loses more
+    # any other W' loses more, by the loss in the module's docstring
     factor = 0.3
     made = repair.ridge(weight, kept, second, factor)
     unit = float(second.diagonal()[kept].double().median())
@@ -145,7 +145,7 @@ def test_the_loss_is_the_mean_over_tokens(problem):
     assert repair.loss(weight, made, kept, moment_of(x).second) == pytest.approx(float(direct), rel=1e-4)
 
 
-def test_inputs_that_follow_from_others_cost_nothing(problem):
+def test_removing_inputs_that_others_determine_costs_nothing(problem):
     x, weight, kept = problem
     gone = repair.removed(kept, 12)
     x = x.clone()
@@ -155,11 +155,11 @@ def test_inputs_that_follow_from_others_cost_nothing(problem):
     assert repair.loss(weight, weight[:, kept], kept, moment_of(x).second) > 1
 
 
-def test_the_strength_is_what_a_domain_that_was_left_out_asks_for(problem):
+def test_the_strength_is_best_on_a_domain_left_out_of_the_fit(problem):
     x, weight, kept = problem
     alike = {"a": moment_of(x[:200]), "b": moment_of(x[200:])}
     assert repair.strength(weight, kept, alike) <= 0.1
-    # what one domain teaches is wrong in the other: nothing is gained by learning it
+    # what is right for one domain is wrong for the other, so nothing is gained
     gone = repair.removed(kept, 12)
     other = x.clone()
     other[:, gone] *= -1.0
@@ -173,7 +173,7 @@ def reader(weight, x):
 # -- importance ----------------------------------------------------------------------------------------------
 
 
-def test_flap_is_variance_times_the_columns_norm():
+def test_flap_is_the_variance_times_the_norm_of_the_column():
     x = torch.tensor([[1.0, 5.0, 0.0], [3.0, 5.0, 1.0], [5.0, 5.0, 2.0]])
     weight = torch.tensor([[1.0, 9.0, 2.0], [0.0, 9.0, 2.0]])
     expected = x.var(0, correction=0).double() * weight.double().square().sum(0)
@@ -181,7 +181,7 @@ def test_flap_is_variance_times_the_columns_norm():
     assert flap.channels(reader(weight, x), 2).tolist() == [0, 2]  # the constant one goes
 
 
-def test_energy_is_what_a_block_adds_to_the_output(problem):
+def test_energy_is_the_mean_square_that_a_block_adds_to_the_output(problem):
     x, weight, _ = problem
     for size in (1, 3):
         expected = torch.stack([
@@ -193,14 +193,14 @@ def test_energy_is_what_a_block_adds_to_the_output(problem):
     assert energy.channels(reader(weight, x), 5).tolist() == largest.tolist()
 
 
-def test_groups_go_by_what_their_heads_add_together():
+def test_groups_are_removed_by_what_their_heads_add_together():
     """Two heads whose outputs cancel add nothing, however large they are."""
     together, alone = [9.0, 9.0, 1.0, 1.0], [0.1, 2.0]
     assert heads.choose(4, 2, 2, 1, together, alone) == ((1, (2, 3)),)
     assert heads.choose(4, 2, 2, 1, together) == ((0, (0, 1)),)
 
 
-def test_obs_drops_what_others_can_replace(problem):
+def test_obs_removes_inputs_that_others_can_replace(problem):
     x, weight, _ = problem
     x = x.clone()
     x[:, 4] = 3.0 * x[:, 9]  # large, and redundant: it or its source goes first
@@ -222,7 +222,7 @@ def test_obs_is_the_best_single_choice(problem):
 
 
 @pytest.mark.parametrize("how", ["energy", "flap", "obs"])
-def test_heads_stay_the_same_number_in_every_group(base, its_family, collected, how):
+def test_every_group_keeps_the_same_number_of_heads(base, its_family, collected, how):
     config = base.config
     count, groups = config["num_attention_heads"], config["num_key_value_heads"]
     keep_groups = groups - 1
@@ -286,7 +286,7 @@ def divergence(original, model, windows):
 
 
 def test_gptq_sees_the_inputs_of_the_cut_model(base, its_family, collected):
-    """The second moment that a quantised projection of a cut model is given has its own width."""
+    """The second moment for a quantized projection of a cut model has the width of its cut input."""
     own = CompressionPlan.identity(base.config)
     plan = dataclasses.replace(own, intermediate_size=96, num_hidden_layers=3, drop_from="top")
     made = build.apply(plan, base, its_family, None, moments=collected)

@@ -1,4 +1,4 @@
-"""The residual stream in the basis of its principal components: the same model, and the cut that loses the least."""
+"""Test the residual stream in the basis of its principal components: the same model, and the cut that loses least."""
 
 import dataclasses
 
@@ -26,8 +26,7 @@ FAMILIES = ["llama", "llama_untied", "qwen2", "qwen3", "smollm3", "exaone4", "ge
 
 @pytest.fixture(params=["qwen2", "exaone4"])
 def base(request, tmp_path, write_pico_model):
-    """llama_untied has biases everywhere, qwen2 becomes a Llama when it is cut; exaone4 and gemma3 have norms behind
-    blocks."""
+    """llama_untied has biases everywhere, a cut qwen2 becomes a Llama, exaone4 and gemma3 have norms after blocks."""
     name = request.param.removesuffix("_untied")
     changes = {} if name == request.param else {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}
     return Checkpoint.read(write_pico_model(tmp_path / "base", name, dtype="float32", **changes))
@@ -48,7 +47,7 @@ def lost(checkpoint, expected, windows):
 
 
 def with_even_gains(base, its):
-    """One gain for all dimensions in each norm behind a block, another in each."""
+    """Give each norm after a block a single gain for all dimensions, which differs between norms."""
     tensors = dict(base.tensors)
     for layer in range(base.config["num_hidden_layers"]):
         for norm in its.output_norms.values():
@@ -58,7 +57,7 @@ def with_even_gains(base, its):
 
 
 def of_low_rank(base, its):
-    """The model with a residual stream that keeps to RANK dimensions, none of them its own."""
+    """Return the model with a residual stream of rank RANK, along none of its own dimensions."""
     E = base.config["hidden_size"]
     part = torch.linalg.qr(torch.randn(E, RANK, generator=torch.Generator().manual_seed(5)))[0]
     project, tensors = part @ part.T, dict(base.tensors)
@@ -72,7 +71,7 @@ def of_low_rank(base, its):
 
 
 @pytest.mark.parametrize("base", FAMILIES, indirect=True)
-def test_turned_the_model_computes_the_same(base, its, texts, tmp_path):
+def test_a_rotated_model_computes_the_same(base, its, texts, tmp_path):
     even = with_even_gains(base, its)
     turned = rotation.turn(even, its, rotation.principal(even, its, texts, tmp_path))
     assert lost(turned, logits(even, texts["one"]), texts["one"]) < 1e-8
@@ -81,13 +80,13 @@ def test_turned_the_model_computes_the_same(base, its, texts, tmp_path):
 
 
 @pytest.mark.parametrize("base", ["exaone4", "gemma3_text"], indirect=True)
-def test_uneven_gains_behind_a_block_are_made_good_in_the_mean(base, its, texts, tmp_path):
+def test_uneven_gains_after_a_block_are_corrected_in_the_mean(base, its, texts, tmp_path):
     found = rotation.principal(base, its, texts, tmp_path)
     turned = rotation.turn(base, its, found)
     expected = logits(base, texts["one"])
     as_it_is = lost(turned, expected, texts["one"])
     assert as_it_is < 0.1
-    for wrong in (0.9, 1.1):  # of all gains behind blocks, there is no better size
+    for wrong in (0.9, 1.1):  # no other size of the gains after blocks is better
         tensors = dict(turned.tensors)
         for layer in range(base.config["num_hidden_layers"]):
             for norm in its.output_norms.values():
@@ -109,15 +108,15 @@ def test_principal_components_are_orthonormal_and_hold_the_whole_stream(base, it
     assert len(said) == layers
     again = rotation.principal(base, its, texts, tmp_path, say=said.append)
     assert torch.equal(again.basis, found.basis)
-    assert len(said) == layers  # it is read, not found again
+    assert len(said) == layers  # the second call reads the file
 
 
-def test_a_stream_of_few_dimensions_loses_nothing_in_so_many(base, its, texts, tmp_path):
+def test_a_stream_of_few_dimensions_loses_nothing_when_cut_to_them(base, its, texts, tmp_path):
     few = of_low_rank(with_even_gains(base, its), its)
     windows = [window for those in texts.values() for window in those]
     statistics = activations.calibrate(few, windows)
     moment = second_moments.collect(few, texts, tmp_path / "moments")
-    keep = RANK + -RANK % base.config["num_attention_heads"]  # transformers wants a multiple of the heads of some
+    keep = RANK + -RANK % base.config["num_attention_heads"]  # some configs require a multiple of the heads
     plan = dataclasses.replace(CompressionPlan.identity(base.config), hidden_size=keep)
     expected = logits(few, texts["one"])
 
@@ -131,7 +130,7 @@ def test_a_stream_of_few_dimensions_loses_nothing_in_so_many(base, its, texts, t
         assert lost(made, expected, texts["one"]) < 1e-4
 
 
-def test_what_is_known_of_the_inputs_is_known_of_the_turned_model_s(base, its, texts, tmp_path):
+def test_second_moments_of_the_base_give_those_of_the_rotated_model(base, its, texts, tmp_path):
     even = with_even_gains(base, its)
     found = rotation.principal(even, its, texts, tmp_path)
     of_base = second_moments.collect(even, texts, tmp_path / "base-moments")
@@ -141,13 +140,13 @@ def test_what_is_known_of_the_inputs_is_known_of_the_turned_model_s(base, its, t
     for part in (its.q, its.o, its.gate, its.down):
         for domain, expected in collected.of(1, part).items():
             moment = changed.of(1, part)[domain]
-            # tokens are clipped by their length, which knows the gains: a little of the difference is that
+            # tokens are clipped by their length, which depends on the gains: that explains a small difference
             assert (moment.second - expected.second).norm() < 0.05 * expected.second.norm(), part
             assert moment.tokens == expected.tokens
 
 
 @pytest.mark.parametrize("base", ["gemma3_text"], indirect=True)
-def test_the_size_is_foreseen_with_an_lm_head_of_its_own(base, its, texts, tmp_path):
+def test_the_predicted_size_counts_the_lm_head_that_a_rotation_unties(base, its, texts, tmp_path):
     windows = [window for those in texts.values() for window in those]
     plan = dataclasses.replace(
         CompressionPlan.identity(base.config), hidden_size=72, precision="W8A8", quantizer="gptq", rotation="pca"
@@ -162,7 +161,7 @@ def test_the_size_is_foreseen_with_an_lm_head_of_its_own(base, its, texts, tmp_p
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("base", ["llama_untied", "exaone4"], indirect=True)
 @pytest.mark.parametrize("options", [{}, {"repair": "ridge"}, {"repair": "stream"}], ids=["cut", "ridge", "stream"])
-def test_a_gpu_makes_the_same_model(base, its, texts, tmp_path, options):
+def test_a_gpu_builds_the_same_model(base, its, texts, tmp_path, options):
     windows = [window for those in texts.values() for window in those]
     plan = dataclasses.replace(CompressionPlan.identity(base.config), hidden_size=72, rotation="pca", **options)
     made = {}
@@ -170,4 +169,4 @@ def test_a_gpu_makes_the_same_model(base, its, texts, tmp_path, options):
         statistics = activations.calibrate(base, windows, device)
         moment = second_moments.collect(base, texts, tmp_path / device, device)
         made[device] = build.apply(plan, base, its, statistics, moments=moment, device=device)
-    assert lost(made["cuda"], logits(made["cpu"], windows), windows) < 1e-5  # components are known but for their sign
+    assert lost(made["cuda"], logits(made["cpu"], windows), windows) < 1e-5  # the sign of a component is arbitrary

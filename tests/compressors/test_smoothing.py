@@ -1,4 +1,4 @@
-"""Smoothed inputs: the same model, whose channels a scheme's grids lose less of."""
+"""Test smoothed inputs: the model computes the same, and a scheme's grids lose less of it."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ def texts():
 
 @pytest.fixture(params=FAMILIES)
 def quiet(request, tmp_path, write_pico_model):
-    """In bfloat16; llama_untied has biases everywhere."""
+    """The models in bfloat16; llama_untied has biases everywhere."""
     name = request.param.removesuffix("_untied")
     changes = {} if name == request.param else {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}
     return Checkpoint.read(write_pico_model(tmp_path / "base", name, **changes))
@@ -52,7 +52,7 @@ def logits(checkpoint, windows, dtype=torch.float32):
 
 
 def inputs_of(checkpoint, modules, windows):
-    """Module → its inputs [tokens, K] in float32."""
+    """Return the inputs [tokens, K] of each module in float32."""
     model, seen = checkpoint.to_model("cpu", torch.float32), {}
     for name in modules:
         model.get_submodule(name).register_forward_pre_hook(
@@ -64,8 +64,7 @@ def inputs_of(checkpoint, modules, windows):
 
 
 def with_loud_channels(base, its):
-    """The same model with very uneven inputs: what makes them has some channels 64 times as loud, and what reads them
-    makes up for it."""
+    """Return the same model with some channels of its inputs 64 times as large, which their readers undo."""
     tensors, size = dict(base.tensors), family.head_dim(base.config)
 
     def by(width):
@@ -101,7 +100,7 @@ def with_loud_channels(base, its):
 def test_the_model_computes_the_same(base, its, second, texts, dtype):
     smooth, _ = smoothing.smooth(base, its, second)
     expected, found = logits(base, texts["one"], dtype), logits(smooth, texts["one"], dtype)
-    if its.norm_offset:  # gains beside an offset are rounded, and their readers' weights by what they were rounded to
+    if its.norm_offset:  # gains with an offset are rounded, and readers are multiplied by the rounded factor
         assert (found - expected).float().square().mean() < 1e-3 * expected.float().square().mean()
     else:
         assert torch.equal(found, expected)
@@ -200,7 +199,7 @@ def test_loud_channels_make_the_others_no_coarser(quiet, base, its, texts, tmp_p
 
 @pytest.mark.parametrize("quiet", ["llama_untied", "gemma3_text", "exaone4"], indirect=True)
 def test_written_it_is_what_was_scored(base, its, texts, tmp_path):
-    """Cut, repaired, smoothed and rounded: the checkpoint multiplied out is the model that is scored in memory."""
+    """The dequantized checkpoint of a cut, repaired, smoothed and rounded model is what is scored in memory."""
     own = CompressionPlan.identity(base.config)
     plan = dataclasses.replace(
         own,

@@ -1,4 +1,4 @@
-"""Repair through the whole model, and the order in which layers go."""
+"""Test the repair through the whole model, and the order in which layers are removed."""
 
 import dataclasses
 import itertools
@@ -52,14 +52,14 @@ def logits(checkpoint, windows):
 
 
 def kl(checkpoint, other, windows):
-    """Nats per token of the predictions of `other` from those of `checkpoint`."""
+    """Return the KL divergence of `checkpoint`'s predictions from those of `other`, in nats per token."""
     p, q = logits(checkpoint, windows).log_softmax(-1), logits(other, windows).log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 @torch.inference_mode()
 def hidden_states(checkpoint, windows):
-    """What each layer was given and put out, [B, T, E] each, of the stock model."""
+    """Return (input, output) of each layer of the stock model, [B, T, E] each."""
     model = checkpoint.to_model("cpu", F32)
     found = []
     for layer in model.model.layers:
@@ -77,22 +77,22 @@ def refit(cut, base, its_family, domains, *, layers=range(5), inputs=None, outpu
 
 
 def of_ffn(its_family, kept):
-    """(inputs, outputs) that a cut of the FFN leaves."""
+    """Return (inputs, outputs) that a cut of the FFN keeps."""
     return {its_family.down: kept}, dict.fromkeys((its_family.gate, its_family.up), kept)
 
 
 # -- repair --------------------------------------------------------------------------------------------------
 
 
-def test_what_loses_nothing_stays_as_it_is(base, its_family, domains):
+def test_projections_that_lose_nothing_are_not_changed(base, its_family, domains):
     made = refit(base, base, its_family, domains, inputs={its_family.o: [], its_family.down: []})
-    assert len(made) == 7 * 5 - 3  # before the first o nothing differs
+    assert len(made) == 7 * 5 - 3  # before the first o both streams are equal
     for name, weight in made.items():
         assert torch.equal(weight, base.tensors[name].load()), name
 
 
-def test_a_channel_that_there_is_twice_is_taken_over_by_its_twin(base, its_family, domains):
-    """down then has to add the column of the one that goes to that of the one that stays."""
+def test_a_removed_channel_is_taken_over_by_its_twin(base, its_family, domains):
+    """down must add the column of the removed channel to that of its twin."""
     base, changed = in_float32(base), {}
     for layer in range(5):
         for part in (its_family.gate, its_family.up):
@@ -114,7 +114,7 @@ def test_a_channel_that_there_is_twice_is_taken_over_by_its_twin(base, its_famil
 
 
 @pytest.mark.parametrize("cut_of", ["FFN", "depth", "hidden"])
-def test_the_stream_is_nearer_to_the_base_models_on_text_that_was_not_seen(base, its_family, domains, cut_of):
+def test_repair_brings_the_stream_nearer_to_the_base_models_on_unseen_text(base, its_family, domains, cut_of):
     base = in_float32(base)
     layers, inputs, outputs, dimensions = list(range(5)), {}, {}, None
     if cut_of == "FFN":
@@ -138,9 +138,11 @@ def test_the_stream_is_nearer_to_the_base_models_on_text_that_was_not_seen(base,
 
 
 @pytest.mark.parametrize("which", ["down", "gate"])
-def test_it_is_the_least_squares_of_what_the_cut_model_reads(pico_llama, domains, which):
-    """Of layer 1, against a solution from the stock models' hidden states: down aims at the stream, gate at its own
-    output in the base model."""
+def test_refit_weights_are_the_least_squares_of_what_the_cut_model_reads(pico_llama, domains, which):
+    """Layer 1 equals a solution from the stock models' hidden states.
+
+    down aims at the stream, and gate at its own output in the base model.
+    """
     base = in_float32(Checkpoint.read(pico_llama))
     its_family = family.family_of(base)
     kept = [torch.arange(128)] * 5
@@ -176,7 +178,7 @@ def test_it_is_the_least_squares_of_what_the_cut_model_reads(pico_llama, domains
 
 
 def seen(checkpoint, layer, part, windows):
-    """(input, output) of a projection of the stock model."""
+    """Return (input, output) of a projection of the stock model."""
     found = []
     model = checkpoint.to_model("cpu", F32)
     module = model.get_submodule(family.family_of(checkpoint).in_layer(layer, part))
@@ -187,8 +189,8 @@ def seen(checkpoint, layer, part, windows):
 
 
 @pytest.mark.parametrize("silent", ["o", "down"])
-def test_a_projection_that_puts_out_nothing_hinders_nobody(pico_exaone4, domains, silent):
-    """The norm behind it divides by its size."""
+def test_a_projection_whose_output_is_zero_does_not_spoil_the_repair(pico_exaone4, domains, silent):
+    """The norm after it divides by its size."""
     base = in_float32(Checkpoint.read(pico_exaone4))
     its_family = family.family_of(base)
     name = f"{its_family.in_layer(2, getattr(its_family, silent))}.weight"
@@ -201,7 +203,7 @@ def test_a_projection_that_puts_out_nothing_hinders_nobody(pico_exaone4, domains
     assert kl(base, made, unseen) < kl(base, cut, unseen)
 
 
-def test_what_reads_is_refit_from_where_the_streams_differ(pico_llama):
+def test_readers_are_refit_from_where_the_streams_differ(pico_llama):
     its_family = family.family_of(Checkpoint.read(pico_llama))
     readers, o, gated, down = its_family.fused
 
@@ -217,7 +219,7 @@ def test_what_reads_is_refit_from_where_the_streams_differ(pico_llama):
     assert parts([1, 2]) == [[], [down]]
 
 
-def test_what_one_domain_says_and_another_denies_changes_nothing():
+def test_domains_that_contradict_each_other_change_nothing():
     x = torch.randn(1, 400, 6, generator=torch.Generator().manual_seed(0))
     change = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
     yes, no = stream.Fit(), stream.Fit()
@@ -233,7 +235,7 @@ def test_what_one_domain_says_and_another_denies_changes_nothing():
 
 
 def test_a_single_window_is_not_judged_on_itself():
-    """Noise: what is left of it is small on the text that was fitted to, and says nothing."""
+    """A fit to noise leaves little on the fitted text, which proves nothing."""
     draw = torch.Generator().manual_seed(0)
     fit = stream.Fit()
     fit.add(torch.randn(1, 8, 6, generator=draw), torch.randn(1, 8, 4, generator=draw), torch.ones(1, 8, 1))
@@ -241,8 +243,8 @@ def test_a_single_window_is_not_judged_on_itself():
     assert strength == stream.Strength(0.3, 1.0)
 
 
-def test_the_strength_is_between_what_the_same_domain_and_another_ask_for():
-    """A domain's halves agree, and the other domain asks for a third of that."""
+def test_the_strength_balances_more_of_the_same_text_and_text_of_another_kind():
+    """The halves of a domain agree, and the other domain needs a third of their change."""
     x = torch.randn(1, 400, 6, generator=torch.Generator().manual_seed(0))
     change = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
     yes, no = stream.Fit(), stream.Fit()
@@ -278,13 +280,13 @@ def test_every_cut_at_once_is_repaired(base, its_family, domains, tmp_path):
     assert len(list(moment.path.glob("stream-*"))) == 1
 
 
-def test_broken_weights_and_damaged_files_are_said(pico_llama, domains, tmp_path):
+def test_broken_weights_and_damaged_files_are_errors(pico_llama, domains, tmp_path):
     base = Checkpoint.read(pico_llama)
     its_family = family.family_of(base)
     moment = second_moments.collect(base, {"low": domains["low"][:4]}, tmp_path / "m")
     plan = dataclasses.replace(CompressionPlan.identity(base.config), intermediate_size=128, repair="stream")
     statistics = activations.calibrate(base, domains["low"][:4])
-    (moment.path / ".stream-999999.safetensors.left").write_bytes(b"half")  # of a process that was killed
+    (moment.path / ".stream-999999.safetensors.left").write_bytes(b"half")  # left by a killed process
     made = build.apply(plan, base, its_family, statistics, moments=moment)
     made.digest()
     assert not (moment.path / ".stream-999999.safetensors.left").exists()
@@ -304,7 +306,7 @@ def test_broken_weights_and_damaged_files_are_said(pico_llama, domains, tmp_path
         )
 
 
-def test_a_plan_is_repaired_when_its_weights_are_read_and_once(pico_exaone4, domains, tmp_path):
+def test_a_plan_is_repaired_once_and_only_when_its_weights_are_read(pico_exaone4, domains, tmp_path):
     base = Checkpoint.read(pico_exaone4)
     its_family = family.family_of(base)
     moment = second_moments.collect(base, domains, tmp_path / "m")
@@ -335,7 +337,7 @@ def test_a_plan_is_repaired_when_its_weights_are_read_and_once(pico_exaone4, dom
 
 
 def dead(base, its_family, layers):
-    """The model with layers that add nothing to the stream."""
+    """Return the model with layers that add nothing to the stream."""
     changed = {}
     for layer in layers:
         for part in (its_family.o, its_family.down):
@@ -346,7 +348,7 @@ def dead(base, its_family, layers):
     return with_tensors(base, changed)
 
 
-def test_layers_go_by_what_the_predictions_lose(base, its_family, domains, tmp_path):
+def test_layers_are_removed_by_what_the_predictions_lose(base, its_family, domains, tmp_path):
     model = dead(in_float32(base), its_family, [1, 3])
     few = {name: windows[:2] for name, windows in domains.items()}
     windows = [window for those in few.values() for window in those]
@@ -360,7 +362,7 @@ def test_layers_go_by_what_the_predictions_lose(base, its_family, domains, tmp_p
 
 
 @pytest.mark.parametrize("look_ahead", [False, True])
-def test_an_order_does_not_depend_on_what_was_asked_before(pico_llama, domains, tmp_path, look_ahead, monkeypatch):
+def test_an_order_does_not_depend_on_earlier_requests(pico_llama, domains, tmp_path, look_ahead, monkeypatch):
     monkeypatch.setattr(layers_by_kl, "CANDIDATES", 2)
     base = Checkpoint.read(pico_llama)
     its_family, few = family.family_of(base), {"low": domains["low"][:2]}
@@ -388,7 +390,7 @@ def test_nearly_all_layers_can_go_one_by_one(pico_llama, domains, tmp_path, look
     assert len(tries) == 5 + 2 + 2 + 2, "the cheapest of the first step, and as many others as have gone since"
 
 
-def test_a_search_goes_on_where_it_was_killed(pico_llama, domains, tmp_path):
+def test_a_killed_search_resumes_where_it_was(pico_llama, domains, tmp_path):
     base = Checkpoint.read(pico_llama)
     its_family, few = family.family_of(base), {"low": domains["low"][:2]}
     expected = layers_by_kl.order(base, its_family, few, 3, tmp_path / "whole")
@@ -421,4 +423,4 @@ def test_look_ahead_takes_the_layer_that_leaves_the_cheapest_next_one(pico_llama
     }
     greedy = layers_by_kl.order(base, its_family, few, 2, tmp_path)
     assert greedy[0] == min(single, key=lambda layer: single[layer])
-    assert found != greedy  # of a pair, either may go first: look-ahead takes what it tried first
+    assert found != greedy  # either of the pair may go first: look-ahead takes the one it tried first

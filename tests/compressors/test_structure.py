@@ -1,4 +1,4 @@
-"""The structure of a model against its checkpoint, and what cuts save against checkpoints that were really cut."""
+"""Test the structure of a model against its checkpoint, and the savings of cuts against checkpoints that were cut."""
 
 import dataclasses
 import json
@@ -41,13 +41,13 @@ def edit_config(path, **changes):
 
 
 def rewrite(path, rename):
-    """The weights under other names."""
+    """Rename the weights."""
     tensors = load_file(path / "model.safetensors")
     save_file({rename(name): tensor for name, tensor in tensors.items()}, path / "model.safetensors")
 
 
 def agrees(found, checkpoint):
-    """Every sum, from the model down to the layers' weights."""
+    """Check every sum, from the model down to the weights of the layers."""
     assert (found.parameters, found.bytes) == (checkpoint.total_parameters, checkpoint.size_bytes)
     assert found.decode_bytes == checkpoint.decode_bytes
     for part in found.parts:
@@ -59,7 +59,7 @@ def agrees(found, checkpoint):
         assert sum(getattr(part, what) for part in in_layers + outside) == getattr(found, what)
 
 
-def test_sums_are_the_checkpoints(base, its_family):
+def test_sums_equal_those_of_the_checkpoint(base, its_family):
     agrees(structure.describe(base, its_family), base)
 
 
@@ -118,8 +118,8 @@ def test_describing_a_known_family_reads_no_weights(base, its_family):
 # -- cuts ----------------------------------------------------------------------------------------------------
 
 
-def test_what_a_cut_saves_is_the_difference_of_the_files_that_are_written(base, its_family, tmp_path):
-    """The plans that a person expects, and for each what is on disk afterwards."""
+def test_the_savings_of_a_cut_equal_the_difference_of_the_written_files(base, its_family, tmp_path):
+    """The expected plans are listed, and each saves what its written file does."""
     hidden_size = base.config["hidden_size"]
     changes = {
         "layers 5 → 4": {"num_hidden_layers": 4},
@@ -200,7 +200,7 @@ def test_cuts_of_thirty_layers_take_well_under_a_second(smollm2):
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC", "W4A16"])
-def test_a_quantised_checkpoint_is_described_with_the_parameters_it_had(scheme, write_pico_model, tmp_path):
+def test_a_quantized_checkpoint_is_described_with_its_original_parameters(scheme, write_pico_model, tmp_path):
     base = Checkpoint.read(write_pico_model(tmp_path / "base", "exaone4", head_dim=16, num_hidden_layers=2))
     known = family_of(base)
     plan = dataclasses.replace(CompressionPlan.identity(base.config), precision=scheme)
@@ -274,7 +274,7 @@ def test_an_unknown_family_is_described_by_the_names_of_its_tensors(copy):
     assert (found.num_attention_heads, found.head_dim, found.tied) == (6, 24, True)
 
 
-def test_gpt2s_own_names(tmp_path):
+def test_the_names_of_gpt2_are_recognized(tmp_path):
     shapes = {
         "transformer.wte.weight": (50, 8),
         "transformer.wpe.weight": (16, 8),
@@ -300,7 +300,7 @@ def test_gpt2s_own_names(tmp_path):
     assert (found.other.count, found.tied, found.dtype) == (0, True, "float32")
 
 
-def test_experts_are_one_line_and_what_a_step_reads_is_not_known(tmp_path):
+def test_experts_are_one_part_and_their_decode_bytes_are_unknown(tmp_path):
     shapes = {"model.embed_tokens.weight": (50, 8), "lm_head.weight": (50, 8)}
     shapes |= {f"model.layers.0.mlp.experts.{number}.up_proj.weight": (16, 8) for number in range(11)}
     shapes |= {"vision.layers.0.self_attn.q_proj.weight": (8, 8)}
@@ -333,7 +333,7 @@ def refused(path):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen9"])
-def test_broken_directories_are_one_line(copy, model_type):
+def test_broken_directories_are_errors_of_one_line(copy, model_type):
     edit_config(copy, model_type=model_type)
     weights = copy / "model.safetensors"
     whole = weights.read_bytes()
@@ -362,14 +362,14 @@ def test_broken_directories_are_one_line(copy, model_type):
         {},
     ],
 )
-def test_nonsense_in_a_config_is_no_traceback(copy, config):
+def test_nonsense_in_a_config_raises_no_other_error(copy, config):
     (copy / "config.json").write_text(json.dumps(config))
     found = structure.describe_any(copy)
     assert found.uncuttable
     assert found.parameters == sum(tensor.numel() for tensor in load_file(copy / "model.safetensors").values())
 
 
-def test_a_layer_number_of_any_length_is_no_traceback(copy):
+def test_a_layer_number_of_any_length_is_read(copy):
     edit_config(copy, model_type="qwen9")
     rewrite(copy, lambda name: name.replace("layers.4", "layers." + "4" * 5000))
     found = structure.describe_any(copy)

@@ -1,4 +1,4 @@
-"""What transformers 4.57.3 reads in an exported checkpoint, asked of that version itself in a process of its own."""
+"""Test what transformers 4.57.3 reads in an exported checkpoint, by asking that version in a process of its own."""
 
 import dataclasses
 import hashlib
@@ -114,7 +114,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def environment():
-    """transformers 4.57.3, to be put first on the path; installed once and kept in the user's cache."""
+    """The directory of transformers 4.57.3 for PYTHONPATH; installed once and kept in the user's cache."""
     wanted = hashlib.sha256("\n".join(REQUIREMENTS).encode()).hexdigest()[:8]
     place = files.CACHE / "targets" / f"transformers-{TARGET}-{wanted}"
     if not place.is_dir():
@@ -134,7 +134,7 @@ def environment():
 
 
 def ask(environment, tmp_path, windows, models=(), tokenizers=(), ropes=()):
-    """Logits, token ids and rotary frequencies of transformers 4.57.3, all in one process."""
+    """Return logits, token ids and rotary frequencies of transformers 4.57.3, all from one process."""
     (tmp_path / "there.py").write_text(THERE)
     job = {"windows": windows, "text": TEXT, "ropes": dict(ropes)}
     job |= {"models": {name: str(path) for name, path in dict(models).items()}}
@@ -166,7 +166,7 @@ class Exports:
 
 
 def export(base_path, plans, windows, to):
-    """(logits before, directory after) of every plan, by name."""
+    """Return (logits before retargeting, directory after it) of every plan by name."""
     base = Checkpoint.read(base_path)
     its_family = family.family_of(base)
     statistics = activations.calibrate(base, windows)
@@ -224,13 +224,13 @@ def test_the_target_computes_the_logits_that_were_measured(exports, plan):
 
 
 @pytest.mark.parametrize("plan", [f"{name} {plan}" for name in BUILT for plan in BUILT[name] if plan in QUANTISED])
-def test_the_target_reads_quantised_checkpoints(exports, plan):
+def test_the_target_reads_quantized_checkpoints(exports, plan):
     torch.testing.assert_close(exports.there[plan], exports.here[plan], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["exaone4", "llama"])
 def test_the_target_misreads_what_transformers_5_writes_by_itself(exports, name):
-    """Or the test above would show nothing."""
+    """Otherwise the tests above would prove nothing."""
     assert (exports.there[f"naive {name}"] - exports.here[f"naive {name}"]).abs().max() > 0.1
 
 
@@ -250,7 +250,7 @@ def test_the_target_reads_the_same_tokens(exports, name, pico_exaone4):
 
 
 @pytest.mark.parametrize("name", ROPES)
-def test_the_target_turns_by_the_same_angles(exports, name):
+def test_the_target_rotates_by_the_same_angles(exports, name):
     rope = LlamaRotaryEmbedding(LlamaConfig(**rope_config(ROPES[name])))
     expected = torch.cat([rope.inv_freq, torch.tensor([rope.attention_scaling])])
     torch.testing.assert_close(exports.there[f"rope {name}"], expected, rtol=1e-6, atol=0)
@@ -293,7 +293,7 @@ def config(pico_exaone4):
     return json.loads((pico_exaone4 / "config.json").read_text())
 
 
-def test_the_form_of_4_57(config):
+def test_a_config_is_written_in_the_form_of_4_57(config):
     made = transformers_version.config_for(config, TARGET)
     assert made["rope_theta"] == 1e6
     assert made["rope_scaling"] == {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
@@ -306,7 +306,7 @@ def test_the_form_of_4_57(config):
     assert config["rope_parameters"]["rope_theta"] == 1e6, "the argument is not changed"
 
 
-def test_it_is_idempotent_and_takes_the_old_form(config):
+def test_config_for_is_idempotent_and_takes_the_old_form(config):
     made = transformers_version.config_for(config, TARGET)
     assert transformers_version.config_for(made, TARGET) == made
     old = {**made, "rope_scaling": {"type": "linear", "factor": 2.0}}
@@ -317,13 +317,13 @@ def test_it_is_idempotent_and_takes_the_old_form(config):
     assert transformers_version.config_for(inside, TARGET) == made
 
 
-def test_head_dim_is_always_said(config):
+def test_head_dim_is_always_written(config):
     del config["head_dim"]
     assert transformers_version.config_for(config, TARGET)["head_dim"] == 96 // 6
 
 
 @pytest.mark.parametrize("version", ["5.16", "5.16.2", transformers.__version__, "5.99.1"])
-def test_the_running_major_reads_it_as_it_is(config, version):
+def test_a_config_is_not_changed_for_the_running_major_version(config, version):
     assert transformers_version.config_for(config, version) == {**config, "transformers_version": version}
     tokenizer = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}
     assert transformers_version.tokenizer_config_for(tokenizer, version, tokenizer_json=True) == tokenizer
@@ -362,7 +362,7 @@ def test_what_the_target_can_not_express_is_refused(config, changes, said):
     assert "\n" not in str(caught.value)
 
 
-def test_newer_keys_of_compressed_tensors(config):
+def test_null_keys_of_newer_compressed_tensors_are_dropped_and_others_refused(config):
     args = {"num_bits": 8, "type": "int", "scale_dtype": None, "newer": None}
     scheme = {"targets": ["Linear"], "weights": args, "input_activations": None, "newer": None, "format": "dense"}
     given = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": scheme}}
@@ -395,14 +395,14 @@ def test_an_8_bit_lm_head_is_refused_where_vllm_does_not_read_it(pico_exaone4, s
     assert transformers_version.config_for(made, "5.17.0")["quantization_config"] == made["quantization_config"]
 
 
-def test_a_tokenizer_without_its_json_is_refused():
+def test_a_tokenizer_without_tokenizer_json_is_refused():
     with pytest.raises(CheckpointError, match="SentencePieceBackend"):
         transformers_version.tokenizer_config_for(
             {"tokenizer_class": "SentencePieceBackend"}, TARGET, tokenizer_json=False
         )
 
 
-def test_retarget_says_what_it_changed_and_changes_nothing_twice(pico_exaone4, tmp_path):
+def test_retarget_returns_its_changes_and_changes_nothing_twice(pico_exaone4, tmp_path):
     model = tmp_path / "m"
     shutil.copytree(pico_exaone4, model)
     weights = (model / "model.safetensors").stat()
@@ -423,7 +423,7 @@ def test_retarget_says_what_it_changed_and_changes_nothing_twice(pico_exaone4, t
     assert {path: path.stat().st_mtime_ns for path in model.iterdir()} == stamps
 
 
-def test_a_directory_that_can_not_be_retargeted_is_left_as_it_was(pico_exaone4, tmp_path):
+def test_a_directory_that_can_not_be_retargeted_is_not_changed(pico_exaone4, tmp_path):
     model = tmp_path / "m"
     shutil.copytree(pico_exaone4, model)
     (model / "tokenizer_config.json").write_text("{")  # the last of the three to be read
@@ -436,6 +436,6 @@ def test_a_directory_that_can_not_be_retargeted_is_left_as_it_was(pico_exaone4, 
 
 
 @pytest.mark.parametrize(("model_type", "theta"), [("llama", 1e4), ("smollm3", 2e6), ("gemma3_text", 1e6)])
-def test_a_rope_theta_that_is_left_open_is_the_familys(model_type, theta):
+def test_a_missing_rope_theta_is_the_familys_default(model_type, theta):
     config = {"model_type": model_type, "rope_scaling": None, "head_dim": 64, "torch_dtype": "bfloat16"}
     assert transformers_version.config_for(config, "4.57.3")["rope_theta"] == theta
