@@ -18,3 +18,8 @@ class CheckpointError(CompressionError):
 
 class InfeasiblePlan(CompressionError):
     """InfeasiblePlan says why a plan can't be built from its base model, or not be served."""
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """Return the first line of an error's text, at most `most` characters; its type's name where it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]

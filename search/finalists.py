@@ -30,8 +30,10 @@ from search.config.study_file import StudyFile
 from search.errors import UsageError
 from search.failures import FAILURES, why
 from search.files import read_json
+from search.say import Say
+from search.setup import collect, keys
 from search.setup.machine import require_disk
-from search.setup.setting import Say, Setting, prepare
+from search.setup.setting import BaseModel, Setting, prepare
 from search.show.study_state import (
     BestOfAll,
     FinalistResult,
@@ -149,7 +151,7 @@ def distil(wanted: Wanted, study: optuna.Study, say: Say, warn: Say, words: Sequ
         warn: Is called with a warning.
         words: The words of the command line that chose the study file.
     """
-    finalists, passed_over = choose(study, wanted.top, wanted.setting.identity)
+    finalists, passed_over = choose(study, wanted.top, wanted.setting.model.identity)
     for one in passed_over:
         warn(f"trial {one.trial} is not distilled: {one.reason}")
     if len(finalists) < wanted.top:
@@ -167,25 +169,23 @@ def distil(wanted: Wanted, study: optuna.Study, say: Say, warn: Say, words: Sequ
         if earlier is None:
             _store(study, row)
 
-    with Bench(wanted.setting, say) as bench:
+    with Bench.of(wanted.setting) as bench:
         for place, (finalist, path) in enumerate(zip(finalists, paths, strict=True)):
             # all of them are made before an engine takes its memory
 
             def said(text: str, where: str = f"finalist {place + 1} of {len(finalists)}") -> None:
                 say(f"{where}: {text}")
 
-            bench.say = said
             try:
-                _make(finalist, path, wanted, study, bench)
+                _make(finalist, path, wanted, study, bench, said)
             except FAILURES as error:
                 failed(finalist, path, error)
-        bench.say = say
         for finalist, path in zip(finalists, paths, strict=True):
             if finalist.trial.number in rows:
                 continue
             try:
                 known = evaluate.known(path, wanted.setting)
-                evaluation = known or multirun.evaluate(bench, path, path.name, warn, words)
+                evaluation = known or multirun.evaluate(bench, path, path.name, say, warn, words)
             except FAILURES as error:
                 failed(finalist, path, error)
                 continue
@@ -201,7 +201,7 @@ def distil(wanted: Wanted, study: optuna.Study, say: Say, warn: Say, words: Sequ
 def _paths(finalists: Sequence[Finalist], setting: Setting) -> Iterator[Path]:
     """Yield each finalist's directory: submit/model_kd_NAME, with _trialN where that holds another plan's model."""
     for finalist in finalists:
-        path = SUBMIT / f"model_kd_{name_of(finalist.plan, setting.identity)}"
+        path = SUBMIT / f"model_kd_{name_of(finalist.plan, setting.model.identity)}"
         if path.exists() and not _is_of(path, finalist.plan, setting):
             path = path.with_name(f"{path.name}_trial{finalist.trial.number}")
         yield path
@@ -209,7 +209,7 @@ def _paths(finalists: Sequence[Finalist], setting: Setting) -> Iterator[Path]:
 
 def _is_of(path: Path, plan: CompressionPlan, setting: Setting) -> bool:
     """Return whether `path` holds a finalist of this plan and base model, however it was distilled."""
-    return bool(_distilled(path).get("plan_digest") == setting.plan_digest(plan))
+    return bool(_distilled(path).get("plan_digest") == keys.plan_digest(setting, plan))
 
 
 def _distilled(path: Path) -> Mapping[str, Any]:
@@ -221,10 +221,10 @@ def _distilled(path: Path) -> Mapping[str, Any]:
 # -- how each is made ----------------------------------------------------------------------------------------
 
 
-def _make(finalist: Finalist, path: Path, wanted: Wanted, study: optuna.Study, bench: Bench) -> None:
+def _make(finalist: Finalist, path: Path, wanted: Wanted, study: optuna.Study, bench: Bench, say: Say) -> None:
     """Write the finalist's model to `path`, unless it is there."""
     setting = wanted.setting
-    digest = setting.plan_digest(finalist.structure)
+    digest = keys.plan_digest(setting, finalist.structure)
     key = distill.key(setting, digest, wanted.settings, wanted.text)
     if _is_there(path, key, finalist, wanted):
         return
@@ -232,13 +232,13 @@ def _make(finalist: Finalist, path: Path, wanted: Wanted, study: optuna.Study, b
         raise UsageError(f"distill to {path}: holds another model; move it away")
     source = setting.outputs / "distilled" / key
     if not _distilled(source):
-        student, _ = bench.build(finalist.structure, limited=False)  # its precision is still to come
+        student, _ = bench.build(finalist.structure, say, limited=False)  # its precision is still to come
         try:
-            distill.distil(setting, student, wanted.settings.tokens, source, None, bench.say, text=wanted.text)
+            distill.distil(setting, student, wanted.settings.tokens, source, None, say, text=wanted.text)
         finally:
-            release(setting.device)
+            release(setting.machine.device)
     _drop_student(digest, study, setting)  # also that of a call that was killed here
-    _apply_precision(finalist, source, path, key, wanted, bench.say)
+    _apply_precision(finalist, source, path, key, wanted, say)
 
 
 def _is_there(path: Path, key: str, finalist: Finalist, wanted: Wanted) -> bool:
@@ -270,32 +270,28 @@ def _apply_precision(finalist: Finalist, source: Path, path: Path, key: str, wan
     its_family = family.family_of(distilled)
     moments = None
     if build.needs_moments(to_apply):
-        its_own = dataclasses.replace(
-            setting,
-            base_path=source,
-            base=distilled,
-            base_digest=checkpoint.digest_of(source, setting.outputs / "digests"),
-            family=its_family,
-            identity=own,
-        )
-        moments = its_own.moments_for(to_apply, say)
+        digest = checkpoint.digest_of(source, setting.outputs / "digests")
+        its_own = dataclasses.replace(setting, model=BaseModel(source, distilled, digest, its_family, own))
+        moments = collect.moments_for(its_own, to_apply, say)
     how = {
         **_distilled(source),
         "distillation": key,
         "plan": finalist.plan.to_dict(),
-        "plan_digest": setting.plan_digest(finalist.plan),
+        "plan_digest": keys.plan_digest(setting, finalist.plan),
         "trial": finalist.trial.number,
     }
     try:
-        made = build.apply(to_apply, distilled, its_family, None, moments=moments, device=setting.device, say=say)
+        made = build.apply(
+            to_apply, distilled, its_family, None, moments=moments, device=setting.machine.device, say=say
+        )
         build.require_size(made, setting.max_bytes)
-        require_disk(made.file_bytes + 50_000_000, path.parent, "the distilled model")
+        require_disk(made.file_bytes, path.parent, "the distilled model")
         say(f"writing {path.name}, {made.file_bytes / 1e6:.0f} MB")
         distill.write(made, path, wanted.target, setting, how)
     finally:
         if moments is not None:
             shutil.rmtree(moments.path, ignore_errors=True)
-        release(setting.device)
+        release(setting.machine.device)
 
 
 # -- rows ----------------------------------------------------------------------------------------------------

@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from compressors import build
-from compressors.choices import SCHEMES
+from compressors.choices import DTYPES, SCHEMES
 from compressors.device import release
 from compressors.errors import InfeasiblePlan
 from compressors.files import write_json
 from compressors.model.transformers_version import retarget
-from compressors.plan import DESCRIPTION, DIMENSIONS, OPTIONS, CompressionPlan, canonical
+from compressors.plan import CHOICES, DESCRIPTION, DIMENSIONS, OPTIONS, CompressionPlan, canonical
 from evaluator.backends import kernels
 from search import files
 from search.config.study_file import Compression
 from search.errors import UsageError
 from search.files import read_json
+from search.say import Say
+from search.setup import collect, keys
 from search.setup.machine import require_disk
-from search.setup.setting import Say, Setting
+from search.setup.setting import Setting
 
 
 def plan_of(compression: Compression, base: CompressionPlan) -> CompressionPlan:
@@ -62,6 +64,23 @@ def plan_of(compression: Compression, base: CompressionPlan) -> CompressionPlan:
     return plan
 
 
+def overrides_of(plan: CompressionPlan, base: CompressionPlan) -> list[str]:
+    """Return the KEY=VALUE words for which `plan_of` returns this plan of this base model."""
+    words = [
+        f"compression.{record.key}={getattr(plan, name)}"
+        for name, record in DIMENSIONS.items()
+        if getattr(plan, name) != getattr(base, name)
+    ]
+    if plan.precision != base.precision:
+        words.append(f"compression.{'dtype' if plan.precision in DTYPES else 'scheme'}={plan.precision}")
+    for name, record in CHOICES.items():
+        value = getattr(plan, name)
+        if value != record.default:
+            listed = name == "drop_from" and plan.dropped_layers is not None
+            words.append(f"compression.{name}={f'[{value}]' if listed else value}")
+    return words
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What a plan makes: told before anything is built. bytes: of model.safetensors.
@@ -84,21 +103,21 @@ def foresee(plan: CompressionPlan, setting: Setting) -> Outcome:
         raise InfeasiblePlan(reason)
     warnings = []
     if setting.kernels is None:
-        slow = build.check(plan, setting.base, setting.family, kernels=kernels("vllm", "cuda"))
+        slow = build.check(plan, setting.model.checkpoint, setting.model.family, kernels=kernels("vllm", "cuda"))
         if slow:
             warnings.append(f"on a GPU vLLM would fall back to a slow kernel, or refuse it: {slow}")
     remark = setting.file.model.num_layers
     if remark is not None and remark != plan.num_hidden_layers:
         warnings.append(f"model.num_layers says {remark}, and the result has {plan.num_hidden_layers}")
-    if plan.precision in SCHEMES and setting.identity.precision == "float32":
+    if plan.precision in SCHEMES and setting.model.identity.precision == "float32":
         warnings.append(f"the base model is float32: what {plan.precision} leaves out becomes bfloat16")
-    made = build.shapes(plan, setting.base, setting.family)
+    made = build.shapes(plan, setting.model.checkpoint, setting.model.family)
     return Outcome(
         plan=plan,
         parameters=made.total_parameters,
-        base_parameters=setting.base.total_parameters,
+        base_parameters=setting.model.checkpoint.total_parameters,
         bytes=made.file_bytes,
-        base_bytes=setting.base.file_bytes,
+        base_bytes=setting.model.checkpoint.file_bytes,
         warnings=tuple(warnings),
     )
 
@@ -119,17 +138,23 @@ def compress(outcome: Outcome, setting: Setting, to: Path, target: str | None, s
     target: the version of transformers that is to read it; None: the running one. What is in `to` already, made of the
     same model by the same plan for the same target, is left there. Raises UsageError and CompressionError.
     """
-    described = setting.description(outcome.plan, target)
+    described = keys.description(setting, outcome.plan, target)
     there = made_before(to, described)
     if there is not None:
         return Compressed(to, outcome, there, reused=True)
-    files.refuse_foreign(to, "compress", setting.base_path)
-    require_disk(outcome.bytes + 50_000_000, to.parent, "the compressed model")
-    needed = build.needs_activations(outcome.plan, setting.identity)
-    calibration = setting.calibrate(say) if needed else None
-    moments = setting.moments_for(outcome.plan, say)
+    files.refuse_foreign(to, "compress", setting.model.path)
+    require_disk(outcome.bytes, to.parent, "the compressed model")
+    needed = build.needs_activations(outcome.plan, setting.model.identity)
+    calibration = collect.calibrate(setting, say) if needed else None
+    moments = collect.moments_for(setting, outcome.plan, say)
     made = build.apply(
-        outcome.plan, setting.base, setting.family, calibration, moments=moments, device=setting.device, say=say
+        outcome.plan,
+        setting.model.checkpoint,
+        setting.model.family,
+        calibration,
+        moments=moments,
+        device=setting.machine.device,
+        say=say,
     )
     build.require_size(made, setting.max_bytes)
     say(f"writing {to.name}, {made.file_bytes / 1e6:.0f} MB")
@@ -138,7 +163,7 @@ def compress(outcome: Outcome, setting: Setting, to: Path, target: str | None, s
         weights_sha256 = made.write(scratch)
         changes = retarget(scratch, target) if target is not None else []
         write_json(scratch / DESCRIPTION, {**described, "weights_sha256": weights_sha256})
-    release(setting.device)
+    release(setting.machine.device)
     return Compressed(to, outcome, weights_sha256, tuple(changes), replaced=replaced)
 
 

@@ -24,8 +24,9 @@ from evaluator import texts
 from search import files
 from search.errors import UsageError
 from search.files import read_json
+from search.say import Say
 from search.setup.machine import require_disk
-from search.setup.setting import Say, Setting
+from search.setup.setting import Setting
 from search.setup.texts import calibration_documents, tokenizer_of
 
 HELD_OUT = 0.1  # share of the calibration text's documents
@@ -58,7 +59,7 @@ def settings_of(setting: Setting, tokens: int) -> Distillation:
 def text_of(setting: Setting, settings: Distillation) -> Text:
     """Return the whole calibration text, split by document. Raises UsageError where a part has no window."""
     trained, kept = texts.split(calibration_documents(setting.file), 1.0 - HELD_OUT)
-    tokenizer = tokenizer_of(setting.base_path)
+    tokenizer = tokenizer_of(setting.model.path)
     windows, held_out = (texts.all_windows(tokenizer, documents, settings.window) for documents in (trained, kept))
     if not windows or not held_out:
         raise UsageError(
@@ -95,12 +96,12 @@ def distil(
         UsageError: `to` can't be written, or there is too little text.
         CompressionError: The checkpoint can't be read or trained.
     """
-    files.refuse_foreign(to, "distill", setting.base_path, student_path)
+    files.refuse_foreign(to, "distill", setting.model.path, student_path)
     student = checkpoint.Checkpoint.read(student_path)
     settings = settings_of(setting, tokens)
     text = text or text_of(setting, settings)
     # float32 weights, AdamW's two moments and the best student so far; the old ones stay until the new ones are written
-    require_disk(student.total_parameters * 32 + 50_000_000, setting.outputs, "the distillation's state")
+    require_disk(student.total_parameters * 32, setting.outputs, "the distillation's state")
     student_digest = checkpoint.digest_of(student_path, setting.outputs / "digests")
     work = setting.outputs / "distillation" / key(setting, student_digest, settings, text)
 
@@ -108,7 +109,7 @@ def distil(
         say(_line(step))
 
     found = distill.distill(
-        student, setting.base, text.windows, text.held_out, settings, setting.device, work, progress
+        student, setting.model.checkpoint, text.windows, text.held_out, settings, setting.machine.device, work, progress
     )
     plan = (read_json(student_path / DESCRIPTION) or {}).get("plan")
     how = {"student": plan, "settings": dataclasses.asdict(settings), **facts(found)}
@@ -141,7 +142,7 @@ def write(made: checkpoint.Checkpoint, to: Path, target: str | None, setting: Se
             scratch / DESCRIPTION,
             {
                 "distilled": dict(how),
-                "base": {"source": setting.file.model.source, "digest": setting.base_digest},
+                "base": {"source": setting.file.model.source, "digest": setting.model.digest},
                 "for_transformers": target,
                 "weights_sha256": weights_sha256,
             },
@@ -159,7 +160,7 @@ def key(setting: Setting, student: str, settings: Distillation, text: Text) -> s
     """
     values = dataclasses.asdict(settings)
     del values["save_every"]
-    said = json.dumps([setting.base_digest, student, values, text.digest, setting.device], sort_keys=True)
+    said = json.dumps([setting.model.digest, student, values, text.digest, setting.machine.device], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 

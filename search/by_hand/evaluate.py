@@ -18,15 +18,19 @@ from compressors.files import write_json
 from compressors.model import structure
 from compressors.plan import DESCRIPTION, CompressionPlan
 from evaluator import embedded_texts, measure, quality, score, texts
+from evaluator.measurement import Measurement
 from evaluator.process import EngineProcess
 from search.by_hand.evaluation import RESULT, Confirmed, Evaluation, evaluation_of, plain
 from search.errors import UsageError
 from search.files import read_json
 from search.json_values import known_fields
+from search.say import Say
+from search.setup import keys
 from search.setup.machine import require_memory
-from search.setup.setting import Setting, report_shards
-from search.setup.texts import tokenizer_of
-from search.stages.bench import BASELINE_RESULT, Bench
+from search.setup.setting import Setting
+from search.setup.texts import report_shards, tokenizer_of
+from search.stages.baseline import RESULT as RESULT_OF_BASELINE
+from search.stages.bench import Bench
 from search.stages.screen import Screen, mean_known
 
 SAMPLE = 20_000  # characters of text that two tokenizers have to read alike
@@ -45,13 +49,17 @@ class Candidate:
     plan: CompressionPlan | None
 
 
-def evaluate(bench: Bench, candidate: Candidate, name: str, words: Sequence[str] = ()) -> Evaluation:
+def evaluate(
+    bench: Bench, candidate: Candidate, baseline: Measurement, name: str, say: Say, words: Sequence[str] = ()
+) -> Evaluation:
     """Measure the candidate against the baseline; write eval_result.json into its directory and return it.
 
     Args:
         bench: The bench to measure on.
         candidate: The checkpoint.
+        baseline: The base model's measurement.
         name: The name of the evaluation.
+        say: Told what is done.
         words: The words of the command line that chose the study file, so that a report can repeat them.
 
     Raises:
@@ -61,17 +69,22 @@ def evaluate(bench: Bench, candidate: Candidate, name: str, words: Sequence[str]
     """
     setting, path, plan = bench.setting, candidate.path, candidate.plan
     described = measure.describe(path)
-    baseline = bench.baseline()
-    report = report_shards(setting)
-    base_loss = _base_loss(bench, report) if report else None
+    report = report_shards(setting.file, setting.texts.moments.tokenizer)
+    base_loss = _base_loss(bench, report, say) if report else None
     if plan is not None:
-        screen = bench.screen(plan)
+        screen = bench.screen(plan, say)
     else:
-        require_memory(described.parameters * (4 if setting.device == "cpu" else 2), setting.device, "this model")
-        screen = _screen_of_directory(bench, path)
+        require_memory(
+            described.parameters * (4 if setting.machine.device == "cpu" else 2), setting.machine.device, "this model"
+        )
+        screen = _screen_of_directory(bench, path, say)
     nll: list[list[list[float]]] = []
     measured = bench.measure(
-        path, candidate.weights_sha256, then=lambda engine: nll.extend(_nll(engine, report, bench.say))
+        path,
+        candidate.weights_sha256,
+        baseline,
+        say,
+        then=lambda engine: nll.extend(_nll(engine, report, say)),
     )
     measured = dataclasses.replace(
         measured, kl_nats_per_token=mean_known(screen.kl), top1_agreement=mean_known(screen.agreement)
@@ -108,26 +121,26 @@ def known(path: Path, setting: Setting) -> Evaluation | None:
     It depends on the weights, the baseline, the workload, the engine, the formula and the report text.
     """
     values = read_json(path / RESULT) or {}
-    if values.get("circumstances") != plain(setting.circumstances):
+    if values.get("circumstances") != plain(keys.circumstances(setting)):
         return None
     if values.get("formula") != plain(dataclasses.asdict(setting.formula)):
         return None
     evaluation = Evaluation.read(path)
-    if evaluation is None or evaluation.model.digest != setting.base_digest:
+    if evaluation is None or evaluation.model.digest != setting.model.digest:
         return None
     if evaluation.measurement.weights_sha256 != measure.weights_sha256_of(path):
         return None
-    report = report_shards(setting)
+    report = report_shards(setting.file, setting.texts.moments.tokenizer)
     text_digest = None if evaluation.report_text is None else evaluation.report_text.text_digest
     return evaluation if text_digest == (_digest(report) if report else None) else None
 
 
 def stale_baseline(setting: Setting) -> str | None:
     """Return how the baseline in outputs/ differs from this setting's; None where it doesn't or there is none."""
-    known_baseline = read_json(setting.outputs / BASELINE_RESULT)
+    known_baseline = read_json(setting.outputs / RESULT_OF_BASELINE)
     if known_baseline is None or "circumstances" not in known_baseline:
         return None
-    now = {"model": setting.base_digest, **plain(setting.circumstances)}
+    now = {"model": setting.model.digest, **plain(keys.circumstances(setting))}
     then = {"model": known_baseline["model"]["digest"], **known_baseline["circumstances"]}
     differing = [f"{key} was {then.get(key)}, is {now.get(key)}" for key in now if then.get(key) != now.get(key)]
     return "; ".join(differing) or None
@@ -142,17 +155,17 @@ def plan_in(path: Path, weights_sha256: str, setting: Setting) -> CompressionPla
         plan = CompressionPlan.from_dict(described["plan"])
     except TypeError:
         return None
-    return plan if described.get("plan_digest") == setting.plan_digest(plan) else None
+    return plan if described.get("plan_digest") == keys.plan_digest(setting, plan) else None
 
 
-def _screen_of_directory(bench: Bench, path: Path) -> Screen:
+def _screen_of_directory(bench: Bench, path: Path, say: Say) -> Screen:
     """Return KL and agreement of a checkpoint that stock transformers loads; a quantized one is dequantized."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    device = bench.setting.device
-    bench.say("quality in memory")
+    device = bench.setting.machine.device
+    say("quality in memory")
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -165,7 +178,7 @@ def _screen_of_directory(bench: Bench, path: Path) -> Screen:
         first = (" ".join(str(error).split()) or type(error).__name__)[:200]
         raise CheckpointError(f"model {path}: stock transformers can't load it ({first})") from None
     try:
-        return bench.screen_of(model.to(device).eval().requires_grad_(False))
+        return bench.screen_of(model.to(device).eval().requires_grad_(False), say)
     finally:
         del model
         release(device)
@@ -176,7 +189,7 @@ def _require_same_tokens(path: Path, setting: Setting) -> None:
     sample = "\n\n".join(document.text for document in embedded_texts.documents())[:SAMPLE]
     own, base = (
         tokenizer_of(where).encode(sample, add_special_tokens=False, verbose=False)
-        for where in (path, setting.base_path)
+        for where in (path, setting.model.path)
     )
     if own != base:
         raise UsageError(
@@ -206,13 +219,13 @@ def _nll(engine: EngineProcess, shards: Any, say: Callable[[str], None]) -> list
     return losses
 
 
-def _base_loss(bench: Bench, shards: Any) -> _Loss:
+def _base_loss(bench: Bench, shards: Any, say: Say) -> _Loss:
     """Return the base model's loss on the report text; it is measured once and kept."""
-    path = bench.baseline_path.with_suffix(f".report-{_digest(shards)}.json")
+    path = keys.baseline_path(bench.setting).with_suffix(f".report-{_digest(shards)}.json")
     values = read_json(path)
     if values is not None:
         return _Loss(**{**known_fields(_Loss, values), "shards": tuple(values["shards"])})
-    loss = _loss_of(_nll(bench.baseline_engine(), shards, lambda text: bench.say(f"baseline: {text}")))
+    loss = _loss_of(_nll(bench.engines.baseline(), shards, lambda text: say(f"baseline: {text}")))
     write_json(path, dataclasses.asdict(loss))
     return loss
 

@@ -14,6 +14,7 @@ from evaluator.measurement import Measurement
 from evaluator.score import Formula, Score, score_of
 from search.files import read_json
 from search.json_values import known_fields, measurement_from, plan_from
+from search.setup import keys
 from search.setup.setting import Setting
 from search.show.rows import Result, Row
 
@@ -182,12 +183,12 @@ def evaluation_of(
         name=name,
         score=score_of(measurement, baseline, setting.formula),
         date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        model=BaseModel(setting.file.model.source, setting.base_digest),
+        model=BaseModel(setting.file.model.source, setting.model.digest),
         description=setting.file.description,
         plan=plan,
-        base_plan=setting.identity,
+        base_plan=setting.model.identity,
         formula=setting.formula,
-        circumstances=plain(setting.circumstances),
+        circumstances=plain(keys.circumstances(setting)),
         measurement=measurement,
         baseline=baseline,
         report_text=report_text,

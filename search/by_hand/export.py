@@ -20,6 +20,7 @@ from search import files
 from search.by_hand.evaluation import RESULT, evaluation_of
 from search.errors import SearchError, UsageError
 from search.files import read_json
+from search.setup import keys
 from search.setup.machine import require_disk
 from search.setup.setting import Setting
 from search.stages.bench import Bench
@@ -94,17 +95,17 @@ def export(
     files.refuse_foreign(to, "export")
     plan = CompressionPlan.from_dict(trial.user_attrs["plan"])
     measurement = _measurement_of(trial, plan, setting)
-    with Bench(setting, say) as bench:
+    with Bench.of(setting) as bench:
         say("building")
-        built, weights_sha256 = bench.build(plan)
+        built, weights_sha256 = bench.build(plan, say)
         if weights_sha256 != measurement.weights_sha256:
             raise SearchError(
                 f"export: trial {trial.number}'s weights are {weights_sha256[:12]}… and "
                 f"{measurement.weights_sha256[:12]}… were measured; "
                 f"delete {built} and run the study again"
             )
-        baseline = bench.baseline()
-    require_disk(int(measurement.model_size_mb * 1e6) + 50_000_000, to.parent, "the export")
+        baseline = bench.baseline(say)
+    require_disk(int(measurement.model_size_mb * 1e6), to.parent, "the export")
     with files.beside(to, "export") as scratch:
         say("copying")
         shutil.copytree(built, scratch)
@@ -128,7 +129,7 @@ def export(
 
 
 def _measurement_of(trial: FrozenTrial, plan: CompressionPlan, setting: Setting) -> Measurement:
-    name = trial.user_attrs.get("measurement", setting.key(plan))
+    name = trial.user_attrs.get("measurement", keys.measurement_key(setting, plan))
     values = read_json(setting.outputs / "measurements" / f"{name}.json")
     if values is None:
         raise UsageError(
@@ -146,13 +147,14 @@ def compare(setting: Setting, path: Path, measurement: Measurement, say: Callabl
     """
     say("loading the export in a fresh engine")
     with EngineProcess(
-        setting.backend, path, setting.engine_settings, log=setting.outputs / "logs" / "engine-export.log"
+        setting.machine.backend, path, setting.engine_settings, log=setting.outputs / "logs" / "engine-export.log"
     ) as engine:
-        logits_sha256 = engine.logits_sha256(setting.shards[0][0])
+        logits_sha256 = engine.logits_sha256(setting.texts.shards[0][0])
     if logits_sha256 != measurement.logits_sha256:
         raise SearchError(
             f"export: the reloaded model's logits ({logits_sha256[:12]}…) are not those that were measured "
             f"({measurement.logits_sha256[:12]}…), "
-            f"on {setting.backend}; nothing was written. Measure the plan again on this machine"
+            f"on {setting.machine.backend}; nothing was written. Measure the plan again on this machine"
         )
-    return f"logits of {len(setting.shards[0][0])} tokens equal the measured ones, bit for bit ({setting.backend})"
+    tokens = len(setting.texts.shards[0][0])
+    return f"logits of {tokens} tokens equal the measured ones, bit for bit ({setting.machine.backend})"

@@ -27,8 +27,9 @@ from search.config.study_file import StudyFile
 from search.errors import SearchError, UsageError
 from search.failures import FAILURES, why
 from search.files import CACHE
-from search.setup import sources
-from search.setup.setting import Say, Setting, prepare
+from search.say import Say
+from search.setup import collect, keys, sources
+from search.setup.setting import Setting, prepare
 from search.show.rows import Row
 from search.stages.bench import Bench
 from search.study import mlflow_runs
@@ -41,22 +42,27 @@ Warn = Callable[[str], None]
 # -- one at a time -------------------------------------------------------------------------------------------
 
 
-def baseline(bench: Bench, warn: Warn) -> Measurement:
+def baseline(bench: Bench, say: Say, warn: Warn, *, again: bool = False) -> Measurement:
     """Return the base model's measurement.
 
     Writes outputs/baseline_result.json, and to MLflow a run tagged `baseline` when the measurement is new.
+
+    Args:
+        bench: The bench to measure on.
+        say: Is called with the current step.
+        warn: Is called with a warning.
+        again: Whether to measure it although its measurement is known.
     """
     setting, began = bench.setting, time.time()
-    fresh = bench.again or not bench.baseline_path.is_file()
+    fresh = again or not keys.baseline_path(setting).is_file()
     if fresh:
         differs = evaluating.stale_baseline(setting)
         if differs:
             warn(f"the baseline is measured again: {differs}")
-    measured = bench.baseline()
+    measured = bench.baseline(say, again=again)
     if fresh:
-        bench.again = False
         score = score_of(measured, measured, setting.formula)
-        values = {**mlflow_runs.measured(measured), **setting.identity.to_dict(), "score": score.score}
+        values = {**mlflow_runs.measured(measured), **setting.model.identity.to_dict(), "score": score.score}
         tags = {"baseline": "true", "model": setting.file.model.source}
         mlflow_runs.log_by_hand(
             setting.file.tracking, "baseline", {**values, "perf_norm": 1.0, "speed_norm": 0.0}, tags, began, warn
@@ -64,20 +70,21 @@ def baseline(bench: Bench, warn: Warn) -> Measurement:
     return measured
 
 
-def evaluate(bench: Bench, path: Path, name: str, warn: Warn, words: Sequence[str] = ()) -> Evaluation:
+def evaluate(bench: Bench, path: Path, name: str, say: Say, warn: Warn, words: Sequence[str] = ()) -> Evaluation:
     """Measure the checkpoint in `path` against the baseline; write its eval_result.json and an MLflow run.
 
     Args:
         bench: The bench to measure on.
         path: The checkpoint's directory.
         name: The name of the evaluation and of the run.
+        say: Is called with the current step.
         warn: Is called with a warning when MLflow can't be reached.
         words: The words of the command line that chose the study file.
     """
     candidate = evaluating.candidate_in(path, bench.setting)
-    baseline(bench, warn)
+    measured = baseline(bench, say, warn)
     began = time.time()
-    evaluation = evaluating.evaluate(bench, candidate, name, words)
+    evaluation = evaluating.evaluate(bench, candidate, measured, name, say, words)
     score = evaluation.score
     values = {
         **({} if evaluation.plan is None else evaluation.plan.to_dict()),
@@ -108,7 +115,7 @@ def analyze(file: StudyFile, say: Say, *, importance: bool) -> dict[str, Any]:
         if importance:
             raise
         return analysis.analyze(path)
-    calibration = setting.calibrate(say) if importance or setting.calibration_path.is_file() else None
+    calibration = collect.calibrate(setting, say) if importance or collect.calibration_path(setting).is_file() else None
     return analysis.analyze(path, calibration, kernels=setting.kernels)
 
 
@@ -156,8 +163,8 @@ def plan_jobs(
     swept = {word for _, words in files for word in words if any(word not in others for _, others in files)}
     for file, words in files:
         setting = _setting(file, settings, say, engine)
-        plan = compress.plan_of(file.compression, setting.identity)
-        name = name_of(plan, setting.identity)
+        plan = compress.plan_of(file.compression, setting.model.identity)
+        name = name_of(plan, setting.model.identity)
         if file.experiment_name is not None and given[file.experiment_name] == 1:
             name = file.experiment_name
         if len(files) == 1:
@@ -194,13 +201,12 @@ def run(jobs: Sequence[Job], say: Say, warn: Warn, ended: Callable[[int, Row], N
     try:
         for number, job in enumerate(jobs):
             setting = _setting(job.file, settings, say)
-            if bench is None or bench.setting.shards is not setting.shards:  # not prepared together
+            if bench is None or bench.setting.texts.shards is not setting.texts.shards:  # not prepared together
                 if bench is not None:
                     bench.close()
-                bench = Bench(setting, say)
-            bench.setting = setting
+                bench = Bench.of(setting)
             try:
-                row = _run(job, bench, warn)
+                row = _run(job, bench.with_setting(setting), say, warn)
             except FAILURES as error:
                 told = why(error)
                 row = Row(job.name, str(job.path), failure=told["failure"], reason=told["reason"])
@@ -212,14 +218,14 @@ def run(jobs: Sequence[Job], say: Say, warn: Warn, ended: Callable[[int, Row], N
     return rows
 
 
-def _run(job: Job, bench: Bench, warn: Warn) -> Row:
+def _run(job: Job, bench: Bench, say: Say, warn: Warn) -> Row:
     setting = bench.setting
     outcome = compress.foresee(job.plan, setting)
     for warning in outcome.warnings:
         warn(f"{job.name}: {warning}")
-    compressed = compress.compress(outcome, setting, job.path, job.file.export.for_transformers, bench.say)
+    compressed = compress.compress(outcome, setting, job.path, job.file.export.for_transformers, say)
     known = evaluating.known(job.path, setting) if compressed.reused else None
-    evaluation = known or evaluate(bench, job.path, job.name, warn, job.words)
+    evaluation = known or evaluate(bench, job.path, job.name, say, warn, job.words)
     return evaluation.row(job.path, before=known is not None)
 
 

@@ -13,6 +13,7 @@ from compressors.model import structure
 from evaluator.measurement import Measurement
 from evaluator.score import Formula
 from search import files
+from search.by_hand import compress
 from search.by_hand.evaluation import RESULT, Evaluation
 from search.errors import UsageError
 from search.setup import sources
@@ -307,31 +308,10 @@ def _commands(evaluation: Evaluation, path: Path, name: str) -> str:
         return _code([["optuna-search", "export", *trial, "--to", str(path)]])
     words = [word for word in evaluation.words or () if not word.startswith(("compression.", "description="))]
     evaluate = ["optuna-search", "evaluate", "--model", str(path), "--run-name", name, *words]
-    if evaluation.plan is None:
+    changed = [] if evaluation.plan is None else compress.overrides_of(evaluation.plan, evaluation.base_plan)
+    if not changed:  # it was not made by a plan, or it is the base model itself
         return _code([evaluate])
-    return _code(
-        [["optuna-search", "compress", "--save-path", str(path), *words, *_changed_keys(evaluation)], evaluate]
-    )
-
-
-def _changed_keys(evaluation: Evaluation) -> list[str]:
-    if evaluation.plan is None:
-        return []
-    plan, base = evaluation.plan.to_dict(), evaluation.base_plan.to_dict()
-    keys = {
-        "num_hidden_layers": "keep_layers",
-        "num_attention_heads": "keep_heads",
-        "num_key_value_heads": "keep_kv_heads",
-        "hidden_size": "hidden_size",
-        "intermediate_size": "intermediate_size",
-    }
-    words = [f"compression.{key}={plan[name]}" for name, key in keys.items() if plan[name] != base[name]]
-    if plan["num_hidden_layers"] != base["num_hidden_layers"]:
-        listed = plan["drop_from"][:1].isdigit()
-        words.append(f"compression.drop_from={'[' + plan['drop_from'] + ']' if listed else plan['drop_from']}")
-    if plan["precision"] != base["precision"]:
-        words.append(f"compression.{'dtype' if 'float' in plan['precision'] else 'scheme'}={plan['precision']}")
-    return words
+    return _code([["optuna-search", "compress", "--save-path", str(path), *words, *changed], evaluate])
 
 
 def _base_path(evaluation: Evaluation) -> Path:

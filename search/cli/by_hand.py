@@ -38,11 +38,12 @@ def baseline_command(model: Path | None, again: bool, as_json: bool, **where: An
     from search.by_hand import multirun
     from search.setup import setting
     from search.show import progress
-    from search.stages.bench import BASELINE_RESULT, Bench
+    from search.stages.baseline import RESULT
+    from search.stages.bench import Bench
 
-    with progress.Live(1) as live, Bench(setting.prepare(file, live.say, search=False), live.say, again=again) as bench:
-        measured = multirun.baseline(bench, live.warn)
-        place = bench.setting.outputs / BASELINE_RESULT
+    with progress.Live(1) as live, Bench.of(setting.prepare(file, live.say, search=False)) as bench:
+        measured = multirun.baseline(bench, live.say, live.warn, again=again)
+        place = bench.setting.outputs / RESULT
     if as_json:
         click.echo(json.dumps(measured.to_dict()))
         return
@@ -81,8 +82,10 @@ def evaluate_command(
     from search.show import progress, tables
     from search.stages.bench import Bench
 
-    with progress.Live(1) as live, Bench(setting.prepare(file, live.say, search=False), live.say) as bench:
-        result = multirun.evaluate(bench, path, run_name or path.resolve().name, live.warn, study_words(**where))
+    with progress.Live(1) as live, Bench.of(setting.prepare(file, live.say, search=False)) as bench:
+        result = multirun.evaluate(
+            bench, path, run_name or path.resolve().name, live.say, live.warn, study_words(**where)
+        )
     if as_json:
         click.echo(json.dumps(result.to_dict()))
         return

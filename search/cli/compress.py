@@ -304,7 +304,7 @@ def _compress_one(job: Job, live: Any) -> tuple[Outcome, Compressed]:
 
     prepared = setting.prepare(job.file, live.say, search=False, engine=False)
     outcome = compress.foresee(job.plan, prepared)
-    live.print(tables.outcome_table(compress.to_json(outcome), prepared.identity.to_dict()))
+    live.print(tables.outcome_table(compress.to_json(outcome), prepared.model.identity.to_dict()))
     for warning in outcome.warnings:
         live.warn(warning)
     return outcome, compress.compress(outcome, prepared, job.path, job.file.export.for_transformers, live.say)

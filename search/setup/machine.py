@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -11,11 +12,31 @@ from pathlib import Path
 import torch
 
 from compressors.errors import CheckpointError
-from compressors.files import write_json as write_json
 from evaluator import backends
 from evaluator.errors import BackendUnavailable
 from search.config.study_file import StudyFile
 from search.errors import UsageError
+
+SPARE_BYTES = 50_000_000  # of disk, for what is written next to the file itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """The engine and the device that a study measures with.
+
+    Attributes:
+        backend: The engine's name.
+        device: cpu, cuda or mps.
+        device_name: The name of the GPU or the processor.
+        engine_version: The versions that decide how fast and how exactly a checkpoint runs.
+        threads: Threads of each engine on a CPU, where several workers share it; None: one per core.
+    """
+
+    backend: str
+    device: str
+    device_name: str
+    engine_version: str
+    threads: int | None = None
 
 
 def choose_engine(file: StudyFile, needed: bool) -> tuple[str, str]:
@@ -110,11 +131,17 @@ def require_memory(needed: int, device: str, what: str) -> None:
 
 
 def require_disk(needed: int, directory: Path, what: str) -> None:
-    """Check that `needed` bytes are free where `directory` is or will be; `what` names their use in the message.
+    """Check that `needed` bytes and some to spare are free where `directory` is or will be.
+
+    Args:
+        needed: The bytes that will be written.
+        directory: The directory that they will be written to.
+        what: Their use, for the message.
 
     Raises:
         CheckpointError: Less is free.
     """
+    needed += SPARE_BYTES
     existing = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:

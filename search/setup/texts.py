@@ -50,6 +50,23 @@ class MomentsText:
         return " ".join(texts.text_digest(windows) for windows in self.windows.values())
 
 
+@dataclasses.dataclass(frozen=True)
+class StudyTexts:
+    """What a study's texts were cut into.
+
+    Attributes:
+        shards: The search text, windows of token ids by shard.
+        calibration_windows: Windows of token ids of the calibration text, all domains mixed.
+        moments: The text that second moments are collected on.
+        digest: The digest of the search text's windows.
+    """
+
+    shards: tuple[Shard, ...]
+    calibration_windows: tuple[list[int], ...]
+    moments: MomentsText
+    digest: str
+
+
 def tokenizer_of(path: Path) -> Any:
     """Of a model's directory. Raises CheckpointError."""
     try:
@@ -62,16 +79,16 @@ def tokenizer_of(path: Path) -> Any:
 def read_texts(file: StudyFile, tokenizer: Any) -> tuple[Domains, tuple[Shard, ...], tuple[list[int], ...]]:
     """(the calibration text, the search text's shards, the calibration windows)."""
     domains = _domains(file)
-    for_search = search_documents(file)
-    require_apart(file, {"calibration": _all(domains), "search": for_search})
+    for_search = _search_documents(file)
+    _require_apart(file, {"calibration": _all(domains), "search": for_search})
     windows = texts.mixed_windows(tokenizer, domains, file.text.window, file.text.calibration_windows)
-    return domains, shards_of(file, tokenizer, for_search), tuple(windows)
+    return domains, _shards(file, tokenizer, for_search), tuple(windows)
 
 
 def calibration_documents(file: StudyFile) -> Documents:
     """All of it, every domain. Raises UsageError where it shares text with the search text."""
     documents = _all(_domains(file))
-    require_apart(file, {"calibration": documents, "search": search_documents(file)})
+    _require_apart(file, {"calibration": documents, "search": _search_documents(file)})
     return documents
 
 
@@ -84,20 +101,20 @@ def _domains(file: StudyFile) -> Domains:
     named = file.text.calibration
     if isinstance(named, str):
         return _embedded_domains()
-    return {f"{place}-{Path(name).stem}": read_files([name]) for place, name in enumerate(named)}
+    return {f"{place}-{Path(name).stem}": _read([name]) for place, name in enumerate(named)}
 
 
-def shards_of(file: StudyFile, tokenizer: Any, documents: Documents) -> tuple[Shard, ...]:
+def _shards(file: StudyFile, tokenizer: Any, documents: Documents) -> tuple[Shard, ...]:
     each = file.text.windows_per_shard
     flat = texts.windows(tokenizer, documents, file.text.window, file.text.shards * each)
     return tuple(flat[start : start + each] for start in range(0, len(flat), each))
 
 
-def search_documents(file: StudyFile) -> Documents:
-    return _embedded_search() if isinstance(file.text.search, str) else read_files(file.text.search)
+def _search_documents(file: StudyFile) -> Documents:
+    return _embedded_search() if isinstance(file.text.search, str) else _read(file.text.search)
 
 
-def read_files(names: Sequence[str]) -> Documents:
+def _read(names: Sequence[str]) -> Documents:
     return [document for name in names for document in _read_once(name, _version(name))]
 
 
@@ -116,7 +133,7 @@ def _version(name: str) -> tuple[str, ...]:
     return str(where), str(there.st_mtime_ns), str(there.st_size)
 
 
-def require_apart(file: StudyFile, parts: Domains) -> None:
+def _require_apart(file: StudyFile, parts: Domains) -> None:
     """A plan must be judged on text that it was not fitted to. Raises UsageError."""
     (first, one), (second, other) = parts.items()
     if getattr(file.text, first) == getattr(file.text, second) == "embedded":
@@ -150,5 +167,20 @@ def _embedded_search() -> Documents:
 
 
 @functools.cache
-def embedded_report() -> Documents:
+def _embedded_report() -> Documents:
     return embedded_texts.report_documents()
+
+
+def report_shards(file: StudyFile, tokenizer: Any) -> tuple[Shard, ...]:
+    """Cut the report text, which neither calibration nor search saw, as the search text is cut; () where there is none.
+
+    Raises:
+        UsageError: It shares text with one of them.
+        TextError: It can't be read.
+    """
+    if file.text.report is None:
+        return ()
+    documents = _embedded_report() if isinstance(file.text.report, str) else _read(file.text.report)
+    _require_apart(file, {"calibration": calibration_documents(file), "report": documents})
+    _require_apart(file, {"search": _search_documents(file), "report": documents})
+    return _shards(file, tokenizer, documents)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from compressors.plan import CompressionPlan
+from compressors.plan import CompressionPlan, short
 from search.show.rows import Row
 
 
@@ -108,16 +108,6 @@ def line(event: dict[str, Any]) -> str:
     if event["failure"]:
         return text + f"FAILED at {event['stage']}: {event['reason']}"
     return text + f"pruned at {event['stage']}  {event['seconds']:.0f} s"
-
-
-def short(plan: CompressionPlan) -> str:
-    """Return a plan in a few words, such as `28L 9/3H hidden 576 FFN 1344 bfloat16`.
-
-    They are the layers, the query and key/value heads, the hidden size, the FFN width and the precision.
-    """
-    heads = f"{plan.num_attention_heads}/{plan.num_key_value_heads}"
-    widths = f"hidden {plan.hidden_size} FFN {plan.intermediate_size}"
-    return f"{plan.num_hidden_layers}L {heads}H {widths} {plan.precision}"
 
 
 def _left(seconds: float) -> str:

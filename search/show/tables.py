@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from search.show.progress import short
+from compressors.plan import short
 from search.show.rows import Result, Row, by_score
 from search.show.study_state import BestOfAll, FinalistRow, StudyState, TrialSummary
 

@@ -1,37 +1,138 @@
-"""Quality in memory, shard by shard."""
+"""Quality in memory, shard by shard, before anything is written and any engine starts."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from compressors.device import compute_dtype, release
+from compressors.files import write_json
+from compressors.plan import CompressionPlan
 from evaluator import quality
+from evaluator.errors import NotFinite
 from search.files import read_json
+from search.say import Say
+from search.setup import keys
+from search.setup.machine import require_memory
+from search.setup.setting import Setting
+from search.stages import build
 
 
 @dataclasses.dataclass(frozen=True)
 class Screen:
-    """Quality in memory, one entry a shard: mean NLL and KL in nats per token, top-1 agreement with the base."""
+    """Quality in memory, one entry a shard: mean NLL and KL in nats per token, top-1 agreement with the base model."""
 
     nll: tuple[float, ...]
     kl: tuple[float | None, ...]
     agreement: tuple[float | None, ...]
 
+    @classmethod
+    def of(cls, shards: Sequence[quality.ShardQuality]) -> Screen:
+        """Gather the quality of shards."""
+        return cls(
+            nll=tuple(shard.nll for shard in shards),
+            kl=tuple(shard.kl for shard in shards),
+            agreement=tuple(shard.agreement for shard in shards),
+        )
 
-def read_screen(path: Path) -> Screen | None:
-    saved = read_json(path)
-    return None if saved is None else Screen(**{name: tuple(values) for name, values in saved.items()})
+    @classmethod
+    def read(cls, path: Path) -> Screen | None:
+        """Read a screen that was kept; None where there is none."""
+        saved = read_json(path)
+        return None if saved is None else cls(**{name: tuple(values) for name, values in saved.items()})
+
+    def write(self, path: Path) -> None:
+        """Keep the screen in a JSON file."""
+        write_json(path, dataclasses.asdict(self))
+
+    def shards(self) -> Iterator[quality.ShardQuality]:
+        """Return the quality of each shard in turn."""
+        for nll, kl, agreement in zip(self.nll, self.kl, self.agreement, strict=True):
+            yield quality.ShardQuality(nll=nll, tokens=0, kl=kl, agreement=agreement)
 
 
-def screen_of_shards(found: list[quality.ShardQuality]) -> Screen:
-    return Screen(
-        nll=tuple(shard.nll for shard in found),
-        kl=tuple(shard.kl for shard in found),
-        agreement=tuple(shard.agreement for shard in found),
-    )
+def path_of(setting: Setting, plan: CompressionPlan) -> Path:
+    """Return the file that keeps the plan's screen."""
+    return setting.outputs / "screens" / f"{keys.measurement_key(setting, plan)}.json"
+
+
+class Screener:
+    """Scores plans in memory against the base model, whose log-probabilities are computed when first wanted."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._reference: quality.Reference | None = None
+
+    def base_nll(self, say: Say) -> tuple[float, ...]:
+        """Return the base model's mean NLL on each shard, in nats per token, computed as that of every plan is."""
+        setting = self._setting
+        key = keys.measurement_key(setting, setting.model.identity)
+        path = setting.outputs / "screens" / f"base-{key}.json"
+        known = read_json(path)
+        if known is None:
+            known = {"nll": list(self._base(say).nll)}
+            write_json(path, known)
+        return tuple(known["nll"])
+
+    def shards(self, plan: CompressionPlan, say: Say) -> Iterator[quality.ShardQuality]:
+        """Return the quality of each shard in turn, from a model of the plan in memory."""
+        reference = self._base(say)
+        with _model(self._setting, plan, say) as model:
+            for index, shard in enumerate(self._setting.texts.shards):
+                yield quality.shard_quality(model, shard, reference, index)
+
+    def screen(self, plan: CompressionPlan, say: Say) -> Screen:
+        """Return the plan's quality on all shards, kept under its key: the numbers that a trial of this plan has."""
+        path = path_of(self._setting, plan)
+        known = Screen.read(path)
+        if known is None:
+            say("quality in memory")
+            known = Screen.of(list(self.shards(plan, say)))
+            known.write(path)
+        return known
+
+    def screen_of(self, model: Any, say: Say) -> Screen:
+        """Return the quality of a stock transformers model on the setting's device that no plan made."""
+        reference = self._base(say)
+        shards = enumerate(self._setting.texts.shards)
+        return Screen.of([quality.shard_quality(model, shard, reference, index) for index, shard in shards])
+
+    def _base(self, say: Say) -> quality.Reference:
+        if self._reference is None:
+            say("screen: the base model")
+            setting = self._setting
+            kept = int(setting.file.evaluation.kl_max_mb * 1e6)
+            with _model(setting, setting.model.identity, say) as model:
+                self._reference = quality.Reference.of(model, setting.texts.shards, max_bytes=kept)
+            if not all(map(math.isfinite, self._reference.nll)):
+                raise NotFinite(
+                    f"model {setting.model.path}: its loss on the search text is NaN: the weights are broken"
+                )
+        return self._reference
+
+
+@contextlib.contextmanager
+def _model(setting: Setting, plan: CompressionPlan, say: Say) -> Iterator[Any]:
+    device, base = setting.machine.device, setting.model.checkpoint
+    simulated = build.checkpoint_of(setting, plan, say, simulate=True)
+    on_cpu = device == "cpu"
+    need = simulated.total_parameters * 4 if on_cpu else simulated.size_bytes
+    if plan.repair == "stream":  # for a while the base model and the cut one are in memory too
+        need = 2 * need + (base.total_parameters * 4 if on_cpu else base.size_bytes)
+    require_memory(need, device, "screening this plan")
+    model = simulated.to_model(device, dtype=compute_dtype(device))
+    try:
+        yield model
+    finally:
+        del model
+        release(device)
 
 
 def mean_known(values: tuple[float | None, ...]) -> float | None:
-    """Over the shards that the reference covers."""
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
+    """Return the mean over the shards that the reference covers."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -15,8 +15,8 @@ from compressors.plan import CompressionPlan
 from evaluator.backends import kernels
 from search.by_hand import compress
 from search.config import compose
-from search.setup import setting
-from search.stages import bench as objective
+from search.setup import keys, setting
+from search.stages.bench import Bench
 from search.study import space
 
 Setting = setting.Setting
@@ -25,48 +25,49 @@ Setting = setting.Setting
 def prepare(values: dict[str, Any], *, search: bool = True) -> Setting:
     """The setting of a study file's values, on a machine and an engine that have fixed names."""
     prepared = setting.prepare(compose.validate(values, "golden"), search=search)
-    return dataclasses.replace(prepared, device_name="golden device", engine_version="golden engine 1.0")
+    machine = dataclasses.replace(prepared.machine, device_name="golden device", engine_version="golden engine 1.0")
+    return dataclasses.replace(prepared, machine=machine)
 
 
 def identity(of: Setting) -> CompressionPlan:
-    return of.identity
+    return of.model.identity
 
 
 def canonical(plan: CompressionPlan, of: Setting) -> CompressionPlan:
-    return plans.canonical(plan, of.identity)
+    return plans.canonical(plan, of.model.identity)
 
 
 def name_of(plan: CompressionPlan, of: Setting) -> str:
-    return plans.name_of(plan, of.identity)
+    return plans.name_of(plan, of.model.identity)
 
 
 def plan_digest(plan: CompressionPlan, of: Setting) -> str:
-    return of.plan_digest(plan)
+    return keys.plan_digest(of, plan)
 
 
 def key(plan: CompressionPlan, of: Setting) -> str:
-    return of.key(plan)
+    return keys.measurement_key(of, plan)
 
 
 def infeasible(plan: CompressionPlan, of: Setting, *, gpu: bool, max_bytes: int | None = None) -> str | None:
     asked = kernels("vllm", "cuda") if gpu else None
-    return build.check(plan, of.base, of.family, kernels=asked, max_bytes=max_bytes)
+    return build.check(plan, of.model.checkpoint, of.model.family, kernels=asked, max_bytes=max_bytes)
 
 
 def file_bytes(plan: CompressionPlan, of: Setting) -> int:
-    return build.predicted_bytes(plan, of.base, of.family)
+    return build.predicted_bytes(plan, of.model.checkpoint, of.model.family)
 
 
 def definition(of: Setting) -> dict[str, Any]:
-    return of.definition
+    return keys.definition(of)
 
 
 def suggest(trial: Any, of: Setting) -> CompressionPlan:
-    return space.suggest(trial, of.file.space, of.identity)
+    return space.suggest(trial, of.file.space, of.model.identity)
 
 
 def uncut(of: Setting) -> list[dict[str, Any]]:
-    return space.uncut(of.file.space, of.identity)
+    return space.uncut(of.file.space, of.model.identity)
 
 
 def write(plan: CompressionPlan, of: Setting, to: Path) -> str:
@@ -76,5 +77,5 @@ def write(plan: CompressionPlan, of: Setting, to: Path) -> str:
 
 def screen(plan: CompressionPlan, of: Setting) -> dict[str, Any]:
     """Quality in memory, a number a shard."""
-    with objective.Bench(of) as bench:
-        return dataclasses.asdict(bench.screen(plan))
+    with Bench.of(of) as bench:
+        return dataclasses.asdict(bench.screen(plan, lambda text: None))

@@ -48,7 +48,8 @@ KILLED = """
     import itertools, os, signal
     from evaluator.process import EngineProcess
     from search import cli
-    from search.stages import bench
+    from search.stages import build, screen
+    from search.stages.bench import Bench
     from search.study import objective
 
     stage, wanted = os.environ["KILL_IN"].split(":")
@@ -73,12 +74,12 @@ KILLED = """
 
     if stage == "screen":
         objective.Objective._screen = within(objective.Objective._screen)
-        bench.quality.shard_quality = die_inside(bench.quality.shard_quality)
+        screen.quality.shard_quality = die_inside(screen.quality.shard_quality)
     elif stage == "build":  # the weights are written, but not yet described or renamed
-        bench.Bench.build = within(bench.Bench.build)
-        bench.write_json = die_inside(bench.write_json)
+        Bench.build = within(Bench.build)
+        build.write_json = die_inside(build.write_json)
     elif stage == "measure":
-        bench.Bench.measure = within(bench.Bench.measure)
+        Bench.measure = within(Bench.measure)
         EngineProcess.nll = die_inside(EngineProcess.nll)
     cli.main()
 """

@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import pytest
 
 from compressors.errors import CheckpointError, InfeasiblePlan
-from compressors.methods import stream
 from compressors.statistics import second_moments
+from compressors.steps import stream
 from evaluator import texts
 from search.by_hand import compress
 from search.config import compose
 from search.errors import UsageError
-from search.setup import machine, setting
+from search.setup import collect, keys, machine, setting
 from search.setup import texts as setup_texts
-from search.stages import bench as objective
+from search.stages import measure
 
 
 def prose(start, count):
@@ -71,7 +71,7 @@ def read(monkeypatch):
 def test_a_text_is_read_once_until_it_changes(prepared, read, tmp_path):
     (tmp_path / "report.txt").write_text(prose(2000, 80))
     whole = prepared(report=[str(tmp_path / "report.txt")])
-    assert len(setting.report_shards(whole)) == 2
+    assert len(setup_texts.report_shards(whole.file, whole.texts.moments.tokenizer)) == 2
     first = setup_texts.calibration_documents(whole.file)
     assert read == {"fit.txt": 1, "search.txt": 1, "report.txt": 1}
     (tmp_path / "fit.txt").write_text(prose(100, 121))
@@ -81,26 +81,28 @@ def test_a_text_is_read_once_until_it_changes(prepared, read, tmp_path):
 
 def test_moments_are_of_the_text_that_was_there_when_the_study_began(prepared, tmp_path, monkeypatch):
     first = prepared()
-    plan = dataclasses.replace(first.identity, intermediate_size=128)
+    plan = dataclasses.replace(first.model.identity, intermediate_size=128)
     repaired = dataclasses.replace(plan, repair="ridge")
     cut = collections.Counter()
     windows = texts.windows
     monkeypatch.setattr(texts, "windows", lambda *args: cut.update(["cut"]) or windows(*args))
     monkeypatch.setattr(setup_texts, "tokenizer_of", None)  # there is one already
-    plain = first.plan_digest(plan)
+    plain = keys.plan_digest(first, plan)
     assert not cut  # no moments are needed, and no text for them
-    digest = first.plan_digest(repaired)
+    digest = keys.plan_digest(first, repaired)
     (tmp_path / "fit.txt").write_text(prose(0, 20) + "\n\n" + prose(500, 100))
-    with_moments = dataclasses.replace(first, threads=1).moments_for(repaired)
-    assert with_moments.windows() == first.moments_text.windows
-    assert first.plan_digest(repaired) == digest
+    with_moments = collect.moments_for(
+        dataclasses.replace(first, machine=dataclasses.replace(first.machine, threads=1)), repaired
+    )
+    assert with_moments.windows() == first.texts.moments.windows
+    assert keys.plan_digest(first, repaired) == digest
     assert cut == {"cut": 1}
     monkeypatch.undo()
     second = prepared()  # the text beyond the one calibration window is another
-    assert second.calibration_windows == first.calibration_windows
-    assert second.plan_digest(plan) == plain
-    assert second.plan_digest(repaired) != digest
-    assert second.moments_for(repaired).path != with_moments.path
+    assert second.texts.calibration_windows == first.texts.calibration_windows
+    assert keys.plan_digest(second, plan) == plain
+    assert keys.plan_digest(second, repaired) != digest
+    assert collect.moments_for(second, repaired).path != with_moments.path
 
 
 @pytest.mark.parametrize("domain", ["topics", "docstrings", "code"])
@@ -109,7 +111,7 @@ def test_a_report_of_what_the_calibration_holds_is_refused(prepared, tmp_path, d
     (tmp_path / "report.txt").write_text(prose(2000, 80) + "\n\n" + document.text)
     whole = prepared(calibration="embedded", report=[str(tmp_path / "report.txt")])
     with pytest.raises(UsageError, match=r"text\.calibration and text\.report share text"):
-        setting.report_shards(whole)
+        setup_texts.report_shards(whole.file, whole.texts.moments.tokenizer)
 
 
 @pytest.mark.parametrize("part", ["calibration", "search"])
@@ -117,7 +119,7 @@ def test_text_is_shared_neither_with_the_search_nor_with_the_report(prepared, tm
     (tmp_path / "other.txt").write_text(prose(70 if part == "calibration" else 1070, 80))
     whole = prepared(report=[str(tmp_path / "other.txt")])
     with pytest.raises(UsageError, match=rf"text\.{part} and text\.report share text"):
-        setting.report_shards(whole)
+        setup_texts.report_shards(whole.file, whole.texts.moments.tokenizer)
     if part == "calibration":
         with pytest.raises(UsageError, match=r"text\.calibration and text\.search share text"):
             prepared(search=[str(tmp_path / "other.txt")])
@@ -134,8 +136,8 @@ def test_a_plan_that_the_server_could_not_read_is_infeasible(prepared):
     head = {"precision": "W8A8", "lm_head": "8-bit"}
     for version, refused in (("4.57.3", True), ("5.17.0", False)):
         ready = prepared(export={"for_transformers": version})
-        assert ready.infeasible(dataclasses.replace(ready.identity, precision="W8A8")) is None
-        reason = ready.infeasible(dataclasses.replace(ready.identity, **head))
+        assert ready.infeasible(dataclasses.replace(ready.model.identity, precision="W8A8")) is None
+        reason = ready.infeasible(dataclasses.replace(ready.model.identity, **head))
         assert (reason is not None and "no 8-bit lm_head before 0.20" in reason) is refused
 
 
@@ -156,34 +158,34 @@ def test_a_size_that_only_the_built_model_tells_is_held_against_the_limit(prepar
 
 def test_second_moments_that_do_not_fit_the_disk_are_not_begun(prepared, monkeypatch):
     ready = prepared()
-    plan = dataclasses.replace(ready.identity, precision="W8A8", quantizer="gptq")
+    plan = dataclasses.replace(ready.model.identity, precision="W8A8", quantizer="gptq")
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=51_000_000))
     with pytest.raises(CheckpointError, match=r"disk: second moments needs 0.05 GB .* free some"):
-        ready.moments_for(plan)
+        collect.moments_for(ready, plan)
     assert not list((ready.outputs / "calibration").glob("*"))
     monkeypatch.undo()
-    written = sum(file.stat().st_size for file in ready.moments_for(plan).path.iterdir())
-    assert written == pytest.approx(second_moments.file_bytes(ready.base, 1), rel=0.1)
+    written = sum(file.stat().st_size for file in collect.moments_for(ready, plan).path.iterdir())
+    assert written == pytest.approx(second_moments.file_bytes(ready.model.checkpoint, 1), rel=0.1)
 
 
 def test_a_plan_that_is_repaired_otherwise_now_is_another(prepared, monkeypatch):
     its = prepared()
-    narrow = dataclasses.replace(its.identity, intermediate_size=96)
+    narrow = dataclasses.replace(its.model.identity, intermediate_size=96)
     plans = [dataclasses.replace(narrow, repair=repair) for repair in ("none", "ridge", "stream")]
-    before = [its.plan_digest(plan) for plan in plans]
-    monkeypatch.setattr(stream, "VERSION", stream.VERSION + 1)
-    assert [its.plan_digest(plan) == was for plan, was in zip(plans, before, strict=True)] == [True, True, False]
+    before = [keys.plan_digest(its, plan) for plan in plans]
+    monkeypatch.setattr(stream, "VERSIONS", {("repair", "stream"): "stream 99"})
+    assert [keys.plan_digest(its, plan) == was for plan, was in zip(plans, before, strict=True)] == [True, True, False]
 
 
 def test_float32_weights_count_as_the_engine_reads_them(prepared, write_pico_model, tmp_path):
     """vLLM casts them to 16 bits, transformers doesn't."""
     its = prepared(write_pico_model(tmp_path / "wide", "llama", dtype="float32"))
-    halved = dataclasses.replace(its.identity, precision="bfloat16")
+    halved = dataclasses.replace(its.model.identity, precision="bfloat16")
     shallow = dataclasses.replace(halved, num_hidden_layers=3)
 
     def ratios(backend):
-        with objective.Bench(dataclasses.replace(its, backend=backend)) as bench:
-            return [bench.predicted_time_ratio(plan) for plan in (its.identity, halved, shallow)]
+        served = dataclasses.replace(its, machine=dataclasses.replace(its.machine, backend=backend))
+        return [measure.predicted_ratio(served, plan) for plan in (its.model.identity, halved, shallow)]
 
     own, of_vllm = ratios("transformers"), ratios("vllm")
     assert own[:2] == [1.0, 0.75]  # half of a step is reading weights, and half of the bytes are left

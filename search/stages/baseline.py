@@ -1,0 +1,57 @@
+"""The base model's measurement: taken once, kept under what it depends on."""
+
+from __future__ import annotations
+
+from compressors.files import write_json
+from evaluator import measure, score
+from evaluator.measurement import Measurement
+from search.errors import UsageError
+from search.files import read_json
+from search.say import Say
+from search.setup import keys
+from search.setup.setting import Setting
+from search.stages.engines import Engines
+
+RESULT = "baseline_result.json"  # in outputs/: the baseline that was used last, for people
+
+
+def baseline(setting: Setting, engines: Engines, say: Say, *, again: bool = False) -> Measurement:
+    """Return the base model's measurement.
+
+    Args:
+        setting: What the study shares.
+        engines: The worker's engines.
+        say: Told what is done.
+        again: Measure it although its measurement is known.
+
+    Raises:
+        UsageError: The base model solves nothing of a task, so that no score can be relative to it.
+        EvaluationError: The model or the engine is broken.
+    """
+    path = keys.baseline_path(setting)
+    known = None if again else read_json(path)
+    if known is not None:
+        measurement = Measurement.from_dict(known)
+    else:
+        say("baseline: starting the engine")
+        timed = setting.file.evaluation.speed == "measured"
+        measurement = measure.measure_base(
+            setting.model.path,
+            engines.baseline(),
+            measure.Request(setting.texts.shards, setting.workload, setting.tasks, timed=timed),
+            progress=lambda what: say(f"baseline: {what}"),
+        )
+        write_json(path, measurement.to_dict())
+    write_json(
+        setting.outputs / RESULT,
+        {
+            **measurement.to_dict(),
+            "model": {"source": setting.file.model.source, "digest": setting.model.digest},
+            "circumstances": keys.circumstances(setting),
+        },
+    )
+    try:
+        score.score_of(measurement, measurement, setting.formula)
+    except ValueError as error:  # a task of which the base model solves nothing
+        raise UsageError(str(error)) from None
+    return measurement

@@ -1,0 +1,92 @@
+"""A plan's checkpoint: in memory for scoring, or on disk for an engine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from compressors import build
+from compressors.device import release
+from compressors.errors import CompressionError
+from compressors.files import write_json
+from compressors.model.checkpoint import Checkpoint
+from compressors.plan import DESCRIPTION, CompressionPlan
+from search.files import read_json
+from search.processes import process_alive
+from search.say import Say
+from search.setup import collect, keys
+from search.setup.machine import require_disk
+from search.setup.setting import Setting
+
+BUILDING = ".building-"  # + the worker's pid: where a checkpoint is until it is whole
+
+
+def checkpoint_of(setting: Setting, plan: CompressionPlan, say: Say, *, simulate: bool = False) -> Checkpoint:
+    """Return the plan's checkpoint; its weights are made when they are used.
+
+    Args:
+        setting: What the study shares.
+        plan: The plan, in its canonical form.
+        say: Told what takes long.
+        simulate: Make a quantized plan a model of plain tensors that computes the same.
+
+    Raises:
+        InfeasiblePlan: The plan can't be built.
+        CheckpointError: Statistics can't be collected or read.
+    """
+    return build.apply(
+        plan,
+        setting.model.checkpoint,
+        setting.model.family,
+        collect.calibrate(setting, say) if build.needs_activations(plan, setting.model.identity) else None,
+        moments=collect.moments_for(setting, plan, say),
+        simulate=simulate,
+        device=setting.machine.device,
+        say=say,
+    )
+
+
+def write(setting: Setting, plan: CompressionPlan, say: Say, *, limited: bool = True) -> tuple[Path, str]:
+    """Write the plan's checkpoint under outputs/checkpoints, unless it is there; return it and its weights' sha256.
+
+    Args:
+        setting: What the study shares.
+        plan: The plan, in its canonical form.
+        say: Told what takes long.
+        limited: Refuse a checkpoint that is larger than the study's limit.
+
+    Raises:
+        InfeasiblePlan: The plan can't be built, or is too large.
+        CompressionError: It can't be written; nothing is left there.
+    """
+    path = setting.outputs / "checkpoints" / keys.plan_digest(setting, plan)
+    known = read_json(path / DESCRIPTION)
+    if known is not None:
+        return path, str(known["weights_sha256"])
+    needed = build.predicted_bytes(plan, setting.model.checkpoint, setting.model.family)
+    require_disk(needed, path.parent, "this plan's checkpoint")
+    checkpoint = checkpoint_of(setting, plan, say)
+    build.require_size(checkpoint, setting.max_bytes if limited else None)
+    building = path.with_name(f"{BUILDING}{os.getpid()}")
+    scratch = building / path.name
+    try:
+        weights_sha256 = checkpoint.write(scratch)
+        described = {**keys.description(setting, plan), "weights_sha256": weights_sha256}
+        write_json(scratch / DESCRIPTION, described)
+        if not path.exists():  # else another worker has built the same meanwhile
+            scratch.replace(path)
+    except OSError as error:
+        raise CompressionError(f"build: {path}: {error.strerror or error}; nothing was left there") from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+        release(setting.machine.device)
+    return path, weights_sha256
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove what builds that were killed left half-written in a directory of checkpoints."""
+    for scratch in directory.glob(f"{BUILDING}*"):
+        pid = scratch.name.rpartition("-")[2]
+        if not (pid.isdigit() and process_alive(int(pid))):
+            shutil.rmtree(scratch, ignore_errors=True)

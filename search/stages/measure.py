@@ -1,0 +1,104 @@
+"""A checkpoint on disk → its measurement in an engine of its own, timed in turn with the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from compressors import build
+from compressors.model import structure
+from compressors.plan import CompressionPlan
+from evaluator import backends, measure, speed
+from evaluator.measurement import Measurement, Timing
+from evaluator.process import EngineProcess
+from search.say import Say
+from search.setup.setting import Setting
+from search.stages.engines import Engines
+
+
+def measure_checkpoint(
+    setting: Setting,
+    engines: Engines,
+    baseline: Measurement,
+    path: Path,
+    weights_sha256: str,
+    say: Say,
+    then: Callable[[EngineProcess], None] = lambda engine: None,
+) -> Measurement:
+    """Measure the checkpoint in `path`.
+
+    Args:
+        setting: What the study shares.
+        engines: The worker's engines.
+        baseline: The base model's measurement.
+        path: A checkpoint's directory.
+        weights_sha256: The sha256 of its weights.
+        say: Told what is done.
+        then: Called with the candidate's engine before it is closed.
+
+    Raises:
+        EvaluationError: The model is broken, or the engine failed.
+    """
+    timed = setting.file.evaluation.speed == "measured"
+    against = engines.baseline() if timed else None
+    say("starting the engine")
+    with engines.start(path, "candidate") as engine:
+        measurement = measure.measure_candidate(
+            path,
+            engine,
+            measure.Request(setting.texts.shards, setting.workload, setting.tasks, timed=timed),
+            against,
+            weights_sha256=weights_sha256,
+            expected_base_ms=baseline.time_per_token_ms,
+            progress=say,
+        )
+        then(engine)
+    if timed:
+        return measurement
+    return with_predicted_time(measurement, predicted_ratio_of(setting, path))  # by what was written, not by the plan
+
+
+def predicted_ratio(setting: Setting, plan: CompressionPlan) -> float:
+    """Predict a plan's time per token over the base model's, from the bytes that a decode step reads."""
+    base, own = setting.model.checkpoint, setting.model.identity
+    return speed.predicted_time_ratio(
+        candidate_bytes=_served(setting, build.shapes(plan, base, setting.model.family).decode_bytes, plan.precision),
+        base_bytes=_served(setting, base.decode_bytes, own.precision),
+        layers=plan.num_hidden_layers,
+        base_layers=own.num_hidden_layers,
+    )
+
+
+def predicted_ratio_of(setting: Setting, path: Path) -> float:
+    """Predict the same for a checkpoint of any origin."""
+    described, base, own = structure.describe_any(path), setting.model.checkpoint, setting.model.identity
+    read = described.decode_bytes
+    return speed.predicted_time_ratio(
+        candidate_bytes=_served(setting, described.bytes if read is None else read, described.dtype),
+        base_bytes=_served(setting, base.size_bytes if read is None else base.decode_bytes, own.precision),
+        layers=len(described.layers),
+        base_layers=own.num_hidden_layers,
+    )
+
+
+def _served(setting: Setting, stored: int, dtype: str) -> int:
+    return backends.served_bytes(setting.machine.backend, stored, dtype)
+
+
+def with_predicted_time(measurement: Measurement, ratio: float) -> Measurement:
+    """Return the measurement with a time that comes from weight bytes, for `evaluation.speed=predicted`.
+
+    Args:
+        measurement: A measurement without times.
+        ratio: The time per token over the base model's, whose own is 1.
+    """
+    timing = Timing(
+        time_per_token_ms=ratio,
+        time_per_token_ms_se=0.0,
+        base_time_per_token_ms=1.0,
+        base_time_per_token_ms_se=0.0,
+        time_ratio=ratio,
+        time_ratio_se=0.0,
+        samples=0,
+    )
+    return measure.with_timing(measurement, timing)

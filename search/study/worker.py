@@ -1,0 +1,75 @@
+"""A worker process: reads the study file from the first line of standard input, then `go N` for each trial.
+
+It writes an event per line to standard output, and ends with its input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import optuna
+import torch
+
+from search import processes
+from search.config.study_file import StudyFile
+from search.setup.setting import prepare
+from search.stages.bench import Bench
+from search.study import storage
+from search.study.one_trial import Event, run_one
+
+
+def _lines() -> Iterator[str]:
+    while line := sys.stdin.readline():
+        yield line.strip()
+
+
+def _end_with_parent() -> None:
+    """Stop as by Ctrl-C when the process that hands out the trials is gone."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main(index: int, threads: int) -> None:
+    """Run trials until standard input ends.
+
+    Args:
+        index: The worker's number.
+        threads: The number of threads of its engines; 0: as many as there are cores.
+    """
+    lines = _lines()
+    file = StudyFile.model_validate_json(next(lines))
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print to standard output; events must not be mixed with that
+
+    def watch(event: Event) -> None:
+        try:
+            print(json.dumps(event), file=out, flush=True)
+        except OSError:
+            raise KeyboardInterrupt from None  # nobody listens any more
+
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    setting = prepare(file)
+    if threads:
+        torch.set_num_threads(threads)
+        setting = dataclasses.replace(setting, machine=dataclasses.replace(setting.machine, threads=threads))
+    study = storage.load(storage.open_storage(file.storage), file.study_name)
+    with contextlib.suppress(KeyboardInterrupt), processes.Stop() as stop, Bench.of(setting) as bench:
+        baseline = bench.baseline(lambda text: watch({"event": "say", "text": text}))
+        for line in lines:
+            run_one(study, bench, baseline, index, int(line.split()[1]), watch, stop)
+            watch({"event": "idle"})
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
