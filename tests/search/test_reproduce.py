@@ -8,7 +8,7 @@ import shlex
 import pytest
 from click.testing import CliRunner
 
-from compressors.plan import CHOICES, DIMENSIONS, CompressionPlan, canonical, name_of
+from compressors.plan import CHOICES, CompressionPlan, canonical, name_of
 from search.by_hand import compress
 from search.by_hand.evaluation import Evaluation
 from search.config import compose
@@ -31,14 +31,15 @@ SIZES = {
     "hidden_size": 64,
     "intermediate_size": 128,
 }
-HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
 def plans():
     """A plan for each size, each precision, and each value of each choice that differs from the default."""
     cut = dataclasses.replace(BASE, **SIZES)
-    for name in DIMENSIONS:
-        yield dataclasses.replace(BASE, **{one: SIZES[one] for one in (HEADS if name in HEADS else (name,))})
+    for name in ("num_hidden_layers", "intermediate_size"):
+        yield dataclasses.replace(BASE, **{name: SIZES[name]})
+    yield dataclasses.replace(BASE, num_attention_heads=4, num_key_value_heads=2)
+    yield dataclasses.replace(BASE, hidden_size=72)
     for precision in ("float16", "float32", "W8A8", "FP8_DYNAMIC", "W4A16"):
         yield dataclasses.replace(BASE, precision=precision)
         yield dataclasses.replace(cut, precision=precision)
@@ -61,10 +62,11 @@ PLANS = {name_of(plan, BASE): plan for plan in (canonical(plan, BASE) for plan i
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory, pico_llama):
+def home(tmp_path_factory, write_pico_model):
     place = tmp_path_factory.mktemp("again")
+    model = write_pico_model(place / "model", "llama", head_dim=32)
     (place / "studies").mkdir()
-    (place / "studies" / "again.yaml").write_text(STUDY.format(home=place, model=pico_llama))
+    (place / "studies" / "again.yaml").write_text(STUDY.format(home=place, model=model))
     return place
 
 

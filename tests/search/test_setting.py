@@ -129,7 +129,7 @@ def test_a_model_that_the_server_could_not_read_is_refused_before_the_first_tria
     two_ropes = write_pico_model(tmp_path / "gemma3", "gemma3_text")
     with pytest.raises(CheckpointError, match=r"rope_parameters differ by the type of layer"):
         prepared(model=two_ropes, export={"for_transformers": "4.57.3"})
-    assert prepared(model=two_ropes, export={"for_transformers": "5.17.0"}).family.model_type == "gemma3_text"
+    assert prepared(model=two_ropes, export={"for_transformers": "5.17.0"}).model.family.model_type == "gemma3_text"
 
 
 def test_a_plan_that_the_server_could_not_read_is_infeasible(prepared):
@@ -143,7 +143,7 @@ def test_a_plan_that_the_server_could_not_read_is_infeasible(prepared):
 
 def test_a_size_that_only_the_built_model_tells_is_held_against_the_limit(prepared, tmp_path):
     free = prepared()
-    plan = dataclasses.replace(free.identity, precision="W8A8", keep_16_bit=4)
+    plan = dataclasses.replace(free.model.identity, precision="W8A8", keep_16_bit=4)
     made = compress.compress(compress.foresee(plan, free), free, tmp_path / "free", None)
     real = (made.path / "model.safetensors").stat().st_size
     foreseen = made.outcome.bytes
