@@ -376,5 +376,5 @@ def _replace(rewritten: Mapping[Path, Mapping[str, Any]], version: str) -> None:
     except OSError as error:
         where = error.filename or next(iter(rewritten)).parent
         raise CheckpointError(
-            f"for transformers {version}: {where}: {error.strerror or error}; nothing was changed"
+            f"for transformers {version}: {where}: {error.strerror or error}; free some space, or make it writable"
         ) from None
