@@ -134,13 +134,7 @@ def distill(
                 f"distill: {device} has no memory left; set a smaller micro_batch, a smaller chunk, or "
                 "gradient_checkpointing"
             ) from None
-    if standing.ended == NOT_FINITE:
-        raise CompressionError(
-            f"distill: the loss or its gradient was NaN or infinite {MOST_BAD} batches in a row, at {standing.step} of "
-            f"{settings.steps}, learning rate {learning_rate(standing.step - 1, settings):.3g}; set a lower "
-            f"learning_rate and another directory; the best so far (held-out KL "
-            f"{best_kl(standing):.4f}) is kept in {work}"
-        )
+    _require_finite(standing, settings, work)
     return _distilled(student, teacher, standing, settings, len(ids), work, dtype)
 
 
@@ -164,6 +158,16 @@ def best(student: Checkpoint, work: Path) -> Checkpoint | None:
     if foreign:
         raise CheckpointError(f"distill {work}: holds another student ({foreign[0]} differs); name its own directory")
     return dataclasses.replace(student, tensors={**student.tensors, **tensors})
+
+
+def _require_finite(standing: Standing, settings: Distillation, work: Path) -> None:
+    if standing.ended == NOT_FINITE:
+        raise CompressionError(
+            f"distill: the loss or its gradient was NaN or infinite {MOST_BAD} batches in a row, at {standing.step} of "
+            f"{settings.steps}, learning rate {learning_rate(standing.step - 1, settings):.3g}; set a lower "
+            f"learning_rate and another directory; the best so far (held-out KL "
+            f"{best_kl(standing):.4f}) is kept in {work}"
+        )
 
 
 def _distilled(

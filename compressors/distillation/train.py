@@ -130,23 +130,11 @@ def train(
     """
     distill_pair.require_plain_logits(pair, held_out[0])
     optimizer = distill_pair.optimizer_of(pair, settings.weight_decay)
-    if standing is None:
-        micro, twice = distill_fit.fit(
-            pair, ids[0], settings.batch, settings.chunk, settings.gradient_checkpointing, settings.micro_batch
-        )
-        standing = Standing(micro_batch=micro, gradient_checkpointing=twice)
-    else:
-        _resume(pair, optimizer, work, standing)
-    compiled = _prepare_layers(pair, optimizer, ids[: standing.micro_batch], settings, standing.gradient_checkpointing)
-    standing = report.at(dataclasses.replace(standing, compiled=compiled))
+    standing = report.at(_begin(pair, optimizer, ids, settings, work, standing))
     better: dict[str, torch.Tensor] | None = None  # the best student, until it is saved
     if not standing.evaluations:
         standing, _ = _evaluate(pair, held_out, settings, standing, report)
-        if not math.isfinite(standing.evaluations[0].held_out_kl):
-            raise CheckpointError(
-                f"distill: the held-out KL is {standing.evaluations[0].held_out_kl} before training; the student or "
-                "the teacher is broken, build it again"
-            )
+        _require_finite(standing)
     distill_state.prepare(work)
     every = max(round(settings.evaluate_every / (settings.batch * settings.window)), 1)
     saved = time.monotonic()
@@ -170,6 +158,34 @@ def train(
         standing = report.at(distill_state.save(work, definition, standing, weights, better, tick))
         better, saved = None, time.monotonic()
     return standing
+
+
+def _begin(
+    pair: Pair,
+    optimizer: torch.optim.Optimizer,
+    ids: torch.Tensor,
+    settings: Distillation,
+    work: Path,
+    standing: Standing | None,
+) -> Standing:
+    """Fit a new training to the device, or load the weights of a saved one; then prepare the layers."""
+    if standing is None:
+        micro, twice = distill_fit.fit(
+            pair, ids[0], settings.batch, settings.chunk, settings.gradient_checkpointing, settings.micro_batch
+        )
+        standing = Standing(micro_batch=micro, gradient_checkpointing=twice)
+    else:
+        _resume(pair, optimizer, work, standing)
+    compiled = _prepare_layers(pair, optimizer, ids[: standing.micro_batch], settings, standing.gradient_checkpointing)
+    return dataclasses.replace(standing, compiled=compiled)
+
+
+def _require_finite(standing: Standing) -> None:
+    if not math.isfinite(standing.evaluations[0].held_out_kl):
+        raise CheckpointError(
+            f"distill: the held-out KL is {standing.evaluations[0].held_out_kl} before training; the student or the "
+            "teacher is broken, build it again"
+        )
 
 
 def _resume(pair: Pair, optimizer: torch.optim.Optimizer, work: Path, standing: Standing) -> None:

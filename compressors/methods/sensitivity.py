@@ -104,7 +104,7 @@ def _shares(checkpoint: Checkpoint, family: Family, moments: InputMoment) -> Ite
             norm = family.output_norms.get(part)
             module = family.in_layer(layer, norm or part)
             weight = checkpoint.tensors[f"{module}.weight"].load().float()
-            if norm is not None:  # the norm's gains are the size of its output
+            if norm is not None:  # the mean square of a norm's output is that of its gains
                 own = float((weight + family.norm_offset).square().sum())
             else:
                 moment = moments(module)

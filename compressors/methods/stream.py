@@ -83,20 +83,12 @@ def take_over(
     ]
     key = functools.cache(lambda: _key(cut, stays, device))
 
+    def progress(done: int, total: int) -> None:
+        say(f"repair, layer {done} of {total}")
+
     def fit(path: Path) -> None:
         say("repair: reading both models")
-        weights, _ = refit(
-            cut,
-            base,
-            family,
-            stays,
-            parts,
-            moments.windows(),
-            device,
-            progress=lambda done, total: say(f"repair, layer {done} of {total}"),
-        )
-        _keep(path, weights)
-        del weights
+        _keep(path, refit(cut, base, family, stays, parts, moments.windows(), device, progress=progress)[0])
         release(device)
 
     def load(name: str) -> torch.Tensor:

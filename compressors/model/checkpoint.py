@@ -227,7 +227,8 @@ class Checkpoint:
         missing = [name for name in missing if model.get_parameter(name).is_meta]
         if missing or unexpected:
             raise CheckpointError(
-                f"weights: {len(missing)} tensors missing, {len(unexpected)} left over: {[*missing, *unexpected][:3]}"
+                f"weights: {len(missing)} tensors missing, {len(unexpected)} left over: {[*missing, *unexpected][:3]}; "
+                "use config.json and weights of the same model"
             )
         make_buffers(model, config, device)
         for name, scheme in self.activations.items():

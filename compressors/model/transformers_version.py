@@ -277,8 +277,8 @@ def _scaling(given: Mapping[str, Any], version: str) -> dict[str, Any] | None:
         reasons = [f"has no {', '.join(missing)}"] if missing else []
         reasons += [f"has {', '.join(unknown)}, which this version doesn't know"] if unknown else []
         raise CheckpointError(
-            f"for transformers {version}: the rotary embedding ({rope_type}) {' and '.join(reasons)}; choose a version "
-            "of 5.x"
+            f"for transformers {version}: the rotary embedding ({rope_type}) {' and '.join(reasons)}; this model "
+            "can't be exported for it"
         )
     return {"rope_type": rope_type, **values}
 
@@ -376,5 +376,5 @@ def _replace(rewritten: Mapping[Path, Mapping[str, Any]], version: str) -> None:
     except OSError as error:
         where = error.filename or next(iter(rewritten)).parent
         raise CheckpointError(
-            f"for transformers {version}: {where}: {error.strerror or error}; nothing was changed"
+            f"for transformers {version}: {where}: {error.strerror or error}; free some space, or make it writable"
         ) from None

@@ -94,7 +94,7 @@ def plan(request, own):
 
 
 @pytest.fixture(params=QUANTISED)
-def quantised(request, own):
+def quantized(request, own):
     return dataclasses.replace(own, **QUANTISED[request.param])
 
 
@@ -137,17 +137,17 @@ def test_stock_transformers_loads_a_checkpoint_and_computes_what_the_screen_did(
 
 
 def test_quantized_checkpoints_load_and_agree_with_the_simulation(
-    base, its_family, statistics, quantised, tmp_path, windows
+    base, its_family, statistics, quantized, tmp_path, windows
 ):
-    assert build.check(quantised, base, its_family, max_bytes=None) is None
-    plain = dataclasses.replace(quantised, precision="float32")
+    assert build.check(quantized, base, its_family, max_bytes=None) is None
+    plain = dataclasses.replace(quantized, precision="float32")
     unrounded = logits(build.apply(plain, base, its_family, statistics).to_model("cpu", F32), windows)
-    simulated = build.apply(quantised, base, its_family, statistics, simulate=True)
-    build.apply(quantised, base, its_family, statistics).write(tmp_path / "m")
+    simulated = build.apply(quantized, base, its_family, statistics, simulate=True)
+    build.apply(quantized, base, its_family, statistics).write(tmp_path / "m")
     served = logits(stock(tmp_path / "m", dtype=F32), windows)
     assert (unrounded - served).abs().max() > 0.01, "nothing was rounded"
     torch.testing.assert_close(logits(simulated.to_model("cpu", F32), windows), served, atol=1e-4, rtol=1e-4)
-    if quantised.precision != "W4A16":  # activations are rounded too, by transformers as in the simulation
+    if quantized.precision != "W4A16":  # activations are rounded too, by transformers as in the simulation
         weights_alone = dataclasses.replace(simulated, activations={}).to_model("cpu", F32)
         assert (logits(weights_alone, windows) - served).abs().max() > 0.01
 

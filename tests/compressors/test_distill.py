@@ -459,7 +459,7 @@ def test_invalid_text_and_settings_are_refused(pico_llama, tmp_path):
     def said(**changes):
         return refused(CompressionError, student, teacher, tmp_path / "work", **changes)
 
-    assert "windows holds windows of 31 tokens, and window is 32" in said(windows=[text(1, 0)[0][1:]])
+    assert "windows holds windows of 31 tokens, but window is 32" in said(windows=[text(1, 0)[0][1:]])
     assert "held_out holds tokens 5 to 320, and the models have 320" in said(held_out=[[5] * 31 + [320]])
     assert "2 of 8 held-out windows are trained on too" in said(held_out=[*text(6, 1), *text(8, 0)[:2]])
     assert "tokens is 0" not in said(batch_tokens=31)

@@ -235,7 +235,7 @@ def test_stock_transformers_computes_the_same_from_an_exaone_3(tmp_path, write_p
     assert not info["unexpected_keys"]
     base, _ = read(path)
     assert torch.equal(logits(base.to_model("cpu"), windows), logits(model.eval(), windows))
-    model.save_pretrained(tmp_path / "again")  # with transformers' own keys beside them
+    model.save_pretrained(tmp_path / "again")  # with transformers' own keys as well
     transformers.AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path / "again")
     again, _ = read(tmp_path / "again")
     assert torch.equal(logits(again.to_model("cpu"), windows), logits(model, windows))

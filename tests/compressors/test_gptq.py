@@ -33,7 +33,7 @@ def nearest(weight, scheme, size, scales):
 
 
 def by_the_paper(weight, damped, scheme, size, scales):
-    """One column at a time, the inverse of what remains computed anew for each."""
+    """Round one column at a time, and invert again what remains after each."""
     order = sorted(range(len(damped)), key=lambda k: -float(damped[k, k]))
     rest, values = weight.double(), torch.zeros(weight.shape)
     for done, k in enumerate(order):

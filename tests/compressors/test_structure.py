@@ -196,7 +196,7 @@ def test_cuts_of_thirty_layers_take_well_under_a_second(smollm2):
     agrees(structure.describe_any(smollm2), base)
 
 
-# -- what is quantised or unknown ----------------------------------------------------------------------------
+# -- what is quantized or unknown ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC", "W4A16"])
