@@ -29,6 +29,7 @@ from search.failures import FAILURES, why
 from search.files import CACHE
 from search.setup import sources
 from search.setup.setting import Say, Setting, prepare
+from search.show.analysis import Analysis
 from search.show.rows import Row
 from search.stages.bench import Bench
 from search.study import mlflow_runs
@@ -91,7 +92,7 @@ def evaluate(bench: Bench, path: Path, name: str, warn: Warn, words: Sequence[st
     return evaluation
 
 
-def analyze(file: StudyFile, say: Say, *, importance: bool) -> dict[str, Any]:
+def analyze(file: StudyFile, say: Say, *, importance: bool) -> Analysis:
     """Return the structure of the study file's model, with its layers' importance where that was measured.
 
     A model of a family that is not known here is described too, without importance.

@@ -637,13 +637,13 @@ def analyze(model: Path | None, plot: Path | None, importance: bool, as_json: bo
     if plot is not None:
         plots.require_suffix(plot)
     with progress.Live(1) as live:
-        found = jobs.analyze(file, live.say, importance=importance)
+        analysis = jobs.analyze(file, live.say, importance=importance)
     if plot is not None:
-        plots.plot_structure(found, plot)
+        plots.plot_structure(analysis, plot)
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps(analysis.to_dict()))
         return
-    _print(structure.render(found))
+    _print(structure.render(analysis))
     if plot is not None:
         click.echo(f"→ {plot}")
 
