@@ -1,4 +1,4 @@
-"""The Markdown report of one evaluated model, and the comparison of several, from their eval_result.json alone."""
+"""Writes the report of one evaluated model and compares several, from their eval_result.json alone."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ def all_evaluated(models: Sequence[Path]) -> list[tuple[Path, Evaluation]]:
     Raises:
         UsageError: There is none.
     """
-    found = []
+    evaluations = []
     for place in models:
         for path in (place, *sorted(child for child in place.glob("*") if child.is_dir())):
             if (path / RESULT).is_file():
-                found.append((path, evaluated(path)))
-    if not found:
+                evaluations.append((path, evaluated(path)))
+    if not evaluations:
         named = ", ".join(map(str, models))
         raise UsageError(f"report: no evaluated model in {named}; run `optuna-search evaluate --model PATH` first")
-    return found
+    return evaluations
 
 
-def compared(found: Sequence[tuple[Path, Evaluation]]) -> list[Row]:
+def compared(evaluations: Sequence[tuple[Path, Evaluation]]) -> list[Row]:
     """Return the rows of the comparison: the first model's baseline, then the models.
 
     A model that can't be compared with the first one has a remark that says why.
     """
-    first = found[0][1]
+    first = evaluations[0][1]
     rows = [first.baseline_row()]
-    return rows + [evaluation.row(path, remark=_remark(evaluation, first)) for path, evaluation in found]
+    return rows + [evaluation.row(path, remark=_remark(evaluation, first)) for path, evaluation in evaluations]
 
 
 def _remark(evaluation: Evaluation, first: Evaluation) -> str | None:

@@ -1,4 +1,4 @@
-"""The analysis of a model: what it is made of, what could be cut from it, and what each layer does."""
+"""Defines the analysis of a model: what it is made of, what could be cut from it, and what each layer does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZES = (
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """The structure of a model and what could be cut from it.
+    """Analysis holds the structure of a model and what could be cut from it.
 
     Attributes:
         model: The directory of the model.

@@ -1,4 +1,4 @@
-"""The plot of a model's structure: MB by part, and importance by layer."""
+"""Plots a model's structure: MB by part, and importance by layer."""
 
 from __future__ import annotations
 
