@@ -17,7 +17,7 @@ from search.by_hand.evaluation import RESULT, Evaluation
 from search.errors import UsageError
 from search.setup import sources
 from search.show import plots, tables
-from search.show.rows import Row, by_score
+from search.show.rows import Row
 
 SHARDS_SHOWN = 3  # shards of the text that are listed, those with the largest loss first
 
@@ -75,14 +75,6 @@ def _remark(evaluation: Evaluation, first: Evaluation) -> str | None:
 def weights(formula: Formula) -> dict[str, float]:
     """Return the weights of PerfNorm and SpeedNorm in the Score, as the arguments of `plots.plot_scores`."""
     return {"weight_perf": formula.weight_perf, "weight_speed": formula.weight_speed}
-
-
-def comparison(rows: Sequence[Row]) -> str:
-    """Return the rows as a Markdown table, the best Score first."""
-    lines = [
-        [row.name, *tables.cells(row.result), row.remark or ""] for row in by_score(rows) if row.result is not None
-    ]
-    return _table([*tables.COMPARED], lines)
 
 
 def write(
