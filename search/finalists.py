@@ -1,4 +1,4 @@
-"""Distils the best trials of a study from the base model, quantizes and measures them again, and ranks them.
+"""Distills the best trials of a study from the base model, quantizes and measures them again, and ranks them.
 
 A finalist's structure is distilled in the base model's own dtype, once for all finalists that share it, and kept under
 outputs/distilled; its plan's precision is applied to the result. A killed call is resumed where it was. A model that
@@ -50,7 +50,7 @@ SUBMIT = Path("submit")
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What is to be done with a study's `top` best trials, checked as far as possible without them."""
+    """Wanted holds what is to be done with a study's `top` best trials, checked as far as possible without them."""
 
     top: int
     setting: Setting
@@ -59,7 +59,7 @@ class Wanted:
 
     @property
     def target(self) -> str | None:
-        """The version of transformers that is to read the models; None for the running one."""
+        """Return the version of transformers that is to read the models; None for the running one."""
         return self.setting.file.export.for_transformers
 
 
@@ -78,7 +78,7 @@ class Finalist:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of the finalists.
+    """Outcome holds what came of the finalists.
 
     Attributes:
         rows: A row for each finalist, the best first.
@@ -139,7 +139,7 @@ def _ranked(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def distil(wanted: Wanted, study: optuna.Study, say: Say, warn: Say, words: Sequence[str] = ()) -> Outcome:
-    """Distil, quantize and measure the study's finalists in submit/model_kd_NAME; store their rows with the study.
+    """Distill, quantize and measure the study's finalists in submit/model_kd_NAME; store their rows with the study.
 
     A finalist that can't be made or measured has its reason in its row, and the next one begins. KeyboardInterrupt
     leaves what is done; a later call does the rest.

@@ -1,4 +1,4 @@
-"""Distils a compressed model from the model that it was made of, and writes the result to its own directory.
+"""Distills a compressed model from the model that it was made of, and writes the result to its own directory.
 
 The model is trained on a part of the calibration text and evaluated on the other part while it trains.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 
 from compressors.distillation import distill
 from compressors.distillation.distill import Distillation, Distilled, Progress
-from compressors.files import write_json
+from compressors.files import digest_of_json, write_json
 from compressors.model import checkpoint
 from compressors.model.transformers_version import retarget
 from compressors.plan import DESCRIPTION
@@ -34,7 +32,7 @@ HELD_OUT = 0.1  # share of the calibration text's documents
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """The text of a distillation, as windows of token ids.
+    """Text holds the windows of token ids that a distillation reads.
 
     Attributes:
         windows: The windows to train on.
@@ -46,7 +44,7 @@ class Text:
 
     @functools.cached_property
     def digest(self) -> str:
-        """The digests of both parts."""
+        """Return the digests of both parts."""
         return f"{texts.text_digest(self.windows)} {texts.text_digest(self.held_out)}"
 
 
@@ -79,7 +77,7 @@ def distil(
     *,
     text: Text | None = None,
 ) -> Distilled:
-    """Distil a checkpoint from the study file's model.
+    """Distill a checkpoint from the study file's model.
 
     The state is kept under outputs/ until the result is written, so that a killed call can be resumed.
 
@@ -108,23 +106,25 @@ def distil(
     def progress(step: Progress) -> None:
         say(_line(step))
 
-    found = distill.distill(
+    distilled = distill.distill(
         student, setting.model.checkpoint, text.windows, text.held_out, settings, setting.machine.device, work, progress
     )
     plan = (read_json(student_path / DESCRIPTION) or {}).get("plan")
-    how = {"student": plan, "settings": dataclasses.asdict(settings), **facts(found)}
-    write(found.checkpoint, to, target, setting, how)
+    how = {"student": plan, "settings": dataclasses.asdict(settings), **facts(distilled)}
+    write(distilled.checkpoint, to, target, setting, how)
     shutil.rmtree(work, ignore_errors=True)
-    return found
+    return distilled
 
 
-def write(made: checkpoint.Checkpoint, to: Path, target: str | None, setting: Setting, how: Mapping[str, Any]) -> None:
+def write(
+    distilled: checkpoint.Checkpoint, to: Path, target: str | None, setting: Setting, how: Mapping[str, Any]
+) -> None:
     """Write a distilled checkpoint to the directory `to`, which appears whole or not at all.
 
     No plan alone makes these weights, so compression.json names no plan as theirs.
 
     Args:
-        made: The distilled checkpoint.
+        distilled: The distilled checkpoint.
         to: The directory to write.
         target: The version of transformers that is to read it; None for the running one.
         setting: The setting of the study file.
@@ -135,7 +135,7 @@ def write(made: checkpoint.Checkpoint, to: Path, target: str | None, setting: Se
         CompressionError: The checkpoint can't be written for that version.
     """
     with files.beside(to, "distill") as scratch:
-        weights_sha256 = made.write(scratch)
+        weights_sha256 = distilled.write(scratch)
         if target is not None:
             retarget(scratch, target)
         write_json(
@@ -160,17 +160,16 @@ def key(setting: Setting, student: str, settings: Distillation, text: Text) -> s
     """
     values = dataclasses.asdict(settings)
     del values["save_every"]
-    said = json.dumps([setting.model.digest, student, values, text.digest, setting.machine.device], sort_keys=True)
-    return hashlib.sha256(said.encode()).hexdigest()[:16]
+    return digest_of_json([setting.model.digest, student, values, text.digest, setting.machine.device], 16)
 
 
-def facts(found: Distilled) -> dict[str, Any]:
+def facts(distilled: Distilled) -> dict[str, Any]:
     """Return what a distillation did, without its checkpoint, as plain JSON values."""
     return {
-        field.name: getattr(found, field.name)
-        for field in dataclasses.fields(found)
+        field.name: getattr(distilled, field.name)
+        for field in dataclasses.fields(distilled)
         if field.name not in ("checkpoint", "evaluations")
-    } | {"evaluations": [dataclasses.asdict(one) for one in found.evaluations]}
+    } | {"evaluations": [dataclasses.asdict(one) for one in distilled.evaluations]}
 
 
 def _line(step: Progress) -> str:

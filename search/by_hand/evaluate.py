@@ -38,7 +38,7 @@ SAMPLE = 20_000  # characters of text that two tokenizers have to read alike
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A checkpoint that can be evaluated.
+    """Candidate holds a checkpoint that can be evaluated.
 
     Attributes:
         plan: The plan that made it of this base model, if it is known.
@@ -204,7 +204,7 @@ def _require_same_tokens(path: Path, setting: Setting) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Loss:
-    """The loss on a text in nats per token: the mean over all tokens, and the mean of each shard."""
+    """Holds the loss on a text in nats per token: the mean over all tokens, and the mean of each shard."""
 
     mean: float
     shards: tuple[float, ...]

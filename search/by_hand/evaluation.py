@@ -1,4 +1,4 @@
-"""The evaluation of a checkpoint: eval_result.json, the file next to its weights that a report is made of."""
+"""Defines the evaluation of a checkpoint: eval_result.json, the file next to its weights that reports read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RESULT = "eval_result.json"
 
 @dataclasses.dataclass(frozen=True)
 class Confirmed:
-    """Quality on the report text, which neither calibration nor search saw.
+    """Confirmed holds quality on the report text, which neither calibration nor search saw.
 
     Attributes:
         perplexity: The model's.
@@ -41,7 +41,7 @@ class Confirmed:
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """The base model of an evaluation: where it came from, and the digest of its files."""
+    """BaseModel names the base model of an evaluation: where it came from, and the digest of its files."""
 
     source: str
     digest: str
@@ -49,7 +49,7 @@ class BaseModel:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A model measured against its base model, with everything that a report needs.
+    """Evaluation holds the measurements of a model and its base model, with everything that a report needs.
 
     Attributes:
         name: The name of the run.

@@ -28,7 +28,7 @@ from search.stages.bench import Bench
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """An exported checkpoint.
+    """Exported describes a checkpoint that was exported.
 
     Attributes:
         trial: The number of the trial.

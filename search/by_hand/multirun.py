@@ -30,6 +30,7 @@ from search.files import CACHE
 from search.say import Say
 from search.setup import collect, keys, sources
 from search.setup.setting import Setting, prepare
+from search.show.analysis import Analysis
 from search.show.rows import Row
 from search.stages.bench import Bench
 from search.study import mlflow_runs
@@ -98,7 +99,7 @@ def evaluate(bench: Bench, path: Path, name: str, say: Say, warn: Warn, words: S
     return evaluation
 
 
-def analyze(file: StudyFile, say: Say, *, importance: bool) -> dict[str, Any]:
+def analyze(file: StudyFile, say: Say, *, importance: bool) -> Analysis:
     """Return the structure of the study file's model, with its layers' importance where that was measured.
 
     A model of a family that is not known here is described too, without importance.

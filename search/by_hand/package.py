@@ -23,7 +23,7 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can hold, the same
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A zip file that was written.
+    """Packed describes a zip file that was written.
 
     Attributes:
         bytes: The size of the zip file.

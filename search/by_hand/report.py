@@ -1,4 +1,4 @@
-"""The Markdown report of one evaluated model, and the comparison of several, from their eval_result.json alone."""
+"""Writes the report of one evaluated model and compares several, from their eval_result.json alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from search.by_hand.evaluation import RESULT, Evaluation
 from search.errors import UsageError
 from search.setup import sources
 from search.show import plots, tables
-from search.show.rows import Row, by_score
+from search.show.rows import Row
 
 SHARDS_SHOWN = 3  # shards of the text that are listed, those with the largest loss first
 
@@ -39,25 +39,25 @@ def all_evaluated(models: Sequence[Path]) -> list[tuple[Path, Evaluation]]:
     Raises:
         UsageError: There is none.
     """
-    found = []
+    evaluations = []
     for place in models:
         for path in (place, *sorted(child for child in place.glob("*") if child.is_dir())):
             if (path / RESULT).is_file():
-                found.append((path, evaluated(path)))
-    if not found:
+                evaluations.append((path, evaluated(path)))
+    if not evaluations:
         named = ", ".join(map(str, models))
         raise UsageError(f"report: no evaluated model in {named}; run `optuna-search evaluate --model PATH` first")
-    return found
+    return evaluations
 
 
-def compared(found: Sequence[tuple[Path, Evaluation]]) -> list[Row]:
+def compared(evaluations: Sequence[tuple[Path, Evaluation]]) -> list[Row]:
     """Return the rows of the comparison: the first model's baseline, then the models.
 
     A model that can't be compared with the first one has a remark that says why.
     """
-    first = found[0][1]
+    first = evaluations[0][1]
     rows = [first.baseline_row()]
-    return rows + [evaluation.row(path, remark=_remark(evaluation, first)) for path, evaluation in found]
+    return rows + [evaluation.row(path, remark=_remark(evaluation, first)) for path, evaluation in evaluations]
 
 
 def _remark(evaluation: Evaluation, first: Evaluation) -> str | None:
@@ -76,14 +76,6 @@ def _remark(evaluation: Evaluation, first: Evaluation) -> str | None:
 def weights(formula: Formula) -> dict[str, float]:
     """Return the weights of PerfNorm and SpeedNorm in the Score, as the arguments of `plots.plot_scores`."""
     return {"weight_perf": formula.weight_perf, "weight_speed": formula.weight_speed}
-
-
-def comparison(rows: Sequence[Row]) -> str:
-    """Return the rows as a Markdown table, the best Score first."""
-    lines = [
-        [row.name, *tables.cells(row.result), row.remark or ""] for row in by_score(rows) if row.result is not None
-    ]
-    return _table([*tables.COMPARED], lines)
 
 
 def write(

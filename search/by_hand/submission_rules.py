@@ -1,4 +1,4 @@
-"""The submission list: rules that a checkpoint directory must pass before a server's vLLM and transformers read it.
+"""Checks the submission list: the rules that a checkpoint must pass for a server's vLLM and transformers.
 
 No code in the directory is run, and only safetensors, JSON and tokenizer files are read.
 """
@@ -54,7 +54,7 @@ MOST_LAYERS = 10_000  # transformers makes a list of them: a larger number could
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One line of the list.
+    """Rule holds the outcome of one line of the list.
 
     Attributes:
         name: The name of the rule.
@@ -168,26 +168,26 @@ def _weights(model: Path, config: Mapping[str, Any]) -> str:
 
 def _tensors(model: Path) -> dict[str, LazyTensor]:
     """Return the tensors of all weight files. Raises CheckpointError for files that are cut off or missing."""
-    whole, index = (model / WEIGHTS).is_file(), (model / INDEX).is_file()
-    if whole and index:
+    single, index = (model / WEIGHTS).is_file(), (model / INDEX).is_file()
+    if single and index:
         raise CheckpointError(
             f"both {WEIGHTS} and {INDEX} are there, and engines differ in which one they read; delete one"
         )
-    if not whole and not index:
+    if not single and not index:
         raise CheckpointError(f"there is no {WEIGHTS}; save the model as safetensors")
-    places = None if whole else _weight_map(model)
-    found: dict[str, LazyTensor] = {}
+    places = None if single else _weight_map(model)
+    tensors: dict[str, LazyTensor] = {}
     for file in [WEIGHTS] if places is None else sorted(set(places.values())):
         if not (model / file).is_file():
             raise CheckpointError(f"the shard {file}, which {INDEX} names, is missing; copy it there")
         for name, (shape, dtype) in safetensors_file.shapes(model / file).items():
             if places is not None and places.get(name) != file:
                 raise CheckpointError(f"{INDEX} has {name} in {places.get(name)}, and it is in {file}; save them again")
-            found[name] = LazyTensor(shape, dtype, safetensors_file.loader(model / file, name))
-    missing = sorted((places or {}).keys() - found)
+            tensors[name] = LazyTensor(shape, dtype, safetensors_file.loader(model / file, name))
+    missing = sorted((places or {}).keys() - tensors)
     if missing:
         raise CheckpointError(f"{len(missing)} that {INDEX} names are in no shard, {missing[0]} first; save them again")
-    return found
+    return tensors
 
 
 def _weight_map(model: Path) -> dict[str, str]:

@@ -118,13 +118,13 @@ def analyze_command(model: Path | None, plot: Path | None, importance: bool, as_
     if plot is not None:
         plots.require_suffix(plot)
     with progress.Live(1) as live:
-        facts = multirun.analyze(file, live.say, importance=importance)
+        analysis = multirun.analyze(file, live.say, importance=importance)
     if plot is not None:
-        plots.plot_structure(facts, plot)
+        plots.plot_structure(analysis, plot)
     if as_json:
-        click.echo(json.dumps(facts))
+        click.echo(json.dumps(analysis.to_dict()))
         return
-    print_table(structure.render(facts))
+    print_table(structure.render(analysis))
     if plot is not None:
         click.echo(f"→ {plot}")
 

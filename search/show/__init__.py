@@ -1,1 +1,1 @@
-"""Tables, plots and progress for people."""
+"""Shows tables, plots and progress to people."""

@@ -13,7 +13,7 @@ from search.show.rows import Row
 
 
 class Live:
-    """A live progress bar on a terminal; elsewhere a plain line for each ended trial. Use it with `with`."""
+    """Live shows a progress bar on a terminal, elsewhere a line for each ended trial. Use it with `with`."""
 
     def __init__(self, trials: int, quiet: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Rows of the comparison of evaluated models."""
+"""Defines the rows of the comparison of evaluated models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from evaluator.score import Score
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What was measured of one model.
+    """Result holds what was measured of one model.
 
     Attributes:
         plan: The plan that made the model; None for a model of another origin.

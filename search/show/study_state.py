@@ -1,4 +1,4 @@
-"""Where a study stands, as values: its trials, its best models, and its distilled finalists."""
+"""Defines where a study stands: its trials, its best models, and its distilled finalists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from search.json_values import known_fields
 
 @dataclasses.dataclass(frozen=True)
 class TrialSummary:
-    """What a study's storage holds of one trial. What a trial did not reach is None.
+    """TrialSummary holds what a study's storage holds of one trial. What a trial did not reach is None.
 
     Attributes:
         trial: The trial's number.
@@ -51,7 +51,7 @@ class TrialSummary:
 
 @dataclasses.dataclass(frozen=True)
 class FinalistScore:
-    """The numbers of a finalist before or after its distillation; `_se` are standard errors."""
+    """FinalistScore holds the numbers of a finalist before or after its distillation; `_se` are standard errors."""
 
     score: float
     score_se: float | None = None
@@ -73,7 +73,7 @@ class FinalistScore:
 
 @dataclasses.dataclass(frozen=True)
 class FinalistResult:
-    """What distillation made of a finalist.
+    """FinalistResult holds what distillation made of a finalist.
 
     Attributes:
         after: The numbers of the distilled model.
@@ -112,7 +112,7 @@ class FinalistResult:
 
 @dataclasses.dataclass(frozen=True)
 class FinalistRow:
-    """One of a study's best trials, before and after its distillation.
+    """FinalistRow holds one of a study's best trials, before and after its distillation.
 
     Attributes:
         trial: The trial's number.
@@ -156,7 +156,7 @@ class FinalistRow:
 
 @dataclasses.dataclass(frozen=True)
 class BestOfAll:
-    """The best model of a study.
+    """BestOfAll names the best model of a study.
 
     Attributes:
         trial: The number of the trial that it comes from.
@@ -175,7 +175,7 @@ class BestOfAll:
 
 @dataclasses.dataclass(frozen=True)
 class PassedOver:
-    """A good trial that is not distilled, and why.
+    """PassedOver names a good trial that is not distilled, and why.
 
     Attributes:
         trial: The trial's number.
@@ -192,7 +192,7 @@ class PassedOver:
 
 @dataclasses.dataclass(frozen=True)
 class StudyState:
-    """Where a study stands.
+    """StudyState holds where a study stands.
 
     Attributes:
         study: The study's name.

@@ -1,4 +1,4 @@
-"""Tables for people: a study's state, the comparison of evaluated models, and what `compress` will make."""
+"""Renders tables for people: a study's state, the comparison of evaluated models, and what `compress` will make."""
 
 from __future__ import annotations
 

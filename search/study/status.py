@@ -1,4 +1,4 @@
-"""Where a study stands: progress, the best, the Pareto front, why the other trials ended, and what was distilled.
+"""Reads where a study stands: progress, the best, the Pareto front, why the other trials ended, and what was distilled.
 
 Reads only the storage, and whether the distilled models are still in their places.
 """

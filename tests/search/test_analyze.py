@@ -42,7 +42,7 @@ def line(shown, start):
 
 def test_values_are_json_and_sum_to_the_checkpoint(pico):
     base = Checkpoint.read(pico)
-    found = analyze.analyze(pico)
+    found = analyze.analyze(pico).to_dict()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["parameters"] == base.total_parameters == sum(part["parameters"] for part in found["parts"])
     assert found["bytes"] == base.size_bytes == sum(part["bytes"] for part in found["parts"])
@@ -59,9 +59,9 @@ def test_values_are_json_and_sum_to_the_checkpoint(pico):
 
 def test_importance_is_by_layer_and_the_order_is_that_in_which_layers_are_dropped(pico):
     measured = importance(INFLUENCE)
-    found = analyze.analyze(pico, measured)
+    found = analyze.analyze(pico, measured).to_dict()
     assert [layer["block_influence"] for layer in found["layers"]] == pytest.approx(INFLUENCE)
-    assert found["drop_order"] == [2, 3, 1, 4]  # of equals the later one
+    assert found["drop_order"] == [2, 3, 1, 4]  # of two equal ones the later goes first
     for dropped in range(1, 5):
         kept = depth.choose(5, 5 - dropped, "importance", measured)
         assert set(found["drop_order"][:dropped]) == set(range(5)) - set(kept)
@@ -112,7 +112,7 @@ def test_measured_importance_is_a_column_with_its_order(pico_llama):
 
 def test_layers_that_do_nothing_at_all_are_shown(pico_llama):
     found = analyze.analyze(pico_llama, importance([0.0] * 5))
-    assert found["drop_order"] == [4, 3, 2, 1]
+    assert found.drop_order == (4, 3, 2, 1)
     assert "0.0000" in text(found)
 
 
@@ -120,7 +120,7 @@ def test_kernel_alignment_changes_what_is_possible(write_pico_model, tmp_path):
     path = write_pico_model(tmp_path / "model", "llama", head_dim=16, num_hidden_layers=1)
     assert "Marlin" not in text(analyze.analyze(path))
     found = analyze.analyze(path, kernels=backends.kernels("vllm", "cuda"))
-    assert found["cuts"][-1]["infeasible"].startswith("W4A16: q_proj+k_proj+v_proj is 192 × 96")
+    assert found.cuts[-1].infeasible.startswith("W4A16: q_proj+k_proj+v_proj is 192 × 96")
     assert "Marlin" in text(found)
 
 
@@ -130,9 +130,9 @@ def test_an_untied_model_says_what_a_step_no_longer_reads(write_pico_model, tmp_
     shown = text(found)
     assert "MB a step" in shown
     assert "embedding and lm_head apart" in shown
-    hidden = next(cut for cut in found["cuts"] if cut["what"].startswith("hidden"))
+    hidden = next(cut for cut in found.cuts if cut.what.startswith("hidden"))
     embedding = 32000 * 12 * 2  # bytes of 12 of its 96 columns
-    assert hidden["bytes_saved"] - hidden["decode_bytes_saved"] == embedding
+    assert hidden.bytes_saved - hidden.decode_bytes_saved == embedding
 
 
 def test_a_quantized_model_says_why_it_cannot_be_cut(write_pico_model, tmp_path):
@@ -140,8 +140,8 @@ def test_a_quantized_model_says_why_it_cannot_be_cut(write_pico_model, tmp_path)
     plan = dataclasses.replace(CompressionPlan.identity(base.config), precision="W8A8")
     build.apply(plan, base, family_of(base), None).write(tmp_path / "made")
     found = analyze.analyze(tmp_path / "made", importance(INFLUENCE))
-    assert found["cuts"] == []
-    assert found["parameters"] == base.total_parameters
+    assert found.cuts == ()
+    assert found.structure.parameters == base.total_parameters
     shown = text(found, width=400)
     assert "nothing can be cut: model" in shown
     assert "is quantized already (compressed-tensors)" in shown

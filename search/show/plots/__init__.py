@@ -1,4 +1,4 @@
-"""Plots as files: PNG (matplotlib), or HTML that needs no other file (plotly), by the path's suffix."""
+"""Writes plots as files: PNG (matplotlib), or HTML that needs no other file (plotly), by the path's suffix."""
 
 from search.show.plots.drawing import require_suffix
 from search.show.plots.scores import plot_scores

@@ -1,4 +1,4 @@
-"""What all plots share: colors, fonts, and how a plot becomes a file."""
+"""Holds what all plots share: colors, fonts, and how a plot becomes a file."""
 
 from __future__ import annotations
 

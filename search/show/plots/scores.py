@@ -1,4 +1,4 @@
-"""The plot of PerfNorm against SpeedNorm of several models."""
+"""Plots PerfNorm against SpeedNorm of several models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from search.show.rows import Row
 
 
 class Point(NamedTuple):
-    """A model in the plot: SpeedNorm is x, PerfNorm is y, and the errors are their standard errors."""
+    """Point holds a model of the plot: SpeedNorm is x, PerfNorm is y, and the errors are their standard errors."""
 
     name: str
     x: float

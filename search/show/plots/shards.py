@@ -1,4 +1,4 @@
-"""The plot of the loss on each shard of the text."""
+"""Plots the loss on each shard of the text."""
 
 from __future__ import annotations
 
