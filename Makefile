@@ -91,7 +91,7 @@ format: $(READY)
 docs: $(READY)
 	$(PIP) install --quiet --editable '.[docs]'
 	$(BIN)/python docs/generate.py
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 pictures: docs/pictures/architecture.svg
 
