@@ -15,7 +15,7 @@ STUDY  ?= demo
 ARGS   ?=
 SEARCH := $(BIN)/optuna-search
 
-.PHONY: help setup demo analyze train eval eval-model report submit test test-slow test-vllm lint format clean
+.PHONY: help setup demo analyze train eval eval-model report submit test test-slow test-vllm lint format docs pictures clean
 
 help:
 	@echo 'make setup      a virtual environment in $(VENV) with optuna-search in it (EXTRAS=demo,dev,vllm on a GPU machine)'
@@ -33,6 +33,8 @@ help:
 	@echo 'make test-slow  the long ones too'
 	@echo 'make test-vllm  those with a real vLLM engine on the CPU, in an environment of its own'
 	@echo 'make lint       ruff, mypy --strict, import-linter'
+	@echo 'make docs       the documentation as a site in site/'
+	@echo 'make pictures   the pictures of docs/pictures that Graphviz draws'
 	@echo 'make clean      what the above left here, but not outputs/ and submit/'
 
 setup: $(READY)
@@ -86,5 +88,15 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/python -m ruff format .
 
+docs: $(READY)
+	$(PIP) install --quiet --editable '.[docs]'
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+pictures: docs/pictures/architecture.svg
+
+docs/pictures/%.svg: docs/pictures/%.dot
+	dot -Tsvg $< -o $@
+
 clean:
-	rm -rf $(VENV) .venv-vllm .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) .venv-vllm .mypy_cache .ruff_cache .pytest_cache .import_linter_cache site *.egg-info
