@@ -30,6 +30,7 @@ class Machine:
         device_name: The name of the GPU or the processor.
         engine_version: The versions that decide how fast and how exactly a checkpoint runs.
         threads: Threads of each engine on a CPU, where several workers share it; None: one per core.
+        capability: The compute capability of the CUDA GPU as (major, minor); None elsewhere.
     """
 
     backend: str
@@ -37,6 +38,7 @@ class Machine:
     device_name: str
     engine_version: str
     threads: int | None = None
+    capability: tuple[int, int] | None = None
 
 
 def choose_engine(file: StudyFile, needed: bool) -> tuple[str, str]:
@@ -77,6 +79,11 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def compute_capability(device: str) -> tuple[int, int] | None:
+    """Return the compute capability of the CUDA GPU as (major, minor); None on another device."""
+    return torch.cuda.get_device_capability() if device == "cuda" else None
 
 
 def device_name(device: str) -> str:

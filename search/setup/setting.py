@@ -26,7 +26,7 @@ from search.errors import UsageError
 from search.files import CACHE
 from search.say import Say, silent
 from search.setup import sources
-from search.setup.machine import Machine, choose_engine, device_name, engine_version, require_memory
+from search.setup.machine import Machine, choose_engine, compute_capability, device_name, engine_version, require_memory
 from search.setup.texts import MomentsText, StudyTexts, read_texts, tokenizer_of
 
 
@@ -110,8 +110,10 @@ class Setting:
 
     def infeasible(self, plan: CompressionPlan) -> str | None:
         """Say why the plan can't be built, served or exported here; None where it can."""
-        model = self.model
-        reason = build.check(plan, model.checkpoint, model.family, kernels=self.kernels, max_bytes=self.max_bytes)
+        model, machine = self.model, self.machine
+        reason = backends.cannot_start(machine.backend, plan.precision, machine.capability) or build.check(
+            plan, model.checkpoint, model.family, kernels=self.kernels, max_bytes=self.max_bytes
+        )
         version = self.file.export.for_transformers
         if reason is None and version is not None:
             try:
@@ -163,7 +165,9 @@ def prepare(file: StudyFile, say: Say = silent, *, search: bool = True, engine: 
             moments=MomentsText(domains, tokenizer, file.text.window, file.text.moments_windows),
             digest=texts.text_digest([window for shard in shards for window in shard]),
         ),
-        machine=Machine(backend, device, device_name(device), engine_version(backend)),
+        machine=Machine(
+            backend, device, device_name(device), engine_version(backend), capability=compute_capability(device)
+        ),
         tasks=_tasks(file, tokenizer) if engine else (),
     )
 

@@ -191,3 +191,17 @@ def test_float32_weights_count_as_the_engine_reads_them(prepared, write_pico_mod
     assert own[:2] == [1.0, 0.75]  # half of a step is reading weights, and half of the bytes are left
     assert of_vllm[:2] == [1.0, 1.0]
     assert own[2] < of_vllm[2] < 1.0
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "refused"),
+    [("vllm", (9, 0), False), ("vllm", (12, 0), True), ("transformers", (12, 0), False), ("vllm", None, False)],
+)
+def test_a_scheme_that_the_gpu_can_not_start_is_infeasible(prepared, backend, capability, refused):
+    its = prepared()
+    machine = dataclasses.replace(its.machine, backend=backend, capability=capability)
+    on_that_gpu = dataclasses.replace(its, machine=machine)
+    reason = on_that_gpu.infeasible(dataclasses.replace(its.model.identity, precision="W8A8"))
+    assert (reason is not None) is refused
+    assert not refused or ("choose FP8_DYNAMIC" in reason and "12.0" in reason)
+    assert on_that_gpu.infeasible(its.model.identity) is None
