@@ -10,13 +10,10 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from compressors.plan import CompressionPlan
+from typing import Any
 
 Value = str | int
-Rule = Callable[["CompressionPlan", "CompressionPlan"], bool]  # (a plan, the base model's plan)
+Rule = Callable[[Any, Any], bool]  # (a CompressionPlan, the base model's), which `compressors.plan` defines
 
 DTYPES = ("float32", "float16", "bfloat16")
 SCHEMES = ("W8A8", "FP8_DYNAMIC", "W4A16")  # preset schemes of compressed-tensors

@@ -9,10 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, get_type_hints
 
-from compressors.choices import DTYPES as DTYPES
-from compressors.choices import PRECISIONS as PRECISIONS
-from compressors.choices import SCHEMES as SCHEMES
-from compressors.choices import Choice, Dimension, Need, Value, choice, needed_unless
+from compressors.choices import PRECISIONS, SCHEMES, Choice, Dimension, Need, Value, choice, needed_unless
 from compressors.files import digest_of_json
 
 VERSION = 1  # raised whenever the same plan would be built otherwise: what was cached before is then built again
