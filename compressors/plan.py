@@ -13,7 +13,8 @@ from compressors.choices import PRECISIONS, SCHEMES, Choice, Dimension, Need, Va
 from compressors.files import digest_of_json
 
 VERSION = 1  # raised whenever the same plan would be built otherwise: what was cached before is then built again
-STEPS = ("rotation", "depth", "heads", "ffn", "hidden", "stream", "recast", "quantize")  # see `compressors.step`
+# the order in which a build is carried out, see `compressors.steps`
+STEPS = ("rotation", "depth", "heads", "ffn", "hidden", "stream", "recast", "quantize")
 
 
 def _cuts_layers(plan: CompressionPlan, base: CompressionPlan) -> bool:

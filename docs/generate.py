@@ -1,7 +1,7 @@
-"""Write the reference pages that are generated: the command line and the study file.
+"""Write what is generated: the pages of the command line and the study file, and the choices in studies/_base.yaml.
 
 Run `python docs/generate.py` after a change of a command, an option, a key of the study file or a choice. A test in
-tests/test_docs.py fails while a page is stale.
+tests/test_docs.py fails while one of them is stale.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from typing import Any
 
 import click
 
+from compressors.choices import Choice
 from compressors.plan import CHOICES
 from search.cli import main as optuna_search
-from search.config.study_file import StudyFile
+from search.config.study_file import Compression, Space, StudyFile
 
 DOCS = Path(__file__).resolve().parent
 DEFAULTS = DOCS.parent / "studies" / "_base.yaml"
 GROUPS = "Config groups"  # what the help of a command that takes KEY=VALUE ends with
+COMMENT_COLUMN = 38  # of studies/_base.yaml
 WIDTH = 100  # characters of a line of help
 COMMENT = re.compile(r"^(?P<indent> *)(?P<key>\w+):(?P<value>[^#]*?)(?:\s+#\s*(?P<comment>.*))?$")
 
@@ -142,9 +144,13 @@ BASE_INTRO = """\
 
 
 def pages() -> dict[Path, str]:
-    """Return the text of each generated page, by its path."""
+    """Return the text of each generated file, by its path."""
     reference = DOCS / "reference"
-    return {reference / "command-line.md": command_line(), reference / "study-file.md": study_file()}
+    return {
+        reference / "command-line.md": command_line(),
+        reference / "study-file.md": study_file(),
+        DEFAULTS: base_study_file(),
+    }
 
 
 def command_line() -> str:
@@ -175,7 +181,8 @@ def _helps(command: click.Command, name: str, parent: click.Context | None) -> I
 def study_file() -> str:
     """Return the page with every key of a study file and every choice."""
     schema = StudyFile.model_json_schema()
-    comments = {**_comments(DEFAULTS.read_text(encoding="utf-8")), **SAYS}
+    defaults = base_study_file()
+    comments = {**_comments(defaults), **SAYS}
     own, sections = {}, {}
     for key, field in schema["properties"].items():
         section = _resolved(field, schema)
@@ -190,8 +197,39 @@ def study_file() -> str:
         parts += [f"{comments[key]}\n"] if key in comments else []
         parts.append(_table(section, schema, f"{key}.", comments))
     parts += [CHOICES_INTRO, *(_choice(name, record) for name, record in CHOICES.items())]
-    parts += [BASE_INTRO, f"```yaml\n{DEFAULTS.read_text(encoding='utf-8').rstrip()}\n```\n"]
+    parts += [BASE_INTRO, f"```yaml\n{defaults.rstrip()}\n```\n"]
     return "\n".join(parts)
+
+
+def base_study_file() -> str:
+    """Return `studies/_base.yaml` with the lines of the choices as their records have them, and all else as it is.
+
+    A choice that has no line yet gets one at the end of its section.
+    """
+    sections = re.split(r"^(?=\w)", DEFAULTS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for index, section in enumerate(sections):
+        name = section.partition(":")[0]
+        if name not in ("compression", "space"):
+            continue
+        for key, record in CHOICES.items():
+            line = _compression_line(key, record) if name == "compression" else _space_line(key, record)
+            section, known = re.subn(rf"^  {key}:.*$", lambda _, line=line: line, section, flags=re.MULTILINE)
+            if not known:
+                section = f"{section.rstrip()}\n{line}\n\n"
+        sections[index] = section
+    return "".join(sections)
+
+
+def _compression_line(key: str, record: Choice) -> str:
+    values = [f"{value} ({record.meanings[value]})" if value == 0 else str(value) for value in record.values]
+    values += ["[20,21]"] if key == "drop_from" else []  # the layers that go, one by one
+    comment = f"{record.help.rstrip('.')}: {' | '.join(values) or '0 or more'}"
+    return f"{f'  {key}: {_yaml(Compression.model_fields[key].default)}':{COMMENT_COLUMN}}# {comment}"
+
+
+def _space_line(key: str, record: Choice) -> str:
+    comment = " | ".join(map(str, record.values)) or "0 or more, or {low, high, step}"
+    return f"{f'  {key}: {_yaml(Space.model_fields[key].default)}':{COMMENT_COLUMN}}# {comment}"
 
 
 def _comments(text: str) -> dict[str, str]:
@@ -275,7 +313,7 @@ def _yaml(value: Any) -> str:
     return str(value)
 
 
-def _choice(name: str, record: Any) -> str:
+def _choice(name: str, record: Choice) -> str:
     """Return the part of the page about one choice."""
     methods = ", ".join(f"`{method.replace('_', '-')}`" for method in record.methods)
     lines = [f"### {name}\n", f"{record.help} Taken by: {methods}.\n"]
@@ -288,7 +326,7 @@ def _choice(name: str, record: Any) -> str:
 
 
 def main() -> None:
-    """Write the pages."""
+    """Write the files."""
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
 

@@ -121,7 +121,9 @@ class Measurement:
                 status=True,
                 mlflow="metric",
                 column=Shown("perplexity", 20, ",.3f"),
+                front=Shown("perplexity", 20, ".3f"),
                 row=Shown("perplexity", 30, ",.4f"),
+                note=Shown("perplexity", 10, ".3f"),
             )
         }
     )
@@ -136,6 +138,7 @@ class Measurement:
                 status=True,
                 column=Shown("KL", 30, ".4f"),
                 row=Shown("KL to the base, nats per token", 60, ".5f"),
+                note=Shown("KL to the base", 50, ".4f"),
             )
         },
     )
@@ -164,6 +167,7 @@ class Measurement:
                 mlflow="metric",
                 column=Shown("ms/token", 40, ".3f"),
                 row=Shown("time_per_token_ms", 40, ".4f", with_error=True),
+                note=Shown("time per token", 20, ".3f"),
             )
         }
     )
@@ -193,7 +197,9 @@ class Measurement:
                 status=True,
                 mlflow="parameter",
                 column=Shown("MB", 60, ".1f"),
+                front=Shown("MB", 60, ".1f"),
                 row=Shown("model_size_mb", 20, ".1f"),
+                note=Shown("size", 30, ".1f"),
             )
         }
     )
@@ -205,6 +211,7 @@ class Measurement:
                 mlflow="parameter",
                 column=Shown("params", 10, COUNT),
                 row=Shown("parameters", 10, COUNT),
+                note=Shown("parameters", 40, ","),
             )
         }
     )

@@ -7,12 +7,15 @@ names, `status`, the tables and the report follow from it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 COUNT = "count"  # the format of a large count: 1.28B, 134.5M
 UNKNOWN = "–"
 METRIC = "metric"  # the key of a field's metadata
 SCORE_COLUMN = 50  # the place of PerfNorm, SpeedNorm and Score among the columns
+
+Output = Literal["column", "front", "row", "note"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +38,12 @@ class Shown:
         """Return a value, and its standard error if there is one, as people read it."""
         if value is None:
             return UNKNOWN
-        written = _count(value) if self.format == COUNT else f"{value:{self.format}}"
+        written = short_count(value) if self.format == COUNT else f"{value:{self.format}}"
         return f"{written} ± {error:{self.format}}" if self.with_error and error is not None else written
+
+    def text_of(self, values: object, name: str) -> str:
+        """Return the text of the metric `name`, which is an attribute of `values`, as is its standard error if any."""
+        return self.text(getattr(values, name), getattr(values, f"{name}_se", None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +55,16 @@ class Metric:
         better: Which values are better; None where neither is.
         base: The base model's value where it follows from the definition, else None.
         attribute: Whether a trial has it as a user attribute.
-        status: Whether `status` has it.
-        mlflow: Whether MLflow has it as a metric, as a parameter, or not at all.
-        column: The column in tables of models, or None.
+        status: Whether the JSON of `status` has it. That is read from a trial's attributes, so it has to be one.
+        mlflow: Whether MLflow has it as a metric, as a parameter, or not at all. Trials are read from the storage: a
+            trial has it in MLflow only where it is an attribute too.
+        column: The column in the comparison of models, or None. The JSON of a comparison has it too then.
+        front: The column in the table of a study's Pareto front, or None. It is one of `status` then.
         row: The row in the report of a model, or None.
+        note: The row in the note of a trial in optuna-dashboard, or None. The unit follows the value.
+
+    Raises:
+        ValueError: It is to be shown where it can't be read from.
     """
 
     unit: str = ""
@@ -61,8 +74,30 @@ class Metric:
     status: bool = False
     mlflow: Literal["metric", "parameter"] | None = None
     column: Shown | None = None
+    front: Shown | None = None
     row: Shown | None = None
+    note: Shown | None = None
+
+    def __post_init__(self) -> None:
+        if (self.status and not self.attribute) or (self.front is not None and not self.status):
+            raise ValueError("metric: status needs attribute, and front needs status")
+
+    @property
+    def base_text(self) -> str | None:
+        """The base model's value as people read it, where it follows from the definition."""
+        return None if self.base is None else f"{self.base:g}"
+
+    def with_unit(self, text: str) -> str:
+        """Return the text of a value with the unit after it."""
+        return f"{text} {self.unit}" if self.unit else text
 
 
-def _count(value: float) -> str:
+def shown(metrics: Mapping[str, Metric], output: Output) -> dict[str, Shown]:
+    """Return the metrics that one kind of output has, by name and in the order of their places there."""
+    found = {name: getattr(metric, output) for name, metric in metrics.items()}
+    return dict(sorted(((name, one) for name, one in found.items() if one), key=lambda pair: pair[1].place))
+
+
+def short_count(value: float) -> str:
+    """Return a large count in short, such as `1.28B` or `134.5M`."""
     return f"{value / 1e9:.2f}B" if value >= 1e9 else f"{value / 1e6:.1f}M"

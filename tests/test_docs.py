@@ -55,9 +55,11 @@ def generated():
     return module.pages()
 
 
-@pytest.mark.parametrize("name", ["command-line.md", "study-file.md"])
-def test_a_generated_page_is_what_the_code_says(generated, name):
-    path = DOCS / "reference" / name
+@pytest.mark.parametrize(
+    "name", ["docs/reference/command-line.md", "docs/reference/study-file.md", "studies/_base.yaml"]
+)
+def test_a_generated_file_is_what_the_code_says(generated, name):
+    path = ROOT / name
     assert path.read_text(encoding="utf-8") == generated[path], "run `python docs/generate.py`"
 
 

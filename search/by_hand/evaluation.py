@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from compressors.plan import CompressionPlan
-from evaluator.measurement import Measurement
+from evaluator.measurement import METRICS, Measurement
 from evaluator.score import Formula, Score, score_of
 from search.files import read_json
 from search.json_values import known_fields, measurement_from, plan_from
 from search.setup import keys
 from search.setup.setting import Setting
-from search.show.rows import Result, Row
+from search.show.rows import COMPARED, Result, Row
 
 RESULT = "eval_result.json"
 
@@ -145,25 +145,15 @@ class Evaluation:
 
     def row(self, path: Path, *, before: bool | None = None, remark: str | None = None) -> Row:
         """Return the row of the model, which is in `path`, for a comparison."""
-        result = _result(self.plan, self.measurement, self.measurement.kl_nats_per_token, self.score)
-        return Row(self.name, str(path), result, before=before, remark=remark)
+        metrics = {name: getattr(self.measurement, name) for name in COMPARED}
+        return Row(self.name, str(path), Result(self.plan, metrics, self.score), before=before, remark=remark)
 
     def baseline_row(self) -> Row:
         """Return the row of the base model, which the others are compared with."""
         score = Score(1.0, 0.0, 0.0, 0.0, self.formula.weight_perf, 0.0)
-        return Row("baseline", self.model.source, _result(self.base_plan, self.baseline, 0.0, score))
-
-
-def _result(plan: CompressionPlan | None, measured: Measurement, kl: float | None, score: Score) -> Result:
-    return Result(
-        plan=plan,
-        total_parameters=measured.total_parameters,
-        model_size_mb=measured.model_size_mb,
-        perplexity=measured.perplexity,
-        kl_nats_per_token=kl,
-        time_per_token_ms=measured.time_per_token_ms,
-        score=score,
-    )
+        known = {name: METRICS[name].base for name in COMPARED}
+        metrics = {name: getattr(self.baseline, name) if base is None else base for name, base in known.items()}
+        return Row("baseline", self.model.source, Result(self.base_plan, metrics, score))
 
 
 def evaluation_of(

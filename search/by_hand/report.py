@@ -10,14 +10,15 @@ from pathlib import Path
 
 from compressors.errors import CompressionError
 from compressors.model import structure
-from evaluator.measurement import Measurement
+from evaluator.measurement import METRICS, Measurement
+from evaluator.metrics import UNKNOWN, shown
 from evaluator.score import Formula
 from search import files
 from search.by_hand import compress
 from search.by_hand.evaluation import RESULT, Evaluation
 from search.errors import UsageError
 from search.setup import sources
-from search.show import plots, tables
+from search.show import plots
 from search.show.rows import Row
 
 SHARDS_SHOWN = 3  # shards of the text that are listed, those with the largest loss first
@@ -150,17 +151,10 @@ def text(
 def _results(evaluation: Evaluation) -> str:
     m, b, score = evaluation.measurement, evaluation.baseline, evaluation.score
     rows = [
-        ["parameters", tables.parameters(b.total_parameters), tables.parameters(m.total_parameters)],
-        ["model_size_mb", f"{b.model_size_mb:.1f}", f"{m.model_size_mb:.1f}"],
-        ["perplexity", f"{b.perplexity:,.4f}", f"{m.perplexity:,.4f}"],
-        [
-            "time_per_token_ms",
-            _pm(b.time_per_token_ms, b.time_per_token_ms_se),
-            _pm(m.time_per_token_ms, m.time_per_token_ms_se),
-        ],
-        ["tokens_per_sec", f"{b.tokens_per_sec:,.1f}", f"{m.tokens_per_sec:,.1f}"],
-        ["KL to the base, nats per token", "0", _number(m.kl_nats_per_token, 5)],
-        ["top-1 agreement with the base", "1", _number(m.top1_agreement, 4)],
+        *(
+            [row.title, METRICS[name].base_text or row.text_of(b, name), row.text_of(m, name)]
+            for name, row in shown(METRICS, "row").items()
+        ),
         *([f"accuracy, {task}", _task(b, task), _task(m, task)] for task in m.tasks),
         ["PerfNorm", "1", _pm(score.perf_norm, score.perf_norm_se)],
         ["SpeedNorm", "0", _pm(score.speed_norm, score.speed_norm_se)],
@@ -330,10 +324,6 @@ def _signed(value: float, error: float) -> str:
     return f"{value:+.4f} ± {error:.4f}"
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
 def _task(measured: Measurement, name: str) -> str:
     task = measured.tasks.get(name)
-    return "–" if task is None else _pm(task.value, task.se)
+    return UNKNOWN if task is None else _pm(task.value, task.se)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from compressors.plan import CompressionPlan
+from evaluator.measurement import METRICS
 from evaluator.score import Score
+
+FIRST = ("total_parameters", "model_size_mb")  # whose keys come first in JSON: they are older than the records
+COMPARED = (*FIRST, *(name for name, metric in METRICS.items() if metric.column is not None and name not in FIRST))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,26 +20,19 @@ class Result:
 
     Attributes:
         plan: The plan that made the model; None for a model of another origin.
-        model_size_mb: The size of the weights; 1 MB is 1e6 bytes.
-        kl_nats_per_token: The KL divergence to the base model; None where it was not computed.
+        metrics: The metrics of `COMPARED`, by name; None where one was not computed.
         score: PerfNorm, SpeedNorm and Score with their standard errors.
     """
 
     plan: CompressionPlan | None
-    total_parameters: int
-    model_size_mb: float
-    perplexity: float
-    kl_nats_per_token: float | None
-    time_per_token_ms: float
+    metrics: Mapping[str, float | None]
     score: Score
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; the numbers of the score stand next to the others."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del values["score"]
+        """Return plain JSON values; the metrics and the numbers of the score stand next to the plan."""
         return {
-            **values,
             "plan": None if self.plan is None else self.plan.to_dict(),
+            **self.metrics,
             **dataclasses.asdict(self.score),
         }
 

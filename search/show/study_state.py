@@ -22,6 +22,7 @@ class TrialSummary:
         stage: The last stage that it entered.
         reason: Why it was pruned or failed, in one line.
         failure: The kind of error of a failed trial.
+        metrics: The metrics of `status`, by name, as far as the storage has them.
     """
 
     trial: int
@@ -32,19 +33,20 @@ class TrialSummary:
     speed_norm: float | None = None
     speed_norm_se: float | None = None
     score_se: float | None = None
-    perplexity: float | None = None
-    kl_nats_per_token: float | None = None
-    time_per_token_ms: float | None = None
-    model_size_mb: float | None = None
-    total_parameters: int | None = None
+    metrics: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
     stage: str | None = None
     reason: str | None = None
     failure: str | None = None
     plan: CompressionPlan | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values without those that are None; the Score is always there."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """Return plain JSON values without those that are None; the Score is always there.
+
+        The metrics stand next to the other values.
+        """
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            values |= self.metrics if field.name == "metrics" else {field.name: getattr(self, field.name)}
         values["plan"] = None if self.plan is None else self.plan.to_dict()
         return {name: value for name, value in values.items() if value is not None or name == "score"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -10,10 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from compressors.plan import short
+from evaluator.measurement import METRICS
+from evaluator.metrics import SCORE_COLUMN, UNKNOWN, Shown, short_count, shown
 from search.show.rows import Result, Row, by_score
 from search.show.study_state import BestOfAll, FinalistRow, StudyState, TrialSummary
 
-COMPARED = ("experiment", "params", "perplexity", "KL", "ms/token", "PerfNorm", "SpeedNorm", "Score", "MB", "remark")
+COLUMNS = shown(METRICS, "column")
+FRONT = shown(METRICS, "front")
 MOST_ENDED = 12  # pruned and failed trials that are listed
 
 
@@ -50,11 +53,12 @@ def best_of_all_line(best: BestOfAll) -> str:
 def comparison(rows: Iterable[Row]) -> Table:
     """Return the table of evaluated models, the best Score first; those that failed come last with their reasons."""
     table = Table(box=None, pad_edge=False)
-    for name in COMPARED:
+    numbers = _around([one.title for one in COLUMNS.values()], ["PerfNorm", "SpeedNorm", "Score"], COLUMNS)
+    for name in ("experiment", *numbers, "remark"):
         table.add_column(name, justify="left" if name in ("experiment", "remark") else "right")
     for row in by_score(rows):
         if row.result is None:
-            table.add_row(row.name, *[""] * 8, f"{row.failure}: {row.reason}")
+            table.add_row(row.name, *[""] * len(numbers), f"{row.failure}: {row.reason}")
         else:
             remark = row.remark or ("measured before" if row.before else "")
             table.add_row(row.name, *cells(row.result), remark)
@@ -63,22 +67,19 @@ def comparison(rows: Iterable[Row]) -> Table:
 
 def cells(result: Result) -> list[str]:
     """Return the cells of a row of the comparison, without its name and its remark."""
-    kl, score = result.kl_nats_per_token, result.score
-    return [
-        parameters(result.total_parameters),
-        f"{result.perplexity:,.3f}",
-        "–" if kl is None else f"{kl:.4f}",
-        f"{result.time_per_token_ms:.3f}",
+    score = result.score
+    scored = [
         f"{score.perf_norm:.3f}±{score.perf_norm_se:.3f}",
         f"{score.speed_norm:.3f}±{score.speed_norm_se:.3f}",
         f"{score.score:.4f}±{score.score_se:.4f}",
-        f"{result.model_size_mb:.1f}",
     ]
+    return _around([column.text(result.metrics[name]) for name, column in COLUMNS.items()], scored, COLUMNS)
 
 
-def parameters(count: int) -> str:
-    """Return a number of parameters in short, such as `1.28B` or `134.5M`."""
-    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+def _around(cells: Sequence[str], scored: Sequence[str], columns: Mapping[str, Shown]) -> list[str]:
+    """Return the cells of the metrics with those of the scores at their place among them."""
+    before = sum(column.place < SCORE_COLUMN for column in columns.values())
+    return [*cells[:before], *scored, *cells[before:]]
 
 
 def outcome_table(outcome: dict[str, Any], base: dict[str, Any]) -> Table:
@@ -95,25 +96,27 @@ def outcome_table(outcome: dict[str, Any], base: dict[str, Any]) -> Table:
     for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size"):
         table.add_row(key, str(base[key]), str(plan[key]), style="bold" if base[key] != plan[key] else "")
     table.add_row("precision", base["precision"], plan["precision"])
-    table.add_row("parameters", parameters(outcome["base_parameters"]), parameters(outcome["parameters"]))
+    table.add_row("parameters", short_count(outcome["base_parameters"]), short_count(outcome["parameters"]))
     table.add_row("MB", f"{outcome['base_bytes'] / 1e6:.1f}", f"{outcome['bytes'] / 1e6:.1f}")
     return table
 
 
 def _pareto(trials: Sequence[TrialSummary], best: TrialSummary | None) -> Table:
     table = Table(title="Pareto front (★ the best Score)", title_justify="left", box=None, pad_edge=False)
-    for name in ("trial", "plan", "perplexity", "PerfNorm", "SpeedNorm", "Score", "MB"):
+    numbers = _around([one.title for one in FRONT.values()], ["PerfNorm", "SpeedNorm", "Score"], FRONT)
+    for name in ("trial", "plan", *numbers):
         table.add_column(name, justify="left" if name == "plan" else "right")
     for trial in trials:
         star = "★" if best is not None and trial.trial == best.trial else ""
-        table.add_row(
-            f"{star}{trial.trial}",
-            "" if trial.plan is None else short(trial.plan),
-            f"{trial.perplexity:.3f}",
+        scored = [
             f"{trial.perf_norm:.3f}±{trial.perf_norm_se:.3f}",
             f"{trial.speed_norm:.3f}±{trial.speed_norm_se:.3f}",
             f"{trial.score:.4f}",
-            f"{trial.model_size_mb:.1f}",
+        ]
+        table.add_row(
+            f"{star}{trial.trial}",
+            "" if trial.plan is None else short(trial.plan),
+            *_around([column.text(trial.metrics.get(name)) for name, column in FRONT.items()], scored, FRONT),
         )
     return table
 
@@ -135,7 +138,7 @@ def _distilled(rows: Sequence[FinalistRow], best: BestOfAll) -> list[RenderableT
             " → ".join(f"{one.perf_norm:.3f}" for one in both),
             " → ".join(f"{one.speed_norm:.3f}" for one in both),
             " → ".join(_with_se(one.score, one.score_se) for one in both),
-            " → ".join("–" if one.kl_nats_per_token is None else f"{one.kl_nats_per_token:.4f}" for one in both),
+            " → ".join(UNKNOWN if one.kl_nats_per_token is None else f"{one.kl_nats_per_token:.4f}" for one in both),
             f"{row.result.tokens:,}",
             f"{row.result.seconds:.0f}",
             "as before" if row.reused else "",

@@ -14,7 +14,8 @@ import optuna
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna_dashboard import save_note
 
-from evaluator.measurement import Measurement
+from evaluator.measurement import METRICS, Measurement
+from evaluator.metrics import shown
 
 if TYPE_CHECKING:
     from search.study.record import Record
@@ -52,15 +53,7 @@ def trial_note(record: Record, baseline: Measurement) -> str:
             "",
             "| measured | this trial | baseline |",
             "|---|---|---|",
-            f"| perplexity | {measured.perplexity:.3f} | {baseline.perplexity:.3f} |",
-            f"| time per token | {measured.time_per_token_ms:.3f} ms | "
-            f"{measured.base_time_per_token_ms:.3f} ms, in turn |",
-            f"| size | {measured.model_size_mb:.1f} MB | {baseline.model_size_mb:.1f} MB |",
-            f"| parameters | {measured.total_parameters:,} | {baseline.total_parameters:,} |",
-        ]
-        if measured.kl_nats_per_token is not None:
-            lines.append(f"| KL to the base | {measured.kl_nats_per_token:.4f} nats per token | 0 |")
-        lines += [
+            *_metrics(measured, baseline),
             "",
             f"PerfNorm {score.perf_norm:.3f} ± {score.perf_norm_se:.3f}, SpeedNorm "
             f"{score.speed_norm:.3f} ± {score.speed_norm_se:.3f}",
@@ -72,6 +65,22 @@ def trial_note(record: Record, baseline: Measurement) -> str:
     if took:
         lines += ["", f"Took: {took}"]
     return "\n".join(lines)
+
+
+def _metrics(measured: Measurement, baseline: Measurement) -> list[str]:
+    """Return a row for each metric of the note that is known; what is timed in turn has its own baseline."""
+    rows = []
+    for name, row in shown(METRICS, "note").items():
+        if getattr(measured, name) is None:
+            continue
+        metric, in_turn = METRICS[name], getattr(measured, f"base_{name}", None)
+        base = metric.base_text
+        if in_turn is not None:
+            base = f"{metric.with_unit(row.text(in_turn))}, in turn"
+        elif base is None:
+            base = metric.with_unit(row.text_of(baseline, name))
+        rows.append(f"| {row.title} | {metric.with_unit(row.text_of(measured, name))} | {base} |")
+    return rows
 
 
 def _verdict(record: Record) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from evaluator.measurement import METRICS
 from search.json_values import known_fields, measurement_from, plan_from
 from search.show.study_state import BestOfAll, FinalistRow, StudyState, TrialSummary, finalists_by_score
 from search.study import trials as study_trials
@@ -71,6 +72,7 @@ def is_there(row: FinalistRow) -> bool:
 def summary(trial: FrozenTrial) -> TrialSummary:
     """Return what the storage holds of a trial."""
     values = known_fields(TrialSummary, trial.user_attrs)
+    shown = [name for name, metric in METRICS.items() if metric.status and name in trial.user_attrs]
     plan = values.get("plan")
     return TrialSummary(
         **{
@@ -78,6 +80,7 @@ def summary(trial: FrozenTrial) -> TrialSummary:
             "trial": trial.number,
             "state": trial.state.name,
             "score": trial.value if trial.state == TrialState.COMPLETE else None,
+            "metrics": {name: trial.user_attrs[name] for name in shown},
             "plan": None if plan is None else plan_from(plan),
         }
     )

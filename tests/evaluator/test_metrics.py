@@ -3,7 +3,7 @@
 import pytest
 
 from evaluator.measurement import METRICS
-from evaluator.metrics import COUNT, SCORE_COLUMN, Shown
+from evaluator.metrics import COUNT, SCORE_COLUMN, Metric, Shown, shown
 
 NUMBERS = {
     "perplexity": 1234.56789,
@@ -17,9 +17,9 @@ NUMBERS = {
 
 
 def in_place(kind):
-    shown = [(getattr(metric, kind), name) for name, metric in METRICS.items() if getattr(metric, kind) is not None]
-    assert len({each.place for each, _ in shown}) == len(shown)
-    return sorted(shown, key=lambda pair: pair[0].place)
+    found = [(each, name) for name, each in shown(METRICS, kind).items()]
+    assert len({each.place for each, _ in found}) == len(found)
+    return found
 
 
 def test_a_trial_has_these_attributes_in_this_order():
@@ -56,16 +56,16 @@ def test_mlflow_has_the_manuals_names():
 
 def test_a_table_of_models_has_these_columns_and_cells():
     columns = in_place("column")
-    before = [shown.title for shown, _ in columns if shown.place < SCORE_COLUMN]
-    after = [shown.title for shown, _ in columns if shown.place > SCORE_COLUMN]
+    before = [each.title for each, _ in columns if each.place < SCORE_COLUMN]
+    after = [each.title for each, _ in columns if each.place > SCORE_COLUMN]
     assert (before, after) == (["params", "perplexity", "KL", "ms/token"], ["MB"])
-    cells = [shown.text(NUMBERS[name]) for shown, name in columns]
+    cells = [each.text(NUMBERS[name]) for each, name in columns]
     assert cells == ["1.28B", "1,234.568", "0.1235", "2.346", "2558.8"]
 
 
 def test_a_report_has_these_rows():
     rows = in_place("row")
-    assert [(shown.title, shown.text(NUMBERS[name], 0.01)) for shown, name in rows] == [
+    assert [(each.title, each.text(NUMBERS[name], 0.01)) for each, name in rows] == [
         ("parameters", "1.28B"),
         ("model_size_mb", "2558.8"),
         ("perplexity", "1,234.5679"),
@@ -74,10 +74,32 @@ def test_a_report_has_these_rows():
         ("KL to the base, nats per token", "0.12346"),
         ("top-1 agreement with the base", "–"),
     ]
-    assert {name: f"{metric.base:g}" for name, metric in METRICS.items() if metric.base is not None} == {
+    assert {name: metric.base_text for name, metric in METRICS.items() if metric.base is not None} == {
         "kl_nats_per_token": "0",
         "top1_agreement": "1",
     }
+
+
+def test_a_pareto_front_has_these_columns():
+    columns = [(each.title, each.place < SCORE_COLUMN, each.text(NUMBERS[name])) for each, name in in_place("front")]
+    assert columns == [("perplexity", True, "1234.568"), ("MB", False, "2558.8")]
+
+
+def test_a_trials_note_has_these_rows():
+    rows = [(each.title, METRICS[name].with_unit(each.text(NUMBERS[name]))) for each, name in in_place("note")]
+    assert rows == [
+        ("perplexity", "1234.568"),
+        ("time per token", "2.346 ms"),
+        ("size", "2558.8 MB"),
+        ("parameters", "1,279,391,488"),
+        ("KL to the base", "0.1235 nats per token"),
+    ]
+
+
+@pytest.mark.parametrize("record", [{"status": True}, {"attribute": True, "front": Shown("t", 1, ".2f")}])
+def test_a_metric_that_the_storage_lacks_can_not_be_shown_of_a_trial(record):
+    with pytest.raises(ValueError, match="needs"):
+        Metric(**record)
 
 
 @pytest.mark.parametrize(("count", "text"), [(134_500_000, "134.5M"), (999_999_999, "1000.0M"), (10**9, "1.00B")])

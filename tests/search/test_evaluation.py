@@ -1,17 +1,24 @@
 """What eval_result.json and a study's rows hold, written and read by this version and by others."""
 
+import dataclasses
+import datetime
+import io
 import json
 
+import optuna
 import pytest
+import rich.console
 
 from compressors.plan import CompressionPlan
-from evaluator.measurement import Measurement, TaskResult, Workload
+from evaluator.measurement import METRICS, Measurement, TaskResult, Workload
 from evaluator.score import Formula, score_of
 from search.by_hand import report
 from search.by_hand.evaluation import RESULT, BaseModel, Confirmed, Evaluation
 from search.show import tables
 from search.show.rows import Row, by_score
 from search.show.study_state import FinalistResult, FinalistRow, FinalistScore, TrialSummary
+from search.study import dashboard, status
+from search.study.record import Record
 
 BASE = CompressionPlan(5, 6, 3, 96, 160, "bfloat16")
 PLAN = CompressionPlan(4, 6, 3, 96, 160, "W8A8", quantizer="gptq")
@@ -134,9 +141,13 @@ def test_a_file_that_was_cut_off_is_none(tmp_path):
 def test_a_row_has_the_numbers_of_its_evaluation(tmp_path):
     one = evaluation()
     row = one.row(tmp_path, before=True).to_dict()
+    metrics = [name for name in row if name in METRICS]
+    todays = ["total_parameters", "model_size_mb", "perplexity", "kl_nats_per_token", "time_per_token_ms"]
+    assert set(metrics) == {name for name, metric in METRICS.items() if metric.column is not None}
+    assert [name for name in metrics if name in todays] == todays
     assert list(row) == [
-        *("name", "path", "plan", "total_parameters", "model_size_mb", "perplexity", "kl_nats_per_token"),
-        *("time_per_token_ms", "perf_norm", "perf_norm_se", "speed_norm", "speed_norm_se", "score", "score_se"),
+        *("name", "path", "plan", *metrics),
+        *("perf_norm", "perf_norm_se", "speed_norm", "speed_norm_se", "score", "score_se"),
         "before",
     ]
     assert (row["path"], row["before"], row["plan"]["quantizer"]) == (str(tmp_path), True, "gptq")
@@ -204,3 +215,89 @@ def test_a_trial_has_only_the_keys_of_what_it_reached():
     assert list(pruned) == ["trial", "state", "score", "stage", "reason", "plan"]
     assert pruned["score"] is None
     assert pruned["plan"] == PLAN.to_dict()
+
+
+# -- where a metric is shown: more may be added, so these tests look only for the first ones ------------------
+
+
+def printed(table):
+    """Return the words of each line of a table."""
+    console = rich.console.Console(file=io.StringIO(), width=300)
+    console.print(table)
+    return [line.split() for line in console.file.getvalue().splitlines()]
+
+
+def in_order(found, expected):
+    """Return those of `expected` that were found, in the order in which they stand."""
+    return [one for one in found if one in expected]
+
+
+def test_a_comparison_shows_metrics_before_and_after_the_scores(tmp_path):
+    one = evaluation()
+    table = tables.comparison([one.row(tmp_path), one.baseline_row()])
+    todays = [
+        *("experiment", "params", "perplexity", "KL", "ms/token", "PerfNorm", "SpeedNorm", "Score", "MB", "remark")
+    ]
+    heading, *lines = printed(table)
+    assert in_order(heading, todays) == todays
+    model, baseline = (dict(zip(heading, line, strict=False)) for line in lines)  # a remark may be empty
+    cells = {
+        "experiment": "drop4",
+        "params": "0.4M",
+        "perplexity": "3.200",
+        "KL": "–",
+        "ms/token": "7.000",
+        "MB": "0.5",
+    }
+    assert cells.items() <= model.items()
+    cells |= {"experiment": "baseline", "perplexity": "3.000", "KL": "0.0000", "ms/token": "10.000"}
+    assert cells.items() <= baseline.items()
+
+
+def test_a_report_has_the_base_models_value_where_it_is_known(tmp_path):
+    lines = report.text(evaluation(), tmp_path, "drop4", None, datetime.date(2026, 1, 1)).splitlines()
+    rows = [
+        "| parameters | 0.4M | 0.4M |",
+        "| model_size_mb | 0.5 | 0.5 |",
+        "| perplexity | 3.0000 | 3.2000 |",
+        "| time_per_token_ms | 10.0000 ± 0.1000 | 7.0000 ± 0.1000 |",
+        "| tokens_per_sec | 100.0 | 142.9 |",
+        "| KL to the base, nats per token | 0 | – |",
+        "| top-1 agreement with the base | 1 | – |",
+        "| accuracy, quiz | 0.5000 ± 0.1000 | 0.5000 ± 0.1000 |",
+    ]
+    assert in_order(lines, rows) == rows
+
+
+@pytest.mark.parametrize("kl", [None, 0.125])
+def test_a_trials_note_compares_it_with_the_baseline(kl):
+    one = evaluation()
+    measured = dataclasses.replace(one.measurement, kl_nats_per_token=kl)
+    record = Record(1, plan=PLAN, stage="measure", measurement=measured, score=one.score)
+    lines = dashboard.trial_note(record, one.baseline).splitlines()
+    rows = [
+        "| perplexity | 3.200 | 3.000 |",
+        "| time per token | 7.000 ms | 10.000 ms, in turn |",
+        "| size | 0.5 MB | 0.5 MB |",
+        "| parameters | 400,000 | 400,000 |",
+        *([] if kl is None else ["| KL to the base | 0.1250 nats per token | 0 |"]),
+    ]
+    assert in_order(lines, rows) == rows
+    assert any("KL" in line for line in lines) == (kl is not None)
+
+
+def test_status_shows_the_attributes_of_a_trial():
+    one = evaluation()
+    record = Record(1, plan=PLAN, measurement=one.measurement, score=one.score)
+    study = optuna.create_study(direction="maximize")
+    study.add_trial(
+        optuna.trial.create_trial(value=0.6, user_attrs={**record.attributes(), "plan": PLAN.to_dict(), "more": 1})
+    )
+    state = status.of(study)
+    todays = ["perplexity", "time_per_token_ms", "model_size_mb", "total_parameters", "plan"]
+    assert in_order(state.to_dict()["best"], todays) == todays
+    assert not {"more", "metrics", "tokens_per_sec", "kl_nats_per_token"} & set(state.to_dict()["best"])
+    heading, trial = printed(tables.status_table(state))[-2:]
+    columns = ["trial", "plan", "perplexity", "PerfNorm", "SpeedNorm", "Score", "MB"]
+    assert in_order(heading, columns) == columns
+    assert in_order(trial, cells := ["★0", "3.200", "0.6000", "0.5"]) == cells

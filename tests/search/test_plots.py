@@ -24,7 +24,7 @@ from search.show.rows import Result, Row
 def a_row(name, perf_norm, speed_norm, error=0.01, score=None):
     score = max(perf_norm + speed_norm, 0) / 2 if score is None else score
     measured = Score(perf_norm, error, speed_norm, error, score, error)
-    return Row(name, "", Result(None, 1, 1.0, 2.0, None, 3.0, measured))
+    return Row(name, "", Result(None, {}, measured))
 
 
 ROWS = [
