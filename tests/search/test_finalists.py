@@ -21,7 +21,7 @@ from evaluator import measure
 from search import cli as commands
 from search.by_hand import distill, evaluate
 from search.config import compose
-from search.setup import setting
+from search.setup import keys, setting
 from search.study import storage, workers
 
 STUDY = """
@@ -60,7 +60,7 @@ def studied(tmp_path_factory, pico_llama):
     file = compose.load("finals", config_dir=home / "studies")
     file = file.model_copy(update={"outputs": home / "outputs", "storage": f"sqlite:///{home}/outputs/studies.db"})
     study = storage.create_or_resume(
-        storage.open_storage(file.storage), file.study_name, setting.prepare(file).definition
+        storage.open_storage(file.storage), file.study_name, keys.definition(setting.prepare(file))
     )
     for layers, precision, quantizer in TRIALS:
         study.enqueue_trial({"num_hidden_layers": layers, "precision": precision, "quantizer": quantizer})
