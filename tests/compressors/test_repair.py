@@ -150,9 +150,11 @@ def test_removing_inputs_that_others_determine_costs_nothing(problem):
     gone = repair.removed(kept, 12)
     x = x.clone()
     x[:, gone] = x[:, kept[: len(gone)]] * 2 - x[:, kept[1 : len(gone) + 1]]
-    made = repair.ridge(weight, kept, moment_of(x).second, 1e-8)
-    assert repair.loss(weight, made, kept, moment_of(x).second) < 1e-4
-    assert repair.loss(weight, weight[:, kept], kept, moment_of(x).second) > 1
+    repaired = repair.ridge(weight, kept, moment_of(x).second, 1e-8)
+    unrepaired = repair.loss(weight, weight[:, kept], kept, moment_of(x).second)
+    assert unrepaired > 1000
+    # what is left is the rounding of sums in float32, which differs between processors
+    assert repair.loss(weight, repaired, kept, moment_of(x).second) < 1e-6 * unrepaired
 
 
 def test_the_strength_is_best_on_a_domain_left_out_of_the_fit(problem):
