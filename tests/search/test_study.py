@@ -75,7 +75,7 @@ def test_another_definition_is_refused_with_what_differs(url):
 def test_a_study_of_someone_else_is_refused(url):
     storage = study_storage.open_storage(url)
     optuna.create_study(storage=storage, study_name="foreign")
-    with pytest.raises(StudyMismatch, match="not made by optuna-search"):
+    with pytest.raises(StudyMismatch, match="not created by optuna-search"):
         study_storage.create_or_resume(storage, "foreign", DEFINITION)
 
 
@@ -88,11 +88,12 @@ def test_unknown_study_lists_those_there_are(url):
 
 WORKER = """
     import os, sys
-    from search import study as studies
-    study = studies.load(studies.open_storage(sys.argv[1]), "s")
+    from search import processes
+    from search.study import storage
+    study = storage.load(storage.open_storage(sys.argv[1]), "s")
     trial = study.ask()
     trial.suggest_int("num_hidden_layers", 1, 30)
-    trial.set_user_attr("worker", studies.identify_worker())
+    trial.set_user_attr("worker", processes.identify_worker())
     trial.report(0.25, 1)
     print(trial.params["num_hidden_layers"], flush=True)
     if sys.argv[2] == "die":
