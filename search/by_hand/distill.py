@@ -134,7 +134,7 @@ def write(
         UsageError: `to` can't be written.
         CompressionError: The checkpoint can't be written for that version.
     """
-    with files.beside(to, "distill") as scratch:
+    with files.atomic_directory(to, "distill") as scratch:
         weights_sha256 = distilled.write(scratch)
         if target is not None:
             retarget(scratch, target)

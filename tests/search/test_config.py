@@ -103,5 +103,5 @@ def test_own_study_files_come_first_and_build_on_ours(tmp_path: Path, monkeypatc
 def test_a_depth_cut_is_repaired_through_the_stream_alone(tmp_path):
     words = ["compression.method=drop_layers", "compression.keep_layers=28"]
     assert compose.load("demo", [*words, "compression.repair=stream"], tmp_path).compression.repair == "stream"
-    with pytest.raises(ConfigError, match="ridge has nothing to repair where only layers go"):
+    with pytest.raises(ConfigError, match="ridge can't repair where only layers are dropped"):
         compose.load("demo", [*words, "compression.repair=ridge"], tmp_path)

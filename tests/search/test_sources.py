@@ -55,7 +55,7 @@ def test_a_hub_that_can_not_be_reached_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError) as caught:
         sources.resolve("LGAI-EXAONE/EXAONE-4.0-1.2B", tmp_path)
-    assert "can't be had from the hub" in str(caught.value)
+    assert "can't be downloaded from the hub" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -64,7 +64,7 @@ def test_an_exaone_3_is_written_once_as_a_llama(tmp_path, write_pico_exaone3):
     place = sources.resolve(str(path), cache, say=said.append)
     assert place.parent == cache / "models"
     assert place.name.startswith("EXAONE-3.5-as-llama-")
-    assert said == [f"model EXAONE-3.5: written as the Llama that it is, into {place}"]
+    assert said == [f"model EXAONE-3.5: converting to Llama in {place}"]
     model = AutoModelForCausalLM.from_pretrained(place)
     assert model.config.model_type == "llama"
     assert AutoTokenizer.from_pretrained(place)("a b")["input_ids"]
