@@ -279,7 +279,7 @@ def _checked(
             )
     unknown = sorted(set(keep) - {part for parts in groups for part in parts})
     if unknown:
-        raise InfeasiblePlan(f"keep: {unknown[0]} is no projection of a layer; name those that a scheme quantises")
+        raise InfeasiblePlan(f"keep: {unknown[0]} is no projection of a layer; name one that a scheme quantizes")
     if len(set(keep)) == sum(map(len, groups)):
         raise InfeasiblePlan(
             f"keep_16_bit: all {len(groups)} projections stay in 16 bits, and nothing is quantised; keep fewer, or "

@@ -67,7 +67,7 @@ def text_of(setting: Setting, settings: Distillation) -> Text:
     return Text(windows, held_out)
 
 
-def distil(
+def distill_model(
     setting: Setting,
     student_path: Path,
     tokens: int,

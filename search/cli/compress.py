@@ -238,7 +238,7 @@ def distill_command(
     with progress.Live(1) as live:
         prepared = setting.prepare(file, live.say, search=False, engine=False)
         wanted = tokens or file.distillation.tokens
-        result = distill.distil(prepared, student, wanted, to, file.export.for_transformers, live.say)
+        result = distill.distill_model(prepared, student, wanted, to, file.export.for_transformers, live.say)
     if as_json:
         click.echo(json.dumps({**distill.facts(result), "path": str(to)}))
         return
@@ -269,7 +269,7 @@ def _compress(
     config_dir: Path | None,
     overrides: tuple[str, ...],
 ) -> None:
-    from search.by_hand import multirun as jobs
+    from search.by_hand.multirun import plan_jobs, run_jobs, with_baseline
     from search.config import compose
     from search.show import progress
 
@@ -278,9 +278,9 @@ def _compress(
     each = compose.sweep(words, config_dir) if multirun else [words]
     files = [(compose.load(study, one, config_dir), study_words(study, config_dir, tuple(one))) for one in each]
     with progress.Live(len(files)) as live:
-        planned = jobs.plan_jobs(files, save_path, live.say, engine=multirun or evaluated)
+        planned = plan_jobs(files, save_path, live.say, engine=multirun or evaluated)
         if multirun or evaluated:
-            rows = jobs.run(planned, live.say, live.warn, live.job_ended)
+            rows = run_jobs(planned, live.say, live.warn, live.job_ended)
         else:
             outcome, result = _compress_one(planned[0], live)
     if not (multirun or evaluated):
@@ -291,7 +291,7 @@ def _compress(
     else:
         from search.show import tables
 
-        print_table(tables.comparison(jobs.with_baseline(rows)))
+        print_table(tables.comparison(with_baseline(rows)))
     if any(row.result is None for row in rows):
         sys.exit(1)
 

@@ -72,7 +72,7 @@ def run_command(
     from search import finalists, processes
     from search.show import progress
     from search.study import status
-    from search.study import workers as study_workers
+    from search.study.workers import run_study
 
     words = study_words(where["study"], where["config_dir"], where["overrides"])
     outcome = None
@@ -85,9 +85,9 @@ def run_command(
         wanted = None
         if top is not None:
             wanted = finalists.wanted_of(file, top, tokens or file.distillation.tokens, workers, say)
-        the_study = study_workers.run(file, workers, live, stop)
+        the_study = run_study(file, workers, live, stop)
         if wanted is not None:
-            outcome = finalists.distil(wanted, the_study, say, live.warn, words)
+            outcome = finalists.distill_finalists(wanted, the_study, say, live.warn, words)
     state = status.of(the_study)
     if outcome is None:
         _print_status(state, as_json)

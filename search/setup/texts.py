@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from compressors.errors import CheckpointError
-from compressors.files import write_json as write_json
+from compressors.files import write_json
 from evaluator import embedded_texts, texts
 from search.config.study_file import StudyFile
 from search.errors import UsageError

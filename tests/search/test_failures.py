@@ -49,7 +49,7 @@ def test_a_hanging_and_a_memory_starved_engine_fail_their_trials_alone(file, mon
         return nll(self, windows)
 
     monkeypatch.setattr(EngineProcess, "nll", strike_first)
-    study = workers.run(file)
+    study = workers.run_study(file)
     trials = study.get_trials()
     assert [trial.state for trial in trials] == [
         TrialState.COMPLETE,
