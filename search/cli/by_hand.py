@@ -1,4 +1,4 @@
-"""Commands by hand: baseline, evaluate, analyze, report, package."""
+"""Defines the commands by hand: baseline, evaluate, analyze, report, package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `compress`: a subcommand for each method, whose options are the choices that it takes."""
+"""Defines the command `compress`: a subcommand for each method, with an option for each choice that it takes."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Methods(click.Group):
     """`compress` with a method's name, or without one: then the study file and its overrides choose the plan."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        """Take words that begin with no method for overrides."""
+        """Treat the words as overrides where the first one is no method."""
         if args and args[0] not in (*self.commands, "-h", "--help"):
             args = [BY_CONFIG, *args]
         return super().parse_args(context, args or ["--help"])
 
     def list_commands(self, context: click.Context) -> list[str]:
-        """Return the methods; the command for overrides alone has no name for people."""
+        """Return the methods; the command that takes only overrides is hidden."""
         return [name for name in super().list_commands(context) if name != BY_CONFIG]
 
     def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:

@@ -84,4 +84,4 @@ def test_ctrl_c_in_the_midst_of_an_import_still_ends_with_status_130(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
     ended = subprocess.run([sys.executable, "-m", "interrupted"], env=environment, capture_output=True, text=True)
     assert ended.returncode == 130, ended.stderr
-    assert ended.stderr.strip() == "stopped; run the same command again to go on"
+    assert ended.stderr.strip() == "stopped; run the same command again to resume"
