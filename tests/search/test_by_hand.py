@@ -310,7 +310,7 @@ def test_a_checkpoint_of_another_origin_is_measured_without_a_plan(cli, shared, 
     base = transformers.AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.float32)
     file = compose.load("hand", config_dir=shared / "studies")
     kl = []
-    for shard in setting.prepare(file).shards:
+    for shard in setting.prepare(file).texts.shards:
         for window in shard:
             with torch.no_grad():
                 p, q = (m(torch.tensor([window])).logits[0, :-1].log_softmax(-1) for m in (base, model))

@@ -105,7 +105,7 @@ def test_export_writes_a_model_that_stock_transformers_loads_and_that_scores_the
     from search.setup import setting
 
     file = compose.load("small", config_dir=home / "studies")
-    shards = setting.prepare(file).shards
+    shards = setting.prepare(file).texts.shards
     nll = []
     for window in (window for shard in shards for window in shard):
         ids = torch.tensor([window])
