@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, and what killed writers leave."""
+"""Tests of directories that are written atomically."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ import sys
 from search import files
 
 
-def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path):
+def test_directories_of_killed_writers_are_deleted_and_those_of_living_ones_stay(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     live = os.getppid()
