@@ -52,7 +52,7 @@ class Methods(click.Group):
 
 @main.group("compress", cls=Methods)
 def compress_group() -> None:
-    """Make one compressed model, or several, by hand; plan and code are those of a study's trial.
+    """Compress a model by hand, or several, with the plans and the code of a study's trials.
 
     \b
     optuna-search compress drop-layers --keep-layers 26 --save-path submit/model_drop26
@@ -71,7 +71,7 @@ def method_options(command: Callable[..., None]) -> Callable[..., None]:
             "-m",
             "--multirun",
             is_flag=True,
-            help="Make a job for each of the values that are listed; evaluate and compare them.",
+            help="Compress and evaluate a model for each of the listed values, and compare them.",
         ),
         click.option(
             "--for-transformers",
@@ -115,7 +115,7 @@ def _help(record: Choice) -> str:
 @compress_group.command(BY_CONFIG, cls=StudyCommand)
 @method_options
 def by_config_command(**options: Any) -> None:
-    """Make what the study file, an experiment and the overrides name."""
+    """Build what the study file, an experiment and the overrides name."""
     _compress({}, **options)
 
 
@@ -250,7 +250,7 @@ def distill_command(
 
 
 def _method(method: str, keys: dict[str, str | None], options: dict[str, Any]) -> None:
-    """Run a method with its own keys; those of its choices and sizes are among the options."""
+    """Run a method with its own keys; its choices and sizes are among the options."""
     own = {
         name: options.pop(name) for name in list(options) if name in (*CHOICES, "keep_heads", "keep_kv_heads", "scheme")
     }
@@ -297,7 +297,7 @@ def _compress(
 
 
 def _compress_one(job: Job, live: Any) -> tuple[Outcome, Compressed]:
-    """Show what the plan makes, then build it."""
+    """Show what the plan builds, then build it."""
     from search.by_hand import compress
     from search.setup import setting
     from search.show import tables

@@ -32,13 +32,13 @@ HOW = {  # method of `compress` → the keys of the choices that it also takes
 
 
 class Section(BaseModel):
-    """The base of all sections: frozen, and unknown keys are refused."""
+    """Section is the base of all sections: frozen, and without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Range(Section):
-    """A range of integers from `low` to `high`, both included. It may change when a study is resumed."""
+    """Range holds the integers from `low` to `high`, both included. It may change when a study is resumed."""
 
     low: Annotated[int, Field(ge=1)]
     high: Annotated[int, Field(ge=1)]
@@ -67,7 +67,7 @@ LISTED = {name: record for name, record in CHOICES.items() if not record.is_numb
 
 
 class SpaceSizes(Section):
-    """The searched sizes and precisions; the choices of `compressors.plan.CHOICES` are added to it."""
+    """SpaceSizes holds the searched sizes and precisions; `compressors.plan.CHOICES` are added to it."""
 
     num_hidden_layers: Dimension = None
     num_attention_heads: Dimension = None
@@ -95,7 +95,7 @@ def _searched(record: Choice) -> tuple[Any, Any]:
 if TYPE_CHECKING:
 
     class Space(SpaceSizes):
-        """The search space: sizes, precisions and choices."""
+        """Space holds what is searched: sizes, precisions and choices."""
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -104,7 +104,7 @@ else:
 
 
 class Model(Section):
-    """The base model: where it comes from."""
+    """Model names the base model."""
 
     source: str  # a local directory, a hub id, or the name of the embedded model
     revision: str | None = None
@@ -112,7 +112,7 @@ class Model(Section):
 
 
 class CompressionKeys(Section):
-    """The plan that `compress` builds by hand; a key that is null keeps the base model's value.
+    """CompressionKeys holds the plan that `compress` builds by hand; null keeps the base model's value.
 
     The choices of `compressors.plan.CHOICES` are added to it.
     """
@@ -190,7 +190,7 @@ def _by_hand(record: Choice) -> tuple[Any, Any]:
 if TYPE_CHECKING:
 
     class Compression(CompressionKeys):
-        """The plan that `compress` builds by hand."""
+        """Compression holds the plan that `compress` builds by hand."""
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -203,7 +203,7 @@ else:
 
 
 class _PerfPart(tasks.Section):
-    """A part of Perf: 1/perplexity on the search text, or the accuracy of a task."""
+    """PerfPart holds a part of Perf: 1/perplexity on the search text, or the accuracy of a task."""
 
     metric: str = "perplexity"
 
@@ -259,7 +259,7 @@ Texts = list[str] | Literal["embedded"]
 
 
 class Text(Section):
-    """The texts: `embedded` (prose from CPython's sources), or .txt and .jsonl files and hub:ORGANISATION/NAME."""
+    """Text names the texts: `embedded` (prose that CPython ships), .txt and .jsonl files, hub:ORGANISATION/NAME."""
 
     calibration: Texts = "embedded"
     search: Texts = "embedded"
@@ -272,7 +272,7 @@ class Text(Section):
 
 
 class WorkloadSection(Section):
-    """The decoding that is timed; see `evaluator.speed`."""
+    """WorkloadSection holds the decoding that is timed; see `evaluator.speed`."""
 
     batch_sizes: list[Annotated[int, Field(ge=1)]] = [1]
     prompt_tokens: Annotated[int, Field(ge=1)] = 64
@@ -282,7 +282,7 @@ class WorkloadSection(Section):
 
 
 class Evaluation(Section):
-    """How models are measured: engine, timing and the parts of Perf."""
+    """Evaluation holds how models are measured: engine, timing and the parts of Perf."""
 
     backend: str = "auto"
     device: str = "auto"
@@ -297,21 +297,21 @@ class Evaluation(Section):
 
 
 class ScoreSection(Section):
-    """The weights of the Score."""
+    """ScoreSection holds the weights of the Score."""
 
     weight_perf: Annotated[float, Field(ge=0)] = 0.5
     weight_speed: Annotated[float, Field(ge=0)] = 0.5
 
 
 class Sampler(Section):
-    """The sampler of the study."""
+    """Sampler holds the settings of the study's sampler."""
 
     name: Literal["tpe", "random"] = "tpe"
     n_startup_trials: Annotated[int, Field(ge=1)] = 10
 
 
 class Pruner(Section):
-    """The pruner of the study."""
+    """Pruner holds the settings of the study's pruner."""
 
     name: Literal["wilcoxon", "median", "hyperband", "none"] = "wilcoxon"
     p_threshold: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -321,7 +321,7 @@ class Pruner(Section):
 
 
 class DistillationSection(Section):
-    """How models are distilled; see `compressors.distillation.settings.Distillation`."""
+    """DistillationSection holds how models are distilled; see `compressors.distillation.settings.Distillation`."""
 
     tokens: Annotated[int, Field(ge=1)] = 2_000_000
     batch_tokens: Annotated[int, Field(ge=1)] = 32_768
@@ -335,7 +335,7 @@ class DistillationSection(Section):
 
 
 class Limits(Section):
-    """The limits on models, trials and disk space."""
+    """Limits holds the limits on models, trials and disk space."""
 
     max_size_mb: Annotated[float, Field(gt=0)] | None = None  # the size of model.safetensors, 1 MB = 1e6 bytes
     max_consecutive_failures: Annotated[int, Field(ge=1)] = 5
@@ -344,20 +344,20 @@ class Limits(Section):
 
 
 class Export(Section):
-    """The reader of exported models."""
+    """Export names the reader of exported models."""
 
     for_transformers: str | None = None  # the version that reads what export and compress write; null: this one
 
 
 class Tracking(Section):
-    """How a study is tracked in MLflow."""
+    """Tracking holds how a study is tracked in MLflow."""
 
     mlflow: bool = True
     experiment: str = "optuna-search"
 
 
 class StudyFile(Section):
-    """A study file: one field for each key or section."""
+    """StudyFile holds a study file: one field for each key or section."""
 
     study_name: Annotated[str, Field(pattern=r"^[^'\"`]+$")]
     experiment_name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None  # the name of what is compressed by hand
