@@ -24,7 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from search.config.study_file import Dimension, Range, StudyFile, nearest
+from search.config.spelling import nearest
+from search.config.study_file import Dimension, Range, StudyFile
 from search.errors import ConfigError
 
 PACKAGED = Path(__file__).resolve().parents[2] / "studies"

@@ -5,7 +5,6 @@ This module knows no Optuna and builds nothing.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from compressors.choices import DTYPES, PRECISIONS, SCHEMES, Choice
 from compressors.plan import CHOICES, DIMENSIONS
 from evaluator import tasks
+from search.config.spelling import nearest, require_known
 
 METHODS = {  # method of `compress` → its keys, at least one of which has to be set
     **{
@@ -56,13 +56,6 @@ class Range(Section):
 Dimension = Range | Annotated[int, Field(ge=1)] | None  # searched | fixed | as in the base model
 
 
-def _require_known(names: list[Any] | None, allowed: Sequence[Any]) -> None:
-    for name in names or ():
-        if name not in allowed:
-            hint = nearest(name, [str(value) for value in allowed]) if isinstance(name, str) else ""
-            raise ValueError(f"{name!r} is not one of {', '.join(map(str, allowed))}{hint}")
-
-
 LISTED = {name: record for name, record in CHOICES.items() if not record.is_number}  # choices with names for values
 
 
@@ -79,7 +72,7 @@ class SpaceSizes(Section):
     @field_validator("precision", *LISTED, check_fields=False)
     @classmethod
     def _known(cls, names: list[Any] | None, info: Any) -> list[Any] | None:
-        _require_known(names, PRECISIONS if info.field_name == "precision" else CHOICES[info.field_name].values)
+        require_known(names, PRECISIONS if info.field_name == "precision" else CHOICES[info.field_name].values)
         if names is not None and (not names or len(set(names)) != len(names)):
             raise ValueError("needs at least one value, and none twice")
         return names
@@ -134,7 +127,7 @@ class CompressionKeys(Section):
         known: dict[str, Sequence[Any]] = {"method": tuple(METHODS), "scheme": SCHEMES, "dtype": DTYPES}
         name = info.field_name
         allowed = known[name] if name in known else CHOICES[name].values
-        _require_known(value if isinstance(value, list) else None if value is None else [value], allowed)
+        require_known(value if isinstance(value, list) else None if value is None else [value], allowed)
         return value
 
     @field_validator("drop_from")
@@ -402,9 +395,3 @@ class StudyFile(Section):
                     "choose 16-bit, or export.for_transformers=null where the server has a newer vLLM"
                 )
         return self
-
-
-def nearest(word: str, choices: Sequence[str]) -> str:
-    """Return a hint that names the nearest of `choices`, or "" where none is near."""
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
