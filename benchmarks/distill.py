@@ -1,4 +1,4 @@
-"""Distil a cut model and judge it before and after: tokens per second, share of the device's matrix rate, KL, PerfNorm.
+"""Distill a cut model and judge it before and after: tokens per second, share of the device's peak rate, KL, PerfNorm.
 
     python benchmarks/distill.py MODEL --text DIRECTORY [--layers 10] [--ffn 768] [--repair none] [--tokens 300000]
     python benchmarks/distill.py --random-1.2b --tokenizer MODEL --layers 28 --tokens 2000000 --device cuda

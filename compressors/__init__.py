@@ -1,0 +1,1 @@
+"""Builds compressed checkpoints of language models: Checkpoint → Checkpoint."""

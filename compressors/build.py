@@ -25,11 +25,19 @@ class Kernel(Protocol):
     """The sizes that an engine's kernel for a scheme takes: multiples of `rows` × `columns`."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name of the kernel, for messages."""
+        ...
+
     @property
-    def rows(self) -> int: ...
+    def rows(self) -> int:
+        """The number that the output width has to be a multiple of."""
+        ...
+
     @property
-    def columns(self) -> int: ...
+    def columns(self) -> int:
+        """The number that the input width has to be a multiple of."""
+        ...
 
 
 class Kernels(Protocol):
@@ -39,11 +47,19 @@ class Kernels(Protocol):
     """
 
     @property
-    def engine(self) -> str: ...
+    def engine(self) -> str:
+        """The name of the engine, for messages."""
+        ...
+
     @property
-    def head_dim(self) -> int: ...
+    def head_dim(self) -> int:
+        """The number that the size of a head has to be a multiple of."""
+        ...
+
     @property
-    def schemes(self) -> Mapping[str, Kernel]: ...
+    def schemes(self) -> Mapping[str, Kernel]:
+        """The kernel of each scheme."""
+        ...
 
 
 def apply(

@@ -183,7 +183,7 @@ class CompressionPlan:
     )
     lm_head: str = choice(
         *("16-bit", "8-bit"),
-        help="Precision of the lm_head beside a scheme.",
+        help="Precision of the lm_head of a quantized model.",
         meanings={"16-bit": "as it is", "8-bit": "8 bits, apart from the embedding; wants vLLM 0.20 or later"},
         methods=("quantize",),
         short="lmhead8",
@@ -193,7 +193,7 @@ class CompressionPlan:
     )
     kv_cache: str = choice(
         *("auto", "fp8"),
-        help="Type of the key/value cache beside a scheme.",
+        help="Type of the key/value cache of a quantized model.",
         meanings={"auto": "the model's own", "fp8": "float8_e4m3fn with scale 1"},
         methods=("quantize",),
         short="kv{}",

@@ -1,0 +1,1 @@
+"""Searches for the best compressed version of a language model with Optuna."""

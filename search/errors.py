@@ -1,35 +1,39 @@
-"""What a person can get wrong, or what stops a study.
+"""Defines the errors of wrong usage, and of studies that stop.
 
-SearchError                one line; the command line prints it and exits with `exit_status`
-├── UsageError             wrong usage or input: exit status 2, nothing written
-│   ├── ConfigError        the study file or an override
+SearchError                the base; the command line prints its one line and exits with `exit_status`
+├── UsageError             wrong usage or input: exit status 2, nothing is written
+│   ├── ConfigError        the study file or an override is wrong
 │   ├── StorageError       the study's database can't be used
-│   └── StudyMismatch      an existing study was made with another space, model or formula
-└── StudyStopped           the study can't go on: exit status 1, nothing lost
+│   └── StudyMismatch      an existing study has another space, model or formula
+└── StudyStopped           the study can't continue: exit status 1, nothing is lost
 """
 
 from __future__ import annotations
 
 
 class SearchError(Exception):
+    """The base of this package's errors; the message is one line."""
+
     exit_status = 1
 
 
 class UsageError(SearchError):
+    """Wrong usage or input; nothing was written."""
+
     exit_status = 2
 
 
 class ConfigError(UsageError):
-    pass
+    """The study file or an override is wrong."""
 
 
 class StorageError(UsageError):
-    pass
+    """The study's database can't be used."""
 
 
 class StudyMismatch(UsageError):
-    pass
+    """An existing study has another space, model or formula."""
 
 
 class StudyStopped(SearchError):
-    pass
+    """The study can't continue; its finished trials are kept."""

@@ -1,4 +1,4 @@
-"""What may go wrong with one model among several, and is said in one line while the others go on."""
+"""Lists the errors that fail one model among several: they are reported in one line, and the others continue."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FAILURES = (SearchError, CompressionError, EvaluationError, *OUT_OF_MEMORY)
 
 
 def why(error: Exception) -> dict[str, str]:
-    """{"failure": the kind, "reason": one line}."""
+    """Return {"failure": the kind of error, "reason": its message in one line}."""
     if isinstance(error, OUT_OF_MEMORY):
         first = (str(error).splitlines() or [""])[0]
         return {"failure": EngineOutOfMemory.__name__, "reason": first or "the machine's memory is exhausted"}

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all: made beside their place, then renamed into it."""
+"""Writes directories atomically: next to their destination first, then renamed."""
 
 from __future__ import annotations
 
@@ -18,25 +18,36 @@ CACHE = Path(os.environ.get("OPTUNA_SEARCH_CACHE", "~/.cache/optuna-search")).ex
 
 
 def refuse_foreign(to: Path, what: str, *sources: Path) -> None:
-    """Raises UsageError when `to` holds something that is not a model, which must not be replaced, or is one of the
-    models that are read."""
+    """Refuse to write a model to a directory whose contents must not be replaced.
+
+    Args:
+        to: The directory to write.
+        what: The command, for messages.
+        sources: The models that are read.
+
+    Raises:
+        UsageError: `to` is a file, is one of the sources, or holds files and no model.
+    """
     if any(to.resolve() == source.resolve() for source in sources):
-        raise UsageError(f"{what} to {to}: is the model that is read, and would be lost; name another with --save-path")
+        raise UsageError(f"{what} to {to}: is the model that is read, and would be lost; choose another --save-path")
     for place in (to, *to.parents):
         if place.exists() and not place.is_dir():
             raise UsageError(f"{what} to {to}: {'is' if place == to else f'{place} is'} a file; name a directory")
     if to.is_dir() and any(to.iterdir()) and not (to / "config.json").is_file():
-        raise UsageError(f"{what} to {to}: holds files that are no model; name an empty or a new directory")
+        raise UsageError(f"{what} to {to}: holds files, and they are no model; name an empty or a new directory")
 
 
 @contextlib.contextmanager
-def beside(to: Path, what: str) -> Iterator[Path]:
-    """The path of a directory beside `to`, to be made in the block; at its end it takes the place of `to`.
+def atomic_directory(to: Path, what: str) -> Iterator[Path]:
+    """Yield a path next to `to`; the directory that the block creates there then replaces `to`.
 
-    After an error nothing is left of it, and what was in `to` is untouched. Raises UsageError for the file system's.
+    After an error the new directory is deleted, and `to` is unchanged.
+
+    Raises:
+        UsageError: The file system refuses, or `to` must not be replaced (`refuse_foreign`).
     """
     refuse_foreign(to, what)
-    to = Path(os.path.abspath(to))  # noqa: PTH100 a link that is named stays a link
+    to = Path(os.path.abspath(to))  # noqa: PTH100 keeps a symbolic link
     prefix = f".{to.name}.{what}-"
     scratch, old = to.with_name(f"{prefix}{os.getpid()}"), to.with_name(f"{prefix}{os.getpid()}-old")
     try:
@@ -59,8 +70,8 @@ def beside(to: Path, what: str) -> Iterator[Path]:
 
 
 def _sweep(directory: Path, prefix: str) -> None:
-    """What others left there when they were killed."""
-    for dots in ("", "."):  # what is written into a scratch directory is made beside that, with a dot more
+    """Delete the temporary directories of processes that were killed."""
+    for dots in ("", "."):  # files in a scratch directory are first written next to it, with another dot
         for left in directory.glob(f"{dots}{prefix}*"):
             pid = re.match(r"\d+", left.name.removeprefix(dots).removeprefix(prefix))
             if pid is None or not process_alive(int(pid[0])):
@@ -68,7 +79,7 @@ def _sweep(directory: Path, prefix: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The file's values, or None where there is no such file or it was cut off."""
+    """Return the values of a JSON file, or None where it does not exist or is cut off."""
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -138,7 +138,7 @@ def _ranked(study: optuna.Study) -> list[FrozenTrial]:
     return sorted(feasible, key=lambda trial: (-(trial.value or 0.0), trial.number))
 
 
-def distil(wanted: Wanted, study: optuna.Study, say: Say, warn: Say, words: Sequence[str] = ()) -> Outcome:
+def distill_finalists(wanted: Wanted, study: optuna.Study, say: Say, warn: Say, words: Sequence[str] = ()) -> Outcome:
     """Distill, quantize and measure the study's finalists in submit/model_kd_NAME; store their rows with the study.
 
     A finalist that can't be made or measured has its reason in its row, and the next one begins. KeyboardInterrupt
@@ -184,7 +184,7 @@ def distil(wanted: Wanted, study: optuna.Study, say: Say, warn: Say, words: Sequ
             if finalist.trial.number in rows:
                 continue
             try:
-                known = evaluate.known(path, wanted.setting)
+                known = evaluate.known_evaluation(path, wanted.setting)
                 evaluation = known or multirun.evaluate(bench, path, path.name, say, warn, words)
             except FAILURES as error:
                 failed(finalist, path, error)
@@ -234,7 +234,7 @@ def _make(finalist: Finalist, path: Path, wanted: Wanted, study: optuna.Study, b
     if not _distilled(source):
         student, _ = bench.build(finalist.structure, say, limited=False)  # its precision is still to come
         try:
-            distill.distil(setting, student, wanted.settings.tokens, source, None, say, text=wanted.text)
+            distill.distill_model(setting, student, wanted.settings.tokens, source, None, say, text=wanted.text)
         finally:
             release(setting.machine.device)
     _drop_student(digest, study, setting)  # also that of a call that was killed here

@@ -1,4 +1,4 @@
-"""Processes: who runs a trial, whether it is alive, and how it is asked to stop."""
+"""Identifies the process that runs a trial, finds out whether it is alive, and handles requests to stop."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from optuna.exceptions import StorageInternalError
 
 
 def identify_worker() -> dict[str, Any]:
-    """Says which process runs a trial, so that its death can be seen at once on the same machine."""
+    """Return what identifies this process, so that its death can be seen at once on the same machine."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
 
 
 def _started(pid: int) -> str | None:
-    """The process's start time, so that a recycled pid is not taken for the dead worker; None when it is gone."""
+    """Return the start time of a process, which tells it from another with a recycled pid; None when it is gone."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
         return stat.rpartition(")")[2].split()[19]
     except OSError:
         if Path("/proc/self/stat").exists():
             return None
-    try:  # no /proc (macOS): the pid alone must do
+    try:  # no /proc (macOS): the pid alone has to suffice
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
@@ -36,19 +36,24 @@ def _started(pid: int) -> str | None:
 
 
 def alive(worker: dict[str, Any]) -> bool:
-    """Whether the process that `identify_worker` named runs; one of another machine is taken to."""
+    """Return whether the process that `identify_worker` described is alive; one on another machine counts as alive."""
     return bool(worker["host"] != socket.gethostname() or _started(worker["pid"]) == worker["started"])
 
 
 def process_alive(pid: int) -> bool:
+    """Return whether a process with this pid exists on this machine."""
     return _started(pid) is not None
 
 
 class Stop:
-    """Within it, SIGINT and SIGTERM raise KeyboardInterrupt and are remembered: a library that swallows the exception,
-    as some do while they are being imported, does not swallow the wish. Asked for a second time, it is only raised.
+    """Stop is a context manager in which SIGINT and SIGTERM raise KeyboardInterrupt and are remembered.
 
-    In `held` it is remembered alone: Optuna, interrupted between taking a trial and running it, would leave it RUNNING.
+    Some libraries swallow the exception while they are imported; `check` then raises it again. Inside `held` a first
+    signal is only remembered: Optuna, interrupted between taking a trial and running it, would leave it RUNNING. A
+    second signal always raises.
+
+    Attributes:
+        asked: Whether a signal has arrived.
     """
 
     def __init__(self) -> None:
@@ -63,10 +68,10 @@ class Stop:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
-        self._raise_what_was_meant(error)
+        self._raise_interrupt(error)
 
-    def _raise_what_was_meant(self, error: BaseException | None) -> None:
-        """A storage that was interrupted in a commit calls it an error of its own."""
+    def _raise_interrupt(self, error: BaseException | None) -> None:
+        """Raise KeyboardInterrupt in place of the storage error that an interrupted commit has turned it into."""
         if self.asked and isinstance(error, StorageInternalError):
             raise KeyboardInterrupt from error
 
@@ -77,7 +82,7 @@ class Stop:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Within it a signal waits for `check`, or for `released`."""
+        """Delay a signal that arrives in the block until `check` or `released`."""
         before, self._held = self._held, True
         try:
             yield
@@ -86,17 +91,18 @@ class Stop:
 
     @contextlib.contextmanager
     def released(self) -> Iterator[None]:
-        """A part of `held` in which a signal raises, also one that came before."""
+        """Raise on signals again, within `held`; a delayed signal raises at once."""
         before, self._held = self._held, False
         try:
             self.check()
             yield
         except StorageInternalError as error:
-            self._raise_what_was_meant(error)
+            self._raise_interrupt(error)
             raise
         finally:
             self._held = before
 
     def check(self) -> None:
+        """Raise KeyboardInterrupt if a signal has arrived."""
         if self.asked:
             raise KeyboardInterrupt

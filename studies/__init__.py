@@ -1,0 +1,1 @@
+"""Holds the packaged study files."""

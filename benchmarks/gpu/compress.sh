@@ -10,5 +10,5 @@ echo "== compression"
 time python3 benchmarks/gpu/compress.py "$model" --work /tmp/compress --json "$out/compress.json" 2>"$out/compress.err" || tail -5 "$out/compress.err"
 rm -rf /tmp/compress
 echo "== distillation"
-time python3 benchmarks/distill.py "$model" --random-1.2b --layers 28 --tokens 1310720 --work /tmp/distil "$@" 2>"$out/distill.err" || tail -5 "$out/distill.err"
-rm -rf /tmp/distil
+time python3 benchmarks/distill.py "$model" --random-1.2b --layers 28 --tokens 1310720 --work /tmp/distill "$@" 2>"$out/distill.err" || tail -5 "$out/distill.err"
+rm -rf /tmp/distill

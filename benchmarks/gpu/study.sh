@@ -34,7 +34,7 @@ for trial in study.trials:
         print(trial.number, round(trial.value, 4), trial.user_attrs.get("seconds"))
 PY
 fi
-if stage distilled; then # the study has its trials, so that this distils
+if stage distilled; then # the study has its trials, so that this distills
   time search run "${study[@]}" --study-name mini "${space[@]}" --trials 1 --distill-top 2 --tokens 1000000 \
     2>"$out/distilled.err" >"$out/status.txt" || tail -20 "$out/distilled.err"
   grep -v '^…' "$out/distilled.err" | cut -c1-230

@@ -1,0 +1,1 @@
+"""Holds the methods of compression, a module for each."""

@@ -1,4 +1,4 @@
-"""FFN width: fewer channels between up and down projection, the same number in every layer."""
+"""Narrows the feed-forward networks: removes channels between up and down projection, equally many in every layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from compressors.model.family import Family, take_columns, take_rows
 
 
 def require(keep: int, width: int) -> None:
-    """Refuse to keep more channels than there are, or none.
+    """Refuse to keep no channel, or more than the model has.
 
     Raises:
         InfeasiblePlan: `keep` is not from 1 to `width`.
@@ -23,7 +23,7 @@ def require(keep: int, width: int) -> None:
 
 
 def cut(checkpoint: Checkpoint, family: Family, kept: Sequence[torch.Tensor]) -> Checkpoint:
-    """Keep these channels of each layer: rows of gate and up with their biases, columns of down."""
+    """Keep the channels in `kept` of each layer: rows of gate and up with their biases, and columns of down."""
     tensors = dict(checkpoint.tensors)
     for layer, index in enumerate(kept):
         for part in (family.gate, family.up):

@@ -1,7 +1,7 @@
-"""Attention heads: fewer key/value groups, and fewer query heads in each.
+"""Removes attention heads: key/value heads with their groups of query heads, and query heads within each group.
 
-Query head h reads key/value head h // (H / G), for H query and G key/value heads, so that every group keeps the same
-number of query heads, in their order. Which ones stay may differ by layer.
+With H query and G key/value heads, query head h reads key/value head h // (H / G). So every group keeps the same number
+of query heads, in their order. Each layer may keep other heads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from compressors.errors import InfeasiblePlan
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family, head_dim, take_columns, take_rows
 
-Kept = tuple[tuple[int, tuple[int, ...]], ...]  # of a layer: (key/value head, its query heads), ascending
+Kept = tuple[tuple[int, tuple[int, ...]], ...]  # a layer's pairs (key/value head, its query heads), ascending
 
 
 def choose(
@@ -26,10 +26,21 @@ def choose(
     activity: Sequence[float],
     of_groups: Sequence[float] | None = None,
 ) -> Kept:
-    """What stays in a layer with this activity of its query heads [heads].
+    """Return the heads that stay in a layer.
 
-    The groups with the largest energy (sum of squared activity) stay, and in each its most active query heads:
-    Minitron's head importance, https://arxiv.org/abs/2407.14679. of_groups: another measure of the groups [groups].
+    The groups with the largest energy (sum of squared activity) stay, and in each group its most active query heads.
+    This is Minitron's head importance, https://arxiv.org/abs/2407.14679.
+
+    Args:
+        heads: The number of query heads, H.
+        groups: The number of key/value heads, G.
+        keep_heads: The number of query heads that stay.
+        keep_groups: The number of key/value heads that stay.
+        activity: The activity of each query head [H].
+        of_groups: Another measure of the groups [G], in place of their energy.
+
+    Raises:
+        InfeasiblePlan: These numbers of heads can't be kept, see `infeasible`.
     """
     reason = infeasible(heads, groups, keep_heads, keep_groups)
     if reason:
@@ -49,7 +60,7 @@ def choose(
 
 
 def infeasible(heads: int, groups: int, keep_heads: int, keep_groups: int) -> str | None:
-    """Why `keep_heads` query and `keep_groups` key/value heads can't be kept of these, or None."""
+    """Return why `keep_heads` query and `keep_groups` key/value heads can't be kept, or None."""
     if not 1 <= keep_groups <= groups:
         return f"heads: {keep_groups} key/value heads can't be kept of {groups}; choose from 1 to {groups}"
     if not 1 <= keep_heads <= heads:
@@ -69,7 +80,7 @@ def infeasible(heads: int, groups: int, keep_heads: int, keep_groups: int) -> st
 
 
 def cut(checkpoint: Checkpoint, family: Family, kept: Sequence[Kept]) -> Checkpoint:
-    """Keep these heads of each layer: rows of q, k and v with their biases, columns of o."""
+    """Keep the heads in `kept` of each layer: rows of q, k and v with their biases, and columns of o."""
     config = dict(checkpoint.config)
     size = head_dim(config)
     tensors = dict(checkpoint.tensors)
@@ -86,17 +97,17 @@ def cut(checkpoint: Checkpoint, family: Family, kept: Sequence[Kept]) -> Checkpo
 
 
 def inputs_of(kept: Kept, size: int) -> torch.Tensor:
-    """The inputs of o_proj that stay, int64 [heads · size]."""
+    """Return the indices of the inputs of o_proj that stay, int64 [heads · size]."""
     return _rows([head for _, heads in kept for head in heads], size)
 
 
 def outputs_of(kept: Kept, size: int) -> torch.Tensor:
-    """The outputs of k_proj and v_proj that stay, int64 [key/value heads · size]."""
+    """Return the indices of the outputs of k_proj and v_proj that stay, int64 [key/value heads · size]."""
     return _rows([group for group, _ in kept], size)
 
 
 def without(groups: int, gone: Sequence[int]) -> list[float]:
-    """Return a measure of `groups` groups by which those that are `gone` go: 0 for them, 1 for the others."""
+    """Return a measure of the groups [groups] that removes those in `gone`: 0 for them, 1 for the others."""
     return [0.0 if group in gone else 1.0 for group in range(groups)]
 
 
@@ -105,5 +116,5 @@ def _rows(heads: Sequence[int], size: int) -> torch.Tensor:
 
 
 def _largest(values: Sequence[float], count: int) -> list[int]:
-    """The places of the `count` largest, ascending; of equals the first."""
+    """Return the indices of the `count` largest values, ascending; the first wins among equals."""
     return sorted(sorted(range(len(values)), key=lambda place: (-values[place], place))[:count])

@@ -1,4 +1,4 @@
-"""Precision: another floating-point dtype, or a compressed-tensors scheme: how each weight is rounded, and what stays.
+"""Casts a checkpoint to another floating-point dtype, or quantizes it to a scheme of compressed-tensors.
 
 Symbols: N output and K input width of a Linear, g group size, V vocabulary, E hidden size. Weights are symmetric: per
 output channel for W8A8 and FP8_DYNAMIC, per group of g inputs for W4A16.
@@ -28,7 +28,7 @@ Moments = Callable[[str], torch.Tensor]
 
 
 def cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
-    """Every floating-point tensor in `dtype` (float32, float16, bfloat16)."""
+    """Cast every floating-point tensor to `dtype` (float32, float16 or bfloat16)."""
     wanted: torch.dtype = getattr(torch, dtype)
     tensors = {
         name: tensor.map(_cast_to(wanted), wanted)
@@ -45,8 +45,18 @@ def _cast_to(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def group_size(checkpoint: Checkpoint, family: Family, wanted: int = 0, keep: Collection[str] = ()) -> int:
-    """Of W4A16: `wanted`, or with 0 the largest of 128, 64, 32, if it divides the input width of every quantised
-    Linear. Raises InfeasiblePlan.
+    """Return the group size of W4A16: `wanted`, or with 0 the largest of 128, 64 and 32 that fits.
+
+    A group size fits if it divides the input width of every quantized Linear.
+
+    Args:
+        checkpoint: The checkpoint to quantize.
+        family: Its family.
+        wanted: The group size, or 0.
+        keep: The modules that stay in 16 bits.
+
+    Raises:
+        InfeasiblePlan: No group size fits.
     """
     names = [name for name in linears(checkpoint, family) if name not in keep]
     widths = sorted({checkpoint.tensors[f"{name}.weight"].shape[1] for name in names})
@@ -65,13 +75,13 @@ def group_size(checkpoint: Checkpoint, family: Family, wanted: int = 0, keep: Co
 
 
 def linears(checkpoint: Checkpoint, family: Family) -> list[str]:
-    """The modules that a scheme quantises: every projection of every layer; embedding, norms and lm_head stay."""
+    """Return the modules that a scheme quantizes: the projections of all layers, not embedding, norms and lm_head."""
     layers = int(checkpoint.config["num_hidden_layers"])
     return [family.in_layer(layer, part) for layer in range(layers) for part in family.linears]
 
 
 def fused_groups(checkpoint: Checkpoint, family: Family) -> list[tuple[str, ...]]:
-    """The projections of every layer, those together that vLLM runs as one matrix and that share one precision."""
+    """Return the projections of every layer in groups; vLLM runs a group as one matrix, with one precision."""
     layers = int(checkpoint.config["num_hidden_layers"])
     return [tuple(family.in_layer(layer, part) for part in parts) for layer in range(layers) for parts in family.fused]
 
@@ -89,30 +99,35 @@ def quantize(
     moments: Moments | None = None,
     device: str = "cpu",
 ) -> Checkpoint:
-    """A compressed-tensors checkpoint as stock vLLM and transformers load it, by scheme:
+    """Return a compressed-tensors checkpoint that stock vLLM and transformers load.
 
-    W8A8: weight int8 [N, K], weight_scale [N, 1]; inputs are quantised per token when it runs.
-    FP8_DYNAMIC: weight float8_e4m3fn [N, K], weight_scale [N, 1]; the same.
-    W4A16: weight_packed int32 [N, K/8], weight_scale [N, K/g], weight_shape int64 [2].
+    The tensors of a quantized Linear, by scheme:
 
-    quantizer: "nearest", "mse" (scales of least squared error) or "gptq", which asks `moments` for the second moment
-        E[x xᵀ] [K, K] of each Linear's input, by module name, in the checkpoint as it is given here.
-    group_size: of W4A16; 0: the largest that fits. keep: modules that stay in 16 bits, whole fused groups alone.
-    lm_head_8bit: lm_head too, apart from the embedding, which stays in 16 bits: by the scheme, or with W4A16 weights
-        in 8 bits (W8A16). kv_cache_fp8: keys and values are cached as float8_e4m3fn with scale 1.
-    device: where weights are rounded; one at a time is there. Raises InfeasiblePlan.
+    - W8A8: weight int8 [N, K], weight_scale [N, 1]; inputs are quantized per token at run time.
+    - FP8_DYNAMIC: weight float8_e4m3fn [N, K], weight_scale [N, 1]; inputs as for W8A8.
+    - W4A16: weight_packed int32 [N, K/8], weight_scale [N, K/g], weight_shape int64 [2].
+
+    Args:
+        checkpoint: The checkpoint to quantize.
+        family: Its family.
+        scheme: The scheme.
+        quantizer: "nearest", "mse" (scales with the least squared error) or "gptq", which needs `moments`.
+        group_size: The group size of W4A16; 0: the largest that fits.
+        keep: The modules that stay in 16 bits, in whole fused groups.
+        lm_head_8bit: Whether lm_head is quantized too: by the scheme, or with W4A16 to 8 bits (W8A16). The embedding
+            stays in 16 bits and is stored apart.
+        kv_cache_fp8: Whether keys and values are cached as float8_e4m3fn with scale 1.
+        moments: A function that returns the second moment E[x xᵀ] [K, K] of a module's input in `checkpoint`.
+        device: The device on which weights are rounded, one at a time.
+
+    Raises:
+        InfeasiblePlan: The sizes, or the modules to keep, don't go with the scheme.
     """
     parameters = checkpoint.total_parameters
     size = _checked(checkpoint, family, scheme, quantizer, group_size, keep, kv_cache_fp8)
     checkpoint = in_16_bits(checkpoint)
     rounded = _Rounding(quantizer, moments, device)
-    quantised = {f"{name}.weight" for name in linears(checkpoint, family) if name not in keep}
-    tensors: dict[str, LazyTensor] = {}
-    for name, weight in checkpoint.tensors.items():
-        if name in quantised:
-            tensors |= _stored(name.removesuffix(".weight"), weight, scheme, size, rounded)
-        else:
-            tensors[name] = weight
+    tensors = _with_linears_stored(checkpoint, family, scheme, size, keep, rounded)
     config = dict(checkpoint.config)
     if lm_head_8bit:
         head = _head(checkpoint, family)
@@ -125,6 +140,20 @@ def quantize(
         scheme, size, family.lm_head, keep=keep, lm_head_8bit=lm_head_8bit, kv_cache_fp8=kv_cache_fp8
     )
     return dataclasses.replace(checkpoint, config=config, tensors=tensors, parameters=parameters)
+
+
+def _with_linears_stored(
+    checkpoint: Checkpoint, family: Family, scheme: str, size: int | None, keep: Collection[str], rounded: _Rounding
+) -> dict[str, LazyTensor]:
+    """Return the checkpoint's tensors in their order, with the weights of quantized Linears replaced."""
+    quantized = {f"{name}.weight" for name in linears(checkpoint, family) if name not in keep}
+    tensors: dict[str, LazyTensor] = {}
+    for name, weight in checkpoint.tensors.items():
+        if name in quantized:
+            tensors |= _stored(name.removesuffix(".weight"), weight, scheme, size, rounded)
+        else:
+            tensors[name] = weight
+    return tensors
 
 
 def simulate(
@@ -140,9 +169,13 @@ def simulate(
     moments: Moments | None = None,
     device: str = "cpu",
 ) -> Checkpoint:
-    """The same model for scoring in memory: weights rounded and multiplied out, activations rounded as they come.
+    """Return the quantized model for scoring in memory: dequantized weights, and activations rounded at run time.
 
-    An FP8 cache is not imitated: keys and values stay as they are. Rounded weights stay on `device`.
+    An FP8 cache is not simulated: keys and values stay as they are. Rounded weights stay on `device`. The arguments are
+    those of `quantize`.
+
+    Raises:
+        InfeasiblePlan: The sizes, or the modules to keep, don't go with the scheme.
     """
     size = _checked(checkpoint, family, scheme, quantizer, group_size, keep, kv_cache_fp8)
     checkpoint = in_16_bits(checkpoint)
@@ -155,7 +188,7 @@ def simulate(
         schemes[family.lm_head] = head_scheme(scheme)
         config["tie_word_embeddings"] = False
     for module, its in schemes.items():
-        # float32: an integer kernel multiplies by the scale last, and rounds no product to 16 bits
+        # float32, since an integer kernel multiplies by the scale last and rounds no product to 16 bits
         by = _for_head(rounded) if module == family.lm_head else rounded
         function = by.multiplied_out(module, its, size if its == "W4A16" else None)
         tensors[f"{module}.weight"] = tensors[f"{module}.weight"].map(function, torch.float32)
@@ -164,7 +197,7 @@ def simulate(
 
 
 def head_scheme(scheme: str) -> str:
-    """Of an 8-bit lm_head beside layers of `scheme`."""
+    """Return the scheme of an 8-bit lm_head in a model whose layers have `scheme`."""
     return "W8A16" if scheme == "W4A16" else scheme
 
 
@@ -177,7 +210,16 @@ def quantization_config(
     lm_head_8bit: bool = False,
     kv_cache_fp8: bool = False,
 ) -> dict[str, Any]:
-    """As compressed-tensors writes it into config.json."""
+    """Return the quantization_config that compressed-tensors writes to config.json.
+
+    Args:
+        scheme: The scheme of the layers.
+        size: The group size; None where the scheme has none.
+        lm_head: The name of the lm_head module.
+        keep: The modules that stay in 16 bits.
+        lm_head_8bit: Whether lm_head is quantized too.
+        kv_cache_fp8: Whether the cache of keys and values is FP8.
+    """
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, preset_name_to_scheme
 
     def group(name: str, targets: list[str]) -> Any:
@@ -185,7 +227,7 @@ def quantization_config(
         preset.format = FORMATS["W4A16" if name in BITS else name]
         return preset
 
-    # vLLM's lm_head is no Linear: unlike stock transformers it knows this module by its name alone
+    # vLLM's lm_head is no Linear: it has to be named, unlike for stock transformers
     own_scheme = lm_head_8bit and head_scheme(scheme) == scheme
     groups = {"group_0": group(scheme, ["Linear", lm_head] if own_scheme else ["Linear"])}
     if size is not None:
@@ -213,7 +255,11 @@ def _checked(
     keep: Collection[str],
     kv_cache_fp8: bool,
 ) -> int | None:
-    """The group size, None where a scheme has none. Raises InfeasiblePlan."""
+    """Check the arguments and return the group size, or None where the scheme has none.
+
+    Raises:
+        InfeasiblePlan: The arguments contradict each other or the model.
+    """
     if scheme not in FORMATS:
         raise InfeasiblePlan(f"precision: {scheme!r} is not one of {', '.join(FORMATS)}")
     if quantizer not in quantizers.names():
@@ -233,7 +279,7 @@ def _checked(
             )
     unknown = sorted(set(keep) - {part for parts in groups for part in parts})
     if unknown:
-        raise InfeasiblePlan(f"keep: {unknown[0]} is no projection of a layer; name those that a scheme quantises")
+        raise InfeasiblePlan(f"keep: {unknown[0]} is no projection of a layer; name one that a scheme quantizes")
     if len(set(keep)) == sum(map(len, groups)):
         raise InfeasiblePlan(
             f"keep_16_bit: all {len(groups)} projections stay in 16 bits, and nothing is quantised; keep fewer, or "
@@ -243,13 +289,13 @@ def _checked(
 
 
 class _Rounding:
-    """Rounds one Linear at a time, and remembers the last one: its values and its scales are asked for one by one."""
+    """Rounds one Linear at a time, and keeps the last result: values and scales are loaded one after the other."""
 
     def __init__(self, quantizer: str, moments: Moments | None, device: str) -> None:
         self.quantizer, self.moments, self.device = quantizer, moments, device
         self.last: dict[str, Rounded] = {}
 
-    def of(self, module: str, weight: torch.Tensor, scheme: str, size: int | None) -> Rounded:
+    def round(self, module: str, weight: torch.Tensor, scheme: str, size: int | None) -> Rounded:
         moments = self.moments
         moment = None if moments is None else (lambda: moments(module).to(self.device))
         by = quantizers.quantizer(self.quantizer)
@@ -257,21 +303,21 @@ class _Rounding:
 
     def once(self, module: str, weight: LazyTensor, scheme: str, size: int | None) -> Rounded:
         if module not in self.last:
-            self.last = {}  # first: two at a time would double the memory
-            self.last = {module: self.of(module, weight.load(), scheme, size)}
+            self.last = {}  # freed first: two results would double the memory
+            self.last = {module: self.round(module, weight.load(), scheme, size)}
         return self.last[module]
 
     def multiplied_out(self, module: str, scheme: str, size: int | None) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda weight: rounding.multiplied_out(*self.of(module, weight, scheme, size))
+        return lambda weight: rounding.multiplied_out(*self.round(module, weight, scheme, size))
 
 
 def _for_head(rounded: _Rounding) -> _Rounding:
-    """8 bits lose too little for GPTQ to win anything back, and the embedding's rows are many."""
+    """Return the rounding of lm_head, without GPTQ: it gains nothing at 8 bits and is slow on as many rows."""
     return _Rounding("mse" if rounded.quantizer == "gptq" else rounded.quantizer, None, rounded.device)
 
 
 def _head(checkpoint: Checkpoint, family: Family) -> LazyTensor:
-    """lm_head's weight [V, E], which is the embedding's where the two are tied."""
+    """Return lm_head's weight [V, E], which is the embedding's where the two are tied."""
     own = checkpoint.tensors.get(f"{family.lm_head}.weight")
     return checkpoint.tensors[f"{family.embedding}.weight"] if own is None else own
 
@@ -308,7 +354,7 @@ def _packed(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _kv_scales(checkpoint: Checkpoint, family: Family) -> dict[str, LazyTensor]:
-    """1 for every layer: stock transformers misses them otherwise, and vLLM takes 1 where there is none."""
+    """Return scales of 1 for every layer's cache: stock transformers requires them, and vLLM's default is 1."""
     attention = family.k.rpartition(".")[0]
     return {
         f"{family.in_layer(layer, attention)}.{name}": LazyTensor((1,), torch.float32, lambda: torch.ones(1))
@@ -318,6 +364,6 @@ def _kv_scales(checkpoint: Checkpoint, family: Family) -> dict[str, LazyTensor]:
 
 
 def in_16_bits(checkpoint: Checkpoint) -> Checkpoint:
-    """Scales and what stays unquantised are 16-bit: float16 if the model is, else bfloat16."""
+    """Cast to 16 bits, for scales and unquantized tensors: to float16 if the model is float16, else to bfloat16."""
     half = (checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")) == "float16"
     return cast(checkpoint, "float16" if half else "bfloat16")

@@ -17,7 +17,7 @@ from search.errors import UsageError
 from search.show.analysis import Analysis
 
 
-def analyze(path: Path, importance: Calibration | None = None, kernels: build.Kernels | None = None) -> Analysis:
+def analysis_of(path: Path, importance: Calibration | None = None, kernels: build.Kernels | None = None) -> Analysis:
     """Return the structure of a model and its possible cuts.
 
     Args:

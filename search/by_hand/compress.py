@@ -1,6 +1,6 @@
-"""One plan by hand: what a person names → a CompressionPlan → a checkpoint directory. The study builds just so.
+"""Compresses by hand: a study file's `compression` → a CompressionPlan → a checkpoint directory.
 
-Knows no engine: a model can be compressed where it can't be served.
+A study builds its models with the same code. No engine is needed: a model can be compressed where it can't be served.
 """
 
 from __future__ import annotations
@@ -28,8 +28,15 @@ from search.setup.setting import Setting
 
 
 def plan_of(compression: Compression, base: CompressionPlan) -> CompressionPlan:
-    """The plan that a study file's `compression` names for this base model. Raises UsageError for one that does
-    nothing."""
+    """Return the plan that a study file's `compression` stands for.
+
+    Args:
+        compression: The section of the study file.
+        base: The plan of the base model, which cuts nothing.
+
+    Raises:
+        UsageError: The plan is the base model itself, or the number of layers contradicts the list of layers.
+    """
     drop_from = compression.drop_from
     keep = compression.keep_layers
     if isinstance(drop_from, list):
@@ -58,8 +65,8 @@ def plan_of(compression: Compression, base: CompressionPlan) -> CompressionPlan:
     plan = canonical(plan, base)
     if plan == base:
         raise UsageError(
-            "compress: nothing to do: the model is so already; name a method (drop-layers --keep-layers 26, …), an "
-            "experiment (experiments=NAME) or a key (compression.keep_layers=26)"
+            "compress: nothing to do: this plan is the base model itself; name a method (drop-layers --keep-layers 26, "
+            "…), an experiment (experiments=NAME) or a key (compression.keep_layers=26)"
         )
     return plan
 
@@ -83,9 +90,15 @@ def overrides_of(plan: CompressionPlan, base: CompressionPlan) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a plan makes: told before anything is built. bytes: of model.safetensors.
+    """Outcome holds the expected size of a plan's model, before anything is built.
 
-    warnings: of what loads but will not run as one would expect.
+    Attributes:
+        plan: The plan.
+        parameters: The number of parameters of the result.
+        base_parameters: The number of parameters of the base model.
+        bytes: The size of the result's model.safetensors.
+        base_bytes: The size of the base model's safetensors files.
+        warnings: Sentences about models that load and yet run otherwise than expected.
     """
 
     plan: CompressionPlan
@@ -97,7 +110,11 @@ class Outcome:
 
 
 def foresee(plan: CompressionPlan, setting: Setting) -> Outcome:
-    """Raises InfeasiblePlan for a plan that stock loaders would refuse, or that exceeds a limit."""
+    """Return the expected size of a plan's model, with warnings.
+
+    Raises:
+        InfeasiblePlan: Stock loaders would refuse the model, or it exceeds a limit.
+    """
     reason = setting.infeasible(plan)
     if reason:
         raise InfeasiblePlan(reason)
@@ -105,18 +122,18 @@ def foresee(plan: CompressionPlan, setting: Setting) -> Outcome:
     if setting.kernels is None:
         slow = build.check(plan, setting.model.checkpoint, setting.model.family, kernels=kernels("vllm", "cuda"))
         if slow:
-            warnings.append(f"on a GPU vLLM would fall back to a slow kernel, or refuse it: {slow}")
+            warnings.append(f"on a GPU vLLM would use a slow kernel or refuse the model: {slow}")
     remark = setting.file.model.num_layers
     if remark is not None and remark != plan.num_hidden_layers:
-        warnings.append(f"model.num_layers says {remark}, and the result has {plan.num_hidden_layers}")
+        warnings.append(f"model.num_layers is {remark}, and the result has {plan.num_hidden_layers}")
     if plan.precision in SCHEMES and setting.model.identity.precision == "float32":
-        warnings.append(f"the base model is float32: what {plan.precision} leaves out becomes bfloat16")
-    made = build.shapes(plan, setting.model.checkpoint, setting.model.family)
+        warnings.append(f"the base model is float32: tensors that {plan.precision} does not quantize become bfloat16")
+    result = build.shapes(plan, setting.model.checkpoint, setting.model.family)
     return Outcome(
         plan=plan,
-        parameters=made.total_parameters,
+        parameters=result.total_parameters,
         base_parameters=setting.model.checkpoint.total_parameters,
-        bytes=made.file_bytes,
+        bytes=result.file_bytes,
         base_bytes=setting.model.checkpoint.file_bytes,
         warnings=tuple(warnings),
     )
@@ -124,30 +141,51 @@ def foresee(plan: CompressionPlan, setting: Setting) -> Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Compressed:
+    """Compressed describes a checkpoint that `compress` has written or found.
+
+    Attributes:
+        path: The directory of the checkpoint.
+        outcome: The expected size, and the plan.
+        weights_sha256: The sha256 of model.safetensors.
+        changes: The changes to its files for the target version of transformers, a sentence each.
+        reused: Whether the directory already held this model.
+        replaced: Whether the directory held another model.
+    """
+
     path: Path
     outcome: Outcome
     weights_sha256: str
-    changes: tuple[str, ...] = ()  # made for the target
-    reused: bool = False  # it was there already
-    replaced: bool = False  # another model was there
+    changes: tuple[str, ...] = ()
+    reused: bool = False
+    replaced: bool = False
 
 
 def compress(outcome: Outcome, setting: Setting, to: Path, target: str | None, say: Say = lambda _: None) -> Compressed:
-    """Write the checkpoint to `to`: config.json, model.safetensors, tokenizer files, compression.json.
+    """Write a checkpoint: config.json, model.safetensors, tokenizer files and compression.json.
 
-    target: the version of transformers that is to read it; None: the running one. What is in `to` already, made of the
-    same model by the same plan for the same target, is left there. Raises UsageError and CompressionError.
+    A directory that already holds this model, from the same plan for the same target, is left as it is.
+
+    Args:
+        outcome: The plan and its expected size.
+        setting: What the study file sets up: base model, texts and machine.
+        to: The directory to write.
+        target: The version of transformers that reads the checkpoint; None: the running one.
+        say: A function that shows the current step.
+
+    Raises:
+        UsageError: `to` must not be replaced or can't be written.
+        CompressionError: The model can't be built.
     """
     described = keys.description(setting, outcome.plan, target)
-    there = made_before(to, described)
-    if there is not None:
-        return Compressed(to, outcome, there, reused=True)
+    known = written_before(to, described)
+    if known is not None:
+        return Compressed(to, outcome, known, reused=True)
     files.refuse_foreign(to, "compress", setting.model.path)
     require_disk(outcome.bytes, to.parent, "the compressed model")
     needed = build.needs_activations(outcome.plan, setting.model.identity)
     calibration = collect.calibrate(setting, say) if needed else None
     moments = collect.moments_for(setting, outcome.plan, say)
-    made = build.apply(
+    model = build.apply(
         outcome.plan,
         setting.model.checkpoint,
         setting.model.family,
@@ -156,19 +194,19 @@ def compress(outcome: Outcome, setting: Setting, to: Path, target: str | None, s
         device=setting.machine.device,
         say=say,
     )
-    build.require_size(made, setting.max_bytes)
-    say(f"writing {to.name}, {made.file_bytes / 1e6:.0f} MB")
+    build.require_size(model, setting.max_bytes)
+    say(f"writing {to.name}, {model.file_bytes / 1e6:.0f} MB")
     replaced = (to / "config.json").is_file()
-    with files.beside(to, "compress") as scratch:
-        weights_sha256 = made.write(scratch)
+    with files.atomic_directory(to, "compress") as scratch:
+        weights_sha256 = model.write(scratch)
         changes = retarget(scratch, target) if target is not None else []
         write_json(scratch / DESCRIPTION, {**described, "weights_sha256": weights_sha256})
     release(setting.machine.device)
     return Compressed(to, outcome, weights_sha256, tuple(changes), replaced=replaced)
 
 
-def made_before(path: Path, described: dict[str, Any]) -> str | None:
-    """The sha256 of the weights in `path` if they were made just so, else None."""
+def written_before(path: Path, described: dict[str, Any]) -> str | None:
+    """Return the sha256 of the weights in `path` where compression.json matches `described`, else None."""
     known = read_json(path / DESCRIPTION) or {}
     same = all(known.get(key) == described[key] for key in ("plan_digest", "for_transformers"))
     if same and (path / "model.safetensors").is_file() and (path / "config.json").is_file():
@@ -177,10 +215,11 @@ def made_before(path: Path, described: dict[str, Any]) -> str | None:
 
 
 def to_json(outcome: Outcome) -> dict[str, Any]:
+    """Return the outcome as --json prints it."""
     return {**dataclasses.asdict(outcome), "warnings": list(outcome.warnings)}
 
 
 def target_of(path: Path) -> str | None:
-    """The version of transformers that the checkpoint in `path` was written for, if it says so."""
+    """Return the version of transformers that the checkpoint in `path` was written for, or None where it names none."""
     target = (read_json(path / DESCRIPTION) or {}).get("for_transformers")
     return None if target is None else str(target)

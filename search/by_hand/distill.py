@@ -67,7 +67,7 @@ def text_of(setting: Setting, settings: Distillation) -> Text:
     return Text(windows, held_out)
 
 
-def distil(
+def distill_model(
     setting: Setting,
     student_path: Path,
     tokens: int,
@@ -134,7 +134,7 @@ def write(
         UsageError: `to` can't be written.
         CompressionError: The checkpoint can't be written for that version.
     """
-    with files.beside(to, "distill") as scratch:
+    with files.atomic_directory(to, "distill") as scratch:
         weights_sha256 = distilled.write(scratch)
         if target is not None:
             retarget(scratch, target)

@@ -29,7 +29,7 @@ from search.setup import keys
 from search.setup.machine import require_memory
 from search.setup.setting import Setting
 from search.setup.texts import report_shards, tokenizer_of
-from search.stages.baseline import RESULT as RESULT_OF_BASELINE
+from search.stages.baseline import BASELINE_RESULT
 from search.stages.bench import Bench
 from search.stages.screen import Screen, mean_known
 
@@ -49,7 +49,7 @@ class Candidate:
     plan: CompressionPlan | None
 
 
-def evaluate(
+def evaluate_candidate(
     bench: Bench, candidate: Candidate, baseline: Measurement, name: str, say: Say, words: Sequence[str] = ()
 ) -> Evaluation:
     """Measure the candidate against the baseline; write eval_result.json into its directory and return it.
@@ -115,7 +115,7 @@ def candidate_in(path: Path, setting: Setting) -> Candidate:
     return Candidate(path, weights_sha256, plan)
 
 
-def known(path: Path, setting: Setting) -> Evaluation | None:
+def known_evaluation(path: Path, setting: Setting) -> Evaluation | None:
     """Return the evaluation in `path` if nothing that it depends on has changed since, else None.
 
     It depends on the weights, the baseline, the workload, the engine, the formula and the report text.
@@ -137,7 +137,7 @@ def known(path: Path, setting: Setting) -> Evaluation | None:
 
 def stale_baseline(setting: Setting) -> str | None:
     """Return how the baseline in outputs/ differs from this setting's; None where it doesn't or there is none."""
-    known_baseline = read_json(setting.outputs / RESULT_OF_BASELINE)
+    known_baseline = read_json(setting.outputs / BASELINE_RESULT)
     if known_baseline is None or "circumstances" not in known_baseline:
         return None
     now = {"model": setting.model.digest, **plain(keys.circumstances(setting))}

@@ -106,7 +106,7 @@ def export(
             )
         baseline = bench.baseline(say)
     require_disk(int(measurement.model_size_mb * 1e6), to.parent, "the export")
-    with files.beside(to, "export") as scratch:
+    with files.atomic_directory(to, "export") as scratch:
         say("copying")
         shutil.copytree(built, scratch)
         described = read_json(scratch / DESCRIPTION) or {}

@@ -19,9 +19,9 @@ from compressors.plan import CompressionPlan, name_of
 from evaluator.errors import EvaluationError
 from evaluator.measurement import Measurement
 from evaluator.score import score_of
-from search.by_hand import analyze as analysis
 from search.by_hand import compress
-from search.by_hand import evaluate as evaluating
+from search.by_hand.analyze import analysis_of
+from search.by_hand.evaluate import candidate_in, evaluate_candidate, known_evaluation, stale_baseline
 from search.by_hand.evaluation import Evaluation
 from search.config.study_file import StudyFile
 from search.errors import SearchError, UsageError
@@ -57,7 +57,7 @@ def baseline(bench: Bench, say: Say, warn: Warn, *, again: bool = False) -> Meas
     setting, began = bench.setting, time.time()
     fresh = again or not keys.baseline_path(setting).is_file()
     if fresh:
-        differs = evaluating.stale_baseline(setting)
+        differs = stale_baseline(setting)
         if differs:
             warn(f"the baseline is measured again: {differs}")
     measured = bench.baseline(say, again=again)
@@ -82,10 +82,10 @@ def evaluate(bench: Bench, path: Path, name: str, say: Say, warn: Warn, words: S
         warn: Is called with a warning when MLflow can't be reached.
         words: The words of the command line that chose the study file.
     """
-    candidate = evaluating.candidate_in(path, bench.setting)
+    candidate = candidate_in(path, bench.setting)
     measured = baseline(bench, say, warn)
     began = time.time()
-    evaluation = evaluating.evaluate(bench, candidate, measured, name, say, words)
+    evaluation = evaluate_candidate(bench, candidate, measured, name, say, words)
     score = evaluation.score
     values = {
         **({} if evaluation.plan is None else evaluation.plan.to_dict()),
@@ -115,9 +115,9 @@ def analyze(file: StudyFile, say: Say, *, importance: bool) -> Analysis:
     except (SearchError, CompressionError, EvaluationError):
         if importance:
             raise
-        return analysis.analyze(path)
+        return analysis_of(path)
     calibration = collect.calibrate(setting, say) if importance or collect.calibration_path(setting).is_file() else None
-    return analysis.analyze(path, calibration, kernels=setting.kernels)
+    return analysis_of(path, calibration, kernels=setting.kernels)
 
 
 # -- several in turn -----------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def _slug(override: str) -> str:
     return re.sub(r"[^\w.]+", "-", f"{key.rpartition('.')[2]}-{value}").strip("-")
 
 
-def run(jobs: Sequence[Job], say: Say, warn: Warn, ended: Callable[[int, Row], None]) -> list[Row]:
+def run_jobs(jobs: Sequence[Job], say: Say, warn: Warn, ended: Callable[[int, Row], None]) -> list[Row]:
     """Compress and evaluate each job's model; return a row for the comparison per job.
 
     A job that can't be built or measured has its reason in its row, and the next one begins.
@@ -225,7 +225,7 @@ def _run(job: Job, bench: Bench, say: Say, warn: Warn) -> Row:
     for warning in outcome.warnings:
         warn(f"{job.name}: {warning}")
     compressed = compress.compress(outcome, setting, job.path, job.file.export.for_transformers, say)
-    known = evaluating.known(job.path, setting) if compressed.reused else None
+    known = known_evaluation(job.path, setting) if compressed.reused else None
     evaluation = known or evaluate(bench, job.path, job.name, say, warn, job.words)
     return evaluation.row(job.path, before=known is not None)
 

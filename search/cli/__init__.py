@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. No logic.
+"""Holds the command line, which parses, calls and prints; the logic is elsewhere.
 
 Tables for people and JSON (`--json`) go to standard output; progress and warnings to standard error.
 Exit status 0: done, 1: failed, 2: wrong usage. Heavy imports wait until a command runs.

@@ -1,4 +1,4 @@
-"""Lets `python -m search.cli` be `optuna-search`."""
+"""Runs `optuna-search` as `python -m search.cli`."""
 
 from search.cli import main
 

@@ -1,4 +1,4 @@
-"""Commands by hand: baseline, evaluate, analyze, report, package."""
+"""Defines the commands by hand: baseline, evaluate, analyze, report, package."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def baseline_command(model: Path | None, again: bool, as_json: bool, **where: An
     from search.by_hand import multirun
     from search.setup import setting
     from search.show import progress
-    from search.stages.baseline import RESULT
+    from search.stages.baseline import BASELINE_RESULT
     from search.stages.bench import Bench
 
     with progress.Live(1) as live, Bench.of(setting.prepare(file, live.say, search=False)) as bench:
         measured = multirun.baseline(bench, live.say, live.warn, again=again)
-        place = bench.setting.outputs / RESULT
+        place = bench.setting.outputs / BASELINE_RESULT
     if as_json:
         click.echo(json.dumps(measured.to_dict()))
         return

@@ -1,4 +1,4 @@
-"""The command `compress`: a subcommand for each method, whose options are the choices that it takes."""
+"""Defines the command `compress`: a subcommand for each method, with an option for each choice that it takes."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Methods(click.Group):
     """`compress` with a method's name, or without one: then the study file and its overrides choose the plan."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        """Take words that begin with no method for overrides."""
+        """Treat the words as overrides where the first one is no method."""
         if args and args[0] not in (*self.commands, "-h", "--help"):
             args = [BY_CONFIG, *args]
         return super().parse_args(context, args or ["--help"])
 
     def list_commands(self, context: click.Context) -> list[str]:
-        """Return the methods; the command for overrides alone has no name for people."""
+        """Return the methods; the command that takes only overrides is hidden."""
         return [name for name in super().list_commands(context) if name != BY_CONFIG]
 
     def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
@@ -52,7 +52,7 @@ class Methods(click.Group):
 
 @main.group("compress", cls=Methods)
 def compress_group() -> None:
-    """Make one compressed model, or several, by hand; plan and code are those of a study's trial.
+    """Compress a model by hand, or several, with the plans and the code of a study's trials.
 
     \b
     optuna-search compress drop-layers --keep-layers 26 --save-path submit/model_drop26
@@ -71,7 +71,7 @@ def method_options(command: Callable[..., None]) -> Callable[..., None]:
             "-m",
             "--multirun",
             is_flag=True,
-            help="Make a job for each of the values that are listed; evaluate and compare them.",
+            help="Compress and evaluate a model for each of the listed values, and compare them.",
         ),
         click.option(
             "--for-transformers",
@@ -115,7 +115,7 @@ def _help(record: Choice) -> str:
 @compress_group.command(BY_CONFIG, cls=StudyCommand)
 @method_options
 def by_config_command(**options: Any) -> None:
-    """Make what the study file, an experiment and the overrides name."""
+    """Build what the study file, an experiment and the overrides name."""
     _compress({}, **options)
 
 
@@ -238,7 +238,7 @@ def distill_command(
     with progress.Live(1) as live:
         prepared = setting.prepare(file, live.say, search=False, engine=False)
         wanted = tokens or file.distillation.tokens
-        result = distill.distil(prepared, student, wanted, to, file.export.for_transformers, live.say)
+        result = distill.distill_model(prepared, student, wanted, to, file.export.for_transformers, live.say)
     if as_json:
         click.echo(json.dumps({**distill.facts(result), "path": str(to)}))
         return
@@ -250,7 +250,7 @@ def distill_command(
 
 
 def _method(method: str, keys: dict[str, str | None], options: dict[str, Any]) -> None:
-    """Run a method with its own keys; those of its choices and sizes are among the options."""
+    """Run a method with its own keys; its choices and sizes are among the options."""
     own = {
         name: options.pop(name) for name in list(options) if name in (*CHOICES, "keep_heads", "keep_kv_heads", "scheme")
     }
@@ -269,7 +269,7 @@ def _compress(
     config_dir: Path | None,
     overrides: tuple[str, ...],
 ) -> None:
-    from search.by_hand import multirun as jobs
+    from search.by_hand.multirun import plan_jobs, run_jobs, with_baseline
     from search.config import compose
     from search.show import progress
 
@@ -278,9 +278,9 @@ def _compress(
     each = compose.sweep(words, config_dir) if multirun else [words]
     files = [(compose.load(study, one, config_dir), study_words(study, config_dir, tuple(one))) for one in each]
     with progress.Live(len(files)) as live:
-        planned = jobs.plan_jobs(files, save_path, live.say, engine=multirun or evaluated)
+        planned = plan_jobs(files, save_path, live.say, engine=multirun or evaluated)
         if multirun or evaluated:
-            rows = jobs.run(planned, live.say, live.warn, live.job_ended)
+            rows = run_jobs(planned, live.say, live.warn, live.job_ended)
         else:
             outcome, result = _compress_one(planned[0], live)
     if not (multirun or evaluated):
@@ -291,13 +291,13 @@ def _compress(
     else:
         from search.show import tables
 
-        print_table(tables.comparison(jobs.with_baseline(rows)))
+        print_table(tables.comparison(with_baseline(rows)))
     if any(row.result is None for row in rows):
         sys.exit(1)
 
 
 def _compress_one(job: Job, live: Any) -> tuple[Outcome, Compressed]:
-    """Show what the plan makes, then build it."""
+    """Show what the plan builds, then build it."""
     from search.by_hand import compress
     from search.setup import setting
     from search.show import tables

@@ -1,4 +1,4 @@
-"""Commands that look at the configuration and the machine."""
+"""Defines the commands that show the configuration and the machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from search.cli.options import StudyCommand, json_option, study_options
 @main.command("config", cls=StudyCommand)
 @study_options
 def config_command(study: str, config_dir: Path | None, overrides: tuple[str, ...]) -> None:
-    """Print the composed configuration, every key of it, as YAML."""
+    """Print the composed configuration with all its keys, as YAML.
+
+    \b
+    optuna-search config --study exaone4-1.2b text.window=512
+    """
     from search.config import compose
 
     click.echo(compose.as_yaml(study, overrides, config_dir), nl=False)
@@ -23,7 +27,11 @@ def config_command(study: str, config_dir: Path | None, overrides: tuple[str, ..
 @main.command("doctor")
 @json_option()
 def doctor_command(as_json: bool) -> None:
-    """Show what this machine can do: GPU, engines, versions, memory, disk."""
+    """Show what this machine can do: GPU, engines, versions, memory, disk.
+
+    \b
+    optuna-search doctor
+    """
     from search import doctor
 
     report = doctor.examine()

@@ -1,4 +1,4 @@
-"""The root command, and what becomes of errors: one line on standard error and an exit status."""
+"""Defines the root command, which turns errors into one line on standard error and an exit status."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Commands(click.Group):
     """Turns the project's errors into one line and an exit status."""
 
     def invoke(self, context: click.Context) -> Any:
-        """Run the command; an error that is not the project's own passes through."""
+        """Run the command; errors that are not expected pass through."""
         try:
             return super().invoke(context)
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise
         except KeyboardInterrupt:
-            click.echo("stopped; run the same command again to go on", err=True)
+            click.echo("stopped; run the same command again to resume", err=True)
             # CPython ends `python -m` with the signal, whatever its exit status, once a KeyboardInterrupt has passed
             # through an exec() of text, as dataclasses do while they are imported; the next exec() makes it forget.
             exec("")  # noqa: S102

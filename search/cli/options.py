@@ -1,4 +1,4 @@
-"""Options that several commands share, how they reach the study file, and how results are printed."""
+"""Defines the options that several commands share, loads study files by them, and prints results."""
 
 from __future__ import annotations
 
@@ -67,19 +67,19 @@ def storage_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def json_option(help_text: str = "Print JSON to standard output [default: a table].") -> Callable[..., Any]:
-    """Make the option --json."""
+    """Return the option --json."""
     return click.option("--json", "as_json", is_flag=True, help=help_text)
 
 
 def load_file(study: str, config_dir: Path | None, overrides: tuple[str, ...], **options: Any) -> StudyFile:
-    """Load the study file; `options` that have a value stand for overrides, with `__` for a dot."""
+    """Load the study file; `options` that have a value become overrides, with a dot for `__`."""
     from search.config import compose
 
     return compose.load(study, words_of(overrides, **options), config_dir)
 
 
 def words_of(overrides: tuple[str, ...], **options: Any) -> list[str]:
-    """Return the overrides, and last the options that stand for one."""
+    """Return the overrides, followed by the options that become overrides."""
     given = {key.replace("__", "."): value for key, value in options.items() if value is not None}
     return [
         *overrides,
@@ -94,7 +94,7 @@ def study_words(study: str, config_dir: Path | None, overrides: tuple[str, ...])
 
 
 def print_table(table: Any) -> None:
-    """Print a rich table to standard output; a file is not wrapped as a small window is."""
+    """Print a rich table to standard output, at least 140 characters wide where that is no terminal."""
     from rich.console import Console
 
     console = Console(highlight=False)

@@ -1,4 +1,4 @@
-"""Commands about a study: run it, look at it, export its best trial."""
+"""Defines the commands about a study: run it, show its state, export its best trial."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def run_command(
     from search import finalists, processes
     from search.show import progress
     from search.study import status
-    from search.study import workers as study_workers
+    from search.study.workers import run_study
 
     words = study_words(where["study"], where["config_dir"], where["overrides"])
     outcome = None
@@ -85,9 +85,9 @@ def run_command(
         wanted = None
         if top is not None:
             wanted = finalists.wanted_of(file, top, tokens or file.distillation.tokens, workers, say)
-        the_study = study_workers.run(file, workers, live, stop)
+        the_study = run_study(file, workers, live, stop)
         if wanted is not None:
-            outcome = finalists.distil(wanted, the_study, say, live.warn, words)
+            outcome = finalists.distill_finalists(wanted, the_study, say, live.warn, words)
     state = status.of(the_study)
     if outcome is None:
         _print_status(state, as_json)
@@ -107,7 +107,11 @@ def run_command(
 @storage_options
 @json_option()
 def status_command(as_json: bool, **where: Any) -> None:
-    """Show progress, the best and the Pareto trials, and why the others ended."""
+    """Show progress, the best and the Pareto trials, and why the others ended.
+
+    \b
+    optuna-search status --study exaone4-1.2b
+    """
     file = load_file(**where)
 
     from search.study import status, storage
@@ -116,7 +120,7 @@ def status_command(as_json: bool, **where: Any) -> None:
 
 
 def _existing(url: str) -> Any:
-    """Open the storage; looking at a study must not make an empty database."""
+    """Open the storage, which has to exist: reading a study must not create an empty database."""
     from search import errors
     from search.study import storage
 
@@ -141,7 +145,11 @@ def _print_status(state: StudyState, as_json: bool) -> None:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address; optuna-dashboard has no login.")
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(1, 65535), help="Port.")
 def dashboard_command(host: str, port: int, **where: Any) -> None:
-    """Serve optuna-dashboard on the study's storage and artifacts, until Ctrl-C."""
+    """Serve optuna-dashboard on the study's storage and artifacts, until Ctrl-C.
+
+    \b
+    optuna-search dashboard --port 8081
+    """
     from search.study import dashboard
 
     file = load_file(**where)

@@ -1,1 +1,1 @@
-"""The study file: composed by Hydra, checked by pydantic."""
+"""Reads the study file: Hydra composes it, pydantic checks it."""

@@ -1,6 +1,6 @@
-"""Compose a study file from `studies/` with Hydra, and check it.
+"""Composes a study file from `studies/` with Hydra, and checks it.
 
-Errors are ConfigError: one line that names the key, what was found and the nearest right spelling.
+All errors are ConfigError: one line with the key, the value that was found and the nearest correct spelling.
 """
 
 from __future__ import annotations
@@ -24,40 +24,53 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from search.config.study_file import Dimension, Range, StudyFile, nearest
+from search.config.spelling import nearest
+from search.config.study_file import Dimension, Range, StudyFile
 from search.errors import ConfigError
 
 PACKAGED = Path(__file__).resolve().parents[2] / "studies"
 USER_DIR = Path("studies")
 EXPERIMENTS = "experiments"
-PRIMARY = "__study__"  # names the study file, so that it too is looked for along the whole search path
+PRIMARY = "__study__"  # its defaults name the study file, so that Hydra looks for this along its whole search path
 MEMBERS = ("Range", "int")
 
 
 def studies(config_dir: Path | None = None) -> list[str]:
-    """The names that `--study` takes: the user's own first, then those that come with optuna-search."""
+    """Return the names that `--study` takes: the user's own first, then the packaged ones."""
     return _files("*.yaml", config_dir)
 
 
 def groups(config_dir: Path | None = None) -> dict[str, list[str]]:
-    """The config groups along the search path and what each offers, the user's own first."""
-    found: dict[str, None] = {}
+    """Return the config groups along the search path with the names of their files, the user's own first."""
+    directories: dict[str, None] = {}
     for directory in _search_path(config_dir):
-        found |= dict.fromkeys(path.name for path in sorted(directory.iterdir()) if path.is_dir())
-    return {group: names for group in found if (names := _files(f"{group}/*.yaml", config_dir))}
+        directories |= dict.fromkeys(path.name for path in sorted(directory.iterdir()) if path.is_dir())
+    return {group: names for group in directories if (names := _files(f"{group}/*.yaml", config_dir))}
 
 
 def load(study: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> StudyFile:
-    """The study file `study` with Hydra `overrides` (KEY=VALUE, GROUP=NAME). Raises ConfigError."""
+    """Compose and check a study file.
+
+    Args:
+        study: The name of the study file.
+        overrides: Hydra's words: KEY=VALUE or GROUP=NAME.
+        config_dir: The directory with the user's own files; None: `./studies` where it exists.
+
+    Raises:
+        ConfigError: A file, a key or a value is wrong.
+    """
     with _composed(study, overrides, config_dir) as (composed, sources):
         values = OmegaConf.to_container(composed, resolve=True)
     return validate(values, f"study {study!r}", sources)
 
 
 def sweep(overrides: Sequence[str], config_dir: Path | None = None) -> list[list[str]]:
-    """The overrides of each job of a multirun, by Hydra's own parser: a=1,2 · range(22,30,2) · choice(x,y) · glob(*).
+    """Return the overrides of each job of a multirun: the product of the values that each override lists.
 
-    Raises ConfigError.
+    Hydra parses them, so a=1,2, range(22,30,2), choice(x,y) and glob(*) all work.
+
+    Raises:
+        ConfigError: An override can't be parsed, or lists no value.
     """
     for override in overrides:
         _require_key_and_value(override)
@@ -68,14 +81,14 @@ def sweep(overrides: Sequence[str], config_dir: Path | None = None) -> list[list
                 axes.append([override.input_line or ""])
                 continue
             if not override.is_discrete_sweep():
-                raise ConfigError(f"multirun: {override.input_line}: name the values: a list, range(…) or choice(…)")
+                raise ConfigError(f"multirun: {override.input_line}: list its values: a=1,2, range(…) or choice(…)")
             value = override.value()
             if isinstance(value, Glob):
                 values = value.filter(_files(f"{override.key_or_group}/*.yaml", config_dir))
             else:
                 values = list(override.sweep_string_iterator())
             if not values:
-                raise ConfigError(f"multirun: {override.input_line}: stands for no value")
+                raise ConfigError(f"multirun: {override.input_line}: matches no value")
             axes.append([f"{override.get_key_element()}={text}" for text in values])
     except HydraException as error:
         raise ConfigError(f"multirun: {_first_lines(error)}") from None
@@ -83,7 +96,11 @@ def sweep(overrides: Sequence[str], config_dir: Path | None = None) -> list[list
 
 
 def as_yaml(study: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> str:
-    """The composed study file, every key of it, checked. Raises ConfigError."""
+    """Return the composed and checked study file with all its keys, as YAML.
+
+    Raises:
+        ConfigError: A file, a key or a value is wrong.
+    """
     values = load(study, overrides, config_dir).model_dump(mode="json")
     return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
@@ -92,7 +109,7 @@ def as_yaml(study: str, overrides: Sequence[str] = (), config_dir: Path | None =
 def _composed(
     study: str, overrides: Sequence[str], config_dir: Path | None
 ) -> Iterator[tuple[DictConfig, list[tuple[str, Any]]]]:
-    """The composition, and where its keys come from: (a file's name or an override, its values), last one first."""
+    """Yield the composition and its sources: pairs (a file's name or "", its values), the last one first."""
     directories = _search_path(config_dir)
     names = studies(config_dir)
     if study not in names and not any((directory / f"{study}.yaml").is_file() for directory in directories):
@@ -111,7 +128,7 @@ def _composed(
             except HydraException as error:
                 if "Could not override" not in str(error):
                     raise
-                # a group that the study file has no default for is added to it, as `+group=` would
+                # add a group that the study file has no default for, as `+group=` would
                 words = [f"+{word}" if _group_of(word, directories) else word for word in words]
                 composed = compose(config_name=PRIMARY, overrides=words)
             loader = GlobalHydra.instance().config_loader()
@@ -132,8 +149,8 @@ def _overridden(overrides: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def _read(used: Sequence[Any], directories: Sequence[Path]) -> list[tuple[str, Any]]:
-    """The files that were composed and their values, each in its package."""
-    found: list[tuple[str, Any]] = []
+    """Return the composed files and their values, each in its package."""
+    sources: list[tuple[str, Any]] = []
     for entry in reversed(used):
         path = next(
             (d / f"{entry.config_path}.yaml" for d in directories if (d / f"{entry.config_path}.yaml").is_file()), None
@@ -145,12 +162,12 @@ def _read(used: Sequence[Any], directories: Sequence[Path]) -> list[tuple[str, A
         group = entry.config_path.rpartition("/")[0]
         if group and "@package _global_" not in text:
             values = {group: values}
-        found.append((str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path), values))
-    return found
+        sources.append((str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path), values))
+    return sources
 
 
 def _source_of(location: Sequence[Any], sources: Sequence[tuple[str, Any]]) -> str:
-    """The file that gave the value at this place, or "" for an override and a default."""
+    """Return the name of the file that set the value at `location`, or "" for an override or a default."""
     for name, values in sources:
         at = values
         for part in location:
@@ -164,11 +181,20 @@ def _source_of(location: Sequence[Any], sources: Sequence[tuple[str, Any]]) -> s
 
 
 def validate(values: Any, where: str, sources: Sequence[tuple[str, Any]] = ()) -> StudyFile:
-    """sources: (a file's name, its values) of what was composed, the last one first: a problem then names its file."""
+    """Check the values of a study file.
+
+    Args:
+        values: The sections and keys, as YAML gives them.
+        where: What an error message begins with, such as "study 'demo'".
+        sources: The composed files as pairs (name, values), last one first; an error then names its file.
+
+    Raises:
+        ConfigError: A key or a value is wrong.
+    """
     try:
         return StudyFile.model_validate(values)
     except ValidationError as error:
-        problems: dict[str, str] = {}  # a union reports one problem per member: the first says enough
+        problems: dict[str, str] = {}  # a union reports one problem per member: the first is enough
         for problem in error.errors():
             if _where(problem) not in problems:
                 file = _source_of(problem["loc"], sources)
@@ -185,12 +211,12 @@ def _search_path(config_dir: Path | None) -> list[Path]:
 
 
 def _files(pattern: str, config_dir: Path | None) -> list[str]:
-    found: dict[str, None] = {}
+    stems: dict[str, None] = {}
     for directory in _search_path(config_dir):
         for path in sorted(directory.glob(pattern)):
             if not path.name.startswith("_"):
-                found.setdefault(path.stem)
-    return list(found)
+                stems.setdefault(path.stem)
+    return list(stems)
 
 
 def _require_key_and_value(override: str) -> None:
@@ -199,15 +225,15 @@ def _require_key_and_value(override: str) -> None:
 
 
 def _plain(override: str, directories: Sequence[Path], config_dir: Path | None) -> str:
-    """Lets any key be set without Hydra's `+`: a wrong one is then refused by name, with the nearest spelling."""
+    """Return an override that sets any key without Hydra's `+`; pydantic then refuses a wrong key by its name."""
     key, _, value = override.partition("=")
     if key.lstrip("+") == EXPERIMENTS:
         return f"+{EXPERIMENTS}={experiment(value, config_dir)}"
     group = _group_of(override, directories)
     if group and value.replace("-", "").replace("_", "").replace(".", "").isalnum() and value != "null":
-        there = _files(f"{group}/*.yaml", config_dir)
-        if value not in there:
-            raise ConfigError(f"{override}: no such file; there are {', '.join(there)}{nearest(value, there)}")
+        names = _files(f"{group}/*.yaml", config_dir)
+        if value not in names:
+            raise ConfigError(f"{override}: no such file; there are {', '.join(names)}{nearest(value, names)}")
     return override if override[0] in "+~" or group else f"++{override}"
 
 
@@ -217,34 +243,39 @@ def _group_of(override: str, directories: Sequence[Path]) -> str | None:
 
 
 def experiment(name: str, config_dir: Path | None = None) -> str:
-    """The experiment file that `name` means: `02-05_drop-layers-26` is also `drop-layers-26`, `drop_layers_26`, and
-    `drop_layers` where no other begins so. Raises ConfigError.
+    """Return the name of the experiment file that `name` stands for.
+
+    `02-05_drop-layers-26` may also be written `drop-layers-26` or `drop_layers_26`, and as `drop_layers` where no other
+    file begins with it.
+
+    Raises:
+        ConfigError: No file matches, or several do.
     """
-    there = _files(f"{EXPERIMENTS}/*.yaml", config_dir)
-    if name in there:
+    files = _files(f"{EXPERIMENTS}/*.yaml", config_dir)
+    if name in files:
         return name
     wanted = _strategy(name)
-    for found in (
-        [file for file in there if _strategy(file) == wanted],
-        [file for file in there if _strategy(file).startswith(f"{wanted}-")],
+    for matches in (
+        [file for file in files if _strategy(file) == wanted],
+        [file for file in files if _strategy(file).startswith(f"{wanted}-")],
     ):
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise ConfigError(f"experiments={name}: could be {' or '.join(found)}; say which")
-    near = difflib.get_close_matches(wanted, map(_strategy, there), n=1, cutoff=0.5)
-    hint = f"; did you mean {next(file for file in there if _strategy(file) == near[0])!r}?" if near else ""
-    raise ConfigError(f"experiments={name}: no such file; there are {', '.join(there) or 'none'}{hint}")
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            raise ConfigError(f"experiments={name}: could be {' or '.join(matches)}; write one of them")
+    near = difflib.get_close_matches(wanted, map(_strategy, files), n=1, cutoff=0.5)
+    hint = f"; did you mean {next(file for file in files if _strategy(file) == near[0])!r}?" if near else ""
+    raise ConfigError(f"experiments={name}: no such file; there are {', '.join(files) or 'none'}{hint}")
 
 
 def _strategy(name: str) -> str:
-    """`02-05_drop_layers-26` → `drop-layers-26`: a file is named MM-DD_strategy."""
+    """Return the strategy of a file named MM-DD_strategy: `02-05_drop_layers-26` → `drop-layers-26`."""
     date, _, rest = name.partition("_")
     return (rest if rest and date.replace("-", "").isdigit() else name).replace("_", "-")
 
 
 def _where(problem: Any) -> str:
-    # pydantic puts the members of a union into the location; keys are plain words
+    # pydantic adds the members of a union to the location; only keys are plain words
     return ".".join(
         str(part) for part in problem["loc"] if str(part).replace("_", "").isalnum() and part not in MEMBERS
     )
@@ -253,7 +284,7 @@ def _where(problem: Any) -> str:
 def _explain(problem: Any) -> str:
     where = _where(problem)
     if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown key{nearest(where.rpartition('.')[2], _keys_beside(problem['loc']))}"
+        return f"{where}: unknown key{nearest(where.rpartition('.')[2], _keys_of_section(problem['loc']))}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "missing":
         message = "is required"
@@ -261,7 +292,8 @@ def _explain(problem: Any) -> str:
     return f"{where + ': ' if where else ''}{message}{found}"
 
 
-def _keys_beside(location: Sequence[Any]) -> list[str]:
+def _keys_of_section(location: Sequence[Any]) -> list[str]:
+    """Return the keys of the section that holds the key at `location`."""
     section: Any = StudyFile
     for part in location[:-1]:
         field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, BaseModel) else None

@@ -1,11 +1,10 @@
-"""The study file's sections: every key, its type, its default, and what is refused.
+"""Defines the sections of the study file: every key with its type, its default and the values that are refused.
 
-Knows no Optuna and builds nothing.
+This module knows no Optuna and builds nothing.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -15,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from compressors.choices import DTYPES, PRECISIONS, SCHEMES, Choice
 from compressors.plan import CHOICES, DIMENSIONS
 from evaluator import tasks
+from search.config.spelling import nearest, require_known
 
-METHODS = {  # method of `compress` → the keys of which it needs one
+METHODS = {  # method of `compress` → its keys, at least one of which has to be set
     **{
         method: tuple(record.key for record in DIMENSIONS.values() if record.method == method)
         for method in dict.fromkeys(record.method for record in DIMENSIONS.values())
@@ -26,17 +26,19 @@ METHODS = {  # method of `compress` → the keys of which it needs one
 }
 for _method in ("reduce_hidden", "reduce_ffn"):
     METHODS[_method] = (*METHODS[_method], "target_dim")
-HOW = {  # and the keys of the choices that it may take as well
+HOW = {  # method of `compress` → the keys of the choices that it also takes
     method: tuple(name for name, record in CHOICES.items() if method in record.methods) for method in METHODS
 }
 
 
 class Section(BaseModel):
+    """Section is the base of all sections: frozen, and without unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Range(Section):
-    """Integers from `low` to `high`, both included, in steps. A range may change when a study goes on."""
+    """Range holds the integers from `low` to `high`, both included. It may change when a study is resumed."""
 
     low: Annotated[int, Field(ge=1)]
     high: Annotated[int, Field(ge=1)]
@@ -54,18 +56,11 @@ class Range(Section):
 Dimension = Range | Annotated[int, Field(ge=1)] | None  # searched | fixed | as in the base model
 
 
-def _require_known(names: list[Any] | None, allowed: Sequence[Any]) -> None:
-    for name in names or ():
-        if name not in allowed:
-            hint = nearest(name, [str(value) for value in allowed]) if isinstance(name, str) else ""
-            raise ValueError(f"{name!r} is not one of {', '.join(map(str, allowed))}{hint}")
-
-
 LISTED = {name: record for name, record in CHOICES.items() if not record.is_number}  # choices with names for values
 
 
 class SpaceSizes(Section):
-    """What is searched of sizes and precision; the choices of `compressors.plan.CHOICES` are added to it."""
+    """SpaceSizes holds the searched sizes and precisions; `compressors.plan.CHOICES` are added to it."""
 
     num_hidden_layers: Dimension = None
     num_attention_heads: Dimension = None
@@ -77,14 +72,14 @@ class SpaceSizes(Section):
     @field_validator("precision", *LISTED, check_fields=False)
     @classmethod
     def _known(cls, names: list[Any] | None, info: Any) -> list[Any] | None:
-        _require_known(names, PRECISIONS if info.field_name == "precision" else CHOICES[info.field_name].values)
+        require_known(names, PRECISIONS if info.field_name == "precision" else CHOICES[info.field_name].values)
         if names is not None and (not names or len(set(names)) != len(names)):
             raise ValueError("needs at least one value, and none twice")
         return names
 
 
 def _searched(record: Choice) -> tuple[Any, Any]:
-    """The type and the default of a choice in `space`."""
+    """Return the type and the default of a choice in `space`."""
     if record.is_number:
         return Range | Annotated[int, Field(ge=0)], record.default
     return list[type(record.default)], [record.default]  # type: ignore[misc]
@@ -93,7 +88,7 @@ def _searched(record: Choice) -> tuple[Any, Any]:
 if TYPE_CHECKING:
 
     class Space(SpaceSizes):
-        """What is searched: sizes, precision and choices."""
+        """Space holds what is searched: sizes, precisions and choices."""
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -102,13 +97,15 @@ else:
 
 
 class Model(Section):
+    """Model names the base model."""
+
     source: str  # a local directory, a hub id, or the name of the embedded model
     revision: str | None = None
-    num_layers: Annotated[int, Field(ge=1)] | None = None  # of the compressed model: a remark, compression decides
+    num_layers: Annotated[int, Field(ge=1)] | None = None  # expected of the result; `compression` decides
 
 
 class CompressionKeys(Section):
-    """What `compress` makes of the model by hand; what is null stays as in the base model.
+    """CompressionKeys holds the plan that `compress` builds by hand; null keeps the base model's value.
 
     The choices of `compressors.plan.CHOICES` are added to it.
     """
@@ -118,7 +115,7 @@ class CompressionKeys(Section):
     drop_from: str | list[Annotated[int, Field(ge=0)]] = "importance"  # or the numbers of the layers that go, from 0
     keep_heads: Annotated[int, Field(ge=1)] | None = None
     keep_kv_heads: Annotated[int, Field(ge=1)] | None = None
-    target_dim: Annotated[int, Field(ge=1)] | None = None  # of the one method that is named, reduce_hidden or _ffn
+    target_dim: Annotated[int, Field(ge=1)] | None = None  # the width for reduce_hidden or reduce_ffn
     hidden_size: Annotated[int, Field(ge=1)] | None = None
     intermediate_size: Annotated[int, Field(ge=1)] | None = None
     scheme: str | None = None
@@ -130,7 +127,7 @@ class CompressionKeys(Section):
         known: dict[str, Sequence[Any]] = {"method": tuple(METHODS), "scheme": SCHEMES, "dtype": DTYPES}
         name = info.field_name
         allowed = known[name] if name in known else CHOICES[name].values
-        _require_known(value if isinstance(value, list) else None if value is None else [value], allowed)
+        require_known(value if isinstance(value, list) else None if value is None else [value], allowed)
         return value
 
     @field_validator("drop_from")
@@ -146,6 +143,7 @@ class CompressionKeys(Section):
 
     @property
     def methods(self) -> list[str]:
+        """The named methods as a list, which is empty for none."""
         return [self.method] if isinstance(self.method, str) else list(self.method or ())
 
     @model_validator(mode="after")
@@ -154,12 +152,12 @@ class CompressionKeys(Section):
             raise ValueError(f"scheme is {self.scheme} and dtype {self.dtype}: a model is quantized or cast, not both")
         if not self.methods:
             if self.target_dim is not None:
-                raise ValueError("target_dim needs a method, reduce_hidden or reduce_ffn; or say hidden_size")
+                raise ValueError("target_dim needs a method, reduce_hidden or reduce_ffn; or set hidden_size")
             return self
         if self.target_dim is not None and {"reduce_hidden", "reduce_ffn"} <= set(self.methods):
-            raise ValueError("target_dim is of one of two methods here; say hidden_size and intermediate_size")
+            raise ValueError("target_dim is ambiguous with both methods; set hidden_size and intermediate_size")
         if set(self.methods) == {"drop_layers"} and getattr(self, "repair", None) == "ridge":
-            raise ValueError("repair: ridge has nothing to repair where only layers go; choose stream, or none")
+            raise ValueError("repair: ridge can't repair where only layers are dropped; choose stream, or none")
         given = {name for name in type(self).model_fields if getattr(self, name) is not None} - {"method", "drop_from"}
         if isinstance(self.drop_from, list):
             given.add("keep_layers")
@@ -176,7 +174,7 @@ class CompressionKeys(Section):
 
 
 def _by_hand(record: Choice) -> tuple[Any, Any]:
-    """The type and the default of a choice in `compression`."""
+    """Return the type and the default of a choice in `compression`."""
     if record.is_number:
         return Annotated[int, Field(ge=0)] | None, None
     return type(record.default) | None, None
@@ -185,7 +183,7 @@ def _by_hand(record: Choice) -> tuple[Any, Any]:
 if TYPE_CHECKING:
 
     class Compression(CompressionKeys):
-        """What `compress` makes of the model by hand."""
+        """Compression holds the plan that `compress` builds by hand."""
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -198,7 +196,7 @@ else:
 
 
 class _PerfPart(tasks.Section):
-    """A part of Perf: 1/perplexity on the search text, or the accuracy of a task."""
+    """PerfPart holds a part of Perf: 1/perplexity on the search text, or the accuracy of a task."""
 
     metric: str = "perplexity"
 
@@ -254,19 +252,21 @@ Texts = list[str] | Literal["embedded"]
 
 
 class Text(Section):
-    """`embedded` is prose that every CPython ships; otherwise .txt and .jsonl files, or hub:ORGANISATION/NAME."""
+    """Text names the texts: `embedded` (prose that CPython ships), .txt and .jsonl files, hub:ORGANISATION/NAME."""
 
     calibration: Texts = "embedded"
     search: Texts = "embedded"
-    report: Texts | None = "embedded"  # confirms what was found on text that no search saw; null: nothing
+    report: Texts | None = "embedded"  # text that no search saw, for confirmation; null: none
     window: Annotated[int, Field(ge=16)] = 256  # tokens
     calibration_windows: Annotated[int, Field(ge=1)] = 16
-    moments_windows: Annotated[int, Field(ge=1)] = 32  # of each domain: for what `build.needs_moments`
+    moments_windows: Annotated[int, Field(ge=1)] = 32  # for each domain, where `build.needs_moments`
     shards: Annotated[int, Field(ge=2)] = 16
     windows_per_shard: Annotated[int, Field(ge=1)] = 1
 
 
 class WorkloadSection(Section):
+    """WorkloadSection holds the decoding that is timed; see `evaluator.speed`."""
+
     batch_sizes: list[Annotated[int, Field(ge=1)]] = [1]
     prompt_tokens: Annotated[int, Field(ge=1)] = 64
     decode_steps: Annotated[int, Field(ge=4)] = 16
@@ -275,6 +275,8 @@ class WorkloadSection(Section):
 
 
 class Evaluation(Section):
+    """Evaluation holds how models are measured: engine, timing and the parts of Perf."""
+
     backend: str = "auto"
     device: str = "auto"
     speed: Literal["measured", "predicted"] = "measured"
@@ -283,21 +285,27 @@ class Evaluation(Section):
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.3
     start_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     call_timeout_s: Annotated[float, Field(gt=0)] = 300.0
-    kl_max_mb: Annotated[float, Field(ge=0)] = 1024.0  # of the base model's log-probabilities kept for KL
+    kl_max_mb: Annotated[float, Field(ge=0)] = 1024.0  # for the base model's log-probabilities, kept to compute KL
     perf: Annotated[list[PerfPart], Field(min_length=1)] = [PerfPart()]
 
 
 class ScoreSection(Section):
+    """ScoreSection holds the weights of the Score."""
+
     weight_perf: Annotated[float, Field(ge=0)] = 0.5
     weight_speed: Annotated[float, Field(ge=0)] = 0.5
 
 
 class Sampler(Section):
+    """Sampler holds the settings of the study's sampler."""
+
     name: Literal["tpe", "random"] = "tpe"
     n_startup_trials: Annotated[int, Field(ge=1)] = 10
 
 
 class Pruner(Section):
+    """Pruner holds the settings of the study's pruner."""
+
     name: Literal["wilcoxon", "median", "hyperband", "none"] = "wilcoxon"
     p_threshold: Annotated[float, Field(gt=0, lt=1)] = 0.1
     n_startup_steps: Annotated[int, Field(ge=0)] = 4  # shards before a trial may be pruned
@@ -306,7 +314,7 @@ class Pruner(Section):
 
 
 class DistillationSection(Section):
-    """See compressors.distillation.settings.Distillation."""
+    """DistillationSection holds how models are distilled; see `compressors.distillation.settings.Distillation`."""
 
     tokens: Annotated[int, Field(ge=1)] = 2_000_000
     batch_tokens: Annotated[int, Field(ge=1)] = 32_768
@@ -320,24 +328,32 @@ class DistillationSection(Section):
 
 
 class Limits(Section):
-    max_size_mb: Annotated[float, Field(gt=0)] | None = None  # of model.safetensors, 1 MB = 1e6 bytes
+    """Limits holds the limits on models, trials and disk space."""
+
+    max_size_mb: Annotated[float, Field(gt=0)] | None = None  # the size of model.safetensors, 1 MB = 1e6 bytes
     max_consecutive_failures: Annotated[int, Field(ge=1)] = 5
-    max_zip_mb: Annotated[float, Field(gt=0)] | None = None  # of submit.zip
-    keep_checkpoints: Annotated[int, Field(ge=1)] = 2  # the best so many stay on disk
+    max_zip_mb: Annotated[float, Field(gt=0)] | None = None  # the size of submit.zip
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2  # the number of best trials whose checkpoints stay on disk
 
 
 class Export(Section):
-    for_transformers: str | None = None  # the version that is to read what export and compress write; null: this one
+    """Export names the reader of exported models."""
+
+    for_transformers: str | None = None  # the version that reads what export and compress write; null: this one
 
 
 class Tracking(Section):
+    """Tracking holds how a study is tracked in MLflow."""
+
     mlflow: bool = True
     experiment: str = "optuna-search"
 
 
 class StudyFile(Section):
+    """StudyFile holds a study file: one field for each key or section."""
+
     study_name: Annotated[str, Field(pattern=r"^[^'\"`]+$")]
-    experiment_name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None  # of what is made by hand
+    experiment_name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None  # the name of what is compressed by hand
     description: str | None = None
     trials: Annotated[int, Field(ge=1)] = 20
     seed: Annotated[int, Field(ge=0)] = 0
@@ -367,20 +383,15 @@ class StudyFile(Section):
         version = self.export.for_transformers
         if version is not None and "8-bit" in (*self.space.lm_head, self.compression.lm_head):
             from compressors.errors import CheckpointError
-            from compressors.model import transformers_version  # it imports torch, which no other study file waits for
+            from compressors.model import transformers_version  # imports torch: only where it is needed
 
             try:
                 old = transformers_version.in_old_form(version)
-            except CheckpointError:  # said where it is exported
+            except CheckpointError:  # export reports it
                 old = False
             if old:
                 raise ValueError(
-                    f"lm_head: 8-bit beside export.for_transformers: {version}: {transformers_version.NO_LM_HEAD}; "
+                    f"lm_head: 8-bit with export.for_transformers: {version}: {transformers_version.NO_LM_HEAD}; "
                     "choose 16-bit, or export.for_transformers=null where the server has a newer vLLM"
                 )
         return self
-
-
-def nearest(word: str, choices: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""

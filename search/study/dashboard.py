@@ -1,6 +1,6 @@
-"""Writes what optuna-dashboard shows: a note and the measurement file of every trial, and the study's note.
+"""Writes what optuna-dashboard shows: a note and a measurement file for every trial, and a note for the study.
 
-Notes are Markdown. Nothing here decides anything.
+Notes are Markdown.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def describe_trial(trial: optuna.Trial, record: Record, baseline: Measurement, artifacts: Path) -> None:
-    """Write the trial's note, and its measurement as an artifact under `artifacts`."""
+    """Write the trial's note, and its measurement as an artifact in the directory `artifacts`."""
     save_note(trial, trial_note(record, baseline))
     if record.measurement is None:
         return
@@ -40,7 +40,7 @@ def describe_trial(trial: optuna.Trial, record: Record, baseline: Measurement, a
 
 
 def trial_note(record: Record, baseline: Measurement) -> str:
-    """Return the note of a trial: how it ended, why, its plan, its numbers next to the baseline's, and its times."""
+    """Return the note of a trial: how and why it ended, its plan, its results next to the baseline's, and its times."""
     lines = [f"**{_verdict(record)}**"]
     if record.reason:
         lines += ["", record.reason]
@@ -116,13 +116,13 @@ def describe_study(study: optuna.Study, baseline: Measurement, baseline_score: f
         lines += ["", "| plan | |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in attrs["plan"].items()]
     body = "\n".join(lines)
-    if study.user_attrs.get("note") != body:  # each note saved is a transaction
+    if study.user_attrs.get("note") != body:  # saving a note is a transaction: only when it has changed
         save_note(study, body)
         study.set_user_attr("note", body)
 
 
 def serve(storage: optuna.storages.BaseStorage, artifacts: Path, host: str, port: int) -> None:
-    """Serve optuna-dashboard until interrupted. It has no login: keep `host` a loopback address."""
+    """Serve optuna-dashboard until interrupted. It has no login: use a loopback address as `host`."""
     from optuna_dashboard import run_server
 
     artifacts.mkdir(parents=True, exist_ok=True)

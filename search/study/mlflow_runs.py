@@ -1,8 +1,8 @@
-"""MLflow: one parent run a study, a nested run a trial, a run tagged `baseline`. Nothing else here knows MLflow.
+"""Writes a study to MLflow: a parent run for the study, a nested run for each trial, and a run tagged `baseline`.
 
-Runs are written from a thread of their own, out of what the study's storage holds: a trial never waits for a
-server, and a trial that was finished but not yet tracked when the study was killed is tracked when it goes on.
-A server that can't be reached costs one warning.
+A separate thread writes the runs from what the study's storage holds, so that no trial waits for a server. Trials that
+were not tracked when a study was killed are tracked when it is resumed. A server that can't be reached costs one
+warning. No other module imports MLflow.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import optuna
 from evaluator import measurement
 from evaluator.measurement import Measurement
 from search.config.study_file import Tracking
-from search.study import trials as studies
+from search.study.trials import finished
 
 PARENT, TRIAL = "optuna_search.study", "optuna_search.trial"
 PARAMETERS = tuple(name for name, metric in measurement.METRICS.items() if metric.mlflow == "parameter")
@@ -35,7 +35,7 @@ FLUSH_S = 60.0
 
 
 def load_environment(directory: Path = Path()) -> None:
-    """`.env` (DagsHub: MLFLOW_TRACKING_URI, _USERNAME, _PASSWORD); the environment itself comes first."""
+    """Load `.env` (MLFLOW_TRACKING_URI, _USERNAME, _PASSWORD); variables that are already set win."""
     dotenv.load_dotenv(directory / ".env", override=False)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the defaults block for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
@@ -43,7 +43,7 @@ def load_environment(directory: Path = Path()) -> None:
 
 
 class Tracker:
-    """Follows a study into MLflow until `close`."""
+    """Writes the trials of a study to MLflow as they end, until `close`."""
 
     def __init__(
         self,
@@ -64,33 +64,34 @@ class Tracker:
             self._thread.start()
 
     def trial_ended(self) -> None:
+        """Have the thread write the trials that have ended."""
         self._wake.put(True)
 
     def close(self) -> None:
-        """Tracks what is left, for at most FLUSH_S seconds."""
+        """Write the remaining runs, for at most FLUSH_S seconds."""
         if self._thread.is_alive():
             self._wake.put(False)
             self._thread.join(FLUSH_S)
             if self._thread.is_alive():
-                self._warn("MLflow: some runs were not written in time; `optuna-search run` again writes them")
+                self._warn("MLflow: some runs were not written in time; running `optuna-search run` again writes them")
 
     def _follow(self) -> None:
         try:
             runs = _Runs(self._settings.experiment, self._study_name, self._baseline, self._baseline_score)
             study = optuna.load_study(storage=self._storage, study_name=self._study_name)
-            going_on = True
-            while going_on:
-                runs.catch_up(studies.finished(study.get_trials(deepcopy=False)))
-                going_on = self._wake.get()
+            more = True
+            while more:
+                runs.catch_up(finished(study.get_trials(deepcopy=False)))
+                more = self._wake.get()
                 with contextlib.suppress(queue.Empty):
-                    while going_on:  # several trials ended meanwhile: one catching up does for all
-                        going_on = self._wake.get_nowait()
-            runs.catch_up(studies.finished(study.get_trials(deepcopy=False)))
+                    while more:  # several trials may have ended meanwhile: catch up once for all of them
+                        more = self._wake.get_nowait()
+            runs.catch_up(finished(study.get_trials(deepcopy=False)))
             runs.end()
-        except Exception as error:  # a tracker never takes a study down
+        except Exception as error:  # tracking must not end a study
             first = (str(error).splitlines() or [type(error).__name__])[0][:200]
             self._warn(
-                f"MLflow: not tracked from here on: {first}; the study goes on, and running it again "
+                f"MLflow: not tracked from here on: {first}; the study continues, and running it again "
                 "later tracks the rest"
             )
 
@@ -103,9 +104,15 @@ def log_by_hand(
     began: float,
     warn: Callable[[str], None],
 ) -> None:
-    """One finished run, begun at `began` (time.time): what `baseline` and `evaluate` measured.
+    """Write one finished run with the results of `baseline` or `evaluate`; failing to do so costs one warning.
 
-    A server that can't be reached costs one warning.
+    Args:
+        settings: The tracking section of the study file.
+        name: The name of the run.
+        values: The metrics and parameters.
+        tags: The tags of the run.
+        began: The time at which the run began, in seconds as `time.time` returns it.
+        warn: A function that prints a warning.
     """
     if not settings.mlflow:
         return
@@ -113,21 +120,21 @@ def log_by_hand(
     try:
         client, experiment = _client(settings.experiment)
         _log(client, experiment, name, tags, values, "FINISHED", int(began * 1000), int(time.time() * 1000))
-    except Exception as error:  # a tracker never takes a measurement down
+    except Exception as error:  # tracking must not end a measurement
         first = (str(error).splitlines() or [type(error).__name__])[0][:200]
         warn(f"MLflow: {name} is not tracked: {first}")
 
 
 def _client(experiment: str) -> tuple[Any, str]:
-    """MLflow's client, and the experiment's id: made where there is none."""
+    """Return MLflow's client and the id of the experiment, which is created where it does not exist."""
     with _quiet():
         import mlflow
 
         if "MLFLOW_TRACKING_URI" not in os.environ:
             mlflow.set_tracking_uri("sqlite:///mlflow.db")
         client = mlflow.MlflowClient()
-        found = client.get_experiment_by_name(experiment)
-        return client, str(found.experiment_id if found else client.create_experiment(experiment))
+        known = client.get_experiment_by_name(experiment)
+        return client, str(known.experiment_id if known else client.create_experiment(experiment))
 
 
 def _log(
@@ -154,15 +161,15 @@ class _Runs:
         self._client, self._experiment = _client(experiment)
         self._parent = self._only_run({PARENT: study_name}, study_name)
         self._tracked = set()
-        baseline_there = False
+        has_baseline = False
         for run in self._search({"mlflow.parentRunId": self._parent}):
-            if run.info.status == "RUNNING":  # begun when the study was killed: it is written again
+            if run.info.status == "RUNNING":  # it was being written when the study was killed: write it again
                 self._client.set_terminated(run.info.run_id, status="KILLED")
             elif run.info.status != "KILLED":
-                baseline_there |= "baseline" in run.data.tags
+                has_baseline |= "baseline" in run.data.tags
                 self._tracked |= {int(run.data.tags[TRIAL])} if TRIAL in run.data.tags else set()
         tags = {"mlflow.parentRunId": self._parent, "baseline": "true"}
-        if not baseline_there:
+        if not has_baseline:
             now = int(time.time() * 1000)
             _log(
                 self._client,
@@ -213,26 +220,26 @@ class _Runs:
         self._client.set_terminated(self._parent)
 
     def _only_run(self, tags: Mapping[str, str], name: str) -> str:
-        found = self._search(tags)
-        run = found[0] if found else self._client.create_run(self._experiment, tags=dict(tags), run_name=name)
+        runs = self._search(tags)
+        run = runs[0] if runs else self._client.create_run(self._experiment, tags=dict(tags), run_name=name)
         return str(run.info.run_id)
 
     def _search(self, tags: Mapping[str, str]) -> list[Any]:
         clause = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-        found, token = [], None
+        runs, token = [], None
         while True:
             page = self._client.search_runs(
                 [self._experiment], filter_string=clause, max_results=1000, page_token=token
             )
-            found += list(page)
+            runs += list(page)
             token = page.token
             if not token:
-                return found
+                return runs
 
 
-def measured(found: Measurement) -> dict[str, Any]:
-    """Return the numbers of a measurement that MLflow has."""
-    return {name: getattr(found, name) for name in (*PARAMETERS, *METRICS) if name in measurement.METRICS}
+def measured(values: Measurement) -> dict[str, Any]:
+    """Return the numbers of a measurement that are written to MLflow."""
+    return {name: getattr(values, name) for name in (*PARAMETERS, *METRICS) if name in measurement.METRICS}
 
 
 def _ms(moment: Any) -> int:
@@ -241,7 +248,7 @@ def _ms(moment: Any) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """MLflow sets its own loggers up and tells of every migration."""
+    """Silence MLflow's loggers, which report every migration; MLflow configures them itself when imported."""
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     yield

@@ -1,4 +1,4 @@
-"""What a trial says of itself while it runs."""
+"""Defines the record of a trial, which its stages fill while it runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,21 @@ from search.stages.screen import Screen
 
 @dataclasses.dataclass
 class Record:
-    """What a trial says of itself while it runs: for the progress line, the dashboard and MLflow."""
+    """Record holds the state and the results of a running trial, for progress, the dashboard and MLflow.
+
+    Attributes:
+        number: The number of the trial in the study.
+        plan: The suggested plan.
+        stage: The stage that the trial has reached.
+        reason: Why the trial was pruned or has failed, in one line.
+        failure: The kind of failure; "" for none.
+        screen: The result of the screen.
+        predicted_speed_norm: The SpeedNorm that is predicted from weight bytes.
+        measurement: The result of the measurement.
+        score: The Score of the measurement.
+        reused: Whether the results were copied from an earlier trial with the same plan.
+        seconds: The seconds that each stage took.
+    """
 
     number: int
     plan: CompressionPlan | None = None
@@ -28,19 +42,19 @@ class Record:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def attributes(self) -> dict[str, Any]:
-        """Flat numbers that the dashboard can sort by, and what resuming and exporting need."""
-        found: dict[str, Any] = {"seconds": {stage: round(s, 3) for stage, s in self.seconds.items()}}
+        """Return the trial's user attributes: numbers for the dashboard, and what resuming and export need."""
+        values: dict[str, Any] = {"seconds": {stage: round(s, 3) for stage, s in self.seconds.items()}}
         if self.reason:
-            found["reason"] = self.reason
+            values["reason"] = self.reason
         if self.failure:
-            found["failure"] = self.failure
+            values["failure"] = self.failure
         if self.reused:
-            found["reused"] = True
+            values["reused"] = True
         if self.predicted_speed_norm is not None:
-            found["predicted_speed_norm"] = self.predicted_speed_norm
+            values["predicted_speed_norm"] = self.predicted_speed_norm
         if self.measurement is not None and self.score is not None:
             measured = self.measurement
-            found |= {
+            values |= {
                 "perf_norm": self.score.perf_norm,
                 "perf_norm_se": self.score.perf_norm_se,
                 "speed_norm": self.score.speed_norm,
@@ -48,4 +62,4 @@ class Record:
                 "score_se": self.score.score_se,
                 **{name: getattr(measured, name) for name, metric in METRICS.items() if metric.attribute},
             }
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name, value in values.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Samplers and pruners, made from the study file."""
+"""Creates the samplers and pruners that a study file names."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from search.config.study_file import Pruner, Sampler
 
 
 def sampler(settings: Sampler, seed: int, worker: int, done: int) -> optuna.samplers.BaseSampler:
-    """The sampler for a worker's next trial.
+    """Return the sampler for a worker's next trial.
 
-    Seeded anew for every trial from what is in the storage (`done` finished trials), not from a generator's
-    state in memory: a study that was killed draws what it would have drawn.
+    Every trial gets a new seed, derived from what the storage holds. A killed study therefore draws the same values
+    when it is resumed as it would have drawn otherwise.
+
+    Args:
+        settings: The sampler's section of the study file.
+        seed: The seed of the study.
+        worker: The number of the worker, from 0.
+        done: The number of finished trials.
     """
     drawn = int(np.random.SeedSequence([seed, worker, done]).generate_state(1)[0])
     if settings.name == "random":
@@ -21,6 +27,7 @@ def sampler(settings: Sampler, seed: int, worker: int, done: int) -> optuna.samp
 
 
 def pruner(settings: Pruner, shards: int) -> optuna.pruners.BasePruner:
+    """Return the pruner of a study whose search text has this number of shards."""
     if settings.name == "wilcoxon":
         return optuna.pruners.WilcoxonPruner(p_threshold=settings.p_threshold, n_startup_steps=settings.n_startup_steps)
     if settings.name == "median":
@@ -37,5 +44,5 @@ def pruner(settings: Pruner, shards: int) -> optuna.pruners.BasePruner:
 
 
 def wants_running_mean(settings: Pruner) -> bool:
-    """Wilcoxon pairs the raw value of each shard; the others compare one curve with another."""
+    """Return whether the pruner compares running means; Wilcoxon pairs the raw values of each shard."""
     return settings.name in ("median", "hyperband")

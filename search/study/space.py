@@ -1,6 +1,6 @@
-"""From a trial to a CompressionPlan.
+"""Suggests a CompressionPlan for a trial.
 
-Which plans can be built and served is `compressors.build.check`'s to say; this module only suggests them.
+`compressors.build.check` decides which of the suggested plans can be built and served.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import optuna
 from compressors.plan import CHOICES, DIMENSIONS, CompressionPlan, canonical
 from search.config.study_file import Range, Space
 
-# In the order in which they are suggested, which a sampler's draws depend on; drop_from comes before precision.
+# The order in which they are suggested; a sampler's draws depend on it. drop_from comes before precision.
 NAMED = tuple(name for name, record in CHOICES.items() if not record.is_number and name != "drop_from")
 NUMBERS = tuple(name for name, record in CHOICES.items() if record.is_number)
 
 
 def suggest(trial: optuna.Trial, space: Space, base: CompressionPlan) -> CompressionPlan:
-    """The plan that this trial tries. Ordered values are integers, so that their ranges may change later."""
+    """Return the plan that this trial tries. Ordered values are integers, so that their ranges may change later."""
     values: dict[str, Any] = {}
     for name in DIMENSIONS:
         wanted = getattr(space, name)
@@ -43,15 +43,16 @@ def suggest(trial: optuna.Trial, space: Space, base: CompressionPlan) -> Compres
 
 
 def shareable(heads: int, groups: int, base: CompressionPlan) -> int:
-    """The most query heads, at most `heads`, that `groups` key/value heads can share as the base model's do.
+    """Return the most query heads, at most `heads`, that `groups` key/value heads can share evenly.
 
-    A sampler draws both numbers apart, and most pairs could not be built; a number that a study fixes is left alone.
+    No key/value head gets more query heads than in the base model. A sampler draws both numbers independently, and
+    most pairs could not be built.
     """
     return min(max(heads // groups, 1), base.num_attention_heads // base.num_key_value_heads) * groups
 
 
 def uncut(space: Space, base: CompressionPlan) -> list[dict[str, int | str]]:
-    """The parameters of the trials that cut nothing, one per precision, the base model's own first."""
+    """Return the parameters of the trials that cut nothing: one for each precision, the base model's own first."""
     params: dict[str, int | str] = {}
     for name in DIMENSIONS:
         wanted, own = getattr(space, name), getattr(base, name)

@@ -1,6 +1,6 @@
-"""Reads where a study stands: progress, the best, the Pareto front, why the other trials ended, and what was distilled.
+"""Reads the state of a study: progress, the best trial, the Pareto front, why other trials ended, distilled models.
 
-Reads only the storage, and whether the distilled models are still in their places.
+It reads only the storage, and whether the distilled models still exist.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from optuna.trial import FrozenTrial, TrialState
 from evaluator.measurement import METRICS
 from search.json_values import known_fields, measurement_from, plan_from
 from search.show.study_state import BestOfAll, FinalistRow, StudyState, TrialSummary, finalists_by_score
-from search.study import trials as study_trials
+from search.study.trials import finished
 
 DISTILLED = "distilled"  # the study's attribute that holds the rows of its finalists (`search.finalists`)
 
 
 def of(study: optuna.Study) -> StudyState:
-    """Return where a study stands."""
+    """Return the state of a study."""
     trials = study.get_trials(deepcopy=False)
-    done = study_trials.finished(trials)
+    done = finished(trials)
     complete = [trial for trial in done if trial.state == TrialState.COMPLETE]
     pruned = [trial for trial in done if trial.state == TrialState.PRUNED]
     best = max(complete, key=lambda trial: trial.value or 0.0, default=None)
@@ -54,7 +54,7 @@ def distilled_of(study: optuna.Study) -> list[FinalistRow]:
 
 
 def best_of_all(best: FrozenTrial | None, distilled: Iterable[FinalistRow]) -> BestOfAll | None:
-    """Return the best of the trials and of the distilled models that are still there; None without a trial."""
+    """Return the best of the trials and of the distilled models that still exist; None without a measured trial."""
     if best is None:
         return None
     first = BestOfAll(best.number, None, best.value, best.user_attrs.get("score_se"))
@@ -65,12 +65,12 @@ def best_of_all(best: FrozenTrial | None, distilled: Iterable[FinalistRow]) -> B
 
 
 def is_there(row: FinalistRow) -> bool:
-    """Return whether a distilled model is where its row says, seen from this directory."""
+    """Return whether the distilled model of this row exists; a relative path counts from the working directory."""
     return (Path(row.path) / "model.safetensors").is_file()
 
 
 def summary(trial: FrozenTrial) -> TrialSummary:
-    """Return what the storage holds of a trial."""
+    """Return what the storage holds about a trial."""
     values = known_fields(TrialSummary, trial.user_attrs)
     shown = [name for name, metric in METRICS.items() if metric.status and name in trial.user_attrs]
     plan = values.get("plan")
@@ -87,7 +87,7 @@ def summary(trial: FrozenTrial) -> TrialSummary:
 
 
 def pareto(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """Return the trials that no other beats in PerfNorm without losing SpeedNorm, by falling PerfNorm."""
+    """Return the trials on the Pareto front of PerfNorm and SpeedNorm, the highest PerfNorm first."""
     front: list[FrozenTrial] = []
     for trial in sorted(trials, key=lambda t: (-t.user_attrs["perf_norm"], -t.user_attrs["speed_norm"])):
         if not front or trial.user_attrs["speed_norm"] > front[-1].user_attrs["speed_norm"]:

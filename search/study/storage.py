@@ -1,6 +1,6 @@
-"""The study database: open it, create a study in it or resume one.
+"""Opens the study database, and creates, resumes or loads a study in it.
 
-Knows no model and no metric.
+This module knows no model and no metric.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ HEARTBEAT_S = 10
 
 
 def open_storage(url: str) -> RDBStorage:
-    """The study database behind `url`. SQLite gets WAL and a long busy time-out. Raises StorageError."""
+    """Open the study database at `url`; SQLite gets a write-ahead log and a long busy timeout.
+
+    Raises:
+        StorageError: The URL is wrong, or the database can't be used.
+    """
     safe = _safe(url)
     url, options = _prepared(url)
     if url.startswith("sqlite"):
@@ -80,12 +84,16 @@ def _write_ahead(url: str) -> None:
 
 
 def exists(url: str) -> bool:
-    """Whether opening the storage would find a database rather than make one."""
+    """Return whether the database exists, so that opening it would not create one."""
     return not url.startswith("sqlite:///") or Path(url.removeprefix("sqlite:///")).is_file()
 
 
 def find(storage: RDBStorage, name: str, definition: Mapping[str, Any]) -> optuna.Study | None:
-    """The study `name`, or None. Raises StudyMismatch, as `create_or_resume` does."""
+    """Return the study `name`, or None where the storage has none.
+
+    Raises:
+        StudyMismatch: It was created with another definition.
+    """
     if name not in {
         summary.study_name for summary in optuna.get_all_study_summaries(storage, include_best_trial=False)
     }:
@@ -94,10 +102,12 @@ def find(storage: RDBStorage, name: str, definition: Mapping[str, Any]) -> optun
 
 
 def create_or_resume(storage: RDBStorage, name: str, definition: Mapping[str, Any]) -> optuna.Study:
-    """The study `name`, made with `definition` (JSON) or found with the same one.
+    """Return the study `name`: create it with `definition` (JSON), or resume the one with the same definition.
 
-    Raises StudyMismatch, which says what differs, when it was made with another. Integer ranges are not part
-    of a definition: they may change when a study goes on.
+    Integer ranges are not part of a definition: they may change when a study is resumed.
+
+    Raises:
+        StudyMismatch: It was created with another definition; the message lists the differences.
     """
     if name not in {
         summary.study_name for summary in optuna.get_all_study_summaries(storage, include_best_trial=False)
@@ -110,19 +120,23 @@ def create_or_resume(storage: RDBStorage, name: str, definition: Mapping[str, An
         except optuna.exceptions.DuplicatedStudyError:
             pass  # another worker was faster
     study = optuna.load_study(storage=storage, study_name=name)
-    there = study.user_attrs.get("definition")
-    if there is None:
-        raise StudyMismatch(f"study {name!r} was not made by optuna-search; choose another --study-name")
-    if there != json.loads(json.dumps(definition)):
-        differing = "; ".join(_differences(there, json.loads(json.dumps(definition))))
+    known = study.user_attrs.get("definition")
+    if known is None:
+        raise StudyMismatch(f"study {name!r} was not created by optuna-search; choose another --study-name")
+    if known != json.loads(json.dumps(definition)):
+        differing = "; ".join(_differences(known, json.loads(json.dumps(definition))))
         raise StudyMismatch(
-            f"study {name!r} exists with other settings: {differing}. Go on with those, or give "
-            "--study-name another name"
+            f"study {name!r} exists with other settings: {differing}. Use its settings, or choose another --study-name"
         )
     return study
 
 
 def load(storage: RDBStorage, name: str) -> optuna.Study:
+    """Load the study `name`.
+
+    Raises:
+        UsageError: The storage has no such study.
+    """
     try:
         return optuna.load_study(storage=storage, study_name=name)
     except KeyError:
@@ -133,11 +147,11 @@ def load(storage: RDBStorage, name: str) -> optuna.Study:
         ) from None
 
 
-def _differences(there: Any, asked: Any, where: str = "") -> list[str]:
-    if isinstance(there, dict) and isinstance(asked, dict):
-        found: list[str] = []
-        for key in sorted({*there, *asked}):
-            if there.get(key) != asked.get(key):
-                found += _differences(there.get(key), asked.get(key), f"{where}.{key}" if where else key)
-        return found
-    return [f"{where} is {json.dumps(there)} there and {json.dumps(asked)} here"]
+def _differences(known: Any, asked: Any, where: str = "") -> list[str]:
+    if isinstance(known, dict) and isinstance(asked, dict):
+        differences: list[str] = []
+        for key in sorted({*known, *asked}):
+            if known.get(key) != asked.get(key):
+                differences += _differences(known.get(key), asked.get(key), f"{where}.{key}" if where else key)
+        return differences
+    return [f"{where} is {json.dumps(known)} there and {json.dumps(asked)} here"]

@@ -1,4 +1,4 @@
-"""Which trials count as finished, and which are tried again."""
+"""Decides which trials count as finished and which are tried again."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ INTERRUPTED = "Interrupted"  # the kind of failure that is tried again
 
 
 def finished(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """Trials that ended by themselves: measured, pruned, or failed with a reason.
+    """Return the trials that ended by themselves: measured, pruned, or failed with a reason.
 
-    One that was killed or interrupted is FAIL too, but its successor counts in its place.
+    A trial that was killed or interrupted is FAIL too; it does not count, because it is tried again.
     """
     return [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or _failed(trial)]
 
@@ -30,28 +30,28 @@ def _failed(trial: FrozenTrial) -> bool:
 
 
 def _given_up(trial: FrozenTrial) -> bool:
-    """A trial whose plan has killed its worker so often would kill the study for ever."""
+    """Return whether the trial has used all retries: its plan would kill one worker after the other."""
     return len(RetryHeartbeatStaleTrialCallback.retry_history(trial)) >= MAX_RETRIES
 
 
 def retry(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Queue a killed trial's parameters again, up to MAX_RETRIES times; what it said of itself is not carried over."""
+    """Queue a killed trial's parameters again, up to MAX_RETRIES times, without its user attributes."""
     if not _given_up(trial):
         trial.user_attrs = {}
         RetryHeartbeatStaleTrialCallback()(study, trial)
 
 
 def retry_interrupted(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Queue the parameters of a trial that a person stopped; that says nothing against its plan."""
+    """Queue the parameters of a trial that a person stopped again, which does not count as a retry."""
     trial.system_attrs = {name: value for name, value in trial.system_attrs.items() if name != "retry_history"}
     retry(study, trial)
 
 
 def retry_dead(study: optuna.Study) -> list[int]:
-    """Fail the RUNNING trials whose worker is gone, and queue each again; returns their numbers.
+    """Fail the RUNNING trials whose worker is dead, queue each again, and return their numbers.
 
-    A worker of this machine is looked up by its pid. Trials that never said who runs them are given GRACE_S;
-    those of other machines are Optuna's heartbeat's to judge (https://optuna.readthedocs.io, RDBStorage).
+    A worker of this machine is looked up by its pid. A trial that names no worker is dead after GRACE_S seconds.
+    Optuna's heartbeat finds the dead workers of other machines (https://optuna.readthedocs.io, RDBStorage).
     """
     dead = []
     for trial in study.get_trials(deepcopy=True, states=(TrialState.RUNNING,)):
@@ -74,8 +74,6 @@ def retry_dead(study: optuna.Study) -> list[int]:
 
 
 def _explain_death(study: optuna.Study, trial: FrozenTrial) -> None:
-    reason = (
-        f"its worker was killed {MAX_RETRIES + 1} times, as by the kernel when memory runs out; it is not tried again"
-    )
+    reason = f"its worker was killed {MAX_RETRIES + 1} times, perhaps by the kernel for lack of memory; not tried again"
     for name, value in {"failure": "Killed", "reason": reason}.items():
         study._storage.set_trial_user_attr(trial._trial_id, name, value)

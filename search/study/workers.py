@@ -43,7 +43,7 @@ class _Running:
         dashboard.describe_study(self.study, self.baseline, self.setting.file.score.weight_perf)
 
 
-def run(
+def run_study(
     file: StudyFile, workers: int = 1, watch: Watch = lambda event: None, stop: processes.Stop | None = None
 ) -> optuna.Study:
     """Create the study or resume it until it holds `file.trials` finished trials.

@@ -70,7 +70,7 @@ PLANS = {
         "precision": "float32",
     },
 }
-QUANTISED = {
+QUANTIZED = {
     "W8A8": {"precision": "W8A8"},
     "FP8_DYNAMIC": {"precision": "FP8_DYNAMIC"},
     "W4A16": {
@@ -93,9 +93,9 @@ def plan(request, own):
     return dataclasses.replace(own, **PLANS[request.param])
 
 
-@pytest.fixture(params=QUANTISED)
+@pytest.fixture(params=QUANTIZED)
 def quantized(request, own):
-    return dataclasses.replace(own, **QUANTISED[request.param])
+    return dataclasses.replace(own, **QUANTIZED[request.param])
 
 
 def test_an_identity_plan_changes_no_bit(base, its_family, statistics, own, pico, tmp_path, windows):
@@ -153,20 +153,20 @@ def test_quantized_checkpoints_load_and_agree_with_the_simulation(
 
 
 @pytest.mark.parametrize(
-    ("stored", "unquantised"), [("float32", torch.bfloat16), ("bfloat16", torch.bfloat16), ("float16", torch.float16)]
+    ("stored", "unquantized"), [("float32", torch.bfloat16), ("bfloat16", torch.bfloat16), ("float16", torch.float16)]
 )
-def test_quantized_checkpoints_keep_the_rest_in_16_bits(base, its_family, own, stored, unquantised):
+def test_quantized_checkpoints_keep_the_rest_in_16_bits(base, its_family, own, stored, unquantized):
     given = precision.cast(base, stored)
     for scheme in ("W8A8", "FP8_DYNAMIC"):
         made = build.apply(dataclasses.replace(own, precision=scheme), given, its_family, None)
-        assert made.config["dtype"] == str(unquantised).removeprefix("torch.")
+        assert made.config["dtype"] == str(unquantized).removeprefix("torch.")
         kept = {name: tensor for name, tensor in made.tensors.items() if not name.endswith("_proj.weight")}
-        assert {tensor.dtype for tensor in kept.values()} == {unquantised}
+        assert {tensor.dtype for tensor in kept.values()} == {unquantized}
         assert any(name.endswith("weight_scale") for name in kept)
 
 
 def test_predicted_bytes_and_parameters_are_those_of_the_written_model(base, its_family, statistics, own, tmp_path):
-    for index, changes in enumerate([*PLANS.values(), *QUANTISED.values()]):
+    for index, changes in enumerate([*PLANS.values(), *QUANTIZED.values()]):
         plan = dataclasses.replace(own, **changes)
         made = build.apply(plan, base, its_family, statistics)
         made.write(tmp_path / str(index))

@@ -66,7 +66,7 @@ PLANS = {
     "ffn": {"intermediate_size": 96},
     "hidden": {"hidden_size": 72},
 }
-QUANTISED = {  # which an engine of that version reads with compressed-tensors 0.13
+QUANTIZED = {  # which an engine of that version reads with compressed-tensors 0.13
     "W8A8": {"precision": "W8A8"},
     "FP8_DYNAMIC": {"precision": "FP8_DYNAMIC"},
     "W4A16": {"precision": "W4A16", "num_key_value_heads": 2, "num_attention_heads": 4},
@@ -185,7 +185,7 @@ def exports(environment, pico_exaone4, pico_llama, tmp_path_factory):
     windows = torch.randint(3, 320, (3, 60), generator=torch.Generator().manual_seed(1)).tolist()
     here, retargeted, naive = {}, {}, {}
     for name, path in (("exaone4", pico_exaone4), ("llama", pico_llama)):
-        plans = {plan: (PLANS | QUANTISED)[plan] for plan in BUILT[name]}
+        plans = {plan: (PLANS | QUANTIZED)[plan] for plan in BUILT[name]}
         found, made = export(path, plans, windows, home / name)
         here |= {f"{name} {plan}": value for plan, value in found.items()}
         retargeted |= {f"{name} {plan}": value for plan, value in made.items()}
@@ -223,7 +223,7 @@ def test_the_target_computes_the_logits_that_were_measured(exports, plan):
     assert exports.here[plan].std() > 0.1, "a model that says nothing would agree with anything"
 
 
-@pytest.mark.parametrize("plan", [f"{name} {plan}" for name in BUILT for plan in BUILT[name] if plan in QUANTISED])
+@pytest.mark.parametrize("plan", [f"{name} {plan}" for name in BUILT for plan in BUILT[name] if plan in QUANTIZED])
 def test_the_target_reads_quantized_checkpoints(exports, plan):
     torch.testing.assert_close(exports.there[plan], exports.here[plan], atol=1e-3, rtol=1e-3)
 

@@ -42,7 +42,7 @@ def line(shown, start):
 
 def test_values_are_json_and_sum_to_the_checkpoint(pico):
     base = Checkpoint.read(pico)
-    found = analyze.analyze(pico).to_dict()
+    found = analyze.analysis_of(pico).to_dict()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["parameters"] == base.total_parameters == sum(part["parameters"] for part in found["parts"])
     assert found["bytes"] == base.size_bytes == sum(part["bytes"] for part in found["parts"])
@@ -59,7 +59,7 @@ def test_values_are_json_and_sum_to_the_checkpoint(pico):
 
 def test_importance_is_by_layer_and_the_order_is_that_in_which_layers_are_dropped(pico):
     measured = importance(INFLUENCE)
-    found = analyze.analyze(pico, measured).to_dict()
+    found = analyze.analysis_of(pico, measured).to_dict()
     assert [layer["block_influence"] for layer in found["layers"]] == pytest.approx(INFLUENCE)
     assert found["drop_order"] == [2, 3, 1, 4]  # of two equal ones the later goes first
     for dropped in range(1, 5):
@@ -69,11 +69,11 @@ def test_importance_is_by_layer_and_the_order_is_that_in_which_layers_are_droppe
 
 def test_importance_of_another_model_is_refused(pico_llama):
     with pytest.raises(UsageError, match=r"measured on 3 layers, and .* has 5; measure it on this model"):
-        analyze.analyze(pico_llama, importance([0.1, 0.2, 0.3]))
+        analyze.analysis_of(pico_llama, importance([0.1, 0.2, 0.3]))
 
 
 def test_the_text_has_the_numbers(pico_exaone4):
-    shown = text(analyze.analyze(pico_exaone4))
+    shown = text(analyze.analysis_of(pico_exaone4))
     # layer: 2 · 144 · 96 + 2 · 72 · 96 + 3 · 160 · 96 + 2 · 96 + 2 · 24 = 87,792; embedding 320 · 96 = 30,720
     assert line(shown, "exaone4, bfloat16:")[2:5] == ["469.8k", "parameters,", "0.94"]
     assert "6 query heads in 3 groups of 2, head_dim 24" in shown
@@ -95,7 +95,7 @@ def test_the_text_has_the_numbers(pico_exaone4):
 
 
 def test_measured_importance_is_a_column_with_its_order(pico_llama):
-    shown = text(analyze.analyze(pico_llama, importance(INFLUENCE)))
+    shown = text(analyze.analysis_of(pico_llama, importance(INFLUENCE)))
     table = [line.split() for line in shown[shown.index("Importance by layer") :].splitlines()[2:7]]
     assert [(row[0], row[1], row[-1]) for row in table] == [
         ("0", "0.9000", "stays"),
@@ -111,22 +111,22 @@ def test_measured_importance_is_a_column_with_its_order(pico_llama):
 
 
 def test_layers_that_do_nothing_at_all_are_shown(pico_llama):
-    found = analyze.analyze(pico_llama, importance([0.0] * 5))
+    found = analyze.analysis_of(pico_llama, importance([0.0] * 5))
     assert found.drop_order == (4, 3, 2, 1)
     assert "0.0000" in text(found)
 
 
 def test_kernel_alignment_changes_what_is_possible(write_pico_model, tmp_path):
     path = write_pico_model(tmp_path / "model", "llama", head_dim=16, num_hidden_layers=1)
-    assert "Marlin" not in text(analyze.analyze(path))
-    found = analyze.analyze(path, kernels=backends.kernels("vllm", "cuda"))
+    assert "Marlin" not in text(analyze.analysis_of(path))
+    found = analyze.analysis_of(path, kernels=backends.kernels("vllm", "cuda"))
     assert found.cuts[-1].infeasible.startswith("W4A16: q_proj+k_proj+v_proj is 192 × 96")
     assert "Marlin" in text(found)
 
 
 def test_an_untied_model_says_what_a_step_no_longer_reads(write_pico_model, tmp_path):
     path = write_pico_model(tmp_path / "untied", "llama", tie_word_embeddings=False, vocab_size=32000)
-    found = analyze.analyze(path)
+    found = analyze.analysis_of(path)
     shown = text(found)
     assert "MB a step" in shown
     assert "embedding and lm_head apart" in shown
@@ -139,7 +139,7 @@ def test_a_quantized_model_says_why_it_cannot_be_cut(write_pico_model, tmp_path)
     base = Checkpoint.read(write_pico_model(tmp_path / "base", "llama", head_dim=16))
     plan = dataclasses.replace(CompressionPlan.identity(base.config), precision="W8A8")
     build.apply(plan, base, family_of(base), None).write(tmp_path / "made")
-    found = analyze.analyze(tmp_path / "made", importance(INFLUENCE))
+    found = analyze.analysis_of(tmp_path / "made", importance(INFLUENCE))
     assert found.cuts == ()
     assert found.structure.parameters == base.total_parameters
     shown = text(found, width=400)
@@ -155,7 +155,7 @@ def test_layers_that_differ_are_told_apart_and_names_move_no_cursor(pico_llama, 
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     tensors["model.layers.4.mlp.[red]\x1b[2Jextra.weight"] = torch.zeros(1000, dtype=torch.bfloat16)
     save_file(tensors, tmp_path / "model" / "model.safetensors")
-    shown = text(analyze.analyze(tmp_path / "model"))
+    shown = text(analyze.analysis_of(tmp_path / "model"))
     assert "\x1b" not in shown
     assert "mlp.[red]�[2Jextra" in shown
     assert "all alike" not in shown
@@ -167,7 +167,7 @@ def test_layers_that_differ_are_told_apart_and_names_move_no_cursor(pico_llama, 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_no_line_is_wider_than_the_terminal(pico_llama, width):
-    shown = text(analyze.analyze(pico_llama, importance(INFLUENCE)), width)
+    shown = text(analyze.analysis_of(pico_llama, importance(INFLUENCE)), width)
     assert max(map(len, shown.splitlines())) <= width
 
 

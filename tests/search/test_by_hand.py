@@ -159,7 +159,7 @@ def test_a_plan_by_hand_is_measured_as_the_study_measures_it(cli, shared, precis
     overrides = [f"space={{num_hidden_layers: 3, intermediate_size: 128, precision: [{precision}]}}", "trials=1"]
     file = compose.load("hand", [*overrides, f"study_name={precision}"], shared / "studies")
     file = file.model_copy(update={"outputs": shared / "outputs", "storage": f"sqlite:///{shared}/outputs/studies.db"})
-    trial = workers.run(file).best_trial
+    trial = workers.run_study(file).best_trial
     keys = ["compression.keep_layers=3", "compression.intermediate_size=128"]
     keys += ["compression.scheme=W8A8"] if precision == "W8A8" else []
     done = cli("compress", "--study", "hand", *keys, "--save-path", f"submit/{precision}", "--evaluate", cwd=shared)
@@ -321,7 +321,7 @@ def test_a_checkpoint_of_another_origin_is_measured_without_a_plan(cli, shared, 
     )
     unconfirmed = file.model_copy(update={"text": file.text.model_copy(update={"report": None})})
     with contextlib.chdir(shared):
-        known = [evaluate.known(path, setting.prepare(one)) for one in (file, unconfirmed)]
+        known = [evaluate.known_evaluation(path, setting.prepare(one)) for one in (file, unconfirmed)]
     assert [evaluation and evaluation.to_dict() for evaluation in known] == [found, None]  # other text: measured again
 
 

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: outputs, exit statuses, and what bad input gets."""
+"""Tests of the command line: outputs, exit statuses and error messages."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def make_home(home, model):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, pico_llama):
-    """A study that has been run to its end, once for all tests that only look at it."""
+    """Return the home of a finished study, which tests only read."""
     home = make_home(tmp_path_factory.mktemp("cli"), pico_llama)
     done = optuna_search("run", "--study", "small", "--json", cwd=home)
     assert done.returncode == 0, done.stderr
@@ -75,7 +75,7 @@ def test_run_measures_prunes_and_reports(finished):
     assert best["score"] == pytest.approx(max(0.5 * best["perf_norm"] + 0.5 * best["speed_norm"], 0), abs=1e-9)
 
 
-def test_status_says_the_same_as_run_and_a_table_for_people(cli, finished):
+def test_status_prints_what_run_printed_as_json_or_as_a_table(cli, finished):
     home, state = finished
     assert cli("status", "--study", "small", "--json", cwd=home).json == state
     table = cli("status", "--study", "small", cwd=home).out
@@ -83,7 +83,7 @@ def test_status_says_the_same_as_run_and_a_table_for_people(cli, finished):
     assert f"★{state['best']['trial']}" in table
 
 
-def test_export_writes_a_model_that_stock_transformers_loads_and_that_scores_the_same(finished, tmp_path):
+def test_export_writes_a_model_that_stock_transformers_loads_and_scores_the_same(finished, tmp_path):
     import math
 
     import torch
@@ -115,7 +115,7 @@ def test_export_writes_a_model_that_stock_transformers_loads_and_that_scores_the
     assert math.exp(sum(nll) / len(nll)) == pytest.approx(result["measurement"]["perplexity"], rel=1e-3)
 
 
-def test_only_the_best_checkpoints_stay_and_another_can_be_exported_all_the_same(cli, finished, tmp_path):
+def test_only_the_best_checkpoints_stay_and_other_trials_can_still_be_exported(cli, finished, tmp_path):
     home, state = finished
     complete = [trial["trial"] for trial in state["pareto"] if trial["trial"] != state["best"]["trial"]]
     assert len(list((home / "outputs" / "checkpoints").iterdir())) <= 2
@@ -179,7 +179,7 @@ def test_export_of_a_trial_that_was_not_measured_is_refused(cli, finished, tmp_p
         assert not (tmp_path / "m").exists()
 
 
-def test_export_does_not_replace_what_is_no_model(cli, finished, tmp_path):
+def test_export_refuses_to_replace_files_that_are_no_model(cli, finished, tmp_path):
     home, _ = finished
     (tmp_path / "notes.txt").write_text("mine")
     result = cli("export", "--study", "small", "--to", tmp_path, cwd=home)
@@ -205,7 +205,7 @@ def test_a_tampered_checkpoint_is_not_exported(finished, tmp_path, pico_llama):
     assert not (tmp_path / "m").exists()
 
 
-def test_changing_the_space_or_the_formula_of_a_study_is_refused_with_what_differs(cli, finished):
+def test_resuming_with_another_space_or_formula_is_refused_with_the_differences(cli, finished):
     home, _ = finished
     for override, said in [
         ("score.weight_perf=0.7", "score.weight_perf is 0.5 there and 0.7 here"),
@@ -224,7 +224,7 @@ def test_doctor_names_the_backends(cli):
     assert set(found["backends"]) == {"transformers", "vllm"}
 
 
-def test_status_of_nothing_makes_no_database(cli, tmp_path):
+def test_status_without_a_study_creates_no_database(cli, tmp_path):
     result = cli("status", cwd=tmp_path)
     assert result.status == 2
     assert "no such file" in result.err
@@ -245,13 +245,13 @@ def test_status_of_nothing_makes_no_database(cli, tmp_path):
         (["--storage", "what"], "not a database URL"),
     ],
 )
-def test_bad_words(run_refused, home, words, said):
+def test_wrong_input_is_refused_in_one_line(run_refused, home, words, said):
     line = run_refused(home, *words)
     assert said in line
     assert "secret" not in line
 
 
-def test_cuda_without_a_gpu(run_refused, home):
+def test_cuda_without_a_gpu_is_refused(run_refused, home):
     import torch
 
     if torch.cuda.is_available():
@@ -263,35 +263,35 @@ def model_of(home):
     return home.parent / "model"
 
 
-def test_model_without_weights(run_refused, home):
+def test_a_model_without_weights_is_refused(run_refused, home):
     (model_of(home) / "model.safetensors").unlink()
     assert "safetensors" in run_refused(home)
 
 
-def test_pickle_only_weights(run_refused, home):
+def test_pickled_weights_are_refused(run_refused, home):
     (model_of(home) / "model.safetensors").rename(model_of(home) / "pytorch_model.bin")
     assert "safetensors" in run_refused(home)
 
 
-def test_truncated_weights(run_refused, home):
+def test_truncated_weights_are_refused(run_refused, home):
     path = model_of(home) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
     assert "model.safetensors" in run_refused(home)
 
 
-def test_corrupt_header(run_refused, home):
+def test_a_corrupt_safetensors_header_is_refused(run_refused, home):
     path = model_of(home) / "model.safetensors"
     path.write_bytes(struct.pack("<Q", 1 << 60) + path.read_bytes()[8:])
     assert "model.safetensors" in run_refused(home)
 
 
-def test_no_tokenizer(run_refused, home):
+def test_a_model_without_a_tokenizer_is_refused(run_refused, home):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model_of(home) / name).unlink()
     assert "tokenizer" in run_refused(home)
 
 
-def test_unknown_architecture(run_refused, home):
+def test_an_unknown_architecture_is_refused(run_refused, home):
     path = model_of(home) / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "model_type": "mamba9", "architectures": ["Mamba9"]}))
@@ -300,8 +300,8 @@ def test_unknown_architecture(run_refused, home):
     assert "exaone4" in line
 
 
-def test_a_model_that_yields_nan_fails_its_trials_and_the_study_goes_on_until_it_is_hopeless(cli, home):
-    """The base is sound; a norm of its last layer is not, so that every plan that keeps that layer fails."""
+def test_a_model_that_yields_nan_fails_trials_until_the_study_stops_after_too_many(cli, home):
+    """One norm of the last layer yields NaN, so that every plan that keeps this layer fails."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -315,8 +315,8 @@ def test_a_model_that_yields_nan_fails_its_trials_and_the_study_goes_on_until_it
     assert "nan" in result.err.lower()
 
 
-def test_out_of_disk_fails_the_trial_with_its_reason(cli, home, tmp_path):
-    """outputs/ on a file system too small for a checkpoint."""
+def test_a_full_disk_fails_the_trial_with_its_reason(cli, home, tmp_path):
+    """outputs/ is on a file system that is too small for a checkpoint."""
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
     small = tmp_path / "small"

@@ -18,7 +18,7 @@ def refused(*overrides: str, study: str = "demo") -> str:
     return text
 
 
-def test_base_study_documents_every_default():
+def test_the_base_study_file_holds_every_default():
     documented = yaml.safe_load((compose.PACKAGED / "_base.yaml").read_text())
     defaults = StudyFile(study_name="x", model={"source": "y"}).model_dump(mode="json")
     assert StudyFile(**documented | {"study_name": "x", "model": documented["model"] | {"source": "y"}}) == StudyFile(
@@ -32,7 +32,7 @@ def test_base_study_documents_every_default():
 
 
 def keys(values):
-    """Of every depth."""
+    """Return all keys, nested ones too."""
     return {name: keys(value) for name, value in values.items()} if isinstance(values, dict) else None
 
 
@@ -41,7 +41,7 @@ def test_packaged_studies_load(name):
     assert compose.load(name).study_name == name
 
 
-def test_overrides_reach_every_depth():
+def test_overrides_reach_nested_keys():
     file = compose.load(
         "demo", ["trials=7", "space.hidden_size=512", "space.intermediate_size={low: 1024, high: 1536, step: 256}",
                  "evaluation.workload.turns=5", "text.search=[a.txt, b.jsonl]", "limits.max_size_mb=200"]
@@ -54,7 +54,7 @@ def test_overrides_reach_every_depth():
     assert file.limits.max_size_mb == 200
 
 
-def test_model_group_can_be_swapped():
+def test_another_file_of_the_model_group_can_be_chosen():
     assert compose.load("demo", ["model=exaone4-1.2b"]).model.source == "LGAI-EXAONE/EXAONE-4.0-1.2B"
 
 
@@ -75,25 +75,25 @@ def test_model_group_can_be_swapped():
         ("score={weight_perf: 0, weight_speed: 0}", ["weight_perf and weight_speed are both 0"]),
     ],
 )
-def test_bad_overrides_say_what_and_how(override, parts):
+def test_wrong_overrides_are_refused_with_the_key_and_a_hint(override, parts):
     text = refused(override)
     for part in parts:
         assert part in text
 
 
 @pytest.mark.parametrize("head", ["space.lm_head=[16-bit,8-bit]", "compression.lm_head=8-bit"])
-def test_an_8_bit_lm_head_is_refused_for_servers_that_read_none(head):
+def test_an_8_bit_lm_head_is_refused_for_servers_that_can_not_read_it(head):
     text = refused(head, "export.for_transformers=4.57.3")
     assert "export.for_transformers: 4.57.3: vLLM reads no 8-bit lm_head before 0.20; choose 16-bit, or" in text
     for version in ("5.17.0", "null"):
         compose.load("demo", [head, f"export.for_transformers={version}"])
 
 
-def test_unknown_study_names_the_nearest():
+def test_an_unknown_study_is_refused_with_the_nearest_name():
     assert "did you mean 'demo'" in refused(study="dmo")
 
 
-def test_own_study_files_come_first_and_build_on_ours(tmp_path: Path, monkeypatch):
+def test_the_users_study_files_come_first_and_extend_packaged_ones(tmp_path: Path, monkeypatch):
     own = tmp_path / "studies"
     own.mkdir()
     (own / "mine.yaml").write_text("defaults: [_base, {model: smollm2-135m}, _self_]\nstudy_name: mine\ntrials: 3\n")
@@ -105,8 +105,8 @@ def test_own_study_files_come_first_and_build_on_ours(tmp_path: Path, monkeypatc
     assert "sapce: unknown key; did you mean 'space'" in refused(study="wrong")
 
 
-def test_a_depth_cut_is_repaired_through_the_stream_alone(tmp_path):
+def test_a_depth_cut_can_only_be_repaired_by_stream(tmp_path):
     words = ["compression.method=drop_layers", "compression.keep_layers=28"]
     assert compose.load("demo", [*words, "compression.repair=stream"], tmp_path).compression.repair == "stream"
-    with pytest.raises(ConfigError, match="ridge has nothing to repair where only layers go"):
+    with pytest.raises(ConfigError, match="ridge can't repair where only layers are dropped"):
         compose.load("demo", [*words, "compression.repair=ridge"], tmp_path)

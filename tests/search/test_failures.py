@@ -1,4 +1,4 @@
-"""Trials whose engine hangs, or is killed for want of memory: recorded with the reason, and the study goes on.
+"""A trial whose engine hangs or runs out of memory is recorded with its reason, and the study continues.
 
 The engines are real processes, and they are really stopped and killed.
 """
@@ -35,7 +35,7 @@ def file(tmp_path, pico_llama):
     return compose.validate(values, "this test")
 
 
-def test_a_hanging_and_a_memory_starved_engine_fail_their_trials_alone(file, monkeypatch):
+def test_a_hanging_engine_and_one_without_memory_fail_only_their_trials(file, monkeypatch):
     strikes = iter([None, signal.SIGSTOP, signal.SIGKILL, None])
     struck = []
     nll = EngineProcess.nll
@@ -49,7 +49,7 @@ def test_a_hanging_and_a_memory_starved_engine_fail_their_trials_alone(file, mon
         return nll(self, windows)
 
     monkeypatch.setattr(EngineProcess, "nll", strike_first)
-    study = workers.run(file)
+    study = workers.run_study(file)
     trials = study.get_trials()
     assert [trial.state for trial in trials] == [
         TrialState.COMPLETE,
@@ -68,8 +68,8 @@ def test_a_hanging_and_a_memory_starved_engine_fail_their_trials_alone(file, mon
     assert "took longer" in shown[1].reason
 
 
-def test_ctrl_c_in_the_midst_of_an_import_still_ends_with_status_130(tmp_path):
-    """CPython would end with the signal: a KeyboardInterrupt that passed through an exec() of text is remembered."""
+def test_ctrl_c_during_an_import_ends_with_status_130(tmp_path):
+    """CPython remembers a KeyboardInterrupt that passed through an exec() of text, and would end with the signal."""
     (tmp_path / "interrupted.py").write_text(
         textwrap.dedent("""
             from search import cli, doctor
@@ -84,4 +84,4 @@ def test_ctrl_c_in_the_midst_of_an_import_still_ends_with_status_130(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
     ended = subprocess.run([sys.executable, "-m", "interrupted"], env=environment, capture_output=True, text=True)
     assert ended.returncode == 130, ended.stderr
-    assert ended.stderr.strip() == "stopped; run the same command again to go on"
+    assert ended.stderr.strip() == "stopped; run the same command again to resume"

@@ -44,7 +44,7 @@ tracking: {{mlflow: false}}
 TRIALS = [(5, "bfloat16", "nearest"), (3, "bfloat16", "nearest"), (3, "W8A8", "gptq"), (3, "W8A8", "nearest")]
 FEW = ("text.calibration_windows=1", "text.windows_per_shard=1", "distillation.batch_tokens=400")
 RUN = ("run", "--study", "finals")
-DISTIL = (*RUN, "--distill-top", "3", "--tokens", "16384")
+DISTILL = (*RUN, "--distill-top", "3", "--tokens", "16384")
 FIRST = (*RUN, "--distill-top", "1", "--tokens", "16384")
 
 
@@ -64,7 +64,7 @@ def studied(tmp_path_factory, pico_llama):
     )
     for layers, precision, quantizer in TRIALS:
         study.enqueue_trial({"num_hidden_layers": layers, "precision": precision, "quantizer": quantizer})
-    workers.run(file)
+    workers.run_study(file)
     return home
 
 
@@ -78,7 +78,7 @@ def done(studied, tmp_path_factory):
     """The study's home with its finalists distilled, and what that printed."""
     home = Path(shutil.copytree(studied, tmp_path_factory.mktemp("done") / "home"))
     with contextlib.chdir(home):
-        ended = CliRunner().invoke(commands.main, [*DISTIL, "--json"], catch_exceptions=False)
+        ended = CliRunner().invoke(commands.main, [*DISTILL, "--json"], catch_exceptions=False)
     assert ended.exit_code == 0, ended.stderr
     return home, json.loads(ended.stdout)
 
@@ -129,13 +129,13 @@ def test_a_distilled_model_is_not_taken_for_its_undistilled_plan(done, monkeypat
     for row in state["distilled"]:
         path = home / row["path"]
         assert evaluate.plan_in(path, measure.weights_sha256_of(path), prepared) is None
-        assert evaluate.known(path, prepared).name == row["name"]
+        assert evaluate.known_evaluation(path, prepared).name == row["name"]
 
 
 def test_a_second_call_does_nothing_again_and_status_shows_it(done, cli):
     home, state = done
     before = stamps(home)
-    again = cli(*DISTIL, "--json", cwd=home)
+    again = cli(*DISTILL, "--json", cwd=home)
     assert again.status == 0, again.err
     assert stamps(home) == before
     assert [row["reused"] for row in again.json["distilled"]] == [True] * 3
@@ -152,7 +152,7 @@ def test_a_second_call_does_nothing_again_and_status_shows_it(done, cli):
 
 def test_the_best_of_all_is_named_with_the_command_that_packs_it(done, cli):
     home, state = done
-    printed = cli(*DISTIL, cwd=home).out.splitlines()
+    printed = cli(*DISTILL, cwd=home).out.splitlines()
     best, values = state["best_of_all"], [state["best"]["score"]]
     values += [row["after"]["score"] for row in state["distilled"]]
     assert best["score"] == max(values)
@@ -174,7 +174,7 @@ def test_other_tokens_are_another_distillation_and_what_is_not_ours_stays(done, 
     (mine / "notes.txt").write_text("mine")
     shutil.copytree(mine, f"{mine}_trial1")
     before = stamps(home)
-    ended = cli(*DISTIL, "--json", cwd=home)
+    ended = cli(*DISTILL, "--json", cwd=home)
     assert ended.status == 1
     *good, bad = ended.json["distilled"]
     assert [row["reused"] for row in good] == [True, True]
@@ -232,14 +232,14 @@ def test_a_size_limit_is_asked_of_what_is_made_and_not_of_what_is_distilled(done
 
 def test_a_distillation_that_fails_has_its_reason_in_its_row(cli, home):
     (home / "outputs" / "distillation").write_text("no directory")
-    ended = cli(*DISTIL, "--json", cwd=home)
+    ended = cli(*DISTILL, "--json", cwd=home)
     assert ended.status == 1
     assert [row["failure"] for row in ended.json["distilled"]] == ["CheckpointError"] * 3
     assert all("can't be made" in row["reason"] for row in ended.json["distilled"])
     assert ended.json["finished"] == 4
     assert ended.json["best_of_all"]["path"] is None
     assert not (home / "submit").exists()
-    printed = cli(*DISTIL, cwd=home).out
+    printed = cli(*DISTILL, cwd=home).out
     best = ended.json["best"]["trial"]
     assert f"optuna-search export --study finals --trial {best}" in printed  # the best of all is not a distilled one
 
@@ -249,7 +249,7 @@ def test_a_failure_takes_nothing_from_what_an_earlier_call_made(done, cli, tmp_p
     best, other, third = state["distilled"]
     (home / "outputs" / "distillation").rmdir()
     (home / "outputs" / "distillation").write_text("no directory")
-    failing = (*DISTIL, "distillation.temperature=2.0", "--json")
+    failing = (*DISTILL, "distillation.temperature=2.0", "--json")
     failed = cli(*failing, cwd=home)
     assert failed.status == 1
     assert [row["failure"] for row in failed.json["distilled"]] == ["CheckpointError"] * 3  # of this call
@@ -285,7 +285,7 @@ def test_what_is_only_needed_on_the_way_is_deleted_however_a_call_ends(done, cli
         write(*args)
 
     monkeypatch.setattr(distill, "write", interrupted)
-    assert cli(*DISTIL, "limits.keep_checkpoints=1", cwd=home).status == 130
+    assert cli(*DISTILL, "limits.keep_checkpoints=1", cwd=home).status == 130
     assert len(list((home / "outputs" / "calibration").glob("moments-*"))) == 1  # the base model's alone
     assert not student.exists()
 

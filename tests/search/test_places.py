@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, and what killed writers leave."""
+"""Tests of directories that are written atomically."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ import sys
 from search import files
 
 
-def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path):
+def test_directories_of_killed_writers_are_deleted_and_those_of_living_ones_stay(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     live = os.getppid()
@@ -16,7 +16,7 @@ def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path):
     for name in (*left, *stay):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"0" * 100)
-    with files.beside(tmp_path / "m", "compress") as scratch:
+    with files.atomic_directory(tmp_path / "m", "compress") as scratch:
         scratch.mkdir()
         (scratch / "config.json").write_text("{}")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*stay, "m"])

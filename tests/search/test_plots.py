@@ -39,7 +39,7 @@ ROWS = [
 def found(pico_llama):
     nothing = torch.zeros(0)
     influence = torch.tensor([0.9, 0.02, 0.04, 0.03, 0.5])
-    return analyze.analyze(pico_llama, Calibration(influence, nothing, nothing, nothing, {}))
+    return analyze.analysis_of(pico_llama, Calibration(influence, nothing, nothing, nothing, {}))
 
 
 def draw(kind, path, found):
@@ -89,7 +89,7 @@ def test_html_needs_no_other_file_and_shows_the_values(kind, found, tmp_path):
 
 
 def test_structure_without_importance_is_one_panel(pico_llama, tmp_path):
-    found = analyze.analyze(pico_llama)
+    found = analyze.analysis_of(pico_llama)
     path = plots.plot_structure(found, tmp_path / "plot.png")
     with Image.open(path) as image:
         assert image.size[1] < 600

@@ -1,4 +1,4 @@
-"""A study killed with SIGKILL, wherever it is, goes on to exactly N finished trials and the same results.
+"""A study that is killed with SIGKILL anywhere resumes to exactly N finished trials and the same results.
 
 Real processes running the real command line on a small model on disk; SQLite and PostgreSQL for real.
 `evaluation.speed=predicted` makes a Score a function of the plan alone, so that two runs can be compared.
@@ -134,14 +134,14 @@ def finish(home, *words):
 
 
 def finish_here(cli, home):
-    """The same in this process, which has imported everything."""
+    """Finish the study in this process, which has imported everything."""
     ended = cli(*command(home), cwd=home)
     assert ended.status == 0, ended.err
     return ended.json
 
 
 def results(storage):
-    """The finished trials in the order in which they were tried: parameters, state and value."""
+    """Return parameters, state and value of the finished trials, in the order in which they were tried."""
     study = study_storage.load(study_storage.open_storage(storage), "killed")
     return [(trial.params, trial.state.name, trial.value) for trial in study_trials.finished(study.trials)]
 
@@ -153,7 +153,7 @@ def storage_of(home):
 
 @pytest.fixture(scope="module")
 def expected():
-    """Filled by the first run that nobody kills; the model and the seed are the same for all tests here."""
+    """Return a cache for the results of the first uninterrupted run; all tests here share model and seed."""
     return {}
 
 
@@ -179,7 +179,7 @@ def no_process_left(home):
 @pytest.mark.parametrize(  # in "measure" PostgreSQL's is killed below
     "kill_in", ["screen:15", "build:2", pytest.param("measure:9", marks=pytest.mark.slow)]
 )
-def test_killed_in_a_stage(make_study, whole, kill_in):
+def test_a_study_killed_in_any_stage_resumes_to_the_same_results(make_study, whole, kill_in):
     home = make_study("again")
     process = start(home, kill_in=kill_in)
     process.communicate(timeout=300)
@@ -201,7 +201,7 @@ def test_killed_in_a_stage(make_study, whole, kill_in):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment(make_study, whole):
+def test_a_study_killed_at_any_moment_resumes_to_the_same_results(make_study, whole):
     home = make_study("again")
     delays = random.Random(3)
     kills = 0
@@ -219,7 +219,7 @@ def test_killed_at_any_moment(make_study, whole):
     assert results(storage_of(home)) == whole
 
 
-def test_ctrl_c_records_the_running_trial_and_the_next_run_goes_on(make_study, whole, cli):
+def test_ctrl_c_records_the_running_trial_and_the_next_run_resumes(make_study, whole, cli):
     for attempt in range(5):  # trials take a tenth of a second: on a fast machine the signal may come too late
         home = make_study(f"again{attempt}")
         process = start(home)
@@ -246,7 +246,7 @@ def _second_trial_began(home):
         return False
 
 
-def test_a_finished_study_does_nothing_more_and_a_larger_one_goes_on(make_study, cli, tmp_path):
+def test_a_finished_study_runs_no_trial_until_more_are_asked_for(make_study, cli, tmp_path):
     home = make_study("again")
 
     def finished(trials):
@@ -277,7 +277,7 @@ def database(server, name):
     return server.get_uri().replace("/postgres?", f"/{name}?")
 
 
-def test_postgresql_killed_and_resumed_gives_the_same(make_study, whole, postgres, cli):
+def test_a_study_in_postgresql_resumes_to_the_same_results(make_study, whole, postgres, cli):
     home = make_study("pg", database(postgres, "killed"))
     process = start(home, kill_in="measure:9")
     process.communicate(timeout=300)

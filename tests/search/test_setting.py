@@ -1,4 +1,4 @@
-"""The texts that a study shares: read once, cut once, apart from each other, and named by the digests of plans."""
+"""Tests of a study's setting: its texts, which are read once and share nothing, its limits and its digests."""
 
 import collections
 import dataclasses
@@ -56,7 +56,7 @@ def prepared(tmp_path, pico_llama):
 
 @pytest.fixture
 def read(monkeypatch):
-    """How often each file was read."""
+    """Count how often each file is read."""
     counts = collections.Counter()
     read_documents = texts.read_documents
 
@@ -79,7 +79,7 @@ def test_a_text_is_read_once_until_it_changes(prepared, read, tmp_path):
     assert read["fit.txt"] == 2
 
 
-def test_moments_are_of_the_text_that_was_there_when_the_study_began(prepared, tmp_path, monkeypatch):
+def test_second_moments_use_the_text_as_it_was_when_the_study_began(prepared, tmp_path, monkeypatch):
     first = prepared()
     plan = dataclasses.replace(first.model.identity, intermediate_size=128)
     repaired = dataclasses.replace(plan, repair="ridge")
@@ -106,7 +106,7 @@ def test_moments_are_of_the_text_that_was_there_when_the_study_began(prepared, t
 
 
 @pytest.mark.parametrize("domain", ["topics", "docstrings", "code"])
-def test_a_report_of_what_the_calibration_holds_is_refused(prepared, tmp_path, domain):
+def test_a_report_text_that_shares_text_with_the_calibration_is_refused(prepared, tmp_path, domain):
     document = setup_texts._embedded_domains()[domain][0]
     (tmp_path / "report.txt").write_text(prose(2000, 80) + "\n\n" + document.text)
     whole = prepared(calibration="embedded", report=[str(tmp_path / "report.txt")])
@@ -115,7 +115,7 @@ def test_a_report_of_what_the_calibration_holds_is_refused(prepared, tmp_path, d
 
 
 @pytest.mark.parametrize("part", ["calibration", "search"])
-def test_text_is_shared_neither_with_the_search_nor_with_the_report(prepared, tmp_path, part):
+def test_shared_text_is_refused_for_search_and_report(prepared, tmp_path, part):
     (tmp_path / "other.txt").write_text(prose(70 if part == "calibration" else 1070, 80))
     whole = prepared(report=[str(tmp_path / "other.txt")])
     with pytest.raises(UsageError, match=rf"text\.{part} and text\.report share text"):
@@ -125,14 +125,14 @@ def test_text_is_shared_neither_with_the_search_nor_with_the_report(prepared, tm
             prepared(search=[str(tmp_path / "other.txt")])
 
 
-def test_a_model_that_the_server_could_not_read_is_refused_before_the_first_trial(prepared, write_pico_model, tmp_path):
+def test_a_model_that_the_server_can_not_read_is_refused_before_the_first_trial(prepared, write_pico_model, tmp_path):
     two_ropes = write_pico_model(tmp_path / "gemma3", "gemma3_text")
     with pytest.raises(CheckpointError, match=r"rope_parameters differ by the type of layer"):
         prepared(model=two_ropes, export={"for_transformers": "4.57.3"})
     assert prepared(model=two_ropes, export={"for_transformers": "5.17.0"}).model.family.model_type == "gemma3_text"
 
 
-def test_a_plan_that_the_server_could_not_read_is_infeasible(prepared):
+def test_a_plan_that_the_server_can_not_read_is_infeasible(prepared):
     head = {"precision": "W8A8", "lm_head": "8-bit"}
     for version, refused in (("4.57.3", True), ("5.17.0", False)):
         ready = prepared(export={"for_transformers": version})
@@ -141,7 +141,7 @@ def test_a_plan_that_the_server_could_not_read_is_infeasible(prepared):
         assert (reason is not None and "no 8-bit lm_head before 0.20" in reason) is refused
 
 
-def test_a_size_that_only_the_built_model_tells_is_held_against_the_limit(prepared, tmp_path):
+def test_the_size_of_the_built_model_is_checked_against_the_limit(prepared, tmp_path):
     free = prepared()
     plan = dataclasses.replace(free.model.identity, precision="W8A8", keep_16_bit=4)
     made = compress.compress(compress.foresee(plan, free), free, tmp_path / "free", None)
@@ -156,7 +156,7 @@ def test_a_size_that_only_the_built_model_tells_is_held_against_the_limit(prepar
     compress.compress(compress.foresee(plan, exact), exact, tmp_path / "exact", None)
 
 
-def test_second_moments_that_do_not_fit_the_disk_are_not_begun(prepared, monkeypatch):
+def test_second_moments_that_do_not_fit_the_disk_are_refused_at_once(prepared, monkeypatch):
     ready = prepared()
     plan = dataclasses.replace(ready.model.identity, precision="W8A8", quantizer="gptq")
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=51_000_000))
@@ -168,7 +168,7 @@ def test_second_moments_that_do_not_fit_the_disk_are_not_begun(prepared, monkeyp
     assert written == pytest.approx(second_moments.file_bytes(ready.model.checkpoint, 1), rel=0.1)
 
 
-def test_a_plan_that_is_repaired_otherwise_now_is_another(prepared, monkeypatch):
+def test_a_new_version_of_a_method_changes_the_digest_of_its_plans(prepared, monkeypatch):
     its = prepared()
     narrow = dataclasses.replace(its.model.identity, intermediate_size=96)
     plans = [dataclasses.replace(narrow, repair=repair) for repair in ("none", "ridge", "stream")]
@@ -177,8 +177,8 @@ def test_a_plan_that_is_repaired_otherwise_now_is_another(prepared, monkeypatch)
     assert [keys.plan_digest(its, plan) == was for plan, was in zip(plans, before, strict=True)] == [True, True, False]
 
 
-def test_float32_weights_count_as_the_engine_reads_them(prepared, write_pico_model, tmp_path):
-    """vLLM casts them to 16 bits, transformers doesn't."""
+def test_float32_weights_count_in_the_engines_dtype(prepared, write_pico_model, tmp_path):
+    """vLLM casts float32 weights to 16 bits; transformers does not."""
     its = prepared(write_pico_model(tmp_path / "wide", "llama", dtype="float32"))
     halved = dataclasses.replace(its.model.identity, precision="bfloat16")
     shallow = dataclasses.replace(halved, num_hidden_layers=3)

@@ -20,7 +20,7 @@ def model(smollm2):
     return AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
 
 
-def test_the_embedded_models_tokenizer_is_smollm2s_own(tokenizer):
+def test_the_embedded_model_has_smollm2s_own_tokenizer(tokenizer):
     assert tokenizer.convert_ids_to_tokens(tokenizer("In 2026")["input_ids"]) == ["In", "Ġ", "2", "0", "2", "6"]
     text = "def f(x):\n\treturn x ** 2  # naïve 한국어"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -28,8 +28,8 @@ def test_the_embedded_models_tokenizer_is_smollm2s_own(tokenizer):
     assert "<|im_start|>user\nhi<|im_end|>" in chat
 
 
-def test_the_embedded_model_reads_english(model, tokenizer):
-    """About 15 on prose; transformers' own conversion of the tokenizer gives 20 and nonsense."""
+def test_the_embedded_model_has_a_low_perplexity_on_english(model, tokenizer):
+    """The perplexity is about 15; with transformers' own conversion of the tokenizer it is 20."""
     prose = "\n\n".join(document.text for document in embedded_texts.documents()[:20])
     ids = tokenizer(prose)["input_ids"]
     nll = torch.cat([quality.window_nll(model, ids[start : start + 1024]) for start in (0, 1024, 2048)])
@@ -38,7 +38,7 @@ def test_the_embedded_model_reads_english(model, tokenizer):
     assert "Paris" in tokenizer.decode(model.generate(ids, max_new_tokens=3, do_sample=False)[0])
 
 
-def test_a_model_that_is_nowhere(tmp_path):
+def test_a_model_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="name the directory in full"):
         sources.resolve("~nobody-of-that-name/model", tmp_path)
     for source in ("/no/such", "not a model", "nosuchname"):
@@ -49,22 +49,22 @@ def test_a_model_that_is_nowhere(tmp_path):
         sources.resolve(str(tmp_path / "file"), tmp_path)
 
 
-def test_a_hub_that_can_not_be_reached_is_one_line(tmp_path, monkeypatch):
+def test_an_unreachable_hub_is_reported_in_one_line(tmp_path, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError) as caught:
         sources.resolve("LGAI-EXAONE/EXAONE-4.0-1.2B", tmp_path)
-    assert "can't be had from the hub" in str(caught.value)
+    assert "can't be downloaded from the hub" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_an_exaone_3_is_written_once_as_a_llama(tmp_path, write_pico_exaone3):
+def test_an_exaone_3_is_converted_to_llama_once(tmp_path, write_pico_exaone3):
     path, cache, said = write_pico_exaone3(tmp_path / "EXAONE-3.5"), tmp_path / "cache", []
     place = sources.resolve(str(path), cache, say=said.append)
     assert place.parent == cache / "models"
     assert place.name.startswith("EXAONE-3.5-as-llama-")
-    assert said == [f"model EXAONE-3.5: written as the Llama that it is, into {place}"]
+    assert said == [f"model EXAONE-3.5: converting to Llama in {place}"]
     model = AutoModelForCausalLM.from_pretrained(place)
     assert model.config.model_type == "llama"
     assert AutoTokenizer.from_pretrained(place)("a b")["input_ids"]
@@ -79,7 +79,7 @@ def test_an_exaone_3_is_written_once_as_a_llama(tmp_path, write_pico_exaone3):
     assert sources.resolve(str(path), cache) not in (place, other)
 
 
-def test_a_damaged_demo_package_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_damaged_demo_package_is_reported_in_one_line_and_leaves_no_files(tmp_path, monkeypatch):
     whole = sources._gguf_file()
     monkeypatch.setattr(sources, "_gguf_file", lambda: tmp_path / "damaged.gguf")
     for data in (b"", b"GGUF" + bytes(50), whole.open("rb").read(200_000)):
@@ -90,7 +90,7 @@ def test_a_damaged_demo_package_is_one_line_and_leaves_nothing(tmp_path, monkeyp
         assert not list((tmp_path / "cache" / "models").iterdir())
 
 
-def test_no_other_distribution_owns_our_package_names():
+def test_no_other_distribution_installs_our_package_names():
     owners = importlib.metadata.packages_distributions()
     for name in ("search", "compressors", "evaluator", "studies"):
         assert set(owners.get(name, ["optuna-search"])) == {"optuna-search"}

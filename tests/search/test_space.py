@@ -11,7 +11,7 @@ from search.study import space
 BASE = CompressionPlan(30, 32, 8, 2048, 4096, "bfloat16")
 
 
-def test_searched_fixed_and_inherited_dimensions():
+def test_dimensions_are_searched_fixed_or_inherited():
     searched = Space(
         num_hidden_layers={"low": 24, "high": 30, "step": 2}, hidden_size=1920, precision=["W8A8", "bfloat16"]
     )
@@ -34,14 +34,14 @@ def test_integer_ranges_may_change_on_resume_and_categorical_choices_may_not():
     assert len(study.trials) == 6
 
 
-def test_how_layers_go_says_nothing_when_none_goes():
+def test_drop_from_is_reset_when_no_layer_is_dropped():
     top = CompressionPlan(30, 32, 8, 2048, 4096, "bfloat16", drop_from="top")
     assert canonical(top, BASE) == BASE
     cut = CompressionPlan(29, 32, 8, 2048, 4096, "bfloat16", drop_from="top")
     assert canonical(cut, BASE) == cut
 
 
-def test_repair_says_nothing_where_it_has_nothing_to_do():
+def test_repair_is_reset_where_nothing_can_be_repaired():
     cut = CompressionPlan(29, 32, 8, 2048, 4096, "bfloat16")
     ridge, stream = (dataclasses.replace(cut, repair=name) for name in ("ridge", "stream"))
     assert canonical(ridge, BASE) == cut  # no projection of those that stay lost an input
@@ -49,13 +49,13 @@ def test_repair_says_nothing_where_it_has_nothing_to_do():
     assert canonical(dataclasses.replace(BASE, repair="stream", precision="W8A8"), BASE).repair == "none"
 
 
-def test_a_rotation_says_nothing_where_no_dimension_goes():
+def test_rotation_is_reset_where_hidden_size_is_not_cut():
     narrow = CompressionPlan(30, 32, 8, 1024, 4096, "bfloat16", rotation="pca")
     assert canonical(narrow, BASE) == narrow
     assert canonical(dataclasses.replace(narrow, hidden_size=2048), BASE) == BASE
 
 
-def test_the_kl_of_key_value_heads_says_nothing_where_they_all_stay():
+def test_importance_kl_becomes_energy_where_all_key_value_heads_stay():
     fewer = dataclasses.replace(BASE, num_attention_heads=24, num_key_value_heads=6, importance="kl")
     assert canonical(fewer, BASE) == fewer
     narrow = dataclasses.replace(BASE, intermediate_size=2048, num_attention_heads=24, importance="kl")
@@ -63,14 +63,14 @@ def test_the_kl_of_key_value_heads_says_nothing_where_they_all_stay():
     assert canonical(dataclasses.replace(BASE, importance="kl"), BASE) == BASE
 
 
-def test_smoothing_says_nothing_where_no_input_becomes_an_integer():
+def test_smoothing_is_reset_where_inputs_are_not_rounded_to_integers():
     rounded = dataclasses.replace(BASE, precision="W8A8", smoothing="smoothquant")
     assert canonical(rounded, BASE) == rounded
     assert canonical(dataclasses.replace(rounded, precision="W4A16"), BASE).smoothing == "none"
 
 
 @pytest.mark.parametrize(("drop_from", "refits"), [("bottom", False), ("0,1", False), ("0,2", True), ("top", True)])
-def test_stream_repair_says_nothing_where_no_layer_before_a_gap_stays(drop_from, refits):
+def test_stream_repair_is_reset_where_no_layer_before_a_gap_stays(drop_from, refits):
     cut = CompressionPlan(28, 32, 8, 2048, 4096, "bfloat16", drop_from=drop_from)
     stream = dataclasses.replace(cut, repair="stream")
     assert canonical(stream, BASE) == (stream if refits else cut)
@@ -102,14 +102,14 @@ def test_a_space_that_always_cuts_has_no_uncut_trial(searched):
     assert space.uncut(searched, BASE) == []
 
 
-def test_growing_is_refused():
+def test_sizes_above_the_base_models_are_refused():
     assert setting.out_of_range(Space(num_hidden_layers={"low": 24, "high": 30}), BASE) is None
     reason = setting.out_of_range(Space(intermediate_size=8192), BASE)
     assert "8192" in reason
     assert "4096" in reason
 
 
-def test_digest_depends_on_base_and_plan():
+def test_a_digest_depends_on_the_base_model_and_the_plan():
     other = CompressionPlan(29, 32, 8, 2048, 4096, "bfloat16")
     assert BASE.digest("a") == CompressionPlan.from_dict(BASE.to_dict()).digest("a")
     assert len({BASE.digest("a"), BASE.digest("b"), other.digest("a")}) == 3

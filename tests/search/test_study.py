@@ -1,4 +1,4 @@
-"""Storages, resuming and counting, on real databases and with real dead processes."""
+"""Tests of storages, resuming and counting, with real databases and killed processes."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def url(tmp_path):
     return f"sqlite:///{tmp_path}/deep/studies.db"
 
 
-def test_sqlite_is_made_with_write_ahead_log_and_heartbeat(url, tmp_path):
+def test_sqlite_is_opened_with_a_write_ahead_log_and_a_heartbeat(url, tmp_path):
     import sqlite3
 
     storage = study_storage.open_storage(url)
@@ -45,7 +45,7 @@ def test_sqlite_is_made_with_write_ahead_log_and_heartbeat(url, tmp_path):
         ("nosuchdb://x", "nosuchdb"),
     ],
 )
-def test_unusable_storages_say_so_in_one_line_without_the_password(bad, said):
+def test_an_unusable_storage_is_reported_in_one_line_without_the_password(bad, said):
     with pytest.raises(StorageError) as caught:
         study_storage.open_storage(bad)
     assert said in str(caught.value)
@@ -53,7 +53,7 @@ def test_unusable_storages_say_so_in_one_line_without_the_password(bad, said):
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path):
+def test_a_file_that_is_no_database_is_refused_and_not_changed(tmp_path):
     path = tmp_path / "notes.db"
     path.write_text("these are notes, not a database\n" * 50)
     with pytest.raises(StorageError, match="not a database"):
@@ -61,7 +61,7 @@ def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path):
     assert path.read_text().startswith("these are notes")
 
 
-def test_another_definition_is_refused_with_what_differs(url):
+def test_another_definition_is_refused_with_the_differences(url):
     storage = study_storage.open_storage(url)
     study_storage.create_or_resume(storage, "s", DEFINITION)
     assert study_storage.create_or_resume(storage, "s", DEFINITION).study_name == "s"
@@ -72,14 +72,14 @@ def test_another_definition_is_refused_with_what_differs(url):
     assert "model" not in str(caught.value).replace("precision", "")
 
 
-def test_a_study_of_someone_else_is_refused(url):
+def test_a_study_of_another_program_is_refused(url):
     storage = study_storage.open_storage(url)
     optuna.create_study(storage=storage, study_name="foreign")
-    with pytest.raises(StudyMismatch, match="not made by optuna-search"):
+    with pytest.raises(StudyMismatch, match="not created by optuna-search"):
         study_storage.create_or_resume(storage, "foreign", DEFINITION)
 
 
-def test_unknown_study_lists_those_there_are(url):
+def test_an_unknown_study_is_refused_with_the_names_of_the_others(url):
     storage = study_storage.open_storage(url)
     study_storage.create_or_resume(storage, "mine", DEFINITION)
     with pytest.raises(UsageError, match="holds mine"):
@@ -88,11 +88,12 @@ def test_unknown_study_lists_those_there_are(url):
 
 WORKER = """
     import os, sys
-    from search import study as studies
-    study = studies.load(studies.open_storage(sys.argv[1]), "s")
+    from search import processes
+    from search.study import storage
+    study = storage.load(storage.open_storage(sys.argv[1]), "s")
     trial = study.ask()
     trial.suggest_int("num_hidden_layers", 1, 30)
-    trial.set_user_attr("worker", studies.identify_worker())
+    trial.set_user_attr("worker", processes.identify_worker())
     trial.report(0.25, 1)
     print(trial.params["num_hidden_layers"], flush=True)
     if sys.argv[2] == "die":
@@ -124,7 +125,7 @@ def test_a_killed_workers_trial_is_failed_and_queued_again_at_once(url):
     assert study_trials.finished(study.trials) == []
 
 
-def test_a_trial_that_kills_its_worker_every_time_is_given_up(url):
+def test_a_trial_that_always_kills_its_worker_is_not_tried_for_ever(url):
     study = study_storage.create_or_resume(study_storage.open_storage(url), "s", DEFINITION)
     for _ in range(study_trials.MAX_RETRIES + 1):
         worker = start_worker(url, "die")
@@ -136,7 +137,7 @@ def test_a_trial_that_kills_its_worker_every_time_is_given_up(url):
     assert len({trial.params["num_hidden_layers"] for trial in study.trials}) == 1
 
 
-def test_a_living_workers_trial_is_left_alone(url):
+def test_the_trial_of_a_living_worker_is_not_failed(url):
     study = study_storage.create_or_resume(study_storage.open_storage(url), "s", DEFINITION)
     worker = start_worker(url, "wait")
     worker.stdout.readline()
@@ -147,7 +148,7 @@ def test_a_living_workers_trial_is_left_alone(url):
         worker.communicate()
 
 
-def test_finished_counts_what_ended_by_itself(url):
+def test_only_trials_that_ended_by_themselves_are_finished(url):
     study = study_storage.create_or_resume(study_storage.open_storage(url), "s", DEFINITION)
 
     def end(state, **attrs):
@@ -165,7 +166,7 @@ def test_finished_counts_what_ended_by_itself(url):
     assert [trial.number for trial in study_trials.finished(study.trials)] == [0, 1, 2]
 
 
-def test_a_resumed_sampler_draws_what_an_uninterrupted_one_draws(url):
+def test_a_resumed_sampler_draws_the_same_values_as_an_uninterrupted_one(url):
     def objective(trial):
         return -abs(trial.suggest_int("x", 0, 1000) - 300)
 
@@ -188,7 +189,7 @@ def test_a_resumed_sampler_draws_what_an_uninterrupted_one_draws(url):
 
 
 @pytest.mark.parametrize("name", ["wilcoxon", "median", "hyperband"])
-def test_each_pruner_prunes_a_clearly_worse_trial_when_fed_what_it_needs(name):
+def test_each_pruner_prunes_a_clearly_worse_trial(name):
     settings = Pruner(name=name, n_startup_steps=2, n_startup_trials=2)
     running_mean = samplers.wants_running_mean(settings)
     study = optuna.create_study(direction="maximize", pruner=samplers.pruner(settings, shards=9))
@@ -211,7 +212,7 @@ def test_each_pruner_prunes_a_clearly_worse_trial_when_fed_what_it_needs(name):
 
 
 @pytest.mark.parametrize("within_released", [True, False])
-def test_a_storage_that_is_interrupted_in_a_commit_is_a_stop(within_released):
+def test_an_interrupted_commit_of_the_storage_stops_the_study(within_released):
     def commit():
         try:
             os.kill(os.getpid(), signal.SIGINT)

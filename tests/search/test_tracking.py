@@ -1,4 +1,4 @@
-"""MLflow for real: a store on disk, and a server that is not there."""
+"""Tests of tracking with MLflow itself: a store on disk, and a server that can't be reached."""
 
 import os
 import subprocess
@@ -41,7 +41,7 @@ def run(home, uri, *words):
     return done
 
 
-def test_a_parent_run_a_nested_run_a_trial_and_a_baseline_with_the_manuals_names(home):
+def test_a_study_is_a_parent_run_with_a_nested_run_for_each_trial_and_the_baseline(home):
     import mlflow
 
     uri = f"sqlite:///{home}/runs.db"
@@ -66,7 +66,7 @@ def test_a_parent_run_a_nested_run_a_trial_and_a_baseline_with_the_manuals_names
         assert "reason" in pruned.data.tags
 
 
-def test_an_unreachable_server_costs_seconds_once_and_no_trial(home):
+def test_an_unreachable_server_costs_a_few_seconds_and_no_trial(home):
     began = time.monotonic()
     done = run(home, "http://127.0.0.1:9")
     assert "3 of 3 trials finished" in done.stdout

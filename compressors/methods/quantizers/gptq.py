@@ -1,9 +1,8 @@
-"""GPTQ: a weight rounded column by column, each column's error made good by the columns that are still to come.
+"""Rounds a weight by GPTQ: column by column, where later columns compensate for the errors of earlier ones.
 
-Frantar et al., https://arxiv.org/abs/2210.17323. Columns go in the order of their inputs' mean square ("activation
-order"); groups and their scales are those of the original order, so that stock kernels load the result without an
+Frantar et al., https://arxiv.org/abs/2210.17323. Columns are rounded in descending order of their inputs' mean square
+("activation order"). Groups and scales follow the original order, so that stock kernels load the result without an
 index. Symbols: N output and K input width of a Linear, g group size, H = E[x xᵀ] the second moment of its input.
-Knows no checkpoint.
 """
 
 from __future__ import annotations
@@ -16,17 +15,21 @@ from compressors.errors import CheckpointError, InfeasiblePlan
 from compressors.methods import rounding
 from compressors.methods.quantizers import Moment, Rounded
 
-DIAGONAL = 0.1  # both: see `damp`
-MEDIAN = 0.1
-MASSIVE = 8  # directions at most
-MOST = 10.0
-NOTHING = 1e-6  # of the trace: what is left is float32's rounding
-POWER_STEPS = 16  # a direction with a quarter of the trace stands out by far
-BLOCK = 128  # columns whose errors are passed on to the rest at once
+DIAGONAL = 0.1  # see `damp`
+MEDIAN = 0.1  # see `damp`
+MASSIVE = 8  # the largest number of massive directions, see `split`
+MOST = 10.0  # the largest trace of a massive direction, in traces of the rest
+NOTHING = 1e-6  # the share of the trace below which the rest is only float32's rounding
+POWER_STEPS = 16  # enough, since a direction with a quarter of the trace is far ahead
+BLOCK = 128  # the columns whose errors are added to the rest at once
 
 
 def round_weight(weight: torch.Tensor, moment: Moment | None, scheme: str, size: int | None) -> Rounded:
-    """Round by `gptq`, on the device of H."""
+    """Round a weight by `gptq`, on the device of H.
+
+    Raises:
+        InfeasiblePlan: There are no second moments.
+    """
     if moment is None:
         raise InfeasiblePlan("quantizer: gptq needs second moments from calibration text; choose mse without them")
     return gptq(weight, moment(), scheme, size)
@@ -42,13 +45,25 @@ def gptq(
     median: float = MEDIAN,
     scales: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values of the scheme's grid as float32 [N, K], scales in the weight's dtype [N, K/g]), on the weight's device.
+    """Round a weight so that its outputs change little: approximately minimize tr((W − Q) H (W − Q)ᵀ).
 
-    What they stand for, Q, keeps the output of inputs that are spread like `moment` [K, K]: it lowers
-    tr((W − Q) H (W − Q)ᵀ). The arithmetic is done on the moment's device.
+    Q is the rounded weight, values times scales. The arithmetic is done on the moment's device.
 
-    size: g; None: K. diagonal, median: how strongly H is damped. scales: given ones; None: those of least squared
-    error where each input counts by its mean square. Raises CheckpointError for a moment that is not finite.
+    Args:
+        weight: The weight W [N, K].
+        moment: The second moment H of the input [K, K].
+        scheme: The scheme, which sets the grid.
+        size: The group size g; None: K.
+        diagonal: The damping by each input's own mean square, see `damp`.
+        median: The damping by the median mean square, see `damp`.
+        scales: The scales [N, K/g]; None: those with the least squared error, weighted by the inputs' mean square.
+
+    Returns:
+        Values on the scheme's grid as float32 [N, K], and scales in the weight's dtype [N, K/g]; both on the weight's
+        device.
+
+    Raises:
+        CheckpointError: The moment is not finite.
     """
     home, weight = weight.device, weight.to(moment.device)
     damped = damp(moment, diagonal, median)
@@ -65,12 +80,15 @@ def gptq(
 
 
 def damp(moment: torch.Tensor, diagonal: float = DIAGONAL, median: float = MEDIAN) -> torch.Tensor:
-    """(1 − diagonal) R + diagonal · diag(R) + median · m · I + M with m the median of diag(R), float64 [K, K].
+    """Return H damped: (1 − diagonal) R + diagonal · diag(R) + median · m · I + M, float64 [K, K].
 
-    H = R + M was counted on one text, and the weight will see others: what one input says of another is trusted less
-    than what it says of itself. Each input is damped by its own mean square and by an ordinary one's; an input that was
-    always 0 counts as an ordinary one, apart from all others. M are the few directions that hold most of H, see
-    `split`: they are no measure of what is ordinary, and are not damped.
+    m is the median of diag(R). H = R + M was measured on one text, and the weight will see others: correlations between
+    inputs are less reliable than their mean squares. Each input is damped by its own mean square and by the median one.
+    An input that was always 0 gets the median mean square and no correlations. M holds the few directions that make up
+    most of H, see `split`; they would distort the median, and are not damped.
+
+    Raises:
+        CheckpointError: H is not finite.
     """
     if not torch.isfinite(moment).all():
         raise CheckpointError("calibration: a second moment is NaN or infinite; the base model's weights are broken")
@@ -84,13 +102,14 @@ def damp(moment: torch.Tensor, diagonal: float = DIAGONAL, median: float = MEDIA
 
 
 def split(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(R, M): H [K, K] without its massive directions, and these with at most MOST times R's trace each.
+    """Split H [K, K] into (R, M): the rest, and its massive directions.
 
-    Massive is what holds more than a quarter of what is left of the trace, by power iteration: a mean, which all texts
-    share; or one token's massive activations (https://arxiv.org/abs/2402.17762), a thousand times all that is ordinary:
-    without a limit the rounding would be fitted to that token alone.
+    A direction is massive if it holds more than a quarter of the remaining trace; power iteration finds it. It is
+    either the mean of the inputs, which all texts share, or one token's massive activations
+    (https://arxiv.org/abs/2402.17762), a thousand times the others. Each counts in M for at most MOST times R's trace:
+    otherwise the rounding would fit that one token only.
     """
-    rest, found = moment, []
+    rest, directions = moment, []
     for _ in range(MASSIVE):
         vector = rest[rest.diagonal().argmax()]
         for _ in range(POWER_STEPS):
@@ -99,20 +118,20 @@ def split(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not value > rest.trace() / 4:
             break
         unit = vector / value
-        found.append((value, unit))
+        directions.append((value, unit))
         rest = rest - value * torch.outer(unit, unit)
     massive = torch.zeros_like(moment)
     if rest.trace() < NOTHING * moment.trace():
         return moment, massive
-    for value, unit in found:
+    for value, unit in directions:
         massive.addr_(unit, unit, alpha=float(value.clamp_max(MOST * rest.trace())))
     return rest, massive
 
 
 def inverse_factor(moment: torch.Tensor) -> torch.Tensor:
-    """Upper triangular U [K, K] with UᵀU = H⁻¹; of a singular H with as much more on its diagonal as it takes.
+    """Return the upper triangular U [K, K] with UᵀU = H⁻¹; a singular H gets as much added to its diagonal as needed.
 
-    From the Cholesky factor of H with its rows and columns reversed: H = R Rᵀ with R upper triangular, and U = R⁻¹.
+    It comes from the Cholesky factor of H with rows and columns reversed: H = R Rᵀ, R upper triangular, and U = R⁻¹.
     """
     eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     lower, failed = torch.linalg.cholesky_ex(moment.flip(0, 1))
@@ -125,7 +144,7 @@ def inverse_factor(moment: torch.Tensor) -> torch.Tensor:
 
 
 def _columns(rest: torch.Tensor, each: torch.Tensor, factor: torch.Tensor, scheme: str) -> torch.Tensor:
-    """The values [K, N] of the columns in `rest` [K, N], which is used up; each [K, N]: their scales."""
+    """Return the values [K, N] of the columns in `rest` [K, N], which is overwritten; `each` [K, N] are scales."""
     values = torch.empty_like(rest)
     for start in range(0, len(rest), BLOCK):
         stop = min(start + BLOCK, len(rest))
@@ -141,7 +160,7 @@ def _columns(rest: torch.Tensor, each: torch.Tensor, factor: torch.Tensor, schem
 def _block(
     block: torch.Tensor, each: torch.Tensor, inner: torch.Tensor, scheme: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values, errors to pass on), both [B, N], of the B columns in `block` [B, N]; each [B, N], inner [B, B]."""
+    """Return the values and the errors [B, N] of B columns; `block` and `each` are [B, N], `inner` is [B, B]."""
     block, inner = block.clone(), inner.contiguous()
     values, errors = torch.empty_like(block), torch.empty_like(block)
     for i in range(len(block)):
@@ -152,14 +171,15 @@ def _block(
 
 
 class _Recorded:
-    """`_block` of BLOCK columns as a CUDA graph: its thousand small kernels wait for no host. Tensors that it returns
-    are its own, and the next call's.
+    """Runs `_block` on BLOCK columns as a CUDA graph, so that its thousand small kernels do not wait for the host.
+
+    The next call overwrites the tensors that a call returns.
     """
 
     def __init__(self, rows: int, scheme: str, device: torch.device) -> None:
         block, each = (torch.ones(BLOCK, rows, device=device) for _ in range(2))
         self.given = block, each, torch.eye(BLOCK, device=device)
-        # a recording wants its kernels to have run before, on another stream
+        # before they are recorded, the kernels have to run once on another stream
         aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
@@ -167,7 +187,7 @@ class _Recorded:
         torch.cuda.current_stream(device).wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.found = _block(*self.given, scheme)
+            self.results = _block(*self.given, scheme)
 
     def __call__(
         self, block: torch.Tensor, each: torch.Tensor, inner: torch.Tensor
@@ -175,7 +195,7 @@ class _Recorded:
         for place, value in zip(self.given, (block, each, inner), strict=True):
             place.copy_(value)
         self.graph.replay()
-        return self.found
+        return self.results
 
 
 @functools.lru_cache(maxsize=8)  # a model's projections have three or four widths
