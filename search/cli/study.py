@@ -105,18 +105,30 @@ def run_command(
 
 @main.command("status", cls=StudyCommand)
 @storage_options
+@click.option(
+    "--plot",
+    type=PATH,
+    help="File to draw the Pareto front into, PerfNorm against SpeedNorm, .png or .html [default: none].",
+)
 @json_option()
-def status_command(as_json: bool, **where: Any) -> None:
+def status_command(plot: Path | None, as_json: bool, **where: Any) -> None:
     """Show progress, the best and the Pareto trials, and why the others ended.
 
     \b
     optuna-search status --study exaone4-1.2b
+    optuna-search status --plot front.png
     """
     file = load_file(**where)
 
+    from search.show import plots
     from search.study import status, storage
 
-    _print_status(status.of(storage.load(_existing(file.storage), file.study_name)), as_json)
+    if plot is not None:
+        plots.require_suffix(plot)
+    state = status.of(storage.load(_existing(file.storage), file.study_name))
+    if plot is not None:
+        plots.plot_scores([trial.row() for trial in state.pareto], plot, **file.score.model_dump())
+    _print_status(state, as_json)
 
 
 def _existing(url: str) -> Any:

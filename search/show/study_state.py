@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from compressors.plan import CompressionPlan
 from evaluator.measurement import Measurement
+from evaluator.score import Score
 from search.json_values import known_fields
+from search.show.rows import Result, Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,12 @@ class TrialSummary:
             values |= self.metrics if field.name == "metrics" else {field.name: getattr(self, field.name)}
         values["plan"] = None if self.plan is None else self.plan.to_dict()
         return {name: value for name, value in values.items() if value is not None or name == "score"}
+
+    def row(self) -> Row:
+        """Return a measured trial as a row that can be drawn."""
+        numbers = (self.perf_norm, self.perf_norm_se, self.speed_norm, self.speed_norm_se, self.score, self.score_se)
+        score = Score(*(math.nan if number is None else number for number in numbers))
+        return Row(f"trial {self.trial}", "", Result(self.plan, self.metrics, score))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,7 +131,8 @@ def _client(experiment: str) -> tuple[Any, str]:
         import mlflow
 
         if "MLFLOW_TRACKING_URI" not in os.environ:
-            mlflow.set_tracking_uri("sqlite:///mlflow.db")
+            # in full: MLflow keeps the database that a relative path named first
+            mlflow.set_tracking_uri(f"sqlite:///{Path('mlflow.db').absolute()}")
         client = mlflow.MlflowClient()
         known = client.get_experiment_by_name(experiment)
         return client, str(known.experiment_id if known else client.create_experiment(experiment))

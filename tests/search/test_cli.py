@@ -83,6 +83,18 @@ def test_status_prints_what_run_printed_as_json_or_as_a_table(cli, finished):
     assert f"★{state['best']['trial']}" in table
 
 
+def test_status_draws_the_pareto_front(cli, finished, tmp_path):
+    home, state = finished
+    page = tmp_path / "front.html"
+    assert cli("status", "--study", "small", "--plot", page, cwd=home).status == 0
+    text = page.read_text()
+    for trial in state["pareto"]:
+        assert f"trial {trial['trial']}" in text
+    refused = cli("status", "--study", "small", "--plot", tmp_path / "front.gif", cwd=home)
+    assert refused.status == 2
+    assert ".png or .html" in refused.err
+
+
 def test_export_writes_a_model_that_stock_transformers_loads_and_scores_the_same(finished, tmp_path):
     import math
 
