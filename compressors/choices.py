@@ -1,6 +1,6 @@
 """One record for each thing that can be chosen about a compressed model.
 
-The records stand beside the fields of `compressors.plan.CompressionPlan`. Whatever lists the choices is derived from
+The records stand with the fields of `compressors.plan.CompressionPlan`. Whatever lists the choices is derived from
 them: the sections of a study file, the options of `compress`, the canonical form of a plan, names of directories,
 tables, reports and the reference pages. Imports nothing heavy.
 """

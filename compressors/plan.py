@@ -256,7 +256,7 @@ DIMENSIONS: dict[str, Dimension] = {
 }
 OPTIONS = {name: record.default for name, record in CHOICES.items() if name != "drop_from"}  # it is older than digests
 PRECISION_NAMES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "FP8_DYNAMIC": "fp8"}  # in names of files
-DESCRIPTION = "compression.json"  # beside the weights: which plan made them, of which model
+DESCRIPTION = "compression.json"  # next to the weights: which plan made them, of which model
 
 
 def layers_named(drop_from: str) -> tuple[int, ...] | None:

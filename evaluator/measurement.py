@@ -8,7 +8,7 @@ from typing import Any
 
 from evaluator.metrics import COUNT, METRIC, Metric, Shown
 
-METHOD = 1  # raised when the same model would give other numbers, which cannot be compared with older ones
+VERSION = 1  # raised when the same model would give other numbers, which cannot be compared with older ones
 
 
 @dataclasses.dataclass(frozen=True)

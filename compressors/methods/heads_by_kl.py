@@ -27,7 +27,6 @@ CANDIDATES = 4  # the number of groups of the least energy that are tried for ea
 SWEEPS = 2
 EVERY = 4  # the predictions of one in EVERY tokens are compared
 VERSION = [2, WINDOWS, CANDIDATES, SWEEPS, EVERY]  # kept choices of another version are searched again
-RULES = VERSION  # the name by which digests of plans take it in
 
 Say = Callable[[str], None]
 Gone = list[tuple[int, ...]]  # the groups that go, by layer

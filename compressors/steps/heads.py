@@ -11,7 +11,7 @@ from compressors.model.family import head_dim
 from compressors.plan import CompressionPlan
 from compressors.steps import Build, repaired_by_ridge
 
-VERSIONS: Mapping[tuple[str, Value], str] = {("importance", "kl"): f"heads {heads_by_kl.RULES}"}
+VERSIONS: Mapping[tuple[str, Value], str] = {("importance", "kl"): f"heads {heads_by_kl.VERSION}"}
 
 
 def applies(plan: CompressionPlan, base: CompressionPlan) -> bool:

@@ -12,7 +12,7 @@ from compressors import build
 from compressors.files import digest_of_json
 from compressors.plan import CHOICES, OPTIONS, CompressionPlan
 from compressors.plan import VERSION as PLAN_VERSION
-from evaluator.measurement import METHOD
+from evaluator import measurement
 from search.setup.setting import Setting
 
 
@@ -21,7 +21,7 @@ def circumstances(setting: Setting) -> dict[str, Any]:
     asked = {"tasks": {task.name: task.digest for task in setting.tasks}} if setting.tasks else {}
     return {
         **asked,
-        "method": METHOD,
+        "method": measurement.VERSION,
         "threads": setting.machine.threads,
         "text": setting.texts.digest,
         "workload": dataclasses.asdict(setting.workload),

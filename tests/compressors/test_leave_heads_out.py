@@ -154,7 +154,7 @@ def test_a_plan_keeps_the_other_groups_in_its_kept_layers(model, domains, collec
         rows = torch.cat([torch.arange(group * size, (group + 1) * size) for group in stay])
         whole = model.tensors[f"{its.in_layer(old, its.k)}.weight"].load()
         assert torch.equal(made.tensors[f"{its.in_layer(new, its.k)}.weight"].load(), whole[rows])
-    assert build.versions(plan) == [f"heads {heads_by_kl.RULES}"]
+    assert build.versions(plan) == [f"heads {heads_by_kl.VERSION}"]
     # fewer query heads of the same groups, and channels: by energy
     narrow = dataclasses.replace(own, num_attention_heads=8, intermediate_size=64)
     one, other = (
