@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,24 @@ def written_whole(path: Path) -> Iterator[Path]:
     Raises:
         OSError: When the directory of `path` is missing or can't be written.
     """
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as created:
-        scratch = Path(created.name)
+    scratch = _scratch_of(path)
+    scratch.open("x").close()  # by hand, and not by tempfile, so that permissions follow the umask
     try:
         yield scratch
-        scratch.chmod(0o644)
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def scratch_directory(path: Path) -> Path:
+    """Create an empty directory next to `path`, with the permissions that the umask gives; the caller removes it."""
+    scratch = _scratch_of(path)
+    scratch.mkdir()
+    return scratch
+
+
+def _scratch_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

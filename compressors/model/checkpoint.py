@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from compressors.errors import CheckpointError
-from compressors.files import digest_of_json, written_whole
+from compressors.files import digest_of_json, scratch_directory, written_whole
 from compressors.model import exaone3, safetensors_file
 from compressors.model.stock_model import imitate_activations, make_buffers
 
@@ -182,14 +181,13 @@ class Checkpoint:
         scratch = old = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-            scratch.chmod(0o755)
+            scratch = scratch_directory(path)
             for name, source in self.files.items():
                 shutil.copyfile(source, scratch / name)
             (scratch / "config.json").write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
             sha256 = safetensors_file.write(scratch / WEIGHTS, self.tensors)
             if path.exists():  # moved away first, so that old and new files never mix
-                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+                old = scratch_directory(path)
                 path.replace(old)
             try:
                 scratch.replace(path)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 from compressors.errors import CheckpointError
 from compressors.files import alone, digest_of_json, write_json, written_whole
+from compressors.model.checkpoint import Checkpoint
 
 HOLDS = """
 import pathlib, sys, time
@@ -73,3 +75,18 @@ def test_a_digest_depends_on_the_values_and_not_on_the_order_of_keys():
 def test_a_digest_is_that_of_earlier_versions():
     # sha256 of '{"a": [1, 2.5], "b": null}'
     assert digest_of_json({"b": None, "a": [1, 2.5]}, 24) == "68982516a4a37116914e58df"
+
+
+@pytest.mark.parametrize(("umask", "file_mode", "directory_mode"), [(0o077, 0o600, 0o700), (0o022, 0o644, 0o755)])
+def test_permissions_of_what_is_written_follow_the_umask(umask, file_mode, directory_mode, pico_llama, tmp_path):
+    before = os.umask(umask)
+    try:
+        write_json(tmp_path / "new" / "facts.json", {"a": 1})
+        Checkpoint.read(pico_llama).write(tmp_path / "model")
+        Checkpoint.read(pico_llama).write(tmp_path / "model")  # in place of another
+    finally:
+        os.umask(before)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert len(modes) > 6
+    for path, mode in modes.items():
+        assert mode == (directory_mode if path.is_dir() else file_mode), path
