@@ -16,7 +16,8 @@ import click
 from compressors.choices import Choice
 from compressors.plan import CHOICES
 from search.cli import main as optuna_search
-from search.config.study_file import Compression, Space, StudyFile
+from search.config.compression import Compression
+from search.config.study_file import Space, StudyFile
 
 DOCS = Path(__file__).resolve().parent
 DEFAULTS = DOCS.parent / "studies" / "_base.yaml"

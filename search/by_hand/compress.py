@@ -18,7 +18,7 @@ from compressors.model.transformers_version import retarget
 from compressors.plan import CHOICES, DESCRIPTION, DIMENSIONS, OPTIONS, CompressionPlan, canonical
 from evaluator.backends import kernels
 from search import files
-from search.config.study_file import Compression
+from search.config.compression import Compression
 from search.errors import UsageError
 from search.files import read_json
 from search.say import Say

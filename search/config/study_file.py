@@ -5,36 +5,17 @@ This module knows no Optuna and builds nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import Field, ValidationError, create_model, field_validator, model_validator
 
-from compressors.choices import DTYPES, PRECISIONS, SCHEMES, Choice
+from compressors.choices import PRECISIONS, Choice
 from compressors.plan import CHOICES, DIMENSIONS
 from evaluator import tasks
+from search.config.compression import Compression
+from search.config.section import Section
 from search.config.spelling import nearest, require_known
-
-METHODS = {  # method of `compress` → its keys, at least one of which has to be set
-    **{
-        method: tuple(record.key for record in DIMENSIONS.values() if record.method == method)
-        for method in dict.fromkeys(record.method for record in DIMENSIONS.values())
-    },
-    "quantize": ("scheme",),
-    "cast": ("dtype",),
-}
-for _method in ("reduce_hidden", "reduce_ffn"):
-    METHODS[_method] = (*METHODS[_method], "target_dim")
-HOW = {  # method of `compress` → the keys of the choices that it also takes
-    method: tuple(name for name, record in CHOICES.items() if method in record.methods) for method in METHODS
-}
-
-
-class Section(BaseModel):
-    """Section is the base of all sections: frozen, and without unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Range(Section):
@@ -53,9 +34,21 @@ class Range(Section):
         return self
 
 
+def _range_of_text(value: Any) -> Any:
+    """Read `9..12` as {low: 9, high: 12}, which needs no quotes in a shell."""
+    low, dots, high = value.partition("..") if isinstance(value, str) else ("", "", "")
+    return {"low": low, "high": high} if dots else value
+
+
+def _list_of_one(value: Any) -> Any:
+    """Read a value where a list is expected as a list of one."""
+    return [value] if isinstance(value, str | int) else value
+
+
 Dimension = Range | Annotated[int, Field(ge=1)] | None  # searched | fixed | as in the base model
 
 
+NUMBERS = [name for name, record in CHOICES.items() if record.is_number]
 LISTED = {name: record for name, record in CHOICES.items() if not record.is_number}  # choices with names for values
 
 
@@ -68,6 +61,16 @@ class SpaceSizes(Section):
     hidden_size: Dimension = None
     intermediate_size: Dimension = None
     precision: list[str] | None = None  # None: as in the base model
+
+    @field_validator(*DIMENSIONS, *NUMBERS, mode="before", check_fields=False)
+    @classmethod
+    def _ranges(cls, value: Any) -> Any:
+        return _range_of_text(value)
+
+    @field_validator("precision", *LISTED, mode="before", check_fields=False)
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        return _list_of_one(value)
 
     @field_validator("precision", *LISTED, check_fields=False)
     @classmethod
@@ -102,97 +105,6 @@ class Model(Section):
     source: str  # a local directory, a hub id, or the name of the embedded model
     revision: str | None = None
     num_layers: Annotated[int, Field(ge=1)] | None = None  # expected of the result; `compression` decides
-
-
-class CompressionKeys(Section):
-    """CompressionKeys holds the plan that `compress` builds by hand; null keeps the base model's value.
-
-    The choices of `compressors.plan.CHOICES` are added to it.
-    """
-
-    method: str | list[str] | None = None
-    keep_layers: Annotated[int, Field(ge=1)] | None = None
-    drop_from: str | list[Annotated[int, Field(ge=0)]] = "importance"  # or the numbers of the layers that go, from 0
-    keep_heads: Annotated[int, Field(ge=1)] | None = None
-    keep_kv_heads: Annotated[int, Field(ge=1)] | None = None
-    target_dim: Annotated[int, Field(ge=1)] | None = None  # the width for reduce_hidden or reduce_ffn
-    hidden_size: Annotated[int, Field(ge=1)] | None = None
-    intermediate_size: Annotated[int, Field(ge=1)] | None = None
-    scheme: str | None = None
-    dtype: str | None = None
-
-    @field_validator("method", "scheme", "dtype", *(name for name in LISTED if name != "drop_from"), check_fields=False)
-    @classmethod
-    def _known(cls, value: Any, info: Any) -> Any:
-        known: dict[str, Sequence[Any]] = {"method": tuple(METHODS), "scheme": SCHEMES, "dtype": DTYPES}
-        name = info.field_name
-        allowed = known[name] if name in known else CHOICES[name].values
-        require_known(value if isinstance(value, list) else None if value is None else [value], allowed)
-        return value
-
-    @field_validator("drop_from")
-    @classmethod
-    def _drop_from(cls, value: str | list[int]) -> str | list[int]:
-        rules = [str(rule) for rule in CHOICES["drop_from"].values]
-        if isinstance(value, list):
-            if not value or len(set(value)) != len(value):
-                raise ValueError("needs the number of at least one layer, and none twice")
-        elif value not in rules:
-            raise ValueError(f"{value!r} is not one of {', '.join(rules)}{nearest(value, rules)}, nor a list of layers")
-        return value
-
-    @property
-    def methods(self) -> list[str]:
-        """The named methods as a list, which is empty for none."""
-        return [self.method] if isinstance(self.method, str) else list(self.method or ())
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.scheme and self.dtype:
-            raise ValueError(f"scheme is {self.scheme} and dtype {self.dtype}: a model is quantized or cast, not both")
-        if not self.methods:
-            if self.target_dim is not None:
-                raise ValueError("target_dim needs a method, reduce_hidden or reduce_ffn; or set hidden_size")
-            return self
-        if self.target_dim is not None and {"reduce_hidden", "reduce_ffn"} <= set(self.methods):
-            raise ValueError("target_dim is ambiguous with both methods; set hidden_size and intermediate_size")
-        if set(self.methods) == {"drop_layers"} and getattr(self, "repair", None) == "ridge":
-            raise ValueError("repair: ridge can't repair where only layers are dropped; choose stream, or none")
-        given = {name for name in type(self).model_fields if getattr(self, name) is not None} - {"method", "drop_from"}
-        if isinstance(self.drop_from, list):
-            given.add("keep_layers")
-        for method in self.methods:
-            if not given & set(METHODS[method]):
-                raise ValueError(f"method {method} needs {' or '.join(METHODS[method])}")
-        for key in sorted(given - {key for method in self.methods for key in (*METHODS[method], *HOW[method])}):
-            owner = next(method for method in METHODS if key in (*METHODS[method], *HOW[method]))
-            raise ValueError(
-                f"{key} belongs to {owner}, and method is {', '.join(self.methods)}; add it there: "
-                f"method=[{','.join([*self.methods, owner])}]"
-            )
-        return self
-
-
-def _by_hand(record: Choice) -> tuple[Any, Any]:
-    """Return the type and the default of a choice in `compression`."""
-    if record.is_number:
-        return Annotated[int, Field(ge=0)] | None, None
-    return type(record.default) | None, None
-
-
-if TYPE_CHECKING:
-
-    class Compression(CompressionKeys):
-        """Compression holds the plan that `compress` builds by hand."""
-
-        def __getattr__(self, name: str) -> Any: ...
-
-else:
-    Compression = create_model(
-        "Compression",
-        __base__=CompressionKeys,
-        **{name: _by_hand(record) for name, record in CHOICES.items() if name != "drop_from"},
-    )
 
 
 class _PerfPart(tasks.Section):
@@ -262,6 +174,11 @@ class Text(Section):
     moments_windows: Annotated[int, Field(ge=1)] = 32  # for each domain, where `build.needs_moments`
     shards: Annotated[int, Field(ge=2)] = 16
     windows_per_shard: Annotated[int, Field(ge=1)] = 1
+
+    @field_validator("calibration", "search", "report", mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        return value if value == "embedded" else _list_of_one(value)
 
 
 class WorkloadSection(Section):

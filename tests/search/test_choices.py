@@ -20,7 +20,7 @@ from compressors.plan import (
     why_choices_clash,
 )
 from search.by_hand import compress
-from search.config import compose, study_file
+from search.config import compose, compression, study_file
 
 BASE = CompressionPlan(30, 32, 8, 2048, 4096, "bfloat16")
 CUT = dataclasses.replace(
@@ -92,7 +92,7 @@ def test_a_choice_that_no_study_file_names_has_its_default(name):
     assert getattr(file.compression, name) in (None, default)
 
 
-@pytest.mark.parametrize("method", study_file.METHODS)
+@pytest.mark.parametrize("method", compression.METHODS)
 def test_compress_has_an_option_for_each_choice_of_a_method(method):
     from search.cli.compress import compress_group
 

@@ -110,3 +110,27 @@ def test_a_depth_cut_can_only_be_repaired_by_stream(tmp_path):
     assert compose.load("demo", [*words, "compression.repair=stream"], tmp_path).compression.repair == "stream"
     with pytest.raises(ConfigError, match="ridge can't repair where only layers are dropped"):
         compose.load("demo", [*words, "compression.repair=ridge"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("word", "same"),
+    [
+        ("space.num_hidden_layers=26..30", "space.num_hidden_layers={low: 26, high: 30}"),
+        ("space.keep_16_bit=1..4", "space.keep_16_bit={low: 1, high: 4}"),
+        ("space.precision=W8A8", "space.precision=[W8A8]"),
+        ("space.group_size=64", "space.group_size=[64]"),
+        ("text.calibration=mine.txt", "text.calibration=[mine.txt]"),
+        ("text.report=held_out.jsonl", "text.report=[held_out.jsonl]"),
+        ("text.search=embedded", "text.search=embedded"),
+    ],
+)
+def test_words_that_need_no_quotes_in_a_shell_mean_the_same(word, same):
+    assert compose.load("demo", [word]) == compose.load("demo", [same])
+
+
+@pytest.mark.parametrize(
+    "word", ["space.num_hidden_layers=30..26", "space.num_hidden_layers=..", "space.hidden_size=a..b"]
+)
+def test_a_range_that_is_none_is_refused_by_its_key(word):
+    with pytest.raises(ConfigError, match=word.partition("=")[0]):
+        compose.load("demo", [word])
