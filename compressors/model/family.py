@@ -166,6 +166,12 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(families.__path__))
 
 
+def named(model_type: str) -> Family:
+    """Return the family that a file of `families/` describes."""
+    family: Family = importlib.import_module(f"compressors.model.families.{model_type}").FAMILY
+    return family
+
+
 def head_dim(config: Mapping[str, Any]) -> int:
     """Return the head_dim of a config.json, which need not contain it."""
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
@@ -224,7 +230,7 @@ def family_of(checkpoint: Checkpoint) -> Family:
         )
 
         raise CheckpointError(f"architecture: model_type {model_type!r} is not known here; {reason}")
-    family: Family = importlib.import_module(f"compressors.model.families.{model_type}").FAMILY
+    family = named(model_type)
     stock = stock_config(config)
     for architecture in config.get("architectures") or [family.architecture]:
         if architecture != family.architecture:

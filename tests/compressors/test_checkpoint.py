@@ -109,7 +109,7 @@ def test_a_config_that_is_not_json_is_refused(copy):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "mamba9"}, "'mamba9' is not known here; known are exaone4, gemma3_text, llama, qwen2, qwen3"),
+        ({"model_type": "mamba9"}, f"'mamba9' is not known here; known are {', '.join(family.names())} ("),
         ({"attention_bias": True}, "20 are missing, model.layers.0.self_attn.k_proj.bias first"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"num_hidden_layers": 6}, "9 are missing, model.layers.5"),

@@ -348,7 +348,11 @@ def trained(tmp_path_factory, write_pico_model):
     def write(name):
         model_type, changes = SERVED[name]
         path = tmp_path_factory.mktemp("served") / "base"
-        sizes = {"head_dim": 32 if model_type == "qwen2" else 64, "hidden_size": 192, "intermediate_size": 320}
+        sizes = {
+            "head_dim": 64 if family.named(model_type).with_head_dim is None else 32,
+            "hidden_size": 192,
+            "intermediate_size": 320,
+        }
         sizes["vocab_size"] = 384  # a multiple of 128, as of the hidden size below, for Hopper's 4-bit kernels
         write_pico_model(path, model_type, initializer_range=0.05, **sizes, **changes)
         device = "cuda" if torch.cuda.is_available() else "cpu"
