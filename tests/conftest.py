@@ -84,14 +84,16 @@ PICOS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def write_pico(path: Path, family: str, dtype: str = "bfloat16", **changes: Any) -> Path:
-    """A model of `family` with random weights and a byte-level tokenizer in `path`."""
+def write_pico(path: Path, name: str, dtype: str = "bfloat16", **changes: Any) -> Path:
+    """Write a model of PICOS with random weights and a byte-level tokenizer into `path`."""
     torch.manual_seed(7)
-    values = {**SHARED, "dtype": dtype, **FAMILIES[family], **changes}
+    family, own = PICOS[name]
+    its = families.named(family)
+    values = {**SHARED, "dtype": dtype, **FAMILIES[family], **own, **changes}
     layers = values["num_hidden_layers"]
-    if family == "qwen2":  # its head_dim is hidden_size / num_attention_heads
+    if its.with_head_dim is not None:  # its own head_dim is hidden_size / num_attention_heads
         values["hidden_size"] = values.pop("head_dim") * values["num_attention_heads"]
-    elif family == "exaone4":
+    if family == "exaone4":
         values.setdefault("layer_types", ["full_attention"] * layers)
     elif family == "smollm3":
         values.setdefault("no_rope_layers", [int(layer % 3 != 1) for layer in range(layers)])
@@ -100,11 +102,10 @@ def write_pico(path: Path, family: str, dtype: str = "bfloat16", **changes: Any)
             "layer_types", ["full_attention" if layer % 3 == 1 else "sliding_attention" for layer in range(layers)]
         )
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **values))
-    gains = (-0.5, 0.5) if family == "gemma3_text" else (0.5, 1.5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:  # gains of 1 would hide one that is cut wrongly
-                parameter.uniform_(*gains)
+                parameter.uniform_(0.5 - its.norm_offset, 1.5 - its.norm_offset)
             elif name.endswith(".bias"):  # and biases of 0
                 parameter.uniform_(-0.5, 0.5)
     model.to(getattr(torch, dtype)).save_pretrained(path)
@@ -198,8 +199,7 @@ def pico(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if request.param in ("llama", "exaone4"):
         path: Path = request.getfixturevalue(f"pico_{request.param}")
         return path
-    family, changes = PICOS[request.param]
-    return write_pico(tmp_path_factory.mktemp("pico") / request.param, family, **changes)
+    return write_pico(tmp_path_factory.mktemp("pico") / request.param, request.param)
 
 
 @pytest.fixture(scope="session")

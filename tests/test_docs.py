@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from compressors.model import family
 from search.cli import main as optuna_search
 from search.config import compose
 
@@ -79,7 +80,7 @@ def test_a_command_that_is_shown_can_be_typed(words, config_dir):
     elif words[0].endswith("optuna-search"):
         _require_valid(words[1:], config_dir)
     else:
-        assert words[0] in ("cp", "mlflow", "python", "./create_submit.sh", ".ci/run", "pip")
+        assert words[0].removeprefix(".venv/bin/") in ("cp", "mlflow", "python", "./create_submit.sh", ".ci/run", "pip")
 
 
 def _require_valid(words, config_dir):
@@ -155,6 +156,12 @@ def _documented(key):
     if "settings" in parts:
         return "settings"
     return "tasks" if parts[-1] == "quiz" else parts[-1]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/faq.md"])
+def test_every_family_is_named(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert [name for name in family.names() if f"`{name}`" not in text] == []
 
 
 def test_the_readme_is_read_in_five_minutes():

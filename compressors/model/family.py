@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import pkgutil
 from collections.abc import Mapping
 from typing import Any
@@ -166,6 +167,12 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(families.__path__))
 
 
+def named(model_type: str) -> Family:
+    """Return the family that a file of `families/` describes."""
+    family: Family = importlib.import_module(f"compressors.model.families.{model_type}").FAMILY
+    return family
+
+
 def head_dim(config: Mapping[str, Any]) -> int:
     """Return the head_dim of a config.json, which need not contain it."""
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
@@ -224,7 +231,7 @@ def family_of(checkpoint: Checkpoint) -> Family:
         )
 
         raise CheckpointError(f"architecture: model_type {model_type!r} is not known here; {reason}")
-    family: Family = importlib.import_module(f"compressors.model.families.{model_type}").FAMILY
+    family = named(model_type)
     stock = stock_config(config)
     for architecture in config.get("architectures") or [family.architecture]:
         if architecture != family.architecture:
@@ -237,15 +244,20 @@ def family_of(checkpoint: Checkpoint) -> Family:
         if key not in values:
             continue
         if any(value not in allowed for value in (values[key] if isinstance(values[key], list) else [values[key]])):
-            rule = " or ".join(map(repr, allowed))
+            rule = " or ".join(map(_as_json, allowed))
             by_default = "" if key in config else " (transformers' default, since config.json lacks it)"
             raise CheckpointError(
-                f"architecture: {key} is {values[key]!r}{by_default}, but {model_type} models must have {rule}; "
-                "this model can't be compressed"
+                f"architecture: {key} is {_as_json(values[key])}{by_default}, but {model_type} models must have "
+                f"{rule}; this model can't be compressed"
             )
     _check_sizes(config, stock, family)
     _check_weights(checkpoint, model_type, family.shapes(stock))
     return family
+
+
+def _as_json(value: Any) -> str:
+    """Return a config's value as config.json spells it: null, true, false."""
+    return json.dumps(value, ensure_ascii=False, default=repr)
 
 
 def _check_sizes(config: Mapping[str, Any], stock: Any, family: Family) -> None:
@@ -284,7 +296,8 @@ def _check_weights(checkpoint: Checkpoint, model_type: str, expected: Mapping[st
         if tensor.shape != shape:
             raise CheckpointError(
                 f"weights: {name} is {' × '.join(map(str, tensor.shape))}, but by config.json it is "
-                f"{' × '.join(map(str, shape))}; use config.json and weights of the same model"
+                f"{' × '.join(map(str, shape))}; use config.json and weights of the same model, "
+                f"or correct compressors/model/families/{model_type}.py, if it does not describe this architecture"
             )
         if tensor.dtype not in FLOATS:
             raise CheckpointError(

@@ -51,10 +51,10 @@ def read(path):
 @pytest.mark.parametrize(
     ("model_type", "dropped", "changes", "said"),
     [
-        ("llama", (), {"qkv_bias": True}, "qkv_bias is True"),
-        ("llama", (), {"is_causal": False}, "is_causal is False"),
+        ("llama", (), {"qkv_bias": True}, "qkv_bias is true"),
+        ("llama", (), {"is_causal": False}, "is_causal is false"),
         ("llama", (), {"logit_scale": 0.5}, "logit_scale is 0.5"),
-        ("qwen2", (), {"use_sliding_window": True, "max_window_layers": 3}, "use_sliding_window is True"),
+        ("qwen2", (), {"use_sliding_window": True, "max_window_layers": 3}, "use_sliding_window is true"),
         ("qwen2", (), {"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config is {"),
         (
             "qwen2",
@@ -63,15 +63,15 @@ def read(path):
             "lacks num_key_value_heads, and transformers takes 32 for qwen2, not 6",
         ),
         ("qwen2", (), {"head_dim": 16}, "head_dim is 16, but vLLM takes hidden_size / num_attention_heads = 144 / 6"),
-        ("qwen3", (), {"attention_bias": True}, "attention_bias is True"),
-        ("qwen3", (), {"use_sliding_window": True}, "use_sliding_window is True"),
+        ("qwen3", (), {"attention_bias": True}, "attention_bias is true"),
+        ("qwen3", (), {"use_sliding_window": True}, "use_sliding_window is true"),
         ("qwen3", ("head_dim",), {}, "lacks head_dim, and transformers takes 128 for qwen3, not 16"),
-        ("smollm3", (), {"attention_bias": True}, "attention_bias is True"),
-        ("smollm3", (), {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window is True"),
+        ("smollm3", (), {"attention_bias": True}, "attention_bias is true"),
+        ("smollm3", (), {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window is true"),
         ("gemma3_text", (), {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
         ("gemma3_text", (), {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
-        ("gemma3_text", (), {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
-        ("gemma3_text", (), {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("gemma3_text", (), {"hidden_activation": "gelu"}, 'hidden_activation is "gelu"'),
+        ("gemma3_text", (), {"use_bidirectional_attention": True}, "use_bidirectional_attention is true"),
         ("gemma3_text", ("head_dim",), {}, "lacks head_dim, and transformers takes 256 for gemma3_text, not 16"),
     ],
 )
@@ -348,7 +348,11 @@ def trained(tmp_path_factory, write_pico_model):
     def write(name):
         model_type, changes = SERVED[name]
         path = tmp_path_factory.mktemp("served") / "base"
-        sizes = {"head_dim": 32 if model_type == "qwen2" else 64, "hidden_size": 192, "intermediate_size": 320}
+        sizes = {
+            "head_dim": 64 if family.named(model_type).with_head_dim is None else 32,
+            "hidden_size": 192,
+            "intermediate_size": 320,
+        }
         sizes["vocab_size"] = 384  # a multiple of 128, as of the hidden size below, for Hopper's 4-bit kernels
         write_pico_model(path, model_type, initializer_range=0.05, **sizes, **changes)
         device = "cuda" if torch.cuda.is_available() else "cpu"

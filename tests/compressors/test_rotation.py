@@ -21,15 +21,13 @@ def texts():
     return {name: torch.randint(3, 320, (4, 40), generator=draw).tolist() for name in ("one", "other")}
 
 
-FAMILIES = ["llama", "llama_untied", "qwen2", "qwen3", "smollm3", "exaone4", "gemma3_text"]
+FAMILIES = [*family.names(), "llama_untied"]
 
 
 @pytest.fixture(params=["qwen2", "exaone4"])
 def base(request, tmp_path, write_pico_model):
     """llama_untied has biases everywhere, a cut qwen2 becomes a Llama, exaone4 and gemma3 have norms after blocks."""
-    name = request.param.removesuffix("_untied")
-    changes = {} if name == request.param else {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}
-    return Checkpoint.read(write_pico_model(tmp_path / "base", name, dtype="float32", **changes))
+    return Checkpoint.read(write_pico_model(tmp_path / "base", request.param, dtype="float32"))
 
 
 @pytest.fixture
