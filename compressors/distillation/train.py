@@ -21,7 +21,7 @@ from compressors.distillation import state as distill_state
 from compressors.distillation.pair import Pair
 from compressors.distillation.settings import Distillation, batch_of, learning_rate
 from compressors.distillation.state import Evaluation, Standing
-from compressors.errors import CheckpointError, CompressionError
+from compressors.errors import CheckpointError, CompressionError, first_line
 from compressors.model.checkpoint import Checkpoint
 
 MOST_BAD = 3  # the number of batches in a row without a finite loss and gradient that ends the training
@@ -211,7 +211,7 @@ def _prepare_layers(
     except Exception as error:  # compilers that lack a tool raise errors of many types
         if settings.compiled:
             raise CompressionError(
-                f"distill: torch.compile fails here ({_first_line(error)}); set compiled to false"
+                f"distill: torch.compile fails here ({first_line(error)}); set compiled to false"
             ) from None
         distill_fit.set_layers(pair, twice=twice, compiled=False)
         compiled = False
@@ -288,7 +288,3 @@ def _evaluate(
 def best_kl(standing: Standing) -> float:
     """Return the lowest held-out KL divergence, including the one before training."""
     return min(evaluation.held_out_kl for evaluation in standing.evaluations if not math.isnan(evaluation.held_out_kl))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compressors.errors import CompressionError
+from compressors.files import written_whole
 from compressors.model import structure
 from evaluator.measurement import METRICS, Measurement
 from evaluator.metrics import UNKNOWN, shown
@@ -100,9 +101,8 @@ def write(
     plots.plot_shards(evaluation.baseline.shard_nll, evaluation.measurement.shard_nll, place / "shards.png")
     plots.plot_scores([evaluation.row(path)], place / "scores.png", **weights(evaluation.formula))
     written = place / f"{day.isoformat()}_report.md"
-    scratch = written.with_name(f".{written.name}")
-    scratch.write_text(text(evaluation, path, name, description, day, with_plots=True), encoding="utf-8")
-    scratch.replace(written)
+    with written_whole(written) as scratch:
+        scratch.write_text(text(evaluation, path, name, description, day, with_plots=True), encoding="utf-8")
     return written
 
 

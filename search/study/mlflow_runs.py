@@ -20,6 +20,7 @@ from typing import Any
 import dotenv
 import optuna
 
+from compressors.errors import first_line
 from evaluator import measurement
 from evaluator.measurement import Measurement
 from search.config.study_file import Tracking
@@ -89,7 +90,7 @@ class Tracker:
             runs.catch_up(finished(study.get_trials(deepcopy=False)))
             runs.end()
         except Exception as error:  # tracking must not end a study
-            first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            first = first_line(error)
             self._warn(
                 f"MLflow: not tracked from here on: {first}; the study continues, and running it again "
                 "later tracks the rest"
@@ -121,7 +122,7 @@ def log_by_hand(
         client, experiment = _client(settings.experiment)
         _log(client, experiment, name, tags, values, "FINISHED", int(began * 1000), int(time.time() * 1000))
     except Exception as error:  # tracking must not end a measurement
-        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        first = first_line(error)
         warn(f"MLflow: {name} is not tracked: {first}")
 
 
