@@ -75,8 +75,12 @@ def measure_base(
         EvaluationError: The engine raised it.
     """
     seconds = dict(engine.seconds)
-    timing = _as_base(_time(engine, engine, request, seconds, progress)) if request.timed else UNTIMED
-    return _measure(path, engine, request, timing, seconds, None, progress)
+    if not request.timed:
+        return _measure(path, engine, request, UNTIMED, seconds, None, progress)
+    timing = _time(engine, engine, request, seconds, progress)
+    measurement = _measure(path, engine, request, _as_base(timing), seconds, None, progress)
+    itself = f"timed against itself: time ratio {timing.time_ratio:.4f} ± {timing.time_ratio_se:.4f}"
+    return dataclasses.replace(measurement, notes=(*measurement.notes, itself))
 
 
 def measure_candidate(

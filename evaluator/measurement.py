@@ -161,6 +161,7 @@ class Measurement:
         metadata={
             METRIC: Metric(
                 unit="ms",
+                timed=True,
                 better="lower",
                 attribute=True,
                 status=True,
@@ -181,6 +182,7 @@ class Measurement:
         metadata={
             METRIC: Metric(
                 unit="tokens/s",
+                timed=True,
                 better="higher",
                 attribute=True,
                 mlflow="metric",
@@ -231,6 +233,11 @@ class Measurement:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     tasks: dict[str, TaskResult] = dataclasses.field(default_factory=dict)
+
+    @property
+    def timed(self) -> bool:
+        """Whether the times were measured; if not, they are relative to the baseline's 1."""
+        return self.timing_samples > 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the measurement as JSON values."""

@@ -62,6 +62,7 @@ class Metric:
         front: The column in the table of a study's Pareto front, or None. It is one of `status` then.
         row: The row in the report of a model, or None.
         note: The row in the note of a trial in optuna-dashboard, or None. The unit follows the value.
+        timed: Whether it comes from the timing: where nothing was timed, people read "predicted" in its place.
 
     Raises:
         ValueError: It is to be shown where it can't be read from.
@@ -77,6 +78,7 @@ class Metric:
     front: Shown | None = None
     row: Shown | None = None
     note: Shown | None = None
+    timed: bool = False
 
     def __post_init__(self) -> None:
         if (self.status and not self.attribute) or (self.front is not None and not self.status):

@@ -146,14 +146,20 @@ class Evaluation:
     def row(self, path: Path, *, before: bool | None = None, remark: str | None = None) -> Row:
         """Return the row of the model, which is in `path`, for a comparison."""
         metrics = {name: getattr(self.measurement, name) for name in COMPARED}
-        return Row(self.name, str(path), Result(self.plan, metrics, self.score), before=before, remark=remark)
+        return Row(
+            self.name,
+            str(path),
+            Result(self.plan, metrics, self.score, self.measurement.timed),
+            before=before,
+            remark=remark,
+        )
 
     def baseline_row(self) -> Row:
         """Return the row of the base model, which the others are compared with."""
         score = Score(1.0, 0.0, 0.0, 0.0, self.formula.weight_perf, 0.0)
         known = {name: METRICS[name].base for name in COMPARED}
         metrics = {name: getattr(self.baseline, name) if base is None else base for name, base in known.items()}
-        return Row("baseline", self.model.source, Result(self.base_plan, metrics, score))
+        return Row("baseline", self.model.source, Result(self.base_plan, metrics, score, self.baseline.timed))
 
 
 def evaluation_of(

@@ -23,6 +23,7 @@ from search.files import read_json
 from search.setup import keys
 from search.setup.machine import require_disk
 from search.setup.setting import Setting
+from search.stages.baseline import as_trial
 from search.stages.bench import Bench
 
 
@@ -39,12 +40,15 @@ class Exported:
     trial: int
     path: Path
     score: float
+    score_se: float
     perplexity: float
     compared: str
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {**dataclasses.asdict(self), "path": str(self.path)}
+        values = {**dataclasses.asdict(self), "path": str(self.path)}
+        del values["score_se"]  # eval_result.json has it
+        return values
 
 
 def choose(study: optuna.Study, number: int | None) -> FrozenTrial:
@@ -94,17 +98,19 @@ def export(
     """
     files.refuse_foreign(to, "export")
     plan = CompressionPlan.from_dict(trial.user_attrs["plan"])
-    measurement = _measurement_of(trial, plan, setting)
+    measured = None if plan == setting.model.identity else _measurement_of(trial, plan, setting)
     with Bench.of(setting) as bench:
         say("building")
         built, weights_sha256 = bench.build(plan, say)
-        if weights_sha256 != measurement.weights_sha256:
+        if measured is not None and weights_sha256 != measured.weights_sha256:
             raise SearchError(
                 f"export: trial {trial.number}'s weights are {weights_sha256[:12]}… and "
-                f"{measurement.weights_sha256[:12]}… were measured; "
+                f"{measured.weights_sha256[:12]}… were measured; "
                 f"delete {built} and run the study again"
             )
         baseline = bench.baseline(say)
+    # the base model's own weights may lie in other files: its logits are compared all the same
+    measurement = measured or dataclasses.replace(as_trial(baseline), weights_sha256=weights_sha256)
     require_disk(int(measurement.model_size_mb * 1e6), to.parent, "the export")
     with files.atomic_directory(to, "export") as scratch:
         say("copying")
@@ -125,7 +131,8 @@ def export(
             for change in retarget(scratch, target):
                 say(change)
         compared = compare(setting, scratch, measurement, say)
-    return Exported(trial.number, to, evaluation.score.score, measurement.perplexity, compared)
+    score = evaluation.score
+    return Exported(trial.number, to, score.score, score.score_se, measurement.perplexity, compared)
 
 
 def _measurement_of(trial: FrozenTrial, plan: CompressionPlan, setting: Setting) -> Measurement:

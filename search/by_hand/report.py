@@ -11,8 +11,9 @@ from pathlib import Path
 from compressors.errors import CompressionError
 from compressors.files import written_whole
 from compressors.model import structure
+from evaluator.measure import UNTIMED_NOTE
 from evaluator.measurement import METRICS, Measurement
-from evaluator.metrics import UNKNOWN, shown
+from evaluator.metrics import UNKNOWN, Shown, shown
 from evaluator.score import Formula
 from search import files
 from search.by_hand import compress
@@ -20,6 +21,7 @@ from search.by_hand.evaluation import RESULT, Evaluation
 from search.errors import UsageError
 from search.setup import sources
 from search.show import plots
+from search.show.baseline_text import PREDICTED, noise_floor
 from search.show.rows import Row
 
 SHARDS_SHOWN = 3  # shards of the text that are listed, those with the largest loss first
@@ -152,7 +154,7 @@ def _results(evaluation: Evaluation) -> str:
     m, b, score = evaluation.measurement, evaluation.baseline, evaluation.score
     rows = [
         *(
-            [row.title, METRICS[name].base_text or row.text_of(b, name), row.text_of(m, name)]
+            [row.title, METRICS[name].base_text or _cell(row, b, name), _cell(row, m, name)]
             for name, row in shown(METRICS, "row").items()
         ),
         *([f"accuracy, {task}", _task(b, task), _task(m, task)] for task in m.tasks),
@@ -164,6 +166,10 @@ def _results(evaluation: Evaluation) -> str:
         "\n\n± is a standard error. That of PerfNorm is computed over the shards of the text, paired with the "
         "baseline's; that of a time, over the turns that the model and the baseline took."
     )
+
+
+def _cell(row: Shown, measured: Measurement, name: str) -> str:
+    return PREDICTED if METRICS[name].timed and not measured.timed else row.text_of(measured, name)
 
 
 def _arithmetic(evaluation: Evaluation) -> str:
@@ -184,7 +190,8 @@ def _arithmetic(evaluation: Evaluation) -> str:
         [
             "```",
             perf,
-            f"SpeedNorm = 1 − {m.time_ratio:.4f} = {score.speed_norm:.4f}     (time per token over the baseline's)",
+            f"SpeedNorm = 1 − {m.time_ratio:.4f} = {score.speed_norm:.4f}     "
+            f"({'' if m.timed else 'predicted '}time per token over the baseline's)",
             f"Score = max({formula.weight_perf:g} · {score.perf_norm:.4f} + "
             f"{formula.weight_speed:g} · {score.speed_norm:.4f}, 0) = {score.score:.4f}",
             "```",
@@ -206,11 +213,19 @@ def _changes(evaluation: Evaluation) -> str:
 def _time(evaluation: Evaluation, path: Path) -> str:
     m, b = evaluation.measurement, evaluation.baseline
     sizes = ", ".join(map(str, m.workload.batch_sizes))
-    lines = [
+    timed = (
         f"A token takes {m.time_per_token_ms:.4f} ms, and {m.base_time_per_token_ms:.4f} ms with the baseline, which "
         f"was timed in turn with the model: the ratio is {m.time_ratio:.4f} ± {m.time_ratio_se:.4f} "
-        f"({m.timing_samples} decode steps, batch sizes {sizes}; {m.engine_version} on {m.device}).",
-        *(f"- {note}" for note in m.notes),
+        f"({m.timing_samples} decode steps, batch sizes {sizes}; {m.engine_version} on {m.device})."
+    )
+    predicted = (
+        f"Nothing was timed. A token is predicted to take {m.time_ratio:.4f} of the baseline's time, from the weights "
+        "that a decode step reads and from the number of layers."
+    )
+    floor = noise_floor(b) if m.timed else None
+    lines = [
+        timed if m.timed else predicted,
+        *(f"- {note}" for note in (*m.notes, floor) if note and note != UNTIMED_NOTE),
     ]
     rows = _weights_by_part(evaluation, path)
     if rows is None:
@@ -221,8 +236,9 @@ def _time(evaluation: Evaluation, path: Path) -> str:
         "",
         _table(["part", "baseline", "model", "difference"], rows),
         "",
-        f"The weights have {m.model_size_mb / b.model_size_mb:.3f} of the baseline's bytes and a token takes "
-        f"{m.time_ratio:.3f} of its time. Where these two differ, the rest is launches, work of the host, and kernels "
+        f"The weights have {m.model_size_mb / b.model_size_mb:.3f} of the baseline's bytes and a token "
+        f"{'takes' if m.timed else 'is predicted to take'} {m.time_ratio:.3f} of its time. Where these two differ, "
+        "the rest is launches, work of the host, and kernels "
         "whose time is not proportional to their bytes.",
     ]
     return "\n".join(lines)

@@ -37,7 +37,7 @@ def baseline_command(model: Path | None, again: bool, as_json: bool, **where: An
 
     from search.by_hand import multirun
     from search.setup import setting
-    from search.show import progress
+    from search.show import baseline_text, progress
     from search.stages.baseline import BASELINE_RESULT
     from search.stages.bench import Bench
 
@@ -48,17 +48,23 @@ def baseline_command(model: Path | None, again: bool, as_json: bool, **where: An
         click.echo(json.dumps(measured.to_dict()))
         return
     click.echo(
-        f"baseline {file.model.source}: perplexity {measured.perplexity:.3f}, "
-        f"{measured.time_per_token_ms:.3f} ms per token, "
-        f"{measured.tokens_per_sec:.1f} tokens per second, {measured.model_size_mb:.1f} MB "
+        f"baseline {file.model.source}: {baseline_text.numbers(measured, decimals=3, rate=True)} "
         f"({measured.backend}, {measured.device}) → {place}"
     )
+    floor = baseline_text.noise_floor(measured)
+    if floor is not None:
+        click.echo(floor)
 
 
 @main.command("evaluate", cls=StudyCommand)
 @study_options
 @click.option(
-    "--model", "path", type=PATH, default=Path("submit/model"), show_default=True, help="Checkpoint to measure."
+    "--model",
+    "path",
+    type=PATH,
+    default=Path("submit/model"),
+    show_default=True,
+    help="Candidate: the checkpoint to measure. The base model that it is compared with is model.source.",
 )
 @click.option("--run-name", help="Name of the MLflow run [default: the directory's name].")
 @click.option("--baseline", "only_baseline", is_flag=True, help="Measure the base model alone, as `baseline` does.")
@@ -69,8 +75,11 @@ def evaluate_command(
 ) -> None:
     """Measure any checkpoint against the baseline → PATH/eval_result.json and an MLflow run.
 
+    --model is the candidate. The base model is the study file's; model.source=PATH sets another.
+
     \b
     optuna-search evaluate --model submit/model_drop28 --run-name drop28
+    optuna-search evaluate --model submit/model_drop28 model.source=/models/my-llama
     """
     if only_baseline:
         context.invoke(baseline_command, model=None, again=False, as_json=as_json, **where)

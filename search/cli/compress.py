@@ -82,7 +82,7 @@ def method_options(command: Callable[..., None]) -> Callable[..., None]:
             type=PATH,
             help="Directory to write [default: submit/model; of a multirun submit/model_NAME].",
         ),
-        click.option("--model", type=PATH, help="Base model [default: the study file's]."),
+        click.option("--model", type=PATH, help="Base model, which is compressed [default: the study file's]."),
     ):
         command = option(command)
     return study_options(command)

@@ -90,10 +90,10 @@ def run_command(
             outcome = finalists.distill_finalists(wanted, the_study, say, live.warn, words)
     state = status.of(the_study)
     if outcome is None:
-        _print_status(state, as_json)
+        _print_status(state, as_json, option="optuna-search status --all")
         return
     state = dataclasses.replace(state, distilled=outcome.rows, passed_over=outcome.passed_over)
-    _print_status(state, as_json)
+    _print_status(state, as_json, option="optuna-search status --all")
     if outcome.rows and state.best_of_all is not None and not as_json:
         named = {"--storage": where["storage"], "--study-name": where["study_name"]}
         own = [word for name, value in named.items() if value is not None for word in (name, value)]
@@ -110,12 +110,14 @@ def run_command(
     type=PATH,
     help="File to draw the Pareto front into, PerfNorm against SpeedNorm, .png or .html [default: none].",
 )
+@click.option("--all", "everything", is_flag=True, help="List all ended trials [default: the last 12].")
 @json_option()
-def status_command(plot: Path | None, as_json: bool, **where: Any) -> None:
+def status_command(plot: Path | None, everything: bool, as_json: bool, **where: Any) -> None:
     """Show progress, the best and the Pareto trials, and why the others ended.
 
     \b
     optuna-search status --study exaone4-1.2b
+    optuna-search status --all
     optuna-search status --plot front.png
     """
     file = load_file(**where)
@@ -128,7 +130,7 @@ def status_command(plot: Path | None, as_json: bool, **where: Any) -> None:
     state = status.of(storage.load(_existing(file.storage), file.study_name))
     if plot is not None:
         plots.plot_scores([trial.row() for trial in state.pareto], plot, **file.score.model_dump())
-    _print_status(state, as_json)
+    _print_status(state, as_json, everything=everything)
 
 
 def _existing(url: str) -> Any:
@@ -143,13 +145,16 @@ def _existing(url: str) -> Any:
     return storage.open_storage(url)
 
 
-def _print_status(state: StudyState, as_json: bool) -> None:
+def _print_status(state: StudyState, as_json: bool, *, everything: bool = False, option: str = "--all") -> None:
+    from search.show import tables, verdict
+
     if as_json:
         click.echo(json.dumps(state.to_dict()))
+        sentence = verdict.of_study(state)
+        if sentence is not None:
+            click.echo(sentence, err=True)
         return
-    from search.show import tables
-
-    print_table(tables.status_table(state))
+    print_table(tables.status_table(state, everything=everything, option=option))
 
 
 @main.command("dashboard", cls=StudyCommand)
@@ -193,8 +198,8 @@ def export_command(number: int | None, to: Path, for_transformers: str | None, a
     from search.by_hand import export
     from search.config import compose
     from search.setup import setting
-    from search.show import progress
-    from search.study import storage
+    from search.show import progress, verdict
+    from search.study import status, storage
 
     file = load_file(**where, export__for_transformers=for_transformers)
     the_study = storage.load(_existing(file.storage), file.study_name)
@@ -206,10 +211,14 @@ def export_command(number: int | None, to: Path, for_transformers: str | None, a
         )
         target = file.export.for_transformers or study_file.export.for_transformers
         exported = export.export(prepared, trial, to, live.say, target)
+    state = status.of(the_study)
+    summary = dataclasses.replace(status.summary(trial), score=exported.score, score_se=exported.score_se)
+    sentence = verdict.of_study(state) or verdict.of_trial(summary, state.base_score)
     if as_json:
         click.echo(json.dumps(exported.to_dict()))
-        return
-    click.echo(
-        f"trial {exported.trial}, Score {exported.score:.4f}, perplexity {exported.perplexity:.3f} → {exported.path}"
-    )
-    click.echo(exported.compared)
+    else:
+        score = progress.score_text(exported.score, exported.score_se)
+        click.echo(f"trial {exported.trial}, {score}, perplexity {exported.perplexity:.3f} → {exported.path}")
+        click.echo(exported.compared)
+    if sentence is not None:
+        click.echo(sentence, err=as_json)

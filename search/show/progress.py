@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from compressors.plan import CompressionPlan, short
@@ -66,15 +67,21 @@ class Live:
         if row.result is None:
             text = f"FAILED: {row.reason}"
         else:
-            text = f"Score {row.result.score.score:.4f}" + ("  (measured before)" if row.before else "")
+            text = score_text(row.result.score.score, row.result.score.score_se)
+            text += "  (measured before)" if row.before else ""
         self._console.print(f"job {number:>3} {row.name:<28} {text}", markup=False)
         self._progress.update(self._task, completed=number + 1)
 
     def _on_say(self, event: dict[str, Any]) -> None:
-        self._progress.update(self._task, what=event["text"])
+        text = f"trial {event['trial']}: {event['text']}" if "trial" in event else event["text"]
+        self._progress.update(self._task, what=escape(text))
         if not self._console.is_terminal and time.monotonic() - self._said > 5:
             self._said = time.monotonic()
-            self._console.print(f"… {event['text']}", markup=False)
+            self._console.print(f"… {text}", markup=False)
+
+    def _on_header(self, event: dict[str, Any]) -> None:
+        for text in event["lines"]:
+            self._console.print(text, markup=False)
 
     def _on_warn(self, event: dict[str, Any]) -> None:
         self._console.print(f"warning: {event['text']}", markup=False)
@@ -86,7 +93,9 @@ class Live:
         finished, trials = event["finished"], event["trials"]
         if self._since is None:
             self._since, self._at_start = time.monotonic(), finished
-        result = f"best {event['best']:.4f} (trial {event['best_trial']})" if "best" in event else ""
+        result = ""
+        if "best" in event:
+            result = f"best {score_text(event['best'], event['best_se'])} (trial {event['best_trial']})"
         result += f", {event['pruned']} pruned" if event["pruned"] else ""
         result += f", {event['failed']} failed" if event["failed"] else ""
         here = finished - self._at_start
@@ -102,12 +111,21 @@ def line(event: dict[str, Any]) -> str:
     text = f"trial {event['trial']:>3} "
     if event["plan"]:
         text += f"{short(CompressionPlan.from_dict(event['plan'])):<44} "
+    if event["score"] is not None and event["by_definition"]:
+        return text + f"Score {event['score']:.4f}  ({event['reason']})"
     if event["score"] is not None:
-        text += f"Score {event['score']:.4f}  {event['seconds']:.0f} s"
+        text += f"{score_text(event['score'], event['score_se'])}  {event['seconds']:.0f} s"
         return text + ("  (measured before)" if "before" in event["reason"] else "")
+    if event["stopped"]:
+        return text + f"stopped at {event['stage']}  {event['seconds']:.0f} s  (tried again by the next run)"
     if event["failure"]:
         return text + f"FAILED at {event['stage']}: {event['reason']}"
     return text + f"pruned at {event['stage']}  {event['seconds']:.0f} s"
+
+
+def score_text(score: float, error: float | None) -> str:
+    """Return a Score with its standard error, where it is known."""
+    return f"Score {score:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _left(seconds: float) -> str:

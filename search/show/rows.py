@@ -22,11 +22,13 @@ class Result:
         plan: The plan that made the model; None for a model of another origin.
         metrics: The metrics of `COMPARED`, by name; None where one was not computed.
         score: PerfNorm, SpeedNorm and Score with their standard errors.
+        timed: Whether the times were measured; if not, they are predicted.
     """
 
     plan: CompressionPlan | None
     metrics: Mapping[str, float | None]
     score: Score
+    timed: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; the metrics and the numbers of the score stand next to the plan."""

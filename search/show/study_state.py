@@ -10,6 +10,7 @@ from typing import Any
 from compressors.plan import CompressionPlan
 from evaluator.measurement import Measurement
 from evaluator.score import Score
+from search import stages
 from search.json_values import known_fields
 from search.show.rows import Result, Row
 
@@ -41,6 +42,11 @@ class TrialSummary:
     reason: str | None = None
     failure: str | None = None
     plan: CompressionPlan | None = None
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it is the base model itself, whose Score follows from the definition."""
+        return self.stage == stages.BASE
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values without those that are None; the Score is always there.
@@ -185,6 +191,20 @@ class BestOfAll:
 
 
 @dataclasses.dataclass(frozen=True)
+class Contender:
+    """Contender holds the Score of a measured model that is not the base model.
+
+    Attributes:
+        name: The trial, and the directory of a distilled model.
+    """
+
+    name: str
+    score: float
+    score_se: float | None = None
+    speed_norm_se: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class PassedOver:
     """PassedOver names a good trial that is not distilled, and why.
 
@@ -216,6 +236,9 @@ class StudyState:
         distilled: The finalists, the best Score first.
         best_of_all: The best of the trials and of the distilled models that are still there.
         passed_over: The trials that were not distilled; None where nothing was to be distilled.
+        stopped: The number of trials that a person stopped, which are tried again.
+        base_score: The Score of the base model by definition; None where the storage doesn't hold the formula.
+        contenders: All measured models that are not the base model.
     """
 
     study: str
@@ -234,6 +257,9 @@ class StudyState:
     distilled: tuple[FinalistRow, ...]
     best_of_all: BestOfAll | None
     passed_over: tuple[PassedOver, ...] | None = None
+    stopped: int = 0
+    base_score: float | None = None
+    contenders: tuple[Contender, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -243,6 +269,8 @@ class StudyState:
         for name in ("pareto", "ended", "distilled"):
             values[name] = [one.to_dict() for one in values[name]]
         values["pruned_at"] = dict(self.pruned_at)
+        for name in ("base_score", "contenders", *([] if self.stopped else ["stopped"])):
+            del values[name]
         if self.passed_over is None:
             del values["passed_over"]
         else:

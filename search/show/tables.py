@@ -12,36 +12,53 @@ from rich.text import Text
 from compressors.plan import short
 from evaluator.measurement import METRICS
 from evaluator.metrics import SCORE_COLUMN, UNKNOWN, Shown, short_count, shown
+from search.show import baseline_text, verdict
 from search.show.rows import Result, Row, by_score
 from search.show.study_state import BestOfAll, FinalistRow, StudyState, TrialSummary
 
 COLUMNS = shown(METRICS, "column")
 FRONT = shown(METRICS, "front")
 MOST_ENDED = 12  # pruned and failed trials that are listed
+NOISE_FLOOR = "the base model itself: noise floor"
 
 
-def status_table(state: StudyState) -> RenderableType:
-    """Return a study's state: a line, the baseline, the Pareto front, the reasons, and the distilled finalists."""
-    states = ("complete", "pruned", "failed", "running", "waiting")
+def status_table(state: StudyState, *, everything: bool = False, option: str = "--all") -> RenderableType:
+    """Return a study's state: a line, the baseline, the Pareto front, the reasons, the finalists, and a verdict.
+
+    Args:
+        state: The state of the study.
+        everything: List all ended trials, and not only the last ones.
+        option: What the user gives to see them all.
+    """
+    states = ("complete", "pruned", "failed", "stopped", "running", "waiting")
     counts = ", ".join(f"{getattr(state, name)} {name}" for name in states if getattr(state, name))
     more = (state.trials or 0) >= state.finished  # else a later call asked for fewer trials than there were
     done = f"{state.finished} of {state.trials}" if more else str(state.finished)
     parts: list[RenderableType] = [Text(f"study {state.study}: {done} trials finished ({counts})")]
     baseline = state.baseline
     if baseline is not None:
-        parts.append(
-            Text(
-                f"baseline: perplexity {baseline.perplexity:.3f}, {baseline.time_per_token_ms:.2f} ms per token, "
-                f"{baseline.model_size_mb:.1f} MB ({baseline.backend}, {baseline.device})"
-            )
-        )
+        parts.append(Text(f"baseline: {baseline_text.numbers(baseline)} ({baseline.backend}, {baseline.device})"))
+        floor = baseline_text.noise_floor(baseline)
+        parts += [] if floor is None else [Text(floor)]
     if state.pareto:
         parts.append(_pareto(state.pareto, state.best))
     if state.ended:
-        parts.append(_reasons(state.ended))
+        shown_last = state.ended if everything else state.ended[-MOST_ENDED:]
+        parts.append(_reasons(shown_last))
+        if len(shown_last) < len(state.ended):
+            parts.append(Text(f"… and {len(state.ended) - len(shown_last)} more ({option})"))
     if state.distilled and state.best_of_all is not None:
         parts += _distilled(state.distilled, state.best_of_all)
+    parts += [Text(line) for line in (_noisy(state), verdict.of_study(state)) if line is not None]
     return Group(*parts)
+
+
+def _noisy(state: StudyState) -> str | None:
+    """Return a line about the models whose timing says little."""
+    noisy = [one.name for one in state.contenders if (one.speed_norm_se or 0.0) > baseline_text.NOISY]
+    if not noisy:
+        return None
+    return f"noisy timing: the standard error of SpeedNorm exceeds {baseline_text.NOISY:g} in {', '.join(noisy)}"
 
 
 def best_of_all_line(best: BestOfAll) -> str:
@@ -52,16 +69,19 @@ def best_of_all_line(best: BestOfAll) -> str:
 
 def comparison(rows: Iterable[Row]) -> Table:
     """Return the table of evaluated models, the best Score first; those that failed come last with their reasons."""
+    rows = by_score(rows)
+    base = next((row.result.plan for row in rows if row.name == "baseline" and row.result is not None), None)
     table = Table(box=None, pad_edge=False)
     numbers = _around([one.title for one in COLUMNS.values()], ["PerfNorm", "SpeedNorm", "Score"], COLUMNS)
     for name in ("experiment", *numbers, "remark"):
         table.add_column(name, justify="left" if name in ("experiment", "remark") else "right")
-    for row in by_score(rows):
+    for row in rows:
         if row.result is None:
-            table.add_row(row.name, *[""] * len(numbers), f"{row.failure}: {row.reason}")
-        else:
-            remark = row.remark or ("measured before" if row.before else "")
-            table.add_row(row.name, *cells(row.result), remark)
+            table.add_row(Text(row.name), *[""] * len(numbers), Text(f"{row.failure}: {row.reason}"))
+            continue
+        itself = base is not None and row.result.plan == base and row.name != "baseline"
+        remarks = [row.remark, NOISE_FLOOR if itself else None, "measured before" if row.before else None]
+        table.add_row(Text(row.name), *cells(row.result), Text(next((remark for remark in remarks if remark), "")))
     return table
 
 
@@ -73,7 +93,11 @@ def cells(result: Result) -> list[str]:
         f"{score.speed_norm:.3f}±{score.speed_norm_se:.3f}",
         f"{score.score:.4f}±{score.score_se:.4f}",
     ]
-    return _around([column.text(result.metrics[name]) for name, column in COLUMNS.items()], scored, COLUMNS)
+    metrics = [
+        column.text(result.metrics[name]) if result.timed or not METRICS[name].timed else baseline_text.PREDICTED
+        for name, column in COLUMNS.items()
+    ]
+    return _around(metrics, scored, COLUMNS)
 
 
 def _around(cells: Sequence[str], scored: Sequence[str], columns: Mapping[str, Shown]) -> list[str]:
@@ -111,11 +135,12 @@ def _pareto(trials: Sequence[TrialSummary], best: TrialSummary | None) -> Table:
         scored = [
             f"{trial.perf_norm:.3f}±{trial.perf_norm_se:.3f}",
             f"{trial.speed_norm:.3f}±{trial.speed_norm_se:.3f}",
-            f"{trial.score:.4f}",
+            _with_se(trial.score, trial.score_se),
         ]
+        plan = "" if trial.plan is None else short(trial.plan)
         table.add_row(
             f"{star}{trial.trial}",
-            "" if trial.plan is None else short(trial.plan),
+            f"{plan} (the base model)" if trial.is_base else plan,
             *_around([column.text(trial.metrics.get(name)) for name, column in FRONT.items()], scored, FRONT),
         )
     return table
@@ -151,11 +176,14 @@ def _with_se(score: float | None, error: float | None) -> str:
 
 
 def _reasons(ended: Sequence[TrialSummary]) -> Table:
+    """Return a line for each trial; what is wider than the terminal is cut off, and stays in the JSON."""
     table = Table(title="Pruned and failed", title_justify="left", box=None, pad_edge=False)
-    table.add_column("trial", justify="right")
-    table.add_column("plan", no_wrap=True)
+    table.add_column("trial", justify="right", no_wrap=True)
+    table.add_column("plan")
     table.add_column("why")
-    for trial in ended[-MOST_ENDED:]:
-        plan = "" if trial.plan is None else short(trial.plan)
-        table.add_row(str(trial.trial), plan, f"{trial.failure or trial.state.lower()}: {trial.reason or ''}")
+    for trial in ended:
+        kind = trial.failure or ("failed" if trial.state == "FAIL" else None)
+        why = ": ".join(part for part in (kind, trial.reason) if part) or trial.state.lower()
+        cells = ("" if trial.plan is None else short(trial.plan), " ".join(why.split()))
+        table.add_row(str(trial.trial), *(Text(cell, no_wrap=True, overflow="ellipsis") for cell in cells))
     return table

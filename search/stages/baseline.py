@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from compressors.files import write_json
 from evaluator import measure, score
-from evaluator.measurement import Measurement
+from evaluator.measurement import METRICS, Measurement
 from search.errors import UsageError
 from search.files import read_json
 from search.say import Say
@@ -55,3 +57,9 @@ def baseline(setting: Setting, engines: Engines, say: Say, *, again: bool = Fals
     except ValueError as error:  # a task of which the base model solves nothing
         raise UsageError(str(error)) from None
     return measurement
+
+
+def as_trial(baseline: Measurement) -> Measurement:
+    """Return the measurement that the base model has as a trial: what it is compared with is itself."""
+    known = {name: metric.base for name, metric in METRICS.items() if metric.base is not None}
+    return dataclasses.replace(baseline, time_ratio=1.0, time_ratio_se=0.0, **known)  # type: ignore[arg-type]

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
@@ -16,6 +17,7 @@ from optuna_dashboard import save_note
 
 from evaluator.measurement import METRICS, Measurement
 from evaluator.metrics import shown
+from search.show import baseline_text
 
 if TYPE_CHECKING:
     from search.study.record import Record
@@ -42,8 +44,8 @@ def describe_trial(trial: optuna.Trial, record: Record, baseline: Measurement, a
 def trial_note(record: Record, baseline: Measurement) -> str:
     """Return the note of a trial: how and why it ended, its plan, its results next to the baseline's, and its times."""
     lines = [f"**{_verdict(record)}**"]
-    if record.reason:
-        lines += ["", record.reason]
+    if record.reason or record.by_definition:
+        lines += ["", record.reason or record.by_definition]
     if record.plan is not None:
         lines += ["", "| plan | |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in record.plan.to_dict().items()]
@@ -75,6 +77,9 @@ def _metrics(measured: Measurement, baseline: Measurement) -> list[str]:
             continue
         metric, in_turn = METRICS[name], getattr(measured, f"base_{name}", None)
         base = metric.base_text
+        if metric.timed and not measured.timed:
+            rows.append(f"| {row.title} | {measured.time_ratio:.3f} of the baseline's, predicted | not timed |")
+            continue
         if in_turn is not None:
             base = f"{metric.with_unit(row.text(in_turn))}, in turn"
         elif base is None:
@@ -84,6 +89,8 @@ def _metrics(measured: Measurement, baseline: Measurement) -> list[str]:
 
 
 def _verdict(record: Record) -> str:
+    if record.stopped:
+        return f"stopped at {record.stage}"
     if record.failure:
         return f"failed at {record.stage}: {record.failure}"
     if record.score is not None:
@@ -93,13 +100,15 @@ def _verdict(record: Record) -> str:
 
 def describe_study(study: optuna.Study, baseline: Measurement, baseline_score: float) -> None:
     """Write the study's note: the baseline and the best feasible trial."""
+    floor = baseline_text.noise_floor(baseline)
     lines = [
         "### Baseline",
-        f"perplexity {baseline.perplexity:.3f} on {baseline.tokens} tokens, "
-        f"{baseline.time_per_token_ms:.3f} ms per token, "
-        f"{baseline.model_size_mb:.1f} MB, {baseline.total_parameters:,} parameters",
+        f"{baseline_text.numbers(baseline, decimals=3)}, {baseline.total_parameters:,} parameters, "
+        f"on {baseline.tokens} tokens",
         "",
-        f"{baseline.backend} ({baseline.engine_version}) on {baseline.device}. Its Score is {baseline_score:g}.",
+        f"{baseline.backend} ({baseline.engine_version}) on {baseline.device}. Its Score is {baseline_score:g} by "
+        "definition.",
+        *([] if floor is None else ["", f"{floor}."]),
         "",
         "### Best feasible trial",
     ]
@@ -110,8 +119,9 @@ def describe_study(study: optuna.Study, baseline: Measurement, baseline_score: f
     else:
         attrs = best.user_attrs
         lines.append(
-            f"trial {best.number}: **Score {best.value:.4f}**, PerfNorm {attrs['perf_norm']:.3f}, "
-            f"SpeedNorm {attrs['speed_norm']:.3f}"
+            f"trial {best.number}: **Score {best.value:.4f}{_pm(attrs, 'score_se', 4)}**, "
+            f"PerfNorm {attrs['perf_norm']:.3f}{_pm(attrs, 'perf_norm_se', 3)}, "
+            f"SpeedNorm {attrs['speed_norm']:.3f}{_pm(attrs, 'speed_norm_se', 3)}"
         )
         lines += ["", "| plan | |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in attrs["plan"].items()]
@@ -119,6 +129,11 @@ def describe_study(study: optuna.Study, baseline: Measurement, baseline_score: f
     if study.user_attrs.get("note") != body:  # saving a note is a transaction: only when it has changed
         save_note(study, body)
         study.set_user_attr("note", body)
+
+
+def _pm(attributes: Mapping[str, Any], name: str, decimals: int) -> str:
+    """Return a standard error behind its ±; empty where an older version did not store it."""
+    return "" if attributes.get(name) is None else f" ± {attributes[name]:.{decimals}f}"
 
 
 def serve(storage: optuna.storages.BaseStorage, artifacts: Path, host: str, port: int) -> None:

@@ -23,10 +23,11 @@ from compressors.plan import CompressionPlan
 from evaluator import quality, score
 from evaluator.errors import EngineOutOfMemory, EvaluationError, NotFinite
 from evaluator.measurement import Measurement
-from search import processes
+from search import processes, stages
 from search.files import read_json
 from search.say import Say
 from search.setup import keys
+from search.stages import baseline as base_stage
 from search.stages import measure, screen
 from search.stages.bench import Bench
 from search.stages.screen import Screen, mean_known
@@ -102,6 +103,8 @@ class Objective:
         if infeasible:
             record.reason = f"infeasible: {infeasible}"
             raise optuna.TrialPruned(record.reason)
+        if plan == setting.model.identity:
+            return self._base_model(trial, record)
         path = setting.outputs / "measurements" / f"{keys.measurement_key(setting, plan)}.json"
         known = read_json(path)
         record.reused = known is not None
@@ -119,12 +122,26 @@ class Objective:
         self._enter(trial, record, "done")
         return record.score.score
 
+    def _base_model(self, trial: optuna.Trial, record: Record) -> float:
+        """Return the Score that the base model has by definition.
+
+        It is not measured again, or noise would put it above plans that differ. Its shards are reported for pruners.
+        """
+        for step in range(1, len(self.setting.texts.shards) + 1):
+            trial.report(self.setting.formula.weight_perf, step=step)
+        record.predicted_speed_norm = 0.0
+        record.measurement = base_stage.as_trial(self.baseline)
+        record.score = score.score_of(record.measurement, self.baseline, self.setting.formula)
+        self._enter(trial, record, stages.BASE)
+        return record.score.score
+
     def _measure(self, trial: optuna.Trial, record: Record, plan: CompressionPlan, its_screen: Screen) -> Measurement:
         self._enter(trial, record, "build")
         try:
             path, weights_sha256 = self.bench.build(plan, self.say)
         except InfeasiblePlan as error:  # what stays in 16 bits, and so its size, is known now
             record.reason = f"infeasible: {error}"
+            self._report_mean(trial, record)
             raise optuna.TrialPruned(record.reason) from None
         self._enter(trial, record, "measure")
         measured = self.bench.measure(path, weights_sha256, self.baseline, self.say)
@@ -141,7 +158,7 @@ class Objective:
         running_mean = samplers.wants_running_mean(setting.file.pruner)
         shards: Iterable[quality.ShardQuality] = self.bench.shards(plan, self.say) if known is None else known.shards()
         scored: list[quality.ShardQuality] = []
-        values: list[float] = []
+        values = record.shard_values
         for index, shard in enumerate(shards):
             if not math.isfinite(shard.nll):
                 raise NotFinite(f"screen: the loss on shard {index} is {shard.nll}; this plan breaks the model")
@@ -153,9 +170,10 @@ class Objective:
             if prune and trial.should_prune():
                 record.screen = Screen.of(scored)
                 record.reason = (
-                    f"screen: {sum(values) / len(values):.3f} on {len(values)} of {len(setting.texts.shards)} shards"
-                    f"{self._best_of(trial, len(values))}: {setting.file.pruner.name} gives it up"
+                    f"screen: {sum(values) / len(values):.3f}{self._best_of(trial, len(values))} "
+                    f"({len(values)} of {len(setting.texts.shards)} shards, {setting.file.pruner.name})"
                 )
+                self._report_mean(trial, record)
                 raise optuna.TrialPruned(record.reason)
         made = Screen.of(scored)
         if known is None:
@@ -172,7 +190,13 @@ class Objective:
         if not values:
             return ""
         mean = values[-1] if samplers.wants_running_mean(self.setting.file.pruner) else sum(values) / len(values)
-        return f", where trial {best.number} (Score {best.value:.3f}) had {mean:.3f}"
+        return f" against {mean:.3f} of trial {best.number}"
+
+    def _report_mean(self, trial: optuna.Trial, record: Record) -> None:
+        """Report the mean over the shards last: Optuna makes the last value that of a pruned trial."""
+        if not samplers.wants_running_mean(self.setting.file.pruner):
+            values = record.shard_values
+            trial.report(sum(values) / len(values), step=len(values) + 1)
 
     def _constrain(self, trial: optuna.Trial, infeasible: str | None) -> None:
         value = 1.0 if infeasible else 0.0

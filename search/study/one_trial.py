@@ -41,11 +41,14 @@ def run_one(
     study.sampler = samplers.sampler(file.sampler, file.seed, worker, done)
     study.pruner = samplers.pruner(file.pruner, len(bench.setting.texts.shards))
 
+    current: Event = {}  # the number of the trial, as soon as it has one
+
     def say(text: str) -> None:
         stop.check()
-        watch({"event": "say", "text": text})
+        watch({"event": "say", "text": text, **current})
 
     def on_stage(record: Record) -> None:
+        current["trial"] = record.number
         stop.check()
         watch({"event": "stage", "worker": worker, "trial": record.number, "stage": record.stage})
 
@@ -72,9 +75,13 @@ def _ended(record: Record, worker: int) -> Event:
         "worker": worker,
         "trial": record.number,
         "stage": record.stage,
-        "reason": record.reason,
+        "reason": record.reason or record.by_definition,
         "failure": record.failure,
+        "stopped": record.stopped,
+        "by_definition": bool(record.by_definition),
         "score": record.score.score if record.score else None,
+        "score_se": record.score.score_se if record.score else None,
+        "speed_norm_se": record.score.speed_norm_se if record.score else None,
         "plan": record.plan.to_dict() if record.plan else None,
         "seconds": round(sum(record.seconds.values()), 1),
     }

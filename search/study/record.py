@@ -8,7 +8,9 @@ from typing import Any
 from compressors.plan import CompressionPlan
 from evaluator import score
 from evaluator.measurement import METRICS, Measurement
+from search import stages
 from search.stages.screen import Screen
+from search.study.trials import INTERRUPTED
 
 
 @dataclasses.dataclass
@@ -21,6 +23,7 @@ class Record:
         stage: The stage that the trial has reached.
         reason: Why the trial was pruned or has failed, in one line.
         failure: The kind of failure; "" for none.
+        shard_values: The value of each shard of the screen, see `search.study.objective`.
         screen: The result of the screen.
         predicted_speed_norm: The SpeedNorm that is predicted from weight bytes.
         measurement: The result of the measurement.
@@ -34,12 +37,25 @@ class Record:
     stage: str = "plan"
     reason: str = ""
     failure: str = ""
+    shard_values: list[float] = dataclasses.field(default_factory=list)
     screen: Screen | None = None
     predicted_speed_norm: float | None = None
     measurement: Measurement | None = None
     score: score.Score | None = None
     reused: bool = False
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a person stopped the trial, which is tried again."""
+        return self.failure == INTERRUPTED
+
+    @property
+    def by_definition(self) -> str:
+        """What the trial's Score follows from, if it is the base model itself; else empty."""
+        if self.stage != stages.BASE or self.score is None:
+            return ""
+        return f"the base model itself: {self.score.score:g} by definition"
 
     def attributes(self) -> dict[str, Any]:
         """Return the trial's user attributes: numbers for the dashboard, and what resuming and export need."""

@@ -6,7 +6,7 @@ It reads only the storage, and whether the distilled models still exist.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import optuna
@@ -14,8 +14,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from evaluator.measurement import METRICS
 from search.json_values import known_fields, measurement_from, plan_from
-from search.show.study_state import BestOfAll, FinalistRow, StudyState, TrialSummary, finalists_by_score
-from search.study.trials import finished
+from search.show.study_state import (
+    BestOfAll,
+    Contender,
+    FinalistRow,
+    StudyState,
+    TrialSummary,
+    finalists_by_score,
+)
+from search.study.trials import INTERRUPTED, finished, is_base_model
 
 DISTILLED = "distilled"  # the study's attribute that holds the rows of its finalists (`search.finalists`)
 
@@ -28,10 +35,11 @@ def of(study: optuna.Study) -> StudyState:
     pruned = [trial for trial in done if trial.state == TrialState.PRUNED]
     best = max(complete, key=lambda trial: trial.value or 0.0, default=None)
     baseline = study.user_attrs.get("baseline")
+    file = study.user_attrs.get("file", {})
     distilled = finalists_by_score(distilled_of(study))
     return StudyState(
         study=study.study_name,
-        trials=study.user_attrs.get("file", {}).get("trials"),
+        trials=file.get("trials"),
         finished=len(done),
         complete=len(complete),
         pruned=len(pruned),
@@ -45,7 +53,23 @@ def of(study: optuna.Study) -> StudyState:
         ended=tuple(summary(trial) for trial in done if trial.state != TrialState.COMPLETE),
         distilled=tuple(distilled),
         best_of_all=best_of_all(best, distilled),
+        stopped=sum(trial.user_attrs.get("failure") == INTERRUPTED for trial in trials),
+        base_score=file.get("score", {}).get("weight_perf"),
+        contenders=tuple(_contenders(complete, distilled)),
     )
+
+
+def _contenders(complete: Iterable[FrozenTrial], distilled: Iterable[FinalistRow]) -> Iterator[Contender]:
+    for trial in complete:
+        if not is_base_model(trial):
+            errors = (trial.user_attrs.get("score_se"), trial.user_attrs.get("speed_norm_se"))
+            yield Contender(f"trial {trial.number}", trial.value or 0.0, *errors)
+    for row in distilled:
+        if row.result is not None and is_there(row):
+            after = row.result.after
+            yield Contender(
+                f"trial {row.trial} distilled, {row.path},", after.score, after.score_se, after.speed_norm_se
+            )
 
 
 def distilled_of(study: optuna.Study) -> list[FinalistRow]:

@@ -8,6 +8,7 @@ import optuna
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
+from search import stages
 from search.processes import alive
 
 GRACE_S = 60
@@ -21,6 +22,11 @@ def finished(trials: list[FrozenTrial]) -> list[FrozenTrial]:
     A trial that was killed or interrupted is FAIL too; it does not count, because it is tried again.
     """
     return [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or _failed(trial)]
+
+
+def is_base_model(trial: FrozenTrial) -> bool:
+    """Return whether the trial is the base model itself, whose Score follows from the definition."""
+    return trial.user_attrs.get("stage") == stages.BASE and trial.state == TrialState.COMPLETE
 
 
 def _failed(trial: FrozenTrial) -> bool:

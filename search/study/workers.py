@@ -161,7 +161,7 @@ def keep_best_checkpoints(study: optuna.Study, setting: Setting) -> None:
     Those of trials that failed after they were built go too.
     """
     everything = study.get_trials(deepcopy=False)
-    complete = [trial for trial in everything if trial.state == TrialState.COMPLETE]
+    complete = [trial for trial in everything if trial.state == TrialState.COMPLETE and not trials.is_base_model(trial)]
     best = sorted(complete, key=lambda trial: -(trial.value or 0.0))[: setting.file.limits.keep_checkpoints]
     running = [trial for trial in everything if trial.state == TrialState.RUNNING]
     kept = {trial.user_attrs.get("checkpoint") for trial in (*best, *running)}
@@ -177,7 +177,7 @@ def _best(study: optuna.Study) -> Event:
         best = study.best_trial
     except ValueError:
         return {}
-    return {"best": best.value, "best_trial": best.number}
+    return {"best": best.value, "best_se": best.user_attrs.get("score_se"), "best_trial": best.number}
 
 
 def _counts(done: list[FrozenTrial]) -> Event:

@@ -1,0 +1,58 @@
+"""States whether a model beats the base model, whose Score follows from the definition."""
+
+from __future__ import annotations
+
+from search.show.study_state import Contender, StudyState, TrialSummary
+
+ERRORS = 2.0  # the standard errors by which a Score must exceed the base model's
+
+
+def of_study(state: StudyState) -> str | None:
+    """Return a sentence where the best of a study is no better than the base model, beyond the error; else None."""
+    base, others = state.base_score, state.contenders
+    if base is None or not (others or state.pruned or state.failed):
+        return None
+    if not others:
+        ended = f"{state.pruned} pruned, {state.failed} failed"
+        return f"no plan beats the base model (Score {base:g} by definition): no other plan was measured ({ended})"
+    best = max(others, key=lambda one: one.score)
+    better = [one for one in others if beats(one, base)]
+    if best in better:
+        return None
+    if better:
+        other = max(better, key=lambda one: one.score)
+        return (
+            f"{best.name} does not beat the base model beyond the error, and {other.name} does: their Scores are "
+            f"{with_error(best)} and {with_error(other)}, the base model's is {base:g} by definition"
+        )
+    return f"no plan beats the base model{_beyond(best, base)}: the best is {best.name} with {_numbers(best, base)}"
+
+
+def of_trial(trial: TrialSummary, base: float | None) -> str | None:
+    """Return a sentence where a measured trial is no better than the base model, beyond the error; else None."""
+    if trial.is_base:
+        return f"trial {trial.trial} is the base model itself: its Score is {trial.score:g} by definition"
+    one = Contender(f"trial {trial.trial}", trial.score or 0.0, trial.score_se)
+    if base is None or beats(one, base):
+        return None
+    return f"{one.name} does not beat the base model{_beyond(one, base)}: it has {_numbers(one, base)}"
+
+
+def beats(one: Contender, base: float) -> bool:
+    """Return whether a model is better than the base model by more than `ERRORS` standard errors."""
+    return one.score - base > ERRORS * (one.score_se or 0.0)
+
+
+def with_error(one: Contender) -> str:
+    """Return the Score with its standard error, where it is known."""
+    return f"{one.score:.4f}" + ("" if one.score_se is None else f" ± {one.score_se:.4f}")
+
+
+def _beyond(one: Contender, base: float) -> str:
+    return " beyond the error" if one.score > base else ""
+
+
+def _numbers(one: Contender, base: float) -> str:
+    difference = f"{one.score - base:+.4f}".replace("-", "−")
+    margin = "" if one.score_se is None else f", where {ERRORS:g} standard errors are {ERRORS * one.score_se:.4f}"
+    return f"Score {with_error(one)}, {difference} against {base:g} by definition{margin}"
