@@ -38,3 +38,9 @@ class NotFinite(EvaluationError):
 
 class TextError(EvaluationError):
     """A text or a task cannot be read, or is too short."""
+
+
+def install(extra: str | None = None) -> str:
+    """Return how to install optuna-search, with an extra where one is named: there is no release to install."""
+    what = "." if extra is None else f"'.[{extra}]'"
+    return f"run `pip install {what}` in the checkout of optuna-search"

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluator.errors import TextError
+from evaluator.errors import TextError, install
 
 GROUPED_CHARACTERS = 2000  # paragraphs of a .txt file are grouped into documents of at least this length
 MOST_TEXT = 32  # a text is tokenized up to this multiple of the tokens that are asked for
@@ -122,8 +122,7 @@ def dataset_documents(
         datasets: Any = importlib.import_module("datasets")
     except ImportError:
         raise TextError(
-            f"{where}: the library datasets is not installed; run `pip install 'optuna-search[hub]'`, or name .txt or "
-            ".jsonl files"
+            f"{where}: the library datasets is not installed; {install('hub')}, or name .txt or .jsonl files"
         ) from None
     try:
         if not Path(name).is_dir():

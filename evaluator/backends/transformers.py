@@ -15,6 +15,7 @@ from typing import Any
 
 from evaluator import backends, hardware
 from evaluator.backends import EngineSettings, Facts
+from evaluator.errors import install
 
 FACTS = Facts(packages=("transformers", "torch"))
 ENVIRONMENT = {
@@ -41,7 +42,7 @@ def preload() -> None:
 def unavailable() -> str | None:
     """Return why the engine cannot run on this machine, or None."""
     missing = [package for package in ("torch", "transformers") if not backends.installed(package)]
-    return f"{' and '.join(missing)} can't be imported; run `pip install optuna-search`" if missing else None
+    return f"{' and '.join(missing)} can't be imported; {install()}" if missing else None
 
 
 class Engine:

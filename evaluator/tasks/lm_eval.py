@@ -22,7 +22,7 @@ from typing import Any, Self
 from pydantic import model_validator
 
 from evaluator import backends, tasks
-from evaluator.errors import BackendUnavailable, EvaluationError, TextError
+from evaluator.errors import BackendUnavailable, EvaluationError, TextError, install
 from evaluator.measurement import TaskResult
 from evaluator.tasks import NllEngine, Progress, _continuations, digest_of, result_of
 from evaluator.tasks._continuations import Continuation
@@ -245,7 +245,7 @@ def _encode(tokenizer: Any, requests: Sequence[Any], max_tokens: int | None) -> 
 
 
 def _unavailable(name: str, why: str) -> BackendUnavailable:
-    return BackendUnavailable(f"task {name}: lm-evaluation-harness {why}; run `pip install 'optuna-search[lm-eval]'`")
+    return BackendUnavailable(f"task {name}: lm-evaluation-harness {why}; {install('lm-eval')}")
 
 
 def _first(error: Exception) -> str:

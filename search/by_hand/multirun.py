@@ -28,8 +28,9 @@ from search.errors import SearchError, UsageError
 from search.failures import FAILURES, why
 from search.files import CACHE
 from search.say import Say
-from search.setup import collect, keys, sources
+from search.setup import collect, keys, load, sources
 from search.setup.setting import Setting, prepare
+from search.show import baseline_text
 from search.show.analysis import Analysis
 from search.show.rows import Row
 from search.stages.bench import Bench
@@ -60,8 +61,10 @@ def baseline(bench: Bench, say: Say, warn: Warn, *, again: bool = False) -> Meas
         differs = stale_baseline(setting)
         if differs:
             warn(f"the baseline is measured again: {differs}")
+        _warn_of_load(setting, warn)
     measured = bench.baseline(say, again=again)
     if fresh:
+        _warn_if(baseline_text.noisy(measured.time_ratio_se, "the base model against itself"), warn)
         score = score_of(measured, measured, setting.formula)
         values = {**mlflow_runs.measured(measured), **setting.model.identity.to_dict(), "score": score.score}
         tags = {"baseline": "true", "model": setting.file.model.source}
@@ -83,10 +86,13 @@ def evaluate(bench: Bench, path: Path, name: str, say: Say, warn: Warn, words: S
         words: The words of the command line that chose the study file.
     """
     candidate = candidate_in(path, bench.setting)
+    if keys.baseline_path(bench.setting).is_file():  # else the baseline, which comes first, warns
+        _warn_of_load(bench.setting, warn)
     measured = baseline(bench, say, warn)
     began = time.time()
     evaluation = evaluate_candidate(bench, candidate, measured, name, say, words)
     score = evaluation.score
+    _warn_if(baseline_text.noisy(score.speed_norm_se, name), warn)
     values = {
         **({} if evaluation.plan is None else evaluation.plan.to_dict()),
         **mlflow_runs.measured(evaluation.measurement),
@@ -97,6 +103,16 @@ def evaluate(bench: Bench, path: Path, name: str, say: Say, warn: Warn, words: S
         tags["description"] = evaluation.description
     mlflow_runs.log_by_hand(bench.setting.file.tracking, name, values, tags, began, warn)
     return evaluation
+
+
+def _warn_of_load(setting: Setting, warn: Warn) -> None:
+    if setting.file.evaluation.speed == "measured":
+        _warn_if(load.others(setting.machine.device), warn)
+
+
+def _warn_if(text: str | None, warn: Warn) -> None:
+    if text is not None:
+        warn(text)
 
 
 def analyze(file: StudyFile, say: Say, *, importance: bool) -> Analysis:

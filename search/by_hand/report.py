@@ -33,7 +33,9 @@ def evaluated(path: Path) -> Evaluation:
         raise UsageError(f"report: {path}: no such directory; name an evaluated model, such as submit/model")
     evaluation = Evaluation.read(path)
     if evaluation is None:
-        raise UsageError(f"report: {path} holds no {RESULT}; run `optuna-search evaluate --model {path}` first")
+        raise UsageError(
+            f"report: {path} holds no {RESULT}; run `optuna-search evaluate --model {shlex.quote(str(path))}` first"
+        )
     return evaluation
 
 

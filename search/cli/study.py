@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,10 +65,12 @@ def run_command(
     optuna-search run --trials 50 --distill-top 3 --tokens 2000000
     """
     from search import errors
+    from search.study import early
 
     if tokens is not None and top is None:
         raise errors.UsageError("--tokens needs --distill-top: it sets the length of the distillation")
     file = load_file(**where, trials=trials, seed=seed)  # before the imports, which take seconds
+    early.refuse_another_definition(file)
 
     from search import finalists, processes
     from search.show import progress
@@ -85,7 +88,7 @@ def run_command(
         wanted = None
         if top is not None:
             wanted = finalists.wanted_of(file, top, tokens or file.distillation.tokens, workers, say)
-        the_study = run_study(file, workers, live, stop)
+        the_study = run_study(file, workers, live, stop, _dashboard_command(**where))
         if wanted is not None:
             outcome = finalists.distill_finalists(wanted, the_study, say, live.warn, words)
     state = status.of(the_study)
@@ -131,6 +134,16 @@ def status_command(plot: Path | None, everything: bool, as_json: bool, **where: 
     if plot is not None:
         plots.plot_scores([trial.row() for trial in state.pareto], plot, **file.score.model_dump())
     _print_status(state, as_json, everything=everything)
+
+
+def _dashboard_command(
+    study: str, config_dir: Path | None, overrides: tuple[str, ...], storage: str | None, study_name: str | None
+) -> str:
+    """Return the command that shows this study: with the words that choose its storage."""
+    own = tuple(word for word in overrides if word.startswith(("storage=", "study_name=", "outputs=")))
+    named = {"--storage": storage, "--study-name": study_name}
+    options = [word for name, value in named.items() if value is not None for word in (name, value)]
+    return shlex.join(["optuna-search", "dashboard", *study_words(study, config_dir, own), *options])
 
 
 def _existing(url: str) -> Any:

@@ -10,9 +10,10 @@ from typing import Any
 
 from compressors import build
 from compressors.files import digest_of_json
-from compressors.plan import CHOICES, OPTIONS, CompressionPlan
+from compressors.plan import CHOICES, CompressionPlan
 from compressors.plan import VERSION as PLAN_VERSION
 from evaluator import measurement
+from search.setup.definition import of_file
 from search.setup.setting import Setting
 
 
@@ -35,25 +36,18 @@ def circumstances(setting: Setting) -> dict[str, Any]:
 
 def definition(setting: Setting) -> dict[str, Any]:
     """Return what must not change under a study's name; integer ranges may, categorical choices may not."""
-    file = setting.file
-    searched = {}
-    for name, value in file.space.model_dump().items():
-        if name in OPTIONS and value in (OPTIONS[name], [OPTIONS[name]]):
-            continue  # a choice that is not searched is left out, and studies may be older than it
-        searched[name] = "searched" if isinstance(value, dict) else value
+    file, by_file = setting.file, of_file(setting.file)
     evaluation = json.loads(json.dumps(circumstances(setting)))
     del evaluation["engine_version"]  # a newer engine measures its own baseline
     fitted = {"moments_windows": file.text.moments_windows} if _may_need_moments(setting) else {}
     parts = {"perf": dict(setting.formula.perf)} if setting.tasks else {}
     return {
+        **by_file,
         **fitted,
-        "model": {"source": file.model.source, "digest": setting.model.digest},
-        "space": searched,
+        "model": {**by_file["model"], "digest": setting.model.digest},
         "calibration": calibration_key(setting),
-        "max_size_mb": file.limits.max_size_mb,
-        "score": {**file.score.model_dump(), **parts},
+        "score": {**by_file["score"], **parts},
         "evaluation": evaluation,
-        "pruner": file.pruner.name,  # decides what is reported: raw shards, or running means
     }
 
 

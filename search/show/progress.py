@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +12,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from compressors.plan import CompressionPlan, short
+from search.show import baseline_text
 from search.show.rows import Row
+
+ESTIMATE_S = 60.0  # the time between two lines about the time left
 
 
 class Live:
@@ -31,9 +36,9 @@ class Live:
             disable=not self._console.is_terminal,
         )
         self._task = self._progress.add_task("", total=trials, what="starting", result="", left="")
-        self._since: float | None = None
-        self._at_start = 0
         self._said = 0.0
+        self._noisy = False
+        self._estimated = -math.inf
 
     def __enter__(self) -> Live:
         self._progress.start()
@@ -91,19 +96,24 @@ class Live:
 
     def _on_done(self, event: dict[str, Any]) -> None:
         finished, trials = event["finished"], event["trials"]
-        if self._since is None:
-            self._since, self._at_start = time.monotonic(), finished
         result = ""
         if "best" in event:
             result = f"best {score_text(event['best'], event['best_se'])} (trial {event['best_trial']})"
         result += f", {event['pruned']} pruned" if event["pruned"] else ""
         result += f", {event['failed']} failed" if event["failed"] else ""
-        here = finished - self._at_start
-        left = "" if here < 1 else _left((time.monotonic() - self._since) / here * (trials - finished))
-        self._progress.update(self._task, completed=finished, total=trials, result=result.strip(", "), left=left)
+        left = event["left"] if finished < trials else None
+        text = "" if left is None else f"about {_left(left['seconds'])}"
+        self._progress.update(self._task, completed=finished, total=trials, result=result.strip(", "), left=text)
+        if left is not None and time.monotonic() - self._estimated > ESTIMATE_S:
+            self._estimated = time.monotonic()
+            self._console.print(f"… {finished} of {trials} trials, {text}: {_stages(left['stages'])}", markup=False)
 
     def _on_end(self, event: dict[str, Any]) -> None:
         self._console.print(line(event), markup=False)
+        noisy = baseline_text.noisy(event["speed_norm_se"], f"trial {event['trial']}")
+        if noisy is not None and not self._noisy:
+            self._noisy = True  # once: the tables show each error
+            self.warn(noisy)
 
 
 def line(event: dict[str, Any]) -> str:
@@ -126,6 +136,12 @@ def line(event: dict[str, Any]) -> str:
 def score_text(score: float, error: float | None) -> str:
     """Return a Score with its standard error, where it is known."""
     return f"Score {score:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _stages(stages: Mapping[str, tuple[float, float]]) -> str:
+    """Return the stages that take time, each with its mean time and the share of the trials that reach it."""
+    parts = [f"{stage} {mean:.0f} s in {share:.0%}" for stage, (mean, share) in stages.items() if mean * share >= 0.05]
+    return ", ".join(parts) + " of trials" if parts else "no stage takes long"
 
 
 def _left(seconds: float) -> str:

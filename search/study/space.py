@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import optuna
@@ -14,6 +17,7 @@ from search.config.study_file import Range, Space
 
 # The order in which they are suggested; a sampler's draws depend on it. drop_from comes before precision.
 NAMED = tuple(name for name, record in CHOICES.items() if not record.is_number and name != "drop_from")
+MOST_LISTED = 1000  # combinations of a space that are listed to count its plans
 NUMBERS = tuple(name for name, record in CHOICES.items() if record.is_number)
 
 
@@ -68,6 +72,38 @@ def uncut(space: Space, base: CompressionPlan) -> list[dict[str, int | str]]:
     params |= {name: wanted.low for name in NUMBERS if isinstance(wanted := getattr(space, name), Range)}
     precisions = sorted(space.precision or [base.precision], key=lambda name: name != base.precision)
     return [params | ({"precision": name} if len(precisions) > 1 else {}) for name in precisions]
+
+
+def searched(space: Space) -> list[str]:
+    """Return what is searched, each with its values as people write them."""
+    return [f"{name} {text}" for name, (text, _) in _dimensions(space).items()]
+
+
+def count_plans(space: Space, base: CompressionPlan) -> tuple[int, bool]:
+    """Return the number of plans in the space, and whether it is exact: choices that make no difference count once.
+
+    A large space is not listed: then it is the number of combinations, which is no less.
+    """
+    values = {name: choices for name, (_, choices) in _dimensions(space).items()}
+    combinations = math.prod(map(len, values.values()))
+    if combinations > MOST_LISTED:
+        return combinations, False
+    each = itertools.product(*values.values())
+    plans = {suggest(optuna.trial.FixedTrial(dict(zip(values, one, strict=True))), space, base) for one in each}  # type: ignore[arg-type]
+    return len(plans), True
+
+
+def _dimensions(space: Space) -> dict[str, tuple[str, Sequence[Any]]]:
+    """Return the text and the values of everything that is suggested."""
+    found: dict[str, tuple[str, Sequence[Any]]] = {}
+    for name in (*DIMENSIONS, "drop_from", "precision", *NAMED, *NUMBERS):
+        wanted = getattr(space, name)
+        if isinstance(wanted, Range):
+            step = "" if wanted.step == 1 else f" by {wanted.step}"
+            found[name] = (f"{wanted.low}..{wanted.high}{step}", range(wanted.low, wanted.high + 1, wanted.step))
+        elif isinstance(wanted, list) and len(wanted) > 1:
+            found[name] = ("|".join(map(str, wanted)), wanted)
+    return found
 
 
 def _categorical(trial: optuna.Trial, name: str, choices: list[Any]) -> Any:

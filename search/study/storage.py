@@ -17,6 +17,7 @@ import sqlalchemy
 from optuna.storages import RDBStorage
 from sqlalchemy.engine import make_url
 
+from evaluator.errors import install
 from search.errors import StorageError, StudyMismatch, UsageError
 from search.study.trials import GRACE_S, retry
 
@@ -44,7 +45,10 @@ def open_storage(url: str) -> RDBStorage:
         )
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        raise StorageError(f"storage {safe}: {reason}; check the URL and that the database server runs") from None
+        hint = "check the URL and that the database server runs"
+        if isinstance(error, ImportError) and "psycopg" in reason:
+            hint = install("cluster")
+        raise StorageError(f"storage {safe}: {reason}; {hint}") from None
 
 
 def _safe(url: str) -> str:

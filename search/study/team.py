@@ -32,6 +32,10 @@ class Team(Protocol):
         """The processes that run trials."""
 
     @property
+    def size(self) -> int:
+        """The number of trials that run at once."""
+
+    @property
     def idle(self) -> bool:
         """Whether a worker can take a trial."""
 
@@ -69,6 +73,11 @@ class InProcess:
     def pids(self) -> set[int]:
         """This process."""
         return {os.getpid()}
+
+    @property
+    def size(self) -> int:
+        """One."""
+        return 1
 
     @property
     def idle(self) -> bool:
@@ -145,6 +154,11 @@ class Processes:
     def pids(self) -> set[int]:
         """The workers' processes."""
         return {process.pid for process in self._processes}
+
+    @property
+    def size(self) -> int:
+        """The number of workers that are left."""
+        return max(sum(process.poll() is None for process in self._processes), 1)
 
     @property
     def idle(self) -> bool:

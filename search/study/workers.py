@@ -19,11 +19,12 @@ from evaluator.measurement import Measurement
 from search import processes
 from search.config.study_file import StudyFile
 from search.errors import StudyStopped, UsageError
-from search.setup import keys
+from search.setup import keys, load
 from search.setup.setting import Setting, prepare
+from search.show import baseline_text
 from search.stages import build
 from search.stages.bench import Bench
-from search.study import dashboard, mlflow_runs, space, storage, trials
+from search.study import dashboard, header, mlflow_runs, space, storage, time_left, trials
 from search.study.one_trial import Event, Watch
 from search.study.team import InProcess, Processes, Team
 
@@ -44,9 +45,20 @@ class _Running:
 
 
 def run_study(
-    file: StudyFile, workers: int = 1, watch: Watch = lambda event: None, stop: processes.Stop | None = None
+    file: StudyFile,
+    workers: int = 1,
+    watch: Watch = lambda event: None,
+    stop: processes.Stop | None = None,
+    dashboard_command: str = "optuna-search dashboard",
 ) -> optuna.Study:
     """Create the study or resume it until it holds `file.trials` finished trials.
+
+    Args:
+        file: The study file.
+        workers: The number of trials that run at once.
+        watch: Told what happens.
+        stop: Whether the user wants it to stop.
+        dashboard_command: The command that shows the study, for the lines with which the run begins.
 
     Raises:
         UsageError: Wrong usage or input, before anything is written.
@@ -60,12 +72,17 @@ def run_study(
         watch({"event": "say", "text": text})
 
     setting = shared(prepare(file, say), workers)
+    finished = 0
     existing = storage.open_storage(file.storage) if storage.exists(file.storage) else None
     if existing is not None:  # a mismatch is told before the baseline is measured
-        storage.find(existing, file.study_name, keys.definition(setting))
+        known = storage.find(existing, file.study_name, keys.definition(setting))
+        finished = 0 if known is None else len(trials.finished(known.get_trials(deepcopy=False)))
+    watch({"event": "header", "lines": header.lines(setting, finished, dashboard_command)})
+    _warn_of_noise(load.others(setting.machine.device) if file.evaluation.speed == "measured" else None, watch)
     build.remove_unfinished(setting.outputs / "checkpoints")
     with Bench.of(setting) as bench:
         baseline = bench.baseline(say)
+        _warn_of_noise(baseline_text.noisy(baseline.time_ratio_se, "the base model against itself"), watch)
         study = _open(existing or storage.open_storage(file.storage), setting, baseline)
         tracker = mlflow_runs.Tracker(
             file.tracking,
@@ -89,6 +106,11 @@ def run_study(
     return study
 
 
+def _warn_of_noise(text: str | None, watch: Watch) -> None:
+    if text is not None:
+        watch({"event": "warn", "text": text})
+
+
 def _open(database: Any, setting: Setting, baseline: Measurement) -> optuna.Study:
     """Create or load the study, and store what later commands need of it."""
     file = setting.file
@@ -109,7 +131,9 @@ def _until_finished(running: _Running, team: Team) -> None:
         running.stop.check()
         everything = study.get_trials(deepcopy=False)
         done = trials.finished(everything)
-        watch({"event": "done", "finished": len(done), "trials": file.trials, **_best(study), **_counts(done)})
+        left = time_left.estimate(done, file.trials, team.size)
+        known = {"left": None if left is None else left.to_dict(), **_best(study), **_counts(done)}
+        watch({"event": "done", "finished": len(done), "trials": file.trials, **known})
         at_start = len(done) if at_start < 0 else at_start
         if len(done) < file.trials:
             _stop_if_hopeless(done[at_start:], file)

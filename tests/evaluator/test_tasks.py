@@ -512,5 +512,5 @@ def test_the_limit_holds_for_the_harness_too(harness, tiny_model):
 
 def test_a_missing_harness_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(BackendUnavailable, match=r"pip install 'optuna-search\[lm-eval\]'"):
+    with pytest.raises(BackendUnavailable, match=r"pip install '\.\[lm-eval\]'"):
         asked_of("mine", tmp_path)

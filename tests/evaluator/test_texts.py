@@ -140,7 +140,7 @@ def test_some_megabytes_are_compared_at_once():
 
 def test_a_dataset_without_the_library_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(TextError, match=r"hub:ORG/NAME: .*pip install 'optuna-search\[hub\]'"):
+    with pytest.raises(TextError, match=r"hub:ORG/NAME: .*pip install '\.\[hub\]'"):
         texts.read_documents(["hub:ORG/NAME"])
 
 
