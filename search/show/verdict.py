@@ -6,6 +6,8 @@ from search.show.study_state import Contender, StudyState, TrialSummary
 
 ERRORS = 2.0  # the standard errors by which a Score must exceed the base model's
 
+PRINTED = 5e-5  # a smaller difference is not seen in four decimals
+
 
 def of_study(state: StudyState) -> str | None:
     """Return a sentence where the best of a study is no better than the base model, beyond the error; else None."""
@@ -40,7 +42,7 @@ def of_trial(trial: TrialSummary, base: float | None) -> str | None:
 
 def beats(one: Contender, base: float) -> bool:
     """Return whether a model is better than the base model by more than `ERRORS` standard errors."""
-    return one.score - base > ERRORS * (one.score_se or 0.0)
+    return one.score - base > ERRORS * (one.score_se or 0.0) + PRINTED
 
 
 def with_error(one: Contender) -> str:
@@ -49,7 +51,7 @@ def with_error(one: Contender) -> str:
 
 
 def _beyond(one: Contender, base: float) -> str:
-    return " beyond the error" if one.score > base else ""
+    return " beyond the error" if one.score > base + PRINTED else ""
 
 
 def _numbers(one: Contender, base: float) -> str:

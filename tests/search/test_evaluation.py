@@ -300,4 +300,5 @@ def test_status_shows_the_attributes_of_a_trial():
     heading, trial = printed(tables.status_table(state))[-2:]
     columns = ["trial", "plan", "perplexity", "PerfNorm", "SpeedNorm", "Score", "MB"]
     assert in_order(heading, columns) == columns
-    assert in_order(trial, cells := ["★0", "3.200", "0.6000", "0.5"]) == cells
+    score = f"0.6000±{one.score.score_se:.4f}"
+    assert in_order(trial, cells := ["★0", "3.200", score, "0.5"]) == cells
