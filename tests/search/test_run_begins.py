@@ -207,7 +207,8 @@ SPIN = "import time\nend = time.time() + 20\nprint(flush=True)\nwhile time.time(
 def test_another_process_that_loads_the_machine_is_named_and_a_child_is_not_another(monkeypatch):
     monkeypatch.setattr(load, "BUSY_SHARE", 0.25 / (os.cpu_count() or 1))  # of one core
     child = subprocess.Popen([sys.executable, "-c", SPIN], stdout=subprocess.PIPE)
-    program = f"import subprocess, sys\nprint(subprocess.Popen([sys.executable, '-c', {SPIN!r}], stdout=subprocess.DEVNULL).pid, flush=True)"
+    start = f"subprocess.Popen([sys.executable, '-c', {SPIN!r}], stdout=subprocess.DEVNULL)"
+    program = f"import subprocess, sys\nprint({start}.pid, flush=True)"
     orphan = int(subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True).stdout.split()[0])
     try:
         child.stdout.readline()
