@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,27 @@ def refuse_another_definition(file: StudyFile) -> None:
         study = optuna.load_study(storage=opened, study_name=file.study_name)
     except KeyError:
         return
-    stored = study.user_attrs.get("definition", {})
+    stored = study.user_attrs.get("definition")
+    if stored is None:
+        return  # another program's, which is refused later
     asked = of_file(file)
     _leave_to_others(asked, file, study)
     known_later = {name: {**stored.get(name, {}), **asked[name]} for name in LATER if name in asked}
-    storage.find(opened, file.study_name, {**stored, **asked, **known_later})
+    storage.require_same(
+        file.study_name,
+        {**stored, **_read_from(study.user_attrs.get("file", {}))},
+        {**stored, **asked, **known_later, **_read_from(file.model_dump(mode="json"))},
+    )
+
+
+def _read_from(file: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what changes the digests of a definition whatever the texts are."""
+    text, parts = file.get("text", {}), file.get("evaluation", {}).get("perf", [])
+    windows = text.get("shards", 0) * text.get("windows_per_shard", 1)
+    return {
+        "text": {"window": text.get("window"), "shards × windows_per_shard": windows},
+        "perf": sorted(part.get("metric") for part in parts),
+    }
 
 
 def _leave_to_others(asked: dict[str, Any], file: StudyFile, study: optuna.Study) -> None:

@@ -127,12 +127,21 @@ def create_or_resume(storage: RDBStorage, name: str, definition: Mapping[str, An
     known = study.user_attrs.get("definition")
     if known is None:
         raise StudyMismatch(f"study {name!r} was not created by optuna-search; choose another --study-name")
-    if known != json.loads(json.dumps(definition)):
-        differing = "; ".join(_differences(known, json.loads(json.dumps(definition))))
+    require_same(name, known, json.loads(json.dumps(definition)))
+    return study
+
+
+def require_same(name: str, known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Compare two definitions of the study `name`, both JSON values.
+
+    Raises:
+        StudyMismatch: They differ; the message lists the differences.
+    """
+    if known != asked:
+        differing = "; ".join(_differences(known, asked))
         raise StudyMismatch(
             f"study {name!r} exists with other settings: {differing}. Use its settings, or choose another --study-name"
         )
-    return study
 
 
 def load(storage: RDBStorage, name: str) -> optuna.Study:

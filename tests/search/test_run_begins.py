@@ -71,6 +71,9 @@ def stored(tmp_path):
                        "quantizer": ["nearest", "gptq"]}},
             "space.quantizer is null there",
         ),
+        ({"text": {"window": 512}}, "text.window is 256 there and 512 here"),
+        ({"text": {"shards": 8}}, "text.shards × windows_per_shard is 16 there and 8 here"),
+        ({"evaluation": {"perf": [{"metric": "multiple_choice", "files": ["a.jsonl"]}]}}, 'perf is ["perplexity"]'),
         ({"model": {"source": "organisation/another"}}, "model.source is"),
         ({"model": {"source": "smollm2-135m"}}, "model.source is"),
     ],
@@ -90,6 +93,8 @@ def test_a_changed_definition_is_refused_by_the_study_file_alone(stored, changes
         {"trials": 99, "seed": 7, "sampler": {"name": "random"}},
         {"space": {"num_hidden_layers": {"low": 3, "high": 4}, "precision": ["bfloat16", "W8A8"]}},
         {"study_name": "another", "pruner": {"name": "none"}},
+        {"text": {"shards": 8, "windows_per_shard": 2}},  # the same windows
+        {"text": {"search": ["moved/search.txt"]}},
         {"storage": "sqlite:///nosuch/studies.db", "pruner": {"name": "none"}},
         # wrong in itself, which what checks it says better
         {"model": {"source": "/no/such/model"}},
