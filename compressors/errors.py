@@ -2,6 +2,7 @@
 
 CompressionError
 ├── CheckpointError    a directory that can't be read or written
+│   └── NotFiniteWeights   a weight that is NaN or infinite, and so is not written
 └── InfeasiblePlan     a plan that can't be built or served; the message is the reason
 """
 
@@ -14,6 +15,18 @@ class CompressionError(ValueError):
 
 class CheckpointError(CompressionError):
     """CheckpointError says that a model, its weights or a file derived from them can't be read, used or written."""
+
+
+class NotFiniteWeights(CheckpointError):
+    """NotFiniteWeights says that a weight is NaN or infinite.
+
+    Attributes:
+        name: The name of the tensor.
+    """
+
+    def __init__(self, message: str, name: str = "") -> None:
+        super().__init__(message)
+        self.name = name
 
 
 class InfeasiblePlan(CompressionError):

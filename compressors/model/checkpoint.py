@@ -21,13 +21,14 @@ import torch
 
 from compressors.errors import CheckpointError
 from compressors.files import digest_of_json, scratch_directory, written_whole
-from compressors.model import exaone3, safetensors_file
+from compressors.model import config_values, exaone3, safetensors_file, weight_names
+from compressors.model.config_values import SIZES
+from compressors.model.shards import stored_weights
 from compressors.model.stock_model import imitate_activations, make_buffers
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # stored by Llama 2, and ignored
-SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 CARRIED = (
     "tokenizer*",
@@ -91,29 +92,30 @@ class Checkpoint:
 
         A config without a dtype gets that of the weights, as stock transformers loads them. One without
         tie_word_embeddings gets true if that is the default of its class. A tied head that is stored as well as the
-        embedding is left out. EXAONE 3.0 and 3.5 are read as Llama.
+        embedding is left out. Names that lack "model.", as the base class saves them, get it where the head is
+        tied or stored. EXAONE 3.0 and 3.5 are read as Llama.
 
         Raises:
             CheckpointError: When a file is missing or damaged, or the model is quantized; one line.
         """
         path = Path(path)
         config = require_json(path / "config.json", "a model's directory holds config.json")
-        quantized = config.get("quantization_config")
-        if quantized:
-            how = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-            raise CheckpointError(f"model {path}: is quantized already ({how}); start from the unquantized model")
+        config_values.refuse_quantized(config, f"model {path}: ")
         renamed = exaone3.is_exaone3(config)
         if renamed:
             config = exaone3.llama_config(config)
         for key in SIZES:
-            if not isinstance(config.get(key), int) or config[key] < 1:
-                rule = foreign(config) or "it must be a number of 1 or more"
-                raise CheckpointError(f"model {path}: config.json has {key}: {config.get(key)!r}; {rule}")
-        tensors: dict[str, LazyTensor] = {}
-        for file in weight_files(path):
-            for name, (shape, dtype) in safetensors_file.shapes(file).items():
-                if not name.endswith(COMPUTED):
-                    tensors[name] = LazyTensor(shape, dtype, safetensors_file.loader(file, name))
+            if not config_values.is_size(config.get(key)):
+                rule = foreign(config) or config_values.size_rule(key)
+                raise CheckpointError(
+                    f"model {path}: config.json has {key}: {config_values.as_json(config.get(key))}; {rule}"
+                )
+        config = config_values.settled(config, f"model {path}: ")
+        tensors = {
+            name: LazyTensor(shape, dtype, safetensors_file.loader(file, name))
+            for name, (file, shape, dtype) in stored_weights(weight_files(path)).items()
+            if not name.endswith(COMPUTED)
+        }
         if renamed:
             tensors = exaone3.llama_tensors(tensors)
             config.setdefault("tie_word_embeddings", HEAD not in tensors)  # versions differ in its default
@@ -124,6 +126,8 @@ class Checkpoint:
             )
         if "tie_word_embeddings" not in config and _tied_by_default(config):
             config["tie_word_embeddings"] = True
+        if not renamed and (config.get("tie_word_embeddings") or HEAD in tensors):
+            config, tensors = weight_names.of_class_with_head(config, tensors)
         if config.get("tie_word_embeddings", False) and HEAD in tensors:
             tensors = _without_head(path, tensors)
         if not (config.get("dtype") or config.get("torch_dtype")):
@@ -217,8 +221,11 @@ class Checkpoint:
 
         config = stock_config(self.config)
         wanted = dtype or _dtype(self.config)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
+        except Exception as error:  # model classes raise errors of many types
+            raise CheckpointError(config_values.refusal(self.config, error)) from None
         state = {name: lazy.load().to(device, wanted) for name, lazy in self.tensors.items()}
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
@@ -246,8 +253,7 @@ def stock_config(config: Mapping[str, Any]) -> Any:
     try:
         return AutoConfig.for_model(**copy.deepcopy(dict(config)))  # transformers changes a nested rope_scaling
     except Exception as error:  # the config classes raise errors of many types
-        cause = error.__cause__ or error
-        raise CheckpointError(f"transformers refuses the config: {' '.join(str(cause).split())}") from None
+        raise CheckpointError(config_values.refusal(config, error)) from None
 
 
 def foreign(config: Mapping[str, Any]) -> str | None:

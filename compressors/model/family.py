@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import pkgutil
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +11,9 @@ from typing import Any
 import torch
 
 from compressors.errors import CheckpointError
-from compressors.model import families
+from compressors.model import families, weight_names
 from compressors.model.checkpoint import Checkpoint, LazyTensor, foreign, stock_config
+from compressors.model.config_values import as_json, require_model_type, require_values
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 REQUIRED = {  # of every family: no experts, and no logit_scale, which vLLM reads and transformers doesn't
@@ -224,7 +224,8 @@ def family_of(checkpoint: Checkpoint) -> Family:
         CheckpointError: When it is unknown, or when its config or weights differ from what its name promises.
     """
     config = checkpoint.config
-    model_type = str(config.get("model_type"))
+    require_model_type(config)
+    model_type = str(config["model_type"])
     if model_type not in names():
         reason = (
             foreign(config) or f"known are {', '.join(names())} (a family is one file in compressors/model/families)"
@@ -232,8 +233,14 @@ def family_of(checkpoint: Checkpoint) -> Family:
 
         raise CheckpointError(f"architecture: model_type {model_type!r} is not known here; {reason}")
     family = named(model_type)
+    require_values(config)
     stock = stock_config(config)
-    for architecture in config.get("architectures") or [family.architecture]:
+    architectures = config.get("architectures") or [family.architecture]
+    if not isinstance(architectures, list):
+        raise CheckpointError(
+            f'architecture: config.json has architectures: {as_json(architectures)}; write ["{family.architecture}"]'
+        )
+    for architecture in architectures:
         if architecture != family.architecture:
             raise CheckpointError(
                 f"architecture: config.json names {architecture}, but {model_type} models are read only as "
@@ -244,20 +251,15 @@ def family_of(checkpoint: Checkpoint) -> Family:
         if key not in values:
             continue
         if any(value not in allowed for value in (values[key] if isinstance(values[key], list) else [values[key]])):
-            rule = " or ".join(map(_as_json, allowed))
+            rule = " or ".join(map(as_json, allowed))
             by_default = "" if key in config else " (transformers' default, since config.json lacks it)"
             raise CheckpointError(
-                f"architecture: {key} is {_as_json(values[key])}{by_default}, but {model_type} models must have "
+                f"architecture: {key} is {as_json(values[key])}{by_default}, but {model_type} models must have "
                 f"{rule}; this model can't be compressed"
             )
     _check_sizes(config, stock, family)
     _check_weights(checkpoint, model_type, family.shapes(stock))
     return family
-
-
-def _as_json(value: Any) -> str:
-    """Return a config's value as config.json spells it: null, true, false."""
-    return json.dumps(value, ensure_ascii=False, default=repr)
 
 
 def _check_sizes(config: Mapping[str, Any], stock: Any, family: Family) -> None:
@@ -284,6 +286,12 @@ def _check_sizes(config: Mapping[str, Any], stock: Any, family: Family) -> None:
 def _check_weights(checkpoint: Checkpoint, model_type: str, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse missing and unknown weights, since a plan is cut from shapes before any weight is read."""
     missing, unknown = sorted(expected.keys() - checkpoint.tensors), sorted(checkpoint.tensors.keys() - expected)
+    reason = None
+    if missing or unknown:
+        layers = int(checkpoint.config["num_hidden_layers"])
+        reason = weight_names.why_unknown(expected.keys(), checkpoint.tensors.keys(), layers)
+    if reason is not None:
+        raise CheckpointError(f"weights: {reason}")
     if missing:
         raise CheckpointError(f"weights: {len(missing)} are missing, {missing[0]} first; copy or download them again")
     if unknown:

@@ -19,8 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from compressors.errors import CheckpointError
+from compressors.errors import CheckpointError, NotFiniteWeights
 from compressors.files import written_whole
+from compressors.model.finite import flaw_of
 
 NAMES = {
     torch.float64: "F64",
@@ -95,7 +96,7 @@ def write(path: Path, tensors: Mapping[str, Any]) -> str:
     """Write `tensors` one at a time and return the file's sha256; each value has `shape`, `dtype` and `load()`.
 
     Raises:
-        CheckpointError: When a loaded tensor has another shape or dtype than it announced.
+        CheckpointError: When a loaded tensor has another shape or dtype than it announced, or is not finite.
         OSError: When the file can't be written.
     """
     digest = hashlib.sha256()
@@ -116,6 +117,9 @@ def write(path: Path, tensors: Mapping[str, Any]) -> str:
                     f"{name}: announced as {tuple(lazy.shape)} {lazy.dtype}, but loaded as "
                     f"{tuple(tensor.shape)} {tensor.dtype}"
                 )
+            flaw = flaw_of(tensor)
+            if flaw is not None:
+                raise NotFiniteWeights(f"weights: {name} {flaw}; nothing was written", name)
             put(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 

@@ -8,6 +8,7 @@ which runs on 4.x, does the same. Weights are the same for every version and are
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,37 +20,13 @@ from compressors.errors import CheckpointError
 from compressors.files import written_whole
 from compressors.model import family
 from compressors.model.checkpoint import require_json
+from compressors.model.config_values import stated_dtype
+from compressors.model.old_rope import old_rope
 
 DEFAULT = "4.57.3"
 OLD = (Version("4.55"), Version("4.58"))  # [first, end): checked against 4.57.3 itself
 NEW = (Version("5.16"), Version("6"))  # [first, end): what optuna-search runs on
 KNOWN = "4.55 to 4.57 and 5.16 to 5.x"
-DEFAULT_THETA = 10_000.0  # for a config without rope_theta whose class has no default of its own
-
-# Types that 4.57 computes as 5.x does: (required keys, optional keys). longrope is missing, since 4.57 reads its
-# original length from another key.
-ROPE_TYPES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
-    "linear": (frozenset({"factor"}), frozenset()),
-    "dynamic": (frozenset({"factor"}), frozenset({"original_max_position_embeddings"})),
-    "yarn": (
-        frozenset({"factor"}),
-        frozenset(
-            {
-                "attention_factor",
-                "beta_fast",
-                "beta_slow",
-                "mscale",
-                "mscale_all_dim",
-                "original_max_position_embeddings",
-                "truncate",
-            }
-        ),
-    ),
-    "llama3": (
-        frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
-        frozenset(),
-    ),
-}
 # What compressed-tensors 0.13 knows, which vLLM 0.14.1 pins; it refuses any other key, even with the value null.
 QUANTIZATION_FORMATS = frozenset(
     {
@@ -110,8 +87,12 @@ def config_for(config: Mapping[str, Any], version: str) -> dict[str, Any]:
             f"for transformers {version}: per_layer_config gives layers their own sizes, which this version doesn't "
             "know; choose the same size for every layer"
         )
-    old = {key: value for key, value in config.items() if key not in ("rope_parameters", "dtype", "per_layer_config")}
-    old |= _rope(config, version)
+    old = {
+        key: value
+        for key, value in config.items()
+        if key not in ("rope_parameters", "dtype", "torch_dtype", "per_layer_config")
+    }
+    old |= old_rope(config, version, _way_out())
     old |= _dtype(config, version)
     old["head_dim"] = family.head_dim(config)
     if isinstance(config.get("quantization_config"), Mapping):
@@ -213,83 +194,14 @@ def in_old_form(version: str) -> bool:
     raise CheckpointError(f"for transformers {version}: is not a known version; known are {KNOWN}")
 
 
-def _rope(config: Mapping[str, Any], version: str) -> dict[str, Any]:
-    """Return `rope_theta` and `rope_scaling`, or nothing where the config has no setting of the rotary embedding."""
-    if not config.keys() & {"rope_parameters", "rope_scaling", "rope_theta"}:
-        return {}
-    thetas, scalings = {}, {}
-    for key in ("rope_parameters", "rope_scaling"):  # transformers 5 puts its rope_theta into either
-        given = config.get(key) or {}
-        if not isinstance(given, Mapping):
-            raise CheckpointError(f"for transformers {version}: {key} is {given!r}; it must be an object")
-        if any(isinstance(value, Mapping) for value in given.values()):
-            raise CheckpointError(
-                f"for transformers {version}: {key} differ by the type of layer ({', '.join(given)}), and this version "
-                "has one rope_theta and one rope_scaling; choose a version of 5.x"
-            )
-        if given:
-            scalings[key] = _scaling(given, version)
-        if "rope_theta" in given:
-            thetas[f"{key}.rope_theta"] = given["rope_theta"]
-    if "rope_theta" in config:
-        thetas["rope_theta"] = config["rope_theta"]
-    for stated in (thetas, scalings):
-        if any(value != next(iter(stated.values())) for value in stated.values()):
-            values = ", ".join(f"{key}: {value}" for key, value in stated.items())
-            raise CheckpointError(
-                f"for transformers {version}: config.json contradicts itself ({values}); remove the wrong key"
-            )
-    return {
-        "rope_theta": next(iter(thetas.values())) if thetas else _default_theta(config),
-        "rope_scaling": next(iter(scalings.values()), None),
-    }
-
-
-def _default_theta(config: Mapping[str, Any]) -> float:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    model_type = str(config.get("model_type"))
-    if model_type not in CONFIG_MAPPING:
-        return DEFAULT_THETA
-    theta = getattr(CONFIG_MAPPING[model_type], "default_theta", DEFAULT_THETA)
-    return float(
-        theta.get("global", DEFAULT_THETA) if isinstance(theta, Mapping) else theta
-    )  # Gemma's local base has its own key
-
-
-def _scaling(given: Mapping[str, Any], version: str) -> dict[str, Any] | None:
-    """Return 4.x's `rope_scaling` with its `rope_type`, or None where nothing is scaled."""
-    other = ("rope_type", "type", "rope_theta")
-    values = {key: value for key, value in given.items() if key not in other and value is not None}
-    rope_type = given.get("rope_type") or given.get("type") or "default"
-    if values.get("partial_rotary_factor") == 1:
-        del values["partial_rotary_factor"]
-    if rope_type == "default" and set(values) <= {"original_max_position_embeddings"}:
-        return None
-    if rope_type != "default" and rope_type not in ROPE_TYPES:
-        raise CheckpointError(
-            f"for transformers {version}: rope_type {rope_type!r} can't be expressed; known are default, "
-            f"{', '.join(ROPE_TYPES)}"
-        )
-    wanted, known = ROPE_TYPES.get(rope_type, (frozenset[str](), frozenset[str]()))
-    unknown, missing = sorted(values.keys() - wanted - known), sorted(wanted - values.keys())
-    if unknown or missing:
-        reasons = [f"has no {', '.join(missing)}"] if missing else []
-        reasons += [f"has {', '.join(unknown)}, which this version doesn't know"] if unknown else []
-        raise CheckpointError(
-            f"for transformers {version}: the rotary embedding ({rope_type}) {' and '.join(reasons)}; this model "
-            "can't be exported for it"
-        )
-    return {"rope_type": rope_type, **values}
+def _way_out() -> str:
+    running = importlib.metadata.version("transformers")
+    return f"choose --for-transformers {running}, or export.for_transformers=null"
 
 
 def _dtype(config: Mapping[str, Any], version: str) -> dict[str, Any]:
-    new, old = config.get("dtype"), config.get("torch_dtype")
-    if new and old and new != old:
-        raise CheckpointError(
-            f"for transformers {version}: config.json has dtype: {new} and torch_dtype: {old}; remove the wrong key"
-        )
-    return {"torch_dtype": new or old} if new or old else {}
+    stated = stated_dtype(config, f"for transformers {version}: ")
+    return {} if stated is None else {"torch_dtype": stated}
 
 
 def _quantization(given: Mapping[str, Any], version: str) -> dict[str, Any]:
@@ -348,7 +260,7 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     gone = [key for key in before if key not in after]
     come = [key for key in after if key not in before]
     for old, new in (
-        ("rope_parameters", ("rope_theta", "rope_scaling")),
+        ("rope_parameters", ("rope_theta", "rope_scaling", "rope_local_base_freq")),
         ("dtype", ("torch_dtype",)),
         ("extra_special_tokens", ("additional_special_tokens",)),
         ("model_specific_special_tokens", ("extra_special_tokens",)),
@@ -356,7 +268,7 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
         if old in gone and any(key in after for key in new):
             gone.remove(old)
             come = [key for key in come if key not in new]
-            statements.append(f"{old} → {', '.join(new)}")
+            statements.append(f"{old} → {', '.join(key for key in new if key in after)}")
     statements += [f"{key} added" for key in come if key != "transformers_version"]
     statements += [f"{key} dropped" for key in gone]
     for key in ("quantization_config", "tokenizer_class", "rope_scaling", "transformers_version"):

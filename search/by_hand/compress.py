@@ -14,7 +14,8 @@ from compressors.choices import DTYPES, SCHEMES
 from compressors.device import release
 from compressors.errors import InfeasiblePlan
 from compressors.files import write_json
-from compressors.model.transformers_version import retarget
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.loading import broken_named, write_checked
 from compressors.plan import CHOICES, DESCRIPTION, DIMENSIONS, OPTIONS, CompressionPlan, canonical
 from evaluator.backends import kernels
 from search import files
@@ -182,27 +183,35 @@ def compress(outcome: Outcome, setting: Setting, to: Path, target: str | None, s
         return Compressed(to, outcome, known, reused=True)
     files.refuse_foreign(to, "compress", setting.model.path)
     require_disk(outcome.bytes, to.parent, "the compressed model")
-    needed = build.needs_activations(outcome.plan, setting.model.identity)
-    calibration = collect.calibrate(setting, say) if needed else None
-    moments = collect.moments_for(setting, outcome.plan, say)
-    model = build.apply(
-        outcome.plan,
-        setting.model.checkpoint,
-        setting.model.family,
-        calibration,
-        moments=moments,
-        device=setting.machine.device,
-        say=say,
-    )
+    with broken_named(**{"base model": setting.model.checkpoint}):
+        return _write(outcome, setting, to, target, described, say)
+
+
+def _write(
+    outcome: Outcome, setting: Setting, to: Path, target: str | None, described: dict[str, Any], say: Say
+) -> Compressed:
+    model = _built(outcome.plan, setting, say)
     build.require_size(model, setting.max_bytes)
     say(f"writing {to.name}, {model.file_bytes / 1e6:.0f} MB")
     replaced = (to / "config.json").is_file()
     with files.atomic_directory(to, "compress") as scratch:
-        weights_sha256 = model.write(scratch)
-        changes = retarget(scratch, target) if target is not None else []
+        weights_sha256, changes = write_checked(model, scratch, setting.model.checkpoint, target)
         write_json(scratch / DESCRIPTION, {**described, "weights_sha256": weights_sha256})
     release(setting.machine.device)
     return Compressed(to, outcome, weights_sha256, tuple(changes), replaced=replaced)
+
+
+def _built(plan: CompressionPlan, setting: Setting, say: Say) -> Checkpoint:
+    needed = build.needs_activations(plan, setting.model.identity)
+    return build.apply(
+        plan,
+        setting.model.checkpoint,
+        setting.model.family,
+        collect.calibrate(setting, say) if needed else None,
+        moments=collect.moments_for(setting, plan, say),
+        device=setting.machine.device,
+        say=say,
+    )
 
 
 def written_before(path: Path, described: dict[str, Any]) -> str | None:

@@ -16,7 +16,7 @@ from compressors.distillation import distill
 from compressors.distillation.distill import Distillation, Distilled, Progress
 from compressors.files import digest_of_json, write_json
 from compressors.model import checkpoint
-from compressors.model.transformers_version import retarget
+from compressors.model.loading import broken_named, write_checked
 from compressors.plan import DESCRIPTION
 from evaluator import texts
 from search import files
@@ -106,9 +106,11 @@ def distill_model(
     def progress(step: Progress) -> None:
         say(_line(step))
 
-    distilled = distill.distill(
-        student, setting.model.checkpoint, text.windows, text.held_out, settings, setting.machine.device, work, progress
-    )
+    teacher = setting.model.checkpoint
+    with broken_named(student=student, teacher=teacher):
+        distilled = distill.distill(
+            student, teacher, text.windows, text.held_out, settings, setting.machine.device, work, progress
+        )
     plan = (read_json(student_path / DESCRIPTION) or {}).get("plan")
     how = {"student": plan, "settings": dataclasses.asdict(settings), **facts(distilled)}
     write(distilled.checkpoint, to, target, setting, how)
@@ -135,9 +137,7 @@ def write(
         CompressionError: The checkpoint can't be written for that version.
     """
     with files.atomic_directory(to, "distill") as scratch:
-        weights_sha256 = distilled.write(scratch)
-        if target is not None:
-            retarget(scratch, target)
+        weights_sha256, _ = write_checked(distilled, scratch, setting.model.checkpoint, target)
         write_json(
             scratch / DESCRIPTION,
             {

