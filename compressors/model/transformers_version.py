@@ -18,7 +18,7 @@ from packaging.version import InvalidVersion, Version
 from compressors.errors import CheckpointError
 from compressors.files import written_whole
 from compressors.model import family
-from compressors.model.checkpoint import require_json
+from compressors.model.model_directory import require_json
 
 DEFAULT = "4.57.3"
 OLD = (Version("4.55"), Version("4.58"))  # [first, end): checked against 4.57.3 itself

@@ -15,17 +15,16 @@ from typing import Any
 import torch
 
 from compressors.errors import CheckpointError
-from compressors.model import family, safetensors_file, transformers_version
+from compressors.model import family, model_directory, safetensors_file, transformers_version
 from compressors.model.checkpoint import (
     HEAD,
-    INDEX,
     SIZES,
     TOKENIZER_FILES,
-    WEIGHTS,
     Checkpoint,
     LazyTensor,
     stock_config,
 )
+from compressors.model.model_directory import INDEX, WEIGHTS
 from search.by_hand import quantized_tensors
 from search.errors import UsageError
 from search.files import read_json
@@ -79,11 +78,12 @@ def check(
 
     Raises:
         UsageError: There is no such directory.
-        CheckpointError: The target is not a known version.
+        CheckpointError: The target is not a known version, or a link leads out of the directory.
     """
     model = Path(model)
     if not model.is_dir():
         raise UsageError(f"package: {model}: no such directory; name a checkpoint's, such as submit/model")
+    model_directory.files_of(model, hub_cache=False)
     rules = [_rule("config.json", lambda: _config(model))]
     config = read_json(model / "config.json") or {}
     if target is not None:

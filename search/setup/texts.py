@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from compressors.errors import CheckpointError
 from compressors.files import write_json
+from compressors.model import model_directory
 from evaluator import embedded_texts, texts
 from search.config.study_file import StudyFile
 from search.errors import UsageError
@@ -82,8 +83,9 @@ def tokenizer_of(path: Path) -> Any:
     """Load the tokenizer of the model in `path`.
 
     Raises:
-        CheckpointError: Its tokenizer files can't be read.
+        CheckpointError: Its tokenizer files can't be read, or a link leads out of the directory.
     """
+    model_directory.files_of(path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the readers of damaged files raise many unrelated types
