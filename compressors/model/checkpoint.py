@@ -21,7 +21,7 @@ import torch
 
 from compressors.errors import CheckpointError
 from compressors.files import digest_of_json, scratch_directory, written_whole
-from compressors.model import exaone3, model_directory, safetensors_file
+from compressors.model import config_types, exaone3, model_directory, safetensors_file
 from compressors.model.model_directory import CARRIED, WEIGHTS, require_json, weight_files
 from compressors.model.stock_model import imitate_activations, make_buffers
 from readers import regular
@@ -91,6 +91,8 @@ class Checkpoint:
         path = Path(path)
         inside = model_directory.files_of(path)
         config = require_json(path / "config.json", "a model's directory holds config.json")
+        config_types.require_config(path, config)
+        config_types.require_tokenizer_files(path, inside)
         quantized = config.get("quantization_config")
         if quantized:
             how = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
@@ -99,9 +101,9 @@ class Checkpoint:
         if renamed:
             config = exaone3.llama_config(config)
         for key in SIZES:
-            if not isinstance(config.get(key), int) or config[key] < 1:
+            if not isinstance(config.get(key), int) or isinstance(config[key], bool) or config[key] < 1:
                 rule = foreign(config) or "it must be a number of 1 or more"
-                raise CheckpointError(f"model {path}: config.json has {key}: {config.get(key)!r}; {rule}")
+                raise CheckpointError(f"model {path}: config.json has {key}: {config.get(key)!r:.60}; {rule}")
         tensors: dict[str, LazyTensor] = {}
         for file in weight_files(path):
             for name, (shape, dtype) in safetensors_file.shapes(file).items():

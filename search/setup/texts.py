@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from compressors.errors import CheckpointError
 from compressors.files import write_json
-from compressors.model import model_directory
+from compressors.model import config_types, model_directory
 from evaluator import embedded_texts, texts
 from search.config.study_file import StudyFile
 from search.errors import UsageError
@@ -85,7 +85,7 @@ def tokenizer_of(path: Path) -> Any:
     Raises:
         CheckpointError: Its tokenizer files can't be read, or a link leads out of the directory.
     """
-    model_directory.files_of(path)
+    config_types.require_tokenizer_files(path, model_directory.files_of(path))
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the readers of damaged files raise many unrelated types

@@ -121,10 +121,10 @@ def test_a_config_that_is_not_json_is_refused(copy):
         ({"vocab_size": 300}, "model.embed_tokens.weight is 320 × 96, but by config.json it is 300 × 96"),
         ({"head_dim": None}, "q_proj.weight is 144 × 96, but by config.json it is 96 × 96"),
         ({"num_key_value_heads": None}, "k_proj.weight is 72 × 96, but by config.json it is 144 × 96"),
-        ({"num_key_value_heads": "three"}, "transformers refuses the config"),
+        ({"num_key_value_heads": "three"}, "num_key_value_heads: 'three'; it must be a whole number of 1 or more"),
         ({"num_attention_heads": 7}, "not a multiple of the number of attention heads (7)"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000, but the weights hold 47 tensors"),
-        ({"dtype": "foo16"}, "transformers refuses the config"),
+        ({"dtype": "foo16"}, "dtype: 'foo16'; it must be a dtype of torch, such as bfloat16"),
     ],
 )
 def test_architectures_that_are_not_supported_are_refused_by_name(copy, changes, said):
