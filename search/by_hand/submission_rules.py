@@ -120,7 +120,9 @@ def _config(model: Path) -> str:
     values = _object(path)
     for key in SIZES:
         if not isinstance(values.get(key), int):
-            raise CheckpointError(f"says {key}: {values.get(key)!r:.60}, which must be a number; export the model again")
+            raise CheckpointError(
+                f"says {key}: {values.get(key)!r:.60}, which must be a number; export the model again"
+            )
     if values["num_hidden_layers"] > MOST_LAYERS:
         raise CheckpointError(
             f"says num_hidden_layers: {values['num_hidden_layers']}, which no model has; export the model again"
