@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compressors.errors import CheckpointError
-from compressors.model import model_directory, safetensors_file
+from compressors.model import config_types, model_directory, safetensors_file
 from compressors.model.checkpoint import Checkpoint, LazyTensor
 from compressors.model.family import Family, family_of, names
 from compressors.model.model_directory import require_json, weight_files
@@ -180,6 +180,7 @@ def describe_any(path: Path) -> Structure:
     path = Path(path)
     model_directory.files_of(path)
     config = require_json(path / "config.json", "a model's directory holds config.json")
+    config_types.require_config(path, config)
     tensors: dict[str, LazyTensor] = {}
     for file in weight_files(path):
         for name, (shape, dtype) in safetensors_file.shapes(file).items():
