@@ -15,7 +15,8 @@ import time
 
 from compressors import build
 from compressors.model import family
-from compressors.model.checkpoint import WEIGHTS, Checkpoint
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.model_directory import WEIGHTS
 from compressors.plan import CompressionPlan
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
-import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +21,8 @@ from evaluator.measurement import Measurement, TaskResult, Timing, Workload
 from evaluator.process import EngineProcess
 from evaluator.score import PERPLEXITY, standard_error
 from evaluator.tasks import Task
+from readers import json_reader, safetensors_header
+from readers.regular import open_regular
 
 UNTIMED = Timing(1.0, 0.0, 1.0, 0.0, 1.0, 0.0, samples=0)
 UNTIMED_NOTE = "nothing was timed: time_per_token_ms and tokens_per_sec are relative to the baseline's 1"
@@ -314,7 +314,7 @@ def describe(path: Path) -> Described:
         EvaluationError: The directory is not a readable checkpoint.
     """
     try:
-        config = json.loads((path / "config.json").read_text())
+        config = json_reader.read(path / "config.json", finite=False)
         files = weight_files(path)
         return Described(
             bytes=sum(file.stat().st_size for file in files),
@@ -323,7 +323,7 @@ def describe(path: Path) -> Described:
             heads=int(config["num_attention_heads"]),
             hidden=int(config["hidden_size"]),
         )
-    except (OSError, ValueError, KeyError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(f"{path}: is not a readable checkpoint: {type(error).__name__}: {error}") from None
 
 
@@ -343,7 +343,7 @@ def weights_sha256_of(path: Path) -> str:
     """Return the sha256 of model.safetensors; if it is split, of its files' bytes in the order of their names."""
     digest = hashlib.sha256()
     for file in weight_files(path):
-        with file.open("rb") as source:
+        with open_regular(file) as source:
             while block := source.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
@@ -351,12 +351,7 @@ def weights_sha256_of(path: Path) -> str:
 
 def _parameters(file: Path, config: dict[str, Any]) -> int:
     """Count the parameters of a safetensors file as if compressed-tensors had packed and scaled none."""
-    with file.open("rb") as source:
-        (length,) = struct.unpack("<Q", source.read(8))
-        if length > file.stat().st_size:
-            raise ValueError("its header is longer than the file")
-        header = json.loads(source.read(length))
-    header.pop("__metadata__", None)
+    header = safetensors_header.read(file)
     per_word = 32 // _bits(config)
     total = 0
     for name, tensor in header.items():

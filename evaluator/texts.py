@@ -16,7 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evaluator import text_files
 from evaluator.errors import TextError, install
+from readers import json_reader
+from readers.errors import ReadError
 
 GROUPED_CHARACTERS = 2000  # paragraphs of a .txt file are grouped into documents of at least this length
 MOST_TEXT = 32  # a text is tokenized up to this multiple of the tokens that are asked for
@@ -49,11 +52,7 @@ def read_documents(paths: Iterable[str | Path]) -> list[Document]:
         if str(path).startswith(HUB):
             found += _from_hub(str(path))
             continue
-        try:
-            content = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-            raise TextError(f"text {path}: can't be read: {reason}; name .txt or .jsonl files in UTF-8") from None
+        content = text_files.content_of(path, "text", ".txt or .jsonl")
         if path.suffix == ".jsonl":
             found += _from_jsonl(path, content)
         elif path.suffix == ".txt":
@@ -66,7 +65,7 @@ def read_documents(paths: Iterable[str | Path]) -> list[Document]:
 def _from_txt(path: Path, content: str) -> list[Document]:
     found: list[Document] = []
     group: list[str] = []
-    parts = [part.strip("\n") for part in content.split("\n\n") if part.strip()]
+    parts = [piece for part in content.split("\n\n") if part.strip() for piece in text_files.pieces(part.strip("\n"))]
     for number, paragraph in enumerate(parts, start=1):
         group.append(paragraph)
         if sum(map(len, group)) >= GROUPED_CHARACTERS or number == len(parts):
@@ -81,8 +80,8 @@ def _from_jsonl(path: Path, content: str) -> list[Document]:
         if not line.strip():
             continue
         try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            text = json_reader.parse(line, finite=False)["text"]
+        except (ReadError, KeyError, TypeError):
             text = None
         if not isinstance(text, str):
             raise TextError(f'text {path}, line {number}: is not a JSON object with a string "text"; mend the line')

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -11,9 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from readers import json_reader
+from readers.errors import ReadError
 from search.errors import UsageError
 from search.processes import process_alive
 
+MOST_JSON = 500_000_000  # bytes; the embedded texts are the largest
 CACHE = Path(os.environ.get("OPTUNA_SEARCH_CACHE", "~/.cache/optuna-search")).expanduser()
 
 
@@ -79,9 +81,9 @@ def _sweep(directory: Path, prefix: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the values of a JSON file, or None where it does not exist or is cut off."""
+    """Return the object in a JSON file, or None where there is none, or it is cut off or unreadable."""
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError):
+        values = json_reader.read(path, most=MOST_JSON)
+    except (OSError, ReadError):
         return None
     return values if isinstance(values, dict) else None

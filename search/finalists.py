@@ -21,6 +21,7 @@ from compressors import build
 from compressors.device import release
 from compressors.distillation.settings import Distillation, require_valid
 from compressors.model import checkpoint, family
+from compressors.model.model_directory import WEIGHTS
 from compressors.model.transformers_version import in_old_form
 from compressors.plan import DESCRIPTION, CompressionPlan, canonical, name_of
 from evaluator import measure
@@ -248,7 +249,7 @@ def _is_there(path: Path, key: str, finalist: Finalist, wanted: Wanted) -> bool:
         _is_of(path, finalist.plan, wanted.setting)
         and _distilled(path).get("distillation") == key
         and described.get("for_transformers") == wanted.target
-        and (path / checkpoint.WEIGHTS).is_file()
+        and (path / WEIGHTS).is_file()
         and described.get("weights_sha256") == measure.weights_sha256_of(path)
     )
 

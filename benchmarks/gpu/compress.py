@@ -19,7 +19,8 @@ import torch
 
 from compressors import build
 from compressors.model import family
-from compressors.model.checkpoint import WEIGHTS, Checkpoint
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.model_directory import WEIGHTS
 from compressors.plan import CompressionPlan
 from compressors.statistics import activations, second_moments
 

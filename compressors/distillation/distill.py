@@ -27,8 +27,9 @@ from compressors.distillation.settings import COMPUTED_IN, Distillation, batch_o
 from compressors.distillation.state import Evaluation, Standing
 from compressors.distillation.train import MOST_BAD, NOT_FINITE, Progress, Report, best_kl, train
 from compressors.errors import CheckpointError, CompressionError
-from compressors.model.checkpoint import Checkpoint, require_json
+from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import FLOATS
+from compressors.model.model_directory import require_json
 
 __all__ = ["Distillation", "Distilled", "Evaluation", "Progress", "batch_of", "best", "distill", "learning_rate"]
 

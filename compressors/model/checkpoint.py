@@ -21,25 +21,17 @@ import torch
 
 from compressors.errors import CheckpointError
 from compressors.files import digest_of_json, scratch_directory, written_whole
-from compressors.model import config_values, exaone3, safetensors_file, weight_names
+from compressors.model import config_types, config_values, exaone3, model_directory, safetensors_file, weight_names
 from compressors.model.config_values import SIZES
+from compressors.model.model_directory import CARRIED, WEIGHTS, require_json, weight_files
 from compressors.model.shards import stored_weights
 from compressors.model.stock_model import imitate_activations, make_buffers
+from readers import regular
+from readers.errors import ReadError
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # stored by Llama 2, and ignored
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-CARRIED = (
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template*",
-    "LICENSE*",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +91,11 @@ class Checkpoint:
             CheckpointError: When a file is missing or damaged, or the model is quantized; one line.
         """
         path = Path(path)
+        inside = model_directory.files_of(path)
         config = require_json(path / "config.json", "a model's directory holds config.json")
         config_values.refuse_quantized(config, f"model {path}: ")
+        config_types.require_config(path, config, config_types.LEFT_TO_VALUES)
+        config_types.require_tokenizer_files(path, inside)
         renamed = exaone3.is_exaone3(config)
         if renamed:
             config = exaone3.llama_config(config)
@@ -136,8 +131,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"model {path}: has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy its files there"
             )
-        files = {file.name: file for pattern in CARRIED for file in sorted(path.glob(pattern)) if file.is_file()}
-        return cls(config, tensors, files)
+        return cls(config, tensors, model_directory.carried(path, inside))
 
     @property
     def total_parameters(self) -> int:
@@ -187,7 +181,7 @@ class Checkpoint:
             path.parent.mkdir(parents=True, exist_ok=True)
             scratch = scratch_directory(path)
             for name, source in self.files.items():
-                shutil.copyfile(source, scratch / name)
+                regular.copy(source, scratch / name)
             (scratch / "config.json").write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
             sha256 = safetensors_file.write(scratch / WEIGHTS, self.tensors)
             if path.exists():  # moved away first, so that old and new files never mix
@@ -199,8 +193,9 @@ class Checkpoint:
                 if old is not None:
                     old.replace(path)
                 raise
-        except OSError as error:
-            raise CheckpointError(f"checkpoint {path}: {error.strerror or error}; nothing was changed there") from None
+        except (OSError, ReadError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"checkpoint {path}: {reason}; nothing was changed there") from None
         finally:
             for leftover in (scratch, old):
                 if leftover is not None:
@@ -296,10 +291,9 @@ def stamp_of(path: Path, *, carried: bool = False) -> str:
     """
     path = Path(path).resolve()
     require_json(path / "config.json", "a model's directory holds config.json")
-    files = {path / "config.json", *path.glob("*.safetensors")}
-    if carried:
-        files |= {file for pattern in CARRIED for file in path.glob(pattern)}
-    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
+    patterns = ("config.json", "*.safetensors", *(CARRIED if carried else ()))
+    files = sorted(model_directory.matching(model_directory.files_of(path), *patterns).items())
+    stamps = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in files]
     return digest_of_json([str(path), stamps], 32)
 
 
@@ -331,54 +325,3 @@ def _tied_by_default(config: Mapping[str, Any]) -> bool:
 
 def _stored_dtype(tensors: Mapping[str, LazyTensor]) -> str:
     return str(max(tensors.values(), key=lambda tensor: tensor.nbytes).dtype).removeprefix("torch.")
-
-
-def require_json(path: Path, rule: str) -> dict[str, Any]:
-    """Return the object in the JSON file `path` of a model's directory.
-
-    Args:
-        path: The file, in UTF-8.
-        rule: What to do when the file is missing; it ends the error message.
-
-    Raises:
-        CheckpointError: When the file is missing, can't be read, or holds no object.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"model {path.parent}: has no {path.name}; {rule}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"model {path.parent}: {path.name} can't be read ({' '.join(str(error).split())}); copy it again"
-        ) from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"model {path.parent}: {path.name} holds no JSON object; copy or download it again")
-    return values
-
-
-def weight_files(path: Path) -> list[Path]:
-    """Return the safetensors files of a model's directory: model.safetensors, or the shards that its index names.
-
-    Raises:
-        CheckpointError: When there are none, a shard is missing, or only pickled weights are there.
-    """
-    if (path / WEIGHTS).is_file():
-        return [path / WEIGHTS]
-    if (path / INDEX).is_file():
-        named = require_json(path / INDEX, "").get("weight_map")
-        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
-            raise CheckpointError(f"model {path}: {INDEX} has no weight_map of names to files; copy it again")
-        files = sorted({path / Path(name).name for name in named.values()})
-        missing = [file.name for file in files if not file.is_file()]
-        if missing or not files:
-            raise CheckpointError(
-                f"model {path}: shards named in {INDEX} are missing: {', '.join(missing) or 'all'}; copy them there"
-            )
-        return files
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            f"model {path}: has only pickled weights ({pickles[0]}), which can run code when they are read; convert "
-            "them to safetensors"
-        )
-    raise CheckpointError(f"model {path}: has no weights; put {WEIGHTS} there, or its shards with {INDEX}")

@@ -13,8 +13,9 @@ import torch
 
 from compressors.errors import CheckpointError, NotFiniteWeights
 from compressors.model import safetensors_file
-from compressors.model.checkpoint import Checkpoint, LazyTensor, require_json, stock_config, weight_files
+from compressors.model.checkpoint import Checkpoint, LazyTensor, stock_config
 from compressors.model.finite import flaw_of
+from compressors.model.model_directory import require_json, weight_files
 from compressors.model.packed import PACKED, unpacked_shape
 from compressors.model.stock_model import make_buffers
 from compressors.model.transformers_version import retarget

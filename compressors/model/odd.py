@@ -6,9 +6,9 @@ from pathlib import Path
 
 from compressors.errors import CheckpointError
 from compressors.model import weight_names
-from compressors.model.checkpoint import require_json, weight_files
 from compressors.model.config_values import settled
 from compressors.model.family import names
+from compressors.model.model_directory import require_json, weight_files
 from compressors.model.shards import stored_weights
 
 

@@ -22,6 +22,8 @@ from safetensors.torch import save_file
 from compressors.errors import CheckpointError, NotFiniteWeights
 from compressors.files import written_whole
 from compressors.model.finite import flaw_of
+from readers import safetensors_header
+from readers.errors import ReadError
 
 NAMES = {
     torch.float64: "F64",
@@ -49,17 +51,13 @@ def shapes(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     try:
         with safe_open(path, framework="pt"):
             pass
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-    except (OSError, SafetensorError, ValueError, struct.error) as error:
+        header = safetensors_header.read(path)
+    except (OSError, SafetensorError, ReadError) as error:
         raise CheckpointError(
             f"weights {path}: not a whole safetensors file ({' '.join(str(error).split())}); copy or download it again"
         ) from None
     tensors = {}
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(f"weights {path}: {name} has the dtype {entry['dtype']}, which can't be compressed")
         tensors[name] = (tuple(entry["shape"]), DTYPES[entry["dtype"]])

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from compressors.errors import CheckpointError
-from compressors.model import safetensors_file
-from compressors.model.checkpoint import Checkpoint, LazyTensor, require_json, weight_files
+from compressors.model import config_types, model_directory, safetensors_file
+from compressors.model.checkpoint import Checkpoint, LazyTensor
 from compressors.model.family import Family, family_of, names
+from compressors.model.model_directory import require_json, weight_files
 from compressors.model.packed import PACKED, method_of, unpacked_shape
 
 KINDS = ("embedding", "attention", "mlp", "norms", "lm_head", "other")
@@ -177,7 +178,9 @@ def describe_any(path: Path) -> Structure:
         CheckpointError: For a directory without a readable config.json or without whole safetensors.
     """
     path = Path(path)
+    model_directory.files_of(path)
     config = require_json(path / "config.json", "a model's directory holds config.json")
+    config_types.require_config(path, config)
     tensors: dict[str, LazyTensor] = {}
     for file in weight_files(path):
         for name, (shape, dtype) in safetensors_file.shapes(file).items():

@@ -19,8 +19,8 @@ from packaging.version import InvalidVersion, Version
 from compressors.errors import CheckpointError
 from compressors.files import written_whole
 from compressors.model import family
-from compressors.model.checkpoint import require_json
 from compressors.model.config_values import stated_dtype
+from compressors.model.model_directory import require_json
 from compressors.model.old_rope import old_rope
 
 DEFAULT = "4.57.3"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
-import json
 import struct
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from typing import Any
 from evaluator import backends, hardware
 from evaluator.backends import EngineSettings, Facts, Kernel, Kernels, Refusal
 from evaluator.errors import BackendUnavailable, install
+from readers import json_reader
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in our child itself: killed with it, timed without IPC
@@ -109,7 +109,7 @@ class Engine:
             )
         if self.on_cpu:
             torch.set_num_threads(settings.threads or hardware.physical_cores())
-        config = json.loads((Path(path) / "config.json").read_text())
+        config = json_reader.read(Path(path) / "config.json", finite=False)
         self.vocabulary = int(config["vocab_size"])
         self.requests = 0
         self.llm: Any = vllm.LLM(path, **_arguments(config, settings, on_cpu=self.on_cpu))

@@ -10,7 +10,6 @@ its letter. The score of a choice is the mean log-likelihood per token of its to
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +17,13 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from evaluator import tasks
+from evaluator import tasks, text_files
 from evaluator.errors import TextError
 from evaluator.measurement import TaskResult
 from evaluator.tasks import NllEngine, Progress, _continuations, digest_of, result_of
 from evaluator.tasks._continuations import Continuation
+from readers import json_reader
+from readers.errors import ReadError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHAPE = '{"question": "…", "choices": ["…", "…"], "answer": 0}'
@@ -117,11 +118,7 @@ def load(section: Section, tokenizer: Any, *, max_tokens: int | None = None) -> 
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise TextError(f"task {path}: can't be read: {reason}; name JSONL files in UTF-8") from None
+    content = text_files.content_of(path, "task", "JSONL")
     for number, line in enumerate(content.split("\n"), start=1):  # splitlines would break a string at U+2028
         if line.strip():
             yield number, line
@@ -130,8 +127,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _parse(line: str) -> tuple[str, list[str], int]:
     """Return (question, choices, index of the answer)."""
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
+        values = json_reader.parse(line, finite=False)
+    except ReadError:
         values = None
     if not isinstance(values, dict):
         raise TextError(f"is not a JSON object; write {SHAPE}")

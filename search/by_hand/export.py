@@ -12,6 +12,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from compressors.files import write_json
+from compressors.model import model_directory
 from compressors.model.transformers_version import retarget
 from compressors.plan import DESCRIPTION, CompressionPlan
 from evaluator.measurement import Measurement
@@ -114,7 +115,8 @@ def export(
     require_disk(int(measurement.model_size_mb * 1e6), to.parent, "the export")
     with files.atomic_directory(to, "export") as scratch:
         say("copying")
-        shutil.copytree(built, scratch)
+        model_directory.files_of(built, hub_cache=False)
+        shutil.copytree(built, scratch, symlinks=True)
         described = read_json(scratch / DESCRIPTION) or {}
         evaluation = evaluation_of(
             setting,

@@ -8,11 +8,13 @@ import hashlib
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compressors.model import transformers_version
+from compressors.model import model_directory, transformers_version
+from readers.errors import ReadError
+from readers.regular import open_regular
 from search.by_hand.submission_rules import OWN, Rule, check
 from search.errors import UsageError
 from search.processes import process_alive
@@ -74,8 +76,10 @@ def pack(
     if failed:
         raise UsageError(f"package {model}: {len(failed)} of {len(rules)} rules fail: {' · '.join(failed)}")
     _require_place(out, model)
-    names = sorted(path.name for path in model.iterdir() if path.name not in OWN)
-    total = sum((model / name).stat().st_size for name in names)
+    # a zip holds the files' bytes, never links; the hub's cache has to be copied first
+    packed = model_directory.files_of(model, hub_cache=False)
+    sources = {name: place for name, place in packed.items() if name not in OWN}
+    total = sum(place.stat().st_size for place in sources.values())
     _require_small(out, total, max_zip_mb)
     _require_disk(out, total)
     scratch, new = out.with_name(f".{out.name}.package-{os.getpid()}"), _missing_parents(out)
@@ -83,20 +87,21 @@ def pack(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _sweep(out)
-        _write(scratch, model, names, total, progress)
+        _write(scratch, sources, total, progress)
         size = scratch.stat().st_size
         _require_small(out, size, max_zip_mb)
         sha256 = _sha256(scratch)
         scratch.replace(out)
         whole = True
-    except OSError as error:
-        raise UsageError(f"package to {out}: {error.strerror or error}; nothing was changed there") from None
+    except (OSError, ReadError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"package to {out}: {reason}; nothing was changed there") from None
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
             for directory in () if whole else new:
                 directory.rmdir()
-    return Packed(out, size, sha256, tuple(f"model/{name}" for name in names))
+    return Packed(out, size, sha256, tuple(f"model/{name}" for name in sources))
 
 
 def to_json(rules: Sequence[Rule], packed: Packed | None = None) -> dict[str, Any]:
@@ -105,16 +110,15 @@ def to_json(rules: Sequence[Rule], packed: Packed | None = None) -> dict[str, An
     return {"rules": [dataclasses.asdict(rule) for rule in rules], "packed": values}
 
 
-def _write(path: Path, model: Path, names: Sequence[str], total: int, progress: Callable[[int, int], None]) -> None:
+def _write(path: Path, sources: Mapping[str, Path], total: int, progress: Callable[[int, int], None]) -> None:
     done = 0
     with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        for name in names:
-            source = model / name
+        for name, source in sources.items():
             entry = zipfile.ZipInfo(f"model/{name}", EPOCH)
             entry.create_system = 3  # Unix on every system, since the modes below are Unix modes
             entry.external_attr = 0o100644 << 16
             entry.file_size = size = source.stat().st_size  # decides the header: beyond 4 GiB it is another one
-            with source.open("rb") as reader, archive.open(entry, "w") as writer:
+            with open_regular(source, follow=False) as reader, archive.open(entry, "w") as writer:
                 copied = 0
                 while block := reader.read(BLOCK):
                     writer.write(block)

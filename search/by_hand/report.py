@@ -10,7 +10,7 @@ from pathlib import Path
 
 from compressors.errors import CompressionError
 from compressors.files import written_whole
-from compressors.model import structure
+from compressors.model import model_directory, structure
 from evaluator.measure import UNTIMED_NOTE
 from evaluator.measurement import METRICS, Measurement
 from evaluator.metrics import UNKNOWN, Shown, shown
@@ -31,6 +31,7 @@ def evaluated(path: Path) -> Evaluation:
     """Return the evaluation next to a checkpoint's weights. Raises UsageError where there is none."""
     if not path.is_dir():
         raise UsageError(f"report: {path}: no such directory; name an evaluated model, such as submit/model")
+    model_directory.files_of(path)
     evaluation = Evaluation.read(path)
     if evaluation is None:
         raise UsageError(

@@ -15,20 +15,18 @@ from typing import Any
 import torch
 
 from compressors.errors import CheckpointError
-from compressors.model import family, safetensors_file, transformers_version
+from compressors.model import config_types, family, model_directory, safetensors_file, transformers_version
 from compressors.model.checkpoint import (
     HEAD,
-    INDEX,
     TOKENIZER_FILES,
-    WEIGHTS,
     Checkpoint,
     LazyTensor,
     stock_config,
 )
 from compressors.model.config_values import SIZES
+from compressors.model.model_directory import INDEX, WEIGHTS, require_json
 from search.by_hand import quantized_tensors
 from search.errors import UsageError
-from search.files import read_json
 from search.setup.machine import require_memory
 from search.setup.texts import tokenizer_of
 
@@ -79,13 +77,14 @@ def check(
 
     Raises:
         UsageError: There is no such directory.
-        CheckpointError: The target is not a known version.
+        CheckpointError: The target is not a known version, or a link leads out of the directory.
     """
     model = Path(model)
     if not model.is_dir():
         raise UsageError(f"package: {model}: no such directory; name a checkpoint's, such as submit/model")
+    model_directory.files_of(model, hub_cache=False)
     rules = [_rule("config.json", lambda: _config(model))]
-    config = read_json(model / "config.json") or {}
+    config = _object(model / "config.json") if rules[0].ok else {}
     if target is not None:
         transformers_version.in_old_form(target)
     if rules[0].ok:
@@ -109,7 +108,7 @@ def _rule(name: str, look: Callable[[], str]) -> Rule:
     try:
         return Rule(name, True, look())
     except CheckpointError as error:
-        return Rule(name, False, str(error).removeprefix(f"{name}: "))
+        return Rule(name, False, str(error).removeprefix(f"{name}: ").removeprefix(f"{name} "))
     except OSError as error:
         return Rule(name, False, f"{error.filename}: {error.strerror or error}; make it readable")
 
@@ -118,18 +117,28 @@ def _config(model: Path) -> str:
     path = model / "config.json"
     if not path.is_file():
         raise CheckpointError("is missing; copy it there, or export the model again")
-    values = read_json(path)
-    if values is None:
-        raise CheckpointError("is not a JSON object; export the model again")
+    values = _object(path)
     for key in SIZES:
         if not isinstance(values.get(key), int):
-            raise CheckpointError(f"says {key}: {values.get(key)!r}, which must be a number; export the model again")
+            raise CheckpointError(
+                f"says {key}: {values.get(key)!r:.60}, which must be a number; export the model again"
+            )
     if values["num_hidden_layers"] > MOST_LAYERS:
         raise CheckpointError(
             f"says num_hidden_layers: {values['num_hidden_layers']}, which no model has; export the model again"
         )
     stock_config(values)
+    config_types.require_config(model, values)
     return f"{values.get('model_type')}, {values.get('num_hidden_layers')} layers"
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of the model. Raises CheckpointError, without the directory's name."""
+    try:
+        return require_json(path, "export the model again")
+    except CheckpointError as error:
+        reason = str(error).removeprefix(f"model {path.parent}: ").removeprefix(f"{path.name} ")
+        raise CheckpointError(f"{path.name} is not a JSON object: {reason}") from None
 
 
 def _weights(model: Path, config: Mapping[str, Any]) -> str:
@@ -191,7 +200,7 @@ def _tensors(model: Path) -> dict[str, LazyTensor]:
 
 
 def _weight_map(model: Path) -> dict[str, str]:
-    places = (read_json(model / INDEX) or {}).get("weight_map")
+    places = _object(model / INDEX).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(f"{INDEX} has no weight_map of names to files; save the model again")
     if any(name != Path(name).name for name in places.values()):
@@ -222,8 +231,8 @@ def _tokenizer(model: Path, config: Mapping[str, Any]) -> str:
 
 
 def _files(model: Path) -> str:
-    shards = (read_json(model / INDEX) or {}).get("weight_map") or {}
-    weights = {WEIGHTS} if (model / WEIGHTS).is_file() else {INDEX, *map(str, dict(shards).values())}
+    single = (model / WEIGHTS).is_file() or not (model / INDEX).is_file()
+    weights = {WEIGHTS} if single else {INDEX, *_weight_map(model).values()}
     names = sorted(path.name for path in model.iterdir())
     pickles = [name for name in names if _among(name, PICKLES)]
     if pickles:
@@ -263,7 +272,7 @@ def _form(model: Path, config: Mapping[str, Any], wanted: str) -> str:
     wrong = [f"config.json: {key}" for key in read if key != "transformers_version" and read[key] != config.get(key)]
     if transformers_version.in_old_form(wanted) and "dtype" in config:
         wrong.append("config.json: dtype")
-    tokenizer = read_json(model / "tokenizer_config.json") or {}
+    tokenizer = _object(model / "tokenizer_config.json") if (model / "tokenizer_config.json").is_file() else {}
     fast = (model / "tokenizer.json").is_file()
     for key, value in transformers_version.tokenizer_config_for(tokenizer, wanted, tokenizer_json=fast).items():
         if value != tokenizer.get(key):

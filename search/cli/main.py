@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from search.cli.error_line import line_of, memory_line
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -31,21 +33,28 @@ class Commands(click.Group):
             exec("")  # noqa: S102
             context.exit(130)
         except Exception as error:
-            status = _status(error)
+            exhausted = None if _is_ours(error) else memory_line(error)
+            status = 2 if exhausted else _status(error)
             if status is None:
                 raise
-            click.echo(f"optuna-search: {' '.join(str(error).split())}", err=True)
+            click.echo(f"optuna-search: {exhausted or line_of(error)}", err=True)
             context.exit(status)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Return whether an error has a message of this project, without an import."""
+    return type(error).__module__.partition(".")[0] in ("search", "compressors", "evaluator")
 
 
 def _status(error: Exception) -> int | None:
     from compressors.errors import CompressionError
     from evaluator.errors import EvaluationError
+    from readers.errors import ReadError
     from search.errors import SearchError
 
     if isinstance(error, SearchError):
         return error.exit_status
-    if isinstance(error, CompressionError | EvaluationError):
+    if isinstance(error, CompressionError | EvaluationError | ReadError):
         return 2
     if isinstance(error, (OSError, *_database_errors())):
         return 2

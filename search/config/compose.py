@@ -26,6 +26,7 @@ from pydantic import BaseModel, ValidationError
 
 from search.config.spelling import nearest
 from search.config.study_file import Dimension, Range, StudyFile
+from search.config.yaml_files import read, require_readable, shown
 from search.errors import ConfigError
 
 PACKAGED = Path(__file__).resolve().parents[2] / "studies"
@@ -33,6 +34,7 @@ USER_DIR = Path("studies")
 EXPERIMENTS = "experiments"
 PRIMARY = "__study__"  # its defaults name the study file, so that Hydra looks for this along its whole search path
 MEMBERS = ("Range", "int")
+MOST_PROBLEMS = 5  # of a study file that are listed
 
 
 def studies(config_dir: Path | None = None) -> list[str]:
@@ -116,11 +118,14 @@ def _composed(
         raise ConfigError(f"study {study!r}: no such study file; there are {', '.join(names)}{nearest(study, names)}")
     for override in overrides:
         _require_key_and_value(override)
+    plain = [_plain(override, directories, config_dir) for override in overrides]
+    chosen = [word.lstrip("+").replace("=", "/", 1) for word in plain if _group_of(word.lstrip("+"), directories)]
+    require_readable([study, *chosen], directories)
     GlobalHydra.instance().clear()
     ConfigStore.instance().store(name=PRIMARY, node={"defaults": [study, "_self_"]})
     first, *others = directories
     words = [f"hydra.searchpath=[{','.join(directory.as_uri() for directory in others)}]"] if others else []
-    words += [_plain(override, directories, config_dir) for override in overrides]
+    words += plain
     try:
         with initialize_config_dir(config_dir=str(first), version_base="1.3", job_name="optuna-search"):
             try:
@@ -134,7 +139,12 @@ def _composed(
             loader = GlobalHydra.instance().config_loader()
             used = loader.compute_defaults_list(PRIMARY, words, RunMode.RUN).defaults
         yield composed, [*_overridden(overrides), *_read(used, directories)]
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
+        if "maximum recursion depth" in str(error):
+            raise ConfigError(
+                f"study {study!r}: its defaults or values refer to each other in a circle, or are nested too deeply; "
+                "correct the study file or the overrides"
+            ) from None
         if "Ambiguous value" in str(error):
             word = next((word for word in overrides if "," in word), "")
             raise ConfigError(
@@ -157,12 +167,11 @@ def _read(used: Sequence[Any], directories: Sequence[Path]) -> list[tuple[str, A
         )
         if path is None:
             continue
-        text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
+        text, values = path.read_text(encoding="utf-8-sig"), read(path)
         group = entry.config_path.rpartition("/")[0]
         if group and "@package _global_" not in text:
             values = {group: values}
-        sources.append((str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path), values))
+        sources.append((shown(path), values))
     return sources
 
 
@@ -196,10 +205,13 @@ def validate(values: Any, where: str, sources: Sequence[tuple[str, Any]] = ()) -
     except ValidationError as error:
         problems: dict[str, str] = {}  # a union reports one problem per member: the first is enough
         for problem in error.errors():
-            if _where(problem) not in problems:
+            if len(problems) >= MOST_PROBLEMS:
+                problems.setdefault(_where(problem), "")
+            elif _where(problem) not in problems:
                 file = _source_of(problem["loc"], sources)
                 problems[_where(problem)] = f"{file + ': ' if file else ''}{_explain(problem)}"
-        raise ConfigError(f"{where}: " + "; ".join(problems.values())) from None
+        more = f"; and {len(problems) - MOST_PROBLEMS:,} more" if len(problems) > MOST_PROBLEMS else ""
+        raise ConfigError(f"{where}: " + "; ".join([*problems.values()][:MOST_PROBLEMS]) + more) from None
 
 
 def _search_path(config_dir: Path | None) -> list[Path]:

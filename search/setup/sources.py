@@ -20,8 +20,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from compressors.errors import CheckpointError
 from compressors.files import alone
 from compressors.model import exaone3
-from compressors.model.checkpoint import Checkpoint, require_json, stamp_of
+from compressors.model.checkpoint import Checkpoint, stamp_of
 from compressors.model.family import family_of
+from compressors.model.model_directory import require_json
 from compressors.model.odd import is_odd
 
 EMBEDDED = "smollm2-135m"

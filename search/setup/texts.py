@@ -15,10 +15,12 @@ from transformers import AutoTokenizer
 
 from compressors.errors import CheckpointError
 from compressors.files import write_json
+from compressors.model import config_types, model_directory
 from evaluator import embedded_texts, texts
 from search.config.study_file import StudyFile
 from search.errors import UsageError
 from search.files import CACHE, read_json
+from search.setup.guarded_tokenizer import GuardedTokenizer, Trial, doubt_of
 
 Shard = list[list[int]]  # windows of token ids
 Documents = Sequence[texts.Document]
@@ -79,14 +81,23 @@ class StudyTexts:
 
 
 def tokenizer_of(path: Path) -> Any:
-    """Load the tokenizer of the model in `path`.
+    """Load the tokenizer of the model in `path`; one with steps that may run for long encodes within limits.
 
     Raises:
-        CheckpointError: Its tokenizer files can't be read.
+        CheckpointError: Its tokenizer files can't be read, a link leads out of the directory, or it takes too long or
+            too much memory for a short text.
     """
+    files = model_directory.files_of(path)
+    config_types.require_tokenizer_files(path, files)
+    file = files.get("tokenizer.json")
+    doubt = None if file is None else doubt_of(path, file)
+    trial = None if file is None or doubt is None else Trial(path, file, doubt)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # the readers of damaged files raise many unrelated types
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return tokenizer if trial is None else GuardedTokenizer(tokenizer, trial)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # readers of damaged files raise many types, and a panic of Rust code no Exception
         first = (" ".join(str(error).split()) or type(error).__name__)[:160]
         raise CheckpointError(f"model {path}: its tokenizer can't be read ({first}); copy its files again") from None
 

@@ -58,6 +58,10 @@ def _safe(url: str) -> str:
         raise StorageError(
             "storage: not a database URL; write sqlite:///FILE or postgresql://USER@HOST/DATABASE"
         ) from None
+    except ValueError:  # what stands for the port
+        raise StorageError(
+            "storage: its port is not a number; write postgresql://USER@HOST:5432/DATABASE, and an IPv6 address in []"
+        ) from None
 
 
 def _prepared(url: str) -> tuple[str, dict[str, Any]]:

@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 import time
 
@@ -229,6 +230,58 @@ def test_a_hub_that_cannot_be_reached_is_given_up_soon(monkeypatch):
     with pytest.raises(TextError, match=r"hub:ORG/NAME: can't be read .*name \.txt or \.jsonl files, or a directory"):
         texts.read_documents(["hub:ORG/NAME"])
     assert time.monotonic() - started < 10
+
+
+# -- files of the wrong kind ---------------------------------------------------------------------------------
+
+
+def sparse(path):
+    with path.open("wb") as file:
+        file.truncate(7_000_000_000)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (os.mkfifo, "can't be read: it is a FIFO, and only regular files are read; name .txt or .jsonl files"),
+        (lambda path: path.symlink_to("/dev/zero"), "can't be read: it is a device"),
+        (os.mkdir, "can't be read: it is a directory"),
+        (sparse, "can't be read: it holds 7.0 GB, and at most 500.0 MB are read"),
+        (lambda path: path.write_text("a" * 10_000_001), "line 1: holds 10,000,001 characters, and at most 10,000,000"),
+        (lambda path: path.write_text("a\n" * 6_000_000 + "b" * 10_000_001 + "\nc"), "line 6000001: holds 10,000,001"),
+        (lambda path: path.write_bytes(b"text \xff"), "can't be read: it is not UTF-8"),
+    ],
+)
+def test_a_text_of_the_wrong_kind_is_refused_at_once(make, says, suffix, tmp_path):
+    path = tmp_path / f"text{suffix}"
+    make(path)
+    with pytest.raises(TextError) as raised:
+        texts.read_documents([path])
+    assert says in str(raised.value)
+
+
+def test_lines_that_are_nested_or_hold_half_a_character_are_refused_by_their_number(tmp_path):
+    path = tmp_path / "text.jsonl"
+    for line in ('{"text": "\\ud800"}', "[" * 100_000, '{"text": "a", "text": "b"}'):
+        path.write_text('{"text": "a", "score": NaN}\n' + line)
+        with pytest.raises(TextError, match="line 2: is not a JSON object"):
+            texts.read_documents([path])
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    (tmp_path / "a.txt").write_text("words", encoding="utf-8-sig")
+    (tmp_path / "b.jsonl").write_text('{"text": "words"}', encoding="utf-8-sig")
+    assert [one.text for one in texts.read_documents([tmp_path / "a.txt", tmp_path / "b.jsonl"])] == ["words"] * 2
+
+
+def test_a_paragraph_of_many_megabytes_becomes_documents_that_end_with_a_line(tmp_path):
+    lines = [f"{number:0999}" for number in range(25_000)]  # 25 MB without a blank line
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    found = texts.read_documents([tmp_path / "text.txt"])
+    assert len(found) == 3
+    assert all(len(one.text) <= 10_000_000 for one in found)
+    assert "\n".join(one.text for one in found).split("\n") == lines
 
 
 # -- several texts -------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,60 @@ def test_words_that_need_no_quotes_in_a_shell_mean_the_same(word, same):
 def test_a_range_that_is_none_is_refused_by_its_key(word):
     with pytest.raises(ConfigError, match=word.partition("=")[0]):
         compose.load("demo", [word])
+
+
+LAUGHS = "defaults: [demo]\na0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 20)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (LAUGHS, "mine.yaml: can't be read: it holds more than 200,000 values"),
+        ("a: " + "[" * 5000, "mine.yaml: can't be read: it is nested more than 50 levels deep"),
+        (
+            "defaults: [demo]\n" + "".join(f"k{n}: 1\n" for n in range(60_000)),
+            "holds 60,001 keys in one place (defaults, k0",
+        ),
+        ("defaults: [demo]\n" + "".join(f"k{n}: 1\n" for n in range(40)), "k0: unknown key; "),
+        ("study_name: \udce9", "mine.yaml: can't be read: it is not UTF-8"),
+        ("trials: 1\ntrials: 2", "it has the key 'trials' twice"),
+        ("trials: !!python/object/apply:os.getcwd []", "it is not YAML of plain values"),
+        ("- a", "mine.yaml: holds no KEY: VALUE lines"),
+        ("defaults: [demo]\n1: 2", "has the key 1, which is no name"),
+        ("defaults: [demo]\nstudy_name: !!set {a}", "holds a set"),
+        ("defaults: [mine]", "refer to each other in a circle"),
+        ("defaults: [demo, {model: evil}]", "evil.yaml: can't be read: its alias *a is inside of what it repeats"),
+    ],
+)
+def test_a_study_file_of_the_wrong_kind_is_refused_in_one_short_line(text, says, tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "evil.yaml").write_text("a: &a [*a]")
+    with pytest.raises(ConfigError) as caught:
+        compose.load("mine", config_dir=tmp_path)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 900
+
+
+def test_special_files_are_refused_wherever_a_study_names_them(tmp_path):
+    (tmp_path / "experiments").mkdir()
+    os.mkfifo(tmp_path / "experiments" / "02-05_fifo.yaml")
+    os.mkfifo(tmp_path / "fifo.yaml")
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    for study, words in (("fifo", []), ("zero", []), ("demo", ["experiments=fifo"])):
+        with pytest.raises(ConfigError, match=r"can't be read: it is a (FIFO|device)"):
+            compose.load(study, words, config_dir=tmp_path)
+
+
+def test_a_byte_order_mark_and_aliases_do_no_harm(tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [demo, _self_]\ntrials: &n 7\nseed: *n\n", encoding="utf-8-sig")
+    file = compose.load("mine", config_dir=tmp_path)
+    assert (file.trials, file.seed) == (7, 7)
+
+
+def test_an_override_with_a_number_of_thousands_of_digits_is_refused():
+    with pytest.raises(ConfigError, match="Exceeds the limit"):
+        compose.load("demo", ["trials=" + "9" * 5000])

@@ -426,3 +426,23 @@ def test_create_submit_finds_the_program_and_passes_its_words_on(tmp_path):
     done = create_submit(tmp_path, "submit/model drop28", "a.zip", path=path)
     assert done.stdout == "bin: package --model submit/model drop28 --out a.zip\n"
     assert create_submit(tmp_path, "a", "b", "c").returncode == 2
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "chat_template.jinja", "vocab.txt", "tokenizer_config.json", "sub"])
+def test_a_link_out_of_the_directory_is_not_packed(name, model, tmp_path):
+    (tmp_path / "secret").write_text('{"a": "secret"}')
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to("../secret" if name != "sub" else "..")
+    with pytest.raises(CheckpointError, match=f"{name} is a symbolic link that leads out"):
+        submission_rules.check(model)
+    with pytest.raises(CheckpointError, match="leads out"):
+        package.pack(model, tmp_path / "submit.zip", checked=())
+    assert not list(tmp_path.glob("*submit.zip*"))
+
+
+def test_a_link_within_the_directory_is_packed_as_a_file(model, tmp_path):
+    (model / "LICENSE.txt").write_text("a licence")
+    (model / "LICENSE").symlink_to("LICENSE.txt")
+    with zipfile.ZipFile(package.pack(model, tmp_path / "submit.zip").path) as archive:
+        assert archive.read("model/LICENSE") == b"a licence"
+        assert {entry.external_attr >> 16 for entry in archive.infolist()} == {0o100644}

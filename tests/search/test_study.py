@@ -40,6 +40,9 @@ def test_sqlite_is_opened_with_a_write_ahead_log_and_a_heartbeat(url, tmp_path):
     ("bad", "said"),
     [
         ("nonsense", "not a database URL"),
+        ("postgresql://u@host:abc/db", "its port is not a number"),
+        ("postgresql://u@[::1/db", "its port is not a number"),
+        ("mysql://host:5 432/db", "its port is not a number"),
         ("sqlite:///:memory:", "needs a file"),
         ("postgresql://me:secret@127.0.0.1:9/db", "127.0.0.1"),
         ("nosuchdb://x", "nosuchdb"),
