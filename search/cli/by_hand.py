@@ -41,7 +41,7 @@ def baseline_command(model: Path | None, again: bool, as_json: bool, **where: An
     from search.stages.baseline import BASELINE_RESULT
     from search.stages.bench import Bench
 
-    with progress.Live(1) as live, Bench.of(setting.prepare(file, live.say, search=False)) as bench:
+    with progress.Live(1) as live, Bench.of(setting.prepare(file, live.say, search=False, warn=live.warn)) as bench:
         measured = multirun.baseline(bench, live.say, live.warn, again=again)
         place = bench.setting.outputs / BASELINE_RESULT
     if as_json:
@@ -82,7 +82,7 @@ def evaluate_command(
     from search.show import progress, tables
     from search.stages.bench import Bench
 
-    with progress.Live(1) as live, Bench.of(setting.prepare(file, live.say, search=False)) as bench:
+    with progress.Live(1) as live, Bench.of(setting.prepare(file, live.say, search=False, warn=live.warn)) as bench:
         result = multirun.evaluate(
             bench, path, run_name or path.resolve().name, live.say, live.warn, study_words(**where)
         )

@@ -59,7 +59,10 @@ def run_study(
         stop.check()
         watch({"event": "say", "text": text})
 
-    setting = shared(prepare(file, say), workers)
+    def warn(text: str) -> None:
+        watch({"event": "warn", "text": text})
+
+    setting = shared(prepare(file, say, warn=warn), workers)
     existing = storage.open_storage(file.storage) if storage.exists(file.storage) else None
     if existing is not None:  # a mismatch is told before the baseline is measured
         storage.find(existing, file.study_name, keys.definition(setting))
@@ -72,7 +75,7 @@ def run_study(
             study,
             baseline,
             file.score.weight_perf,
-            warn=lambda text: watch({"event": "warn", "text": text}),
+            warn=warn,
         )
         running = _Running(study, setting, baseline, watch, stop, tracker)
         running.describe()
