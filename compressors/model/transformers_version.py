@@ -213,6 +213,15 @@ def in_old_form(version: str) -> bool:
     raise CheckpointError(f"for transformers {version}: is not a known version; known are {KNOWN}")
 
 
+def is_known(version: object) -> bool:
+    """Return whether a value is a version of transformers that files can be written for."""
+    try:
+        in_old_form(str(version))
+    except CheckpointError:
+        return False
+    return True
+
+
 def _rope(config: Mapping[str, Any], version: str) -> dict[str, Any]:
     """Return `rope_theta` and `rope_scaling`, or nothing where the config has no setting of the rotary embedding."""
     if not config.keys() & {"rope_parameters", "rope_scaling", "rope_theta"}:

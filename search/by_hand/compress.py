@@ -217,9 +217,3 @@ def written_before(path: Path, described: dict[str, Any]) -> str | None:
 def to_json(outcome: Outcome) -> dict[str, Any]:
     """Return the outcome as --json prints it."""
     return {**dataclasses.asdict(outcome), "warnings": list(outcome.warnings)}
-
-
-def target_of(path: Path) -> str | None:
-    """Return the version of transformers that the checkpoint in `path` was written for, or None where it names none."""
-    target = (read_json(path / DESCRIPTION) or {}).get("for_transformers")
-    return None if target is None else str(target)
