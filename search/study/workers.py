@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import sys
 import time
 from typing import Any
 
@@ -88,7 +89,7 @@ def run_study(
             with team:
                 _until_finished(running, team)
         finally:
-            tracker.close()
+            tracker.close(files=sys.exception() is None)
     return study
 
 
