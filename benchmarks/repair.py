@@ -24,7 +24,7 @@ from compressors.model import family
 from compressors.model.checkpoint import Checkpoint
 from compressors.plan import CompressionPlan
 from compressors.statistics import activations, second_moments
-from evaluator import embedded_texts, quality, score, texts
+from evaluator import embedded_texts, quality, score, shared_text, texts
 from search import files
 from search.setup import machine, sources
 
@@ -107,7 +107,7 @@ def main() -> None:
     }
     for name, documents in judged.items():
         for domain, those in domains.items():
-            assert not texts.overlap(those, documents), (domain, name)
+            assert not shared_text.compare(those, documents).characters, (domain, name)
     shards = {
         name: [[w] for w in texts.windows(tokenizer, documents, arguments.window, arguments.tokens // arguments.window)]
         for name, documents in judged.items()

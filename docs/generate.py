@@ -65,7 +65,7 @@ SAYS = {  # keys that the packaged defaults do not hold, or that need more than 
     "study_name": "Name of the study in the storage.",
     "model.source": "Directory, hub id, or `smollm2-135m`, the embedded model.",
     "text": "`embedded` is prose that every CPython ships. Otherwise a list of .txt and .jsonl files and of datasets "
-    "(`hub:ORGANISATION/NAME`). The three texts may share nothing.",
+    "(`hub:ORGANISATION/NAME`). What they share is left out of one of them, up to 1%.",
     "evaluation.perf": "Parts of Perf with their weights, see [your own metric](../how-to/your-own-metric.md).",
 }
 

@@ -1,7 +1,8 @@
 """Functions that read documents, keep them apart and cut them into windows of token ids; no model is needed.
 
 Text is split by document, so that the text that a compression is fitted to and the text that judges it share nothing.
-`overlap` finds what texts from elsewhere share. `evaluator.embedded_texts` has text for studies that name none.
+`evaluator.shared_text` finds what texts from elsewhere share; `evaluator.embedded_texts` has text for studies that name
+none.
 """
 
 from __future__ import annotations
@@ -26,15 +27,29 @@ MOST_TEXT = 32  # a text is tokenized up to this multiple of the tokens that are
 HUB = "hub:"  # begins the name of a Hugging Face dataset among the paths of a text
 MOST_ROWS = 5000  # rows of a dataset that are read by default
 PASSAGE_CHARACTERS = 80  # the length from which on two texts share a paragraph or a line by no accident
-EXAMPLES = 3  # the quotations of an overlap
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A named text that is never split between two uses."""
+    """A named text that is never split between two uses.
+
+    Attributes:
+        lines: The lines of its file on which its paragraphs begin, where these are known.
+    """
 
     name: str
     text: str
+    lines: tuple[int, ...] = dataclasses.field(default=(), compare=False, repr=False)
+
+    def place(self, line: int) -> str:
+        """Name a line of the text, counted from 0, by its file and the line there; else by the document's name."""
+        begins = 0
+        for paragraph, first in zip(self.text.split("\n\n"), self.lines, strict=False):
+            height = paragraph.count("\n") + 2
+            if line < begins + height:
+                return f"{self.name.rpartition(':')[0]}:{first + line - begins}"
+            begins += height
+        return self.name
 
 
 def read_documents(paths: Iterable[str | Path]) -> list[Document]:
@@ -65,12 +80,19 @@ def read_documents(paths: Iterable[str | Path]) -> list[Document]:
 def _from_txt(path: Path, content: str) -> list[Document]:
     found: list[Document] = []
     group: list[str] = []
-    parts = [piece for part in content.split("\n\n") if part.strip() for piece in text_files.pieces(part.strip("\n"))]
-    for number, paragraph in enumerate(parts, start=1):
-        group.append(paragraph)
-        if sum(map(len, group)) >= GROUPED_CHARACTERS or number == len(parts):
-            found.append(Document(f"{path.name}:{len(found)}", "\n\n".join(group)))
-            group = []
+    lines: list[int] = []
+    line, parts = 1, content.split("\n\n")
+    for part in parts:
+        start = line + len(part) - len(part.lstrip("\n"))
+        for piece in text_files.pieces(part.strip("\n")) if part.strip() else ():
+            group.append(piece)
+            lines.append(start)
+            if sum(map(len, group)) >= GROUPED_CHARACTERS:
+                found.append(Document(f"{path.name}:{len(found)}", "\n\n".join(group), tuple(lines)))
+                group, lines = [], []
+        line += part.count("\n") + 2
+    if group:
+        found.append(Document(f"{path.name}:{len(found)}", "\n\n".join(group), tuple(lines)))
     return found
 
 
@@ -173,44 +195,6 @@ def _grouped(name: str, numbered: Iterable[tuple[int, str]]) -> list[Document]:
     if group:
         found.append(Document(f"{name}:{first}", "\n\n".join(group)))
     return found
-
-
-def overlap(first: Sequence[Document], second: Sequence[Document]) -> list[str]:
-    """Return a few quoted examples of what both hold, with the documents' names; an empty list if they share nothing.
-
-    Compared are whole documents, and their paragraphs and lines of at least 80 characters. Case and white space make no
-    difference.
-    """
-    whole, parts = _index(first)
-    found: dict[str, str] = {}
-    for document in second:
-        text = _normal(document.text)
-        shared = [(text, f"{whole[text]} and {document.name} are the same")] if text in whole else []
-        shared += [
-            (passage, f"{parts[passage]} and {document.name} both hold")
-            for passage in passages(document.text)
-            if passage in parts
-        ]
-        for passage, where in shared:
-            if not any(passage in known for known in found):  # the lines of a paragraph that is quoted already
-                quoted = passage if len(passage) <= PASSAGE_CHARACTERS else f"{passage[: PASSAGE_CHARACTERS - 1]}…"
-                found[passage] = f'{where}: "{quoted}"'
-            if len(found) == EXAMPLES:
-                return list(found.values())
-    return list(found.values())
-
-
-def _index(documents: Sequence[Document]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return (whole documents, passages), normalized, each with the name of the first document that holds it."""
-    whole: dict[str, str] = {}
-    parts: dict[str, str] = {}
-    for document in documents:
-        text = _normal(document.text)
-        if text:
-            whole.setdefault(text, document.name)
-        for passage in passages(document.text):
-            parts.setdefault(passage, document.name)
-    return whole, parts
 
 
 def passages(text: str) -> Iterator[str]:

@@ -1,8 +1,9 @@
-"""Writes directories atomically: next to their destination first, then renamed."""
+"""Writes directories atomically: next to their destination first, then renamed; deletes what killed writers left."""
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import re
 import shutil
@@ -54,7 +55,7 @@ def atomic_directory(to: Path, what: str) -> Iterator[Path]:
     scratch, old = to.with_name(f"{prefix}{os.getpid()}"), to.with_name(f"{prefix}{os.getpid()}-old")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(to.parent, prefix)
+        sweep(to.parent, prefix)
         yield scratch
         if to.exists():
             to.replace(old)
@@ -71,13 +72,22 @@ def atomic_directory(to: Path, what: str) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _sweep(directory: Path, prefix: str) -> None:
-    """Delete the temporary directories of processes that were killed."""
+def sweep(directory: Path, prefix: str) -> None:
+    """Delete the temporary files and directories of processes that were killed.
+
+    Args:
+        directory: The directory that holds them.
+        prefix: What their names begin with; the number of the process follows.
+    """
     for dots in ("", "."):  # files in a scratch directory are first written next to it, with another dot
-        for left in directory.glob(f"{dots}{prefix}*"):
+        for left in directory.glob(f"{dots}{glob.escape(prefix)}*"):
             pid = re.match(r"\d+", left.name.removeprefix(dots).removeprefix(prefix))
-            if pid is None or not process_alive(int(pid[0])):
+            if pid is not None and process_alive(int(pid[0])):
+                continue
+            if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left, ignore_errors=True)
+            elif pid is not None:
+                left.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

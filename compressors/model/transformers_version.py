@@ -199,6 +199,15 @@ def _way_out() -> str:
     return f"choose --for-transformers {running}, or export.for_transformers=null"
 
 
+def is_known(version: object) -> bool:
+    """Return whether a value is a version of transformers that files can be written for."""
+    try:
+        in_old_form(str(version))
+    except CheckpointError:
+        return False
+    return True
+
+
 def _dtype(config: Mapping[str, Any], version: str) -> dict[str, Any]:
     stated = stated_dtype(config, f"for transformers {version}: ")
     return {} if stated is None else {"torch_dtype": stated}

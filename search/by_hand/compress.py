@@ -16,7 +16,6 @@ from compressors.errors import InfeasiblePlan
 from compressors.files import write_json
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.loading import broken_named, write_checked
-from compressors.model.model_directory import behind
 from compressors.plan import CHOICES, DESCRIPTION, DIMENSIONS, OPTIONS, CompressionPlan, canonical
 from evaluator.backends import kernels
 from search import files
@@ -227,9 +226,3 @@ def written_before(path: Path, described: dict[str, Any]) -> str | None:
 def to_json(outcome: Outcome) -> dict[str, Any]:
     """Return the outcome as --json prints it."""
     return {**dataclasses.asdict(outcome), "warnings": list(outcome.warnings)}
-
-
-def target_of(path: Path) -> str | None:
-    """Return the version of transformers that the checkpoint in `path` was written for, or None where it names none."""
-    target = (read_json(behind(path / DESCRIPTION)) or {}).get("for_transformers")
-    return None if target is None else str(target)

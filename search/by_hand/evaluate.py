@@ -24,7 +24,7 @@ from search.by_hand.evaluation import RESULT, Confirmed, Evaluation, evaluation_
 from search.errors import UsageError
 from search.files import read_json
 from search.json_values import known_fields
-from search.say import Say
+from search.say import Say, silent
 from search.setup import keys
 from search.setup.machine import require_memory
 from search.setup.setting import Setting
@@ -50,7 +50,13 @@ class Candidate:
 
 
 def evaluate_candidate(
-    bench: Bench, candidate: Candidate, baseline: Measurement, name: str, say: Say, words: Sequence[str] = ()
+    bench: Bench,
+    candidate: Candidate,
+    baseline: Measurement,
+    name: str,
+    say: Say,
+    words: Sequence[str] = (),
+    warn: Say = silent,
 ) -> Evaluation:
     """Measure the candidate against the baseline; write eval_result.json into its directory and return it.
 
@@ -61,6 +67,7 @@ def evaluate_candidate(
         name: The name of the evaluation.
         say: Told what is done.
         words: The words of the command line that chose the study file, so that a report can repeat them.
+        warn: Told what is left out of the report text.
 
     Raises:
         UsageError: The result can't be written.
@@ -69,7 +76,7 @@ def evaluate_candidate(
     """
     setting, path, plan = bench.setting, candidate.path, candidate.plan
     described = measure.describe(path)
-    report = report_shards(setting.file, setting.texts.moments.tokenizer)
+    report = report_shards(setting.file, setting.texts.moments.tokenizer, warn)
     base_loss = _base_loss(bench, report, say) if report else None
     if plan is not None:
         screen = bench.screen(plan, say)

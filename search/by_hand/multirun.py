@@ -27,7 +27,7 @@ from search.config.study_file import StudyFile
 from search.errors import SearchError, UsageError
 from search.failures import FAILURES, why
 from search.files import CACHE
-from search.say import Say
+from search.say import Say, silent
 from search.setup import collect, keys, load, sources
 from search.setup.setting import Setting, prepare
 from search.show import baseline_text
@@ -90,7 +90,7 @@ def evaluate(bench: Bench, path: Path, name: str, say: Say, warn: Warn, words: S
         _warn_of_load(bench.setting, warn)
     measured = baseline(bench, say, warn)
     began = time.time()
-    evaluation = evaluate_candidate(bench, candidate, measured, name, say, words)
+    evaluation = evaluate_candidate(bench, candidate, measured, name, say, words, warn)
     score = evaluation.score
     _warn_if(baseline_text.noisy(score.speed_norm_se, name), warn)
     values = {
@@ -217,7 +217,7 @@ def run_jobs(jobs: Sequence[Job], say: Say, warn: Warn, ended: Callable[[int, Ro
     settings: list[Setting] = []
     try:
         for number, job in enumerate(jobs):
-            setting = _setting(job.file, settings, say)
+            setting = _setting(job.file, settings, say, warn=warn)
             if bench is None or bench.setting.texts.shards is not setting.texts.shards:  # not prepared together
                 if bench is not None:
                     bench.close()
@@ -246,7 +246,7 @@ def _run(job: Job, bench: Bench, say: Say, warn: Warn) -> Row:
     return evaluation.row(job.path, before=known is not None)
 
 
-def _setting(file: StudyFile, settings: list[Setting], say: Say, engine: bool = True) -> Setting:
+def _setting(file: StudyFile, settings: list[Setting], say: Say, engine: bool = True, warn: Warn = silent) -> Setting:
     """Return a setting for `file`: one of `settings` where the files differ only in the model that they make."""
 
     def shared(other: StudyFile) -> Mapping[str, Any]:
@@ -256,7 +256,7 @@ def _setting(file: StudyFile, settings: list[Setting], say: Say, engine: bool = 
     for setting in settings:
         if shared(setting.file) == shared(file):
             return dataclasses.replace(setting, file=file)
-    settings.append(prepare(file, say, search=False, engine=engine))
+    settings.append(prepare(file, say, search=False, engine=engine, warn=warn))
     return settings[-1]
 
 

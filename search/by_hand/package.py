@@ -17,7 +17,7 @@ from readers.errors import ReadError
 from readers.regular import open_regular
 from search.by_hand.submission_rules import OWN, Rule, check
 from search.errors import UsageError
-from search.processes import process_alive
+from search.files import sweep
 
 BLOCK = 8 << 20  # bytes read at a time
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can hold, the same for every file
@@ -86,7 +86,7 @@ def pack(
     whole = False
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out)
+        sweep(out.parent, f".{out.name}.package-")
         _write(scratch, sources, total, progress)
         size = scratch.stat().st_size
         _require_small(out, size, max_zip_mb)
@@ -162,12 +162,3 @@ def _require_disk(out: Path, needed: int) -> None:
 def _missing_parents(out: Path) -> list[Path]:
     """Return the directories that have to be made for `out`, the innermost first."""
     return [parent for parent in out.absolute().parents if not parent.exists()]
-
-
-def _sweep(out: Path) -> None:
-    """Delete what killed processes left next to `out`."""
-    prefix = f".{out.name}.package-"
-    for left in out.parent.glob(f"{prefix}*"):
-        pid = left.name.removeprefix(prefix)
-        if pid.isdigit() and not process_alive(int(pid)):
-            left.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from compressors.model.checkpoint import (
 )
 from compressors.model.config_values import SIZES
 from compressors.model.model_directory import INDEX, WEIGHTS, require_json
+from compressors.plan import DESCRIPTION
 from search.by_hand import quantized_tensors
 from search.errors import UsageError
+from search.files import read_json
 from search.setup.machine import require_memory
 from search.setup.texts import tokenizer_of
 
@@ -63,6 +66,52 @@ class Rule:
     name: str
     ok: bool
     found: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Target names the version of transformers whose rules a checkpoint is checked by.
+
+    Attributes:
+        version: The version.
+        why: Why this one, as a clause.
+    """
+
+    version: str
+    why: str
+
+    def __str__(self) -> str:
+        """Return a line for people; it names the submission server's version too, where this is another."""
+        line = f"checked for transformers {self.version}, {self.why}"
+        server = transformers_version.DEFAULT
+        if self.version == server:
+            return line
+        return f"{line}; for the submission server's {server} write it again with --for-transformers {server}"
+
+
+def target_of(model: Path, asked: str | None, study: str | None) -> Target:
+    """Return what a checkpoint is checked for: what the user asks for, or else what it was written for.
+
+    A checkpoint of another origin names no such version that can be relied on: transformers writes its own into every
+    config.json. It is checked for what the study file exports for, or for the submission server.
+
+    Args:
+        model: The directory of the checkpoint.
+        asked: The version that the user asks for.
+        study: The version that the study file exports for.
+    """
+    if asked:
+        return Target(asked, "as you asked")
+    described = read_json(model_directory.behind(model / DESCRIPTION)) or {}
+    if described.get("for_transformers"):
+        return Target(str(described["for_transformers"]), "which it was written for")
+    if "for_transformers" in described:  # null: for the version that wrote it, which config.json names
+        named = (read_json(model_directory.behind(model / "config.json")) or {}).get("transformers_version")
+        written_by = str(named) if transformers_version.is_known(named) else installed_version("transformers")
+        return Target(written_by, "which it was written for")
+    if study:
+        return Target(study, "which the study file exports for")
+    return Target(transformers_version.DEFAULT, "which the submission server has")
 
 
 def check(

@@ -41,7 +41,7 @@ def baseline_command(model: Path | None, again: bool, as_json: bool, **where: An
     from search.stages.baseline import BASELINE_RESULT
     from search.stages.bench import Bench
 
-    with progress.Live(1) as live, Bench.of(setting.prepare(file, live.say, search=False)) as bench:
+    with progress.Live(1) as live, Bench.of(setting.prepare(file, live.say, search=False, warn=live.warn)) as bench:
         measured = multirun.baseline(bench, live.say, live.warn, again=again)
         place = bench.setting.outputs / BASELINE_RESULT
     if as_json:
@@ -91,7 +91,7 @@ def evaluate_command(
     from search.show import progress, tables
     from search.stages.bench import Bench
 
-    with progress.Live(1) as live, Bench.of(setting.prepare(file, live.say, search=False)) as bench:
+    with progress.Live(1) as live, Bench.of(setting.prepare(file, live.say, search=False, warn=live.warn)) as bench:
         result = multirun.evaluate(
             bench, path, run_name or path.resolve().name, live.say, live.warn, study_words(**where)
         )
@@ -211,7 +211,7 @@ def report_command(
 @click.option("--out", type=PATH, default=Path("submit.zip"), show_default=True, help="Zip file to write.")
 @click.option(
     "--for-transformers",
-    help="Version of transformers that is to read it [default: what the study file or the model names, or 4.57.3].",
+    help="Version of transformers that is to read it [default: what it was written for, else the study file's].",
 )
 @click.option("--check-only", is_flag=True, help="Check the list and write nothing.")
 @json_option("Print JSON to standard output [default: a line for each rule].")
@@ -226,19 +226,20 @@ def package_command(
     """
     file = load_file(**where, export__for_transformers=for_transformers)
 
-    from compressors.model import transformers_version
-    from search.by_hand import compress, package, submission_rules
+    from search.by_hand import package, submission_rules
     from search.show import progress
 
-    target = file.export.for_transformers or compress.target_of(path) or transformers_version.DEFAULT
+    asked = any(word.lstrip("+").startswith("export.for_transformers=") for word in where["overrides"])
+    version = for_transformers or (file.export.for_transformers if asked else None)
+    target = submission_rules.target_of(path, version, file.export.for_transformers)
     with progress.Live(1) as live:
-        rules = submission_rules.check(path, target=target, max_model_mb=file.limits.max_size_mb)
+        rules = submission_rules.check(path, target=target.version, max_model_mb=file.limits.max_size_mb)
         packed = None
         if all(rule.ok for rule in rules) and not check_only:
             packed = package.pack(
                 path,
                 out,
-                target=target,
+                target=target.version,
                 max_model_mb=file.limits.max_size_mb,
                 max_zip_mb=file.limits.max_zip_mb,
                 progress=live.bytes,
@@ -247,6 +248,7 @@ def package_command(
     if as_json:
         click.echo(json.dumps(package.to_json(rules, packed)))
     else:
+        click.echo(f"{path}: {target}")
         for rule in rules:
             click.echo(f"{'✓' if rule.ok else '✗'} {rule.name}: {rule.found}")
         if packed is not None:

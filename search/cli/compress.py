@@ -236,7 +236,7 @@ def distill_command(
 
     to = save_path or student.with_name(f"model_kd_{student.name.removeprefix('model').strip('_') or 'model'}")
     with progress.Live(1) as live:
-        prepared = setting.prepare(file, live.say, search=False, engine=False)
+        prepared = setting.prepare(file, live.say, search=False, engine=False, warn=live.warn)
         wanted = tokens or file.distillation.tokens
         result = distill.distill_model(prepared, student, wanted, to, file.export.for_transformers, live.say)
     if as_json:
@@ -302,7 +302,7 @@ def _compress_one(job: Job, live: Any) -> tuple[Outcome, Compressed]:
     from search.setup import setting
     from search.show import tables
 
-    prepared = setting.prepare(job.file, live.say, search=False, engine=False)
+    prepared = setting.prepare(job.file, live.say, search=False, engine=False, warn=live.warn)
     outcome = compress.foresee(job.plan, prepared)
     live.print(tables.outcome_table(compress.to_json(outcome), prepared.model.identity.to_dict()))
     for warning in outcome.warnings:

@@ -123,7 +123,9 @@ class Setting:
         return reason
 
 
-def prepare(file: StudyFile, say: Say = silent, *, search: bool = True, engine: bool = True) -> Setting:
+def prepare(
+    file: StudyFile, say: Say = silent, *, search: bool = True, engine: bool = True, warn: Say = silent
+) -> Setting:
     """Prepare and check everything; nothing is written but caches.
 
     Args:
@@ -131,6 +133,7 @@ def prepare(file: StudyFile, say: Say = silent, *, search: bool = True, engine: 
         say: Told what is done.
         search: False by hand, where the space is not used and need not fit the model.
         engine: False where nothing is to be served or scored, so that the engine need not be able to run here.
+        warn: Told what people should know of their input.
 
     Raises:
         UsageError: The study file does not fit the model or the machine.
@@ -155,7 +158,7 @@ def prepare(file: StudyFile, say: Say = silent, *, search: bool = True, engine: 
     wide = device == "cpu" or identity.precision == "float32"
     require_memory(base.total_parameters * (4 if wide else 2), device, "the base model")
     tokenizer = tokenizer_of(path)
-    domains, shards, windows = read_texts(file, tokenizer)
+    domains, shards, windows = read_texts(file, tokenizer, warn)
     return Setting(
         file=file,
         model=BaseModel(path, base, checkpoint.digest_of(path, CACHE / "digests"), its_family, identity),

@@ -1,4 +1,10 @@
-"""Reads the texts of a study once, cuts them into windows, and checks that they share nothing."""
+"""Reads the texts of a study once, keeps them apart, and cuts them into windows.
+
+A text that judges must share nothing with the texts before it. What the search text shares with the calibration text is
+left out of the calibration text: the search text is never changed, since the numbers of a study depend on it. What the
+report text shares with either is left out of the report text, since both are in use before it is read. More than
+MOST_SHARED is refused.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,15 +23,18 @@ from transformers import AutoTokenizer
 from compressors.errors import CheckpointError
 from compressors.files import write_json
 from compressors.model import config_types, model_directory
-from evaluator import embedded_texts, texts
+from evaluator import embedded_texts, shared_text, texts
 from search.config.study_file import StudyFile
 from search.errors import UsageError
 from search.files import CACHE, read_json
+from search.say import Say, silent
 from search.setup.guarded_tokenizer import GuardedTokenizer, Trial, doubt_of
 
 Shard = list[list[int]]  # windows of token ids
 Documents = Sequence[texts.Document]
 Domains = Mapping[str, Documents]
+
+MOST_SHARED = 0.01  # the largest share of a text that is left out of it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,36 +112,49 @@ def tokenizer_of(path: Path) -> Any:
         raise CheckpointError(f"model {path}: its tokenizer can't be read ({first}); copy its files again") from None
 
 
-def read_texts(file: StudyFile, tokenizer: Any) -> tuple[Domains, tuple[Shard, ...], tuple[list[int], ...]]:
+def read_texts(
+    file: StudyFile, tokenizer: Any, warn: Say = silent
+) -> tuple[Domains, tuple[Shard, ...], tuple[list[int], ...]]:
     """Read and cut the texts that a study searches with.
+
+    Args:
+        file: The study file.
+        tokenizer: The tokenizer of the base model.
+        warn: Told what is left out of the calibration text.
 
     Returns:
         The documents of the calibration text by domain, the shards of the search text, and the calibration windows.
 
     Raises:
         TextError: A text can't be read, or is too short.
-        UsageError: The two texts share text.
+        UsageError: The two texts share too much.
     """
-    domains = _domains(file)
-    for_search = _search_documents(file)
-    _require_apart(file, {"calibration": _all(domains), "search": for_search})
+    domains = _calibration(file, warn)
     windows = texts.mixed_windows(tokenizer, domains, file.text.window, file.text.calibration_windows)
-    return domains, _shards(file, tokenizer, for_search), tuple(windows)
+    return domains, _shards(file, tokenizer, _search_documents(file)), tuple(windows)
 
 
 def calibration_documents(file: StudyFile) -> Documents:
-    """Return the documents of the calibration text, from all its domains.
+    """Return the documents of the calibration text, from all its domains, without what the search text holds.
 
     Raises:
-        UsageError: It shares text with the search text.
+        UsageError: It shares too much with the search text.
     """
-    documents = _all(_domains(file))
-    _require_apart(file, {"calibration": documents, "search": _search_documents(file)})
-    return documents
+    return _all(_calibration(file))
 
 
 def _all(domains: Domains) -> Documents:
     return [document for documents in domains.values() for document in documents]
+
+
+def _calibration(file: StudyFile, warn: Say = silent) -> Domains:
+    """Return the domains of the calibration text without what the search text holds."""
+    domains = _domains(file)
+    rest = iter(_apart(file, ("calibration", _all(domains)), ("search", _search_documents(file)), warn))
+    return {
+        name: [document for document in itertools.islice(rest, len(documents)) if document is not None]
+        for name, documents in domains.items()
+    }
 
 
 def _domains(file: StudyFile) -> Domains:
@@ -171,21 +194,45 @@ def _version(name: str) -> tuple[str, ...]:
     return str(where), str(stat.st_mtime_ns), str(stat.st_size)
 
 
-def _require_apart(file: StudyFile, parts: Domains) -> None:
-    """Check that two texts share nothing: a plan must be judged on text that it was not fitted to.
+def _apart(
+    file: StudyFile, one: tuple[str, Documents], other: tuple[str, Documents], warn: Say
+) -> Sequence[texts.Document | None]:
+    """Return the documents of a text without what the other holds; None for one of which nothing is left.
+
+    A plan must be judged on text that it was not fitted to.
+
+    Args:
+        file: The study file.
+        one: The key and the documents of the text that may lose something.
+        other: Those of the text that stays as it is.
+        warn: Told what is left out.
 
     Raises:
-        UsageError: They share text.
+        UsageError: They share more than MOST_SHARED of the first.
     """
-    (first, one), (second, other) = parts.items()
-    if getattr(file.text, first) == getattr(file.text, second) == "embedded":
-        return  # the embedded texts share nothing by construction
-    shared = texts.overlap(one, other)
-    if shared:
-        raise UsageError(
-            f"text: text.{first} and text.{second} share text: {shared[0]}; a plan must be judged on text that it was "
-            "not fitted to: take it out of one"
+    (name, documents), (kept, others) = one, other
+    if getattr(file.text, name) == getattr(file.text, kept) == "embedded":
+        return documents  # the embedded texts share nothing by construction
+    shared = _compared(tuple(documents), tuple(others))
+    if not shared.characters:
+        return documents
+    share = f"{max(shared.share, 1e-4):.2%} of text.{name}"
+    if shared.share > MOST_SHARED:
+        pair = " and ".join(f"text.{key}" for key in ("calibration", "search", "report") if key in (name, kept))
+        found = (
+            shared.same or f"{share}, where up to {MOST_SHARED:.0%} is left out: {'; '.join(map(str, shared.examples))}"
         )
+        raise UsageError(
+            f"text: {pair} share text: {found}; a plan must be judged on text that it was not fitted to: take it out "
+            "of one"
+        )
+    warn(f"text: {share} is in text.{kept} too and is left out: {shared.examples[0]}")
+    return shared.rest
+
+
+@functools.lru_cache(maxsize=4)
+def _compared(first: tuple[texts.Document, ...], second: tuple[texts.Document, ...]) -> shared_text.Shared:
+    return shared_text.compare(first, second)
 
 
 @functools.cache
@@ -213,16 +260,22 @@ def _embedded_report() -> Documents:
     return embedded_texts.report_documents()
 
 
-def report_shards(file: StudyFile, tokenizer: Any) -> tuple[Shard, ...]:
-    """Cut the report text, which neither calibration nor search saw, into shards; return () where there is none.
+def report_shards(file: StudyFile, tokenizer: Any, warn: Say = silent) -> tuple[Shard, ...]:
+    """Cut the report text, without what calibration or search saw, into shards; return () where there is none.
+
+    Args:
+        file: The study file.
+        tokenizer: The tokenizer of the base model.
+        warn: Told what is left out of the report text.
 
     Raises:
-        UsageError: It shares text with one of them.
+        UsageError: It shares too much with one of them.
         TextError: It can't be read.
     """
     if file.text.report is None:
         return ()
     documents = _embedded_report() if isinstance(file.text.report, str) else _read(file.text.report)
-    _require_apart(file, {"calibration": calibration_documents(file), "report": documents})
-    _require_apart(file, {"search": _search_documents(file), "report": documents})
+    for name, others in (("calibration", calibration_documents(file)), ("search", _search_documents(file))):
+        rest = _apart(file, ("report", documents), (name, others), warn)
+        documents = [document for document in rest if document is not None]
     return _shards(file, tokenizer, documents)

@@ -1,5 +1,7 @@
 """Writes a study to MLflow: a parent run for the study, a nested run for each trial, and a run tagged `baseline`.
 
+The parent run has the study's result (`search.study.mlflow_result`), which is written again whenever it has changed.
+
 A separate thread writes the runs from what the study's storage holds, so that no trial waits for a server. Trials that
 were not tracked when a study was killed are tracked when it is resumed. A server that can't be reached costs one
 warning. No other module imports MLflow.
@@ -11,6 +13,7 @@ import contextlib
 import logging
 import os
 import queue
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -24,14 +27,15 @@ from compressors.errors import first_line
 from evaluator import measurement
 from evaluator.measurement import Measurement
 from search.config.study_file import Tracking
+from search.study.mlflow_result import METRICS, PARAMETERS, SIZES, Result
 from search.study.trials import finished
 
 PARENT, TRIAL = "optuna_search.study", "optuna_search.trial"
-PARAMETERS = tuple(name for name, metric in measurement.METRICS.items() if metric.mlflow == "parameter")
-METRICS = (
-    *(name for name, metric in measurement.METRICS.items() if metric.mlflow == "metric"),
-    *("perf_norm", "speed_norm", "score"),
-)
+NAMED = {  # the names of these in the manual; each is written once
+    "num_hidden_layers": "number_of_layers",
+    "num_attention_heads": "number_of_heads",
+    "hidden_size": "hidden_dim",
+}
 FLUSH_S = 60.0
 
 
@@ -58,6 +62,7 @@ class Tracker:
         self._study_name, self._storage = study.study_name, study._storage
         self._baseline, self._baseline_score = baseline, baseline_score
         self._warn = warn
+        self._files = True
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._follow, name="mlflow", daemon=True)
         if settings.mlflow:
@@ -68,8 +73,9 @@ class Tracker:
         """Have the thread write the trials that have ended."""
         self._wake.put(True)
 
-    def close(self) -> None:
-        """Write the remaining runs, for at most FLUSH_S seconds."""
+    def close(self, *, files: bool = True) -> None:
+        """Write the remaining runs, for at most FLUSH_S seconds; without the tables and plots where time presses."""
+        self._files = files
         if self._thread.is_alive():
             self._wake.put(False)
             self._thread.join(FLUSH_S)
@@ -82,19 +88,27 @@ class Tracker:
             study = optuna.load_study(storage=self._storage, study_name=self._study_name)
             more = True
             while more:
-                runs.catch_up(finished(study.get_trials(deepcopy=False)))
+                runs.catch_up(study)
                 more = self._wake.get()
                 with contextlib.suppress(queue.Empty):
                     while more:  # several trials may have ended meanwhile: catch up once for all of them
                         more = self._wake.get_nowait()
-            runs.catch_up(finished(study.get_trials(deepcopy=False)))
+            runs.catch_up(study)
             runs.end()
+            if self._files:
+                self._store_files(runs, study)
         except Exception as error:  # tracking must not end a study
             first = first_line(error)
             self._warn(
                 f"MLflow: not tracked from here on: {first}; the study continues, and running it again "
                 "later tracks the rest"
             )
+
+    def _store_files(self, runs: _Runs, study: optuna.Study) -> None:
+        try:
+            runs.store_files(study)
+        except Exception as error:  # servers may keep files elsewhere, out of reach: the numbers are there
+            self._warn(f"MLflow: the study's tables and plots are not stored: {first_line(error)}")
 
 
 def log_by_hand(
@@ -153,7 +167,8 @@ def _log(
 
     run = client.create_run(experiment, start_time=start, tags=dict(tags), run_name=name)
     metrics = [Metric(key, float(values[key]), end, 0) for key in METRICS if values.get(key) is not None]
-    params = [Param(key, str(value)) for key, value in values.items() if key not in METRICS and value is not None]
+    named = {NAMED.get(key, key): value for key, value in values.items() if key not in METRICS or key in SIZES}
+    params = [Param(key, str(value)) for key, value in named.items() if value is not None]
     client.log_batch(run.info.run_id, metrics=metrics, params=params)
     client.set_terminated(run.info.run_id, status=status, end_time=end)
 
@@ -162,6 +177,8 @@ class _Runs:
     def __init__(self, experiment: str, study_name: str, baseline: Measurement, baseline_score: float) -> None:
         self._client, self._experiment = _client(experiment)
         self._parent = self._only_run({PARENT: study_name}, study_name)
+        self._client.update_run(self._parent, status="RUNNING")  # a resumed study has ended before
+        self._known: tuple[Mapping[str, float], Mapping[str, str]] | None = None
         self._tracked = set()
         has_baseline = False
         for run in self._search({"mlflow.parentRunId": self._parent}):
@@ -184,19 +201,39 @@ class _Runs:
                 now,
             )
 
-    def catch_up(self, trials: list[optuna.trial.FrozenTrial]) -> None:
+    def catch_up(self, study: optuna.Study) -> None:
+        """Write the trials that have ended and are not written yet, and the study's result."""
+        self._log_trials(finished(study.get_trials(deepcopy=False)))
+        result = Result.of(study)
+        known = (result.metrics(), result.tags())
+        if known != self._known:
+            self._log_result(*known)
+            self._known = known
+
+    def store_files(self, study: optuna.Study) -> None:
+        """Write the tables and plots of the study; those of the same name are replaced."""
+        with tempfile.TemporaryDirectory() as scratch:
+            Result.of(study).write(Path(scratch))
+            self._client.log_artifacts(self._parent, scratch)
+
+    def _log_result(self, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        """Write the result to the parent run: metrics and tags can be written again, and parameters cannot."""
+        from mlflow.entities import Metric, RunTag
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(
+            self._parent,
+            metrics=[Metric(name, value, now, int(metrics["trials_finished"])) for name, value in metrics.items()],
+            tags=[RunTag(name, value) for name, value in tags.items()],
+        )
+
+    def _log_trials(self, trials: list[optuna.trial.FrozenTrial]) -> None:
         for trial in trials:
             if trial.number in self._tracked:
                 continue
             attrs = trial.user_attrs
             values: dict[str, Any] = {name: attrs[name] for name in (*PARAMETERS, *METRICS) if name in attrs}
-            plan = attrs.get("plan", {})
-            values |= {
-                "number_of_layers": plan.get("num_hidden_layers"),
-                "number_of_heads": plan.get("num_attention_heads"),
-                "hidden_dim": plan.get("hidden_size"),
-                "score": trial.value if trial.state == optuna.trial.TrialState.COMPLETE else None,
-            }
+            values["score"] = trial.value if trial.state == optuna.trial.TrialState.COMPLETE else None
             tags = {
                 "mlflow.parentRunId": self._parent,
                 TRIAL: str(trial.number),
@@ -211,7 +248,7 @@ class _Runs:
                 self._experiment,
                 f"trial-{trial.number}",
                 tags,
-                {**plan, **values},
+                {**attrs.get("plan", {}), **values},
                 status,
                 _ms(trial.datetime_start),
                 _ms(trial.datetime_complete),

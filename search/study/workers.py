@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import sys
 import time
 from typing import Any
 
@@ -71,7 +72,10 @@ def run_study(
         stop.check()
         watch({"event": "say", "text": text})
 
-    setting = shared(prepare(file, say), workers)
+    def warn(text: str) -> None:
+        watch({"event": "warn", "text": text})
+
+    setting = shared(prepare(file, say, warn=warn), workers)
     finished = 0
     existing = storage.open_storage(file.storage) if storage.exists(file.storage) else None
     if existing is not None:  # a mismatch is told before the baseline is measured
@@ -89,7 +93,7 @@ def run_study(
             study,
             baseline,
             file.score.weight_perf,
-            warn=lambda text: watch({"event": "warn", "text": text}),
+            warn=warn,
         )
         running = _Running(study, setting, baseline, watch, stop, tracker)
         running.describe()
@@ -102,7 +106,7 @@ def run_study(
             with team:
                 _until_finished(running, team)
         finally:
-            tracker.close()
+            tracker.close(files=sys.exception() is None)
     return study
 
 

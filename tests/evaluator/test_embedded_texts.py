@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluator import embedded_texts, texts
+from evaluator import embedded_texts, shared_text, texts
 from evaluator.errors import TextError
 from evaluator.texts import Document
 
@@ -25,13 +25,13 @@ def test_the_parts_of_the_embedded_text_share_no_paragraph():
 
 
 def test_the_parts_of_the_embedded_text_do_not_overlap():
-    assert texts.overlap(*texts.split(embedded_texts.documents())) == []
+    assert shared_text.compare(*texts.split(embedded_texts.documents())).characters == 0
 
 
 def test_report_text_is_apart_from_both_halves():
     report = embedded_texts.report_documents()
     for half in texts.split(embedded_texts.documents()):
-        assert texts.overlap(half, report) == []
+        assert shared_text.compare(half, report).characters == 0
     assert report == embedded_texts.report_documents()
     assert report[0].name == "__future__"
     assert {"argparse", "email.message", "xml.sax.handler"} <= {d.name for d in report}
@@ -67,4 +67,4 @@ def test_the_domains_share_no_passage_with_each_other_nor_with_what_judges():
     for name, documents in domains.items():
         assert sum(len(document.text) for document in documents) > 200_000
         others = [document for other in domains if other != name for document in domains[other]]
-        assert texts.overlap(documents, [*judges, *others]) == []
+        assert shared_text.compare(documents, [*judges, *others]).characters == 0

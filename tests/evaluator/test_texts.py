@@ -52,6 +52,21 @@ def test_txt_paragraphs_are_grouped(tmp_path):
     assert documents[1].text.startswith("paragraph 3")
 
 
+def test_a_line_of_a_document_is_named_by_the_line_of_its_file(tmp_path):
+    lines = ["", "", "one", "two", "", "  ", "", "", "three", "", "four " * 500, "five", "", "", "", "six", "seven", ""]
+    file = tmp_path / "a.txt"
+    file.write_text("\n".join(lines))
+    documents = texts.read_documents([file])
+    assert len(documents) == 2
+    for document in documents:
+        for number, line in enumerate(document.text.split("\n")):
+            if line.strip():
+                assert document.place(number) == f"a.txt:{lines.index(line) + 1}"
+    file = tmp_path / "a.jsonl"
+    file.write_text('\n{"text": "one\\ntwo"}')
+    assert texts.read_documents([file])[0].place(1) == "a.jsonl:2"
+
+
 def test_each_line_of_a_jsonl_file_is_a_document(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"text": "one"}) + "\n\n" + json.dumps({"text": "two", "more": 1}) + "\n")
@@ -88,52 +103,6 @@ def test_a_missing_file_is_refused(tmp_path):
 def test_digest_tells_windows_apart():
     assert texts.text_digest([[1, 2], [3]]) != texts.text_digest([[1], [2, 3]])
     assert texts.text_digest([[1, 2]]) == texts.text_digest([(1, 2)])
-
-
-# -- texts kept apart ----------------------------------------------------------------------------------------
-
-LONG = "Nothing in a language model's weights says which of its layers could be spared without anyone noticing it."
-
-
-def test_a_whole_document_in_both_is_an_overlap():
-    first = [Document("a", "One two."), Document("b", "Three.")]
-    (found,) = texts.overlap(first, [Document("c", "four"), Document("d", "  one\nTWO. ")])
-    assert found == 'a and d are the same: "one two."'
-
-
-def test_a_paragraph_copied_into_another_document_is_an_overlap():
-    first = [Document("a", f"An introduction.\n\n{LONG}\n\nAn end.")]
-    wrapped = LONG.upper().replace(" ", "\n  ", 3)
-    (found,) = texts.overlap(first, [Document("b", "apart"), Document("c", f"Other words\n \n{wrapped}\n\nmore")])
-    assert found == f'a and c both hold: "{LONG.lower()[:79]}…"'
-
-
-def test_a_line_copied_into_another_document_is_an_overlap():
-    assert texts.overlap([Document("a", f"One\n{LONG}\nTwo")], [Document("b", f"Three\n{LONG}")])
-
-
-def test_short_paragraphs_and_parts_of_paragraphs_are_no_overlap():
-    assert len(LONG[:79]) == 79
-    first = [Document("a", f"Apart.\n\n{LONG[:79]}"), Document("c", LONG), Document("e", "  ")]
-    second = [Document("b", f"{LONG[:79]}\n\nOther."), Document("d", f"{LONG} And more."), Document("f", "\n")]
-    assert texts.overlap(first, second) == []
-    assert texts.overlap(first, []) == texts.overlap([], second) == []
-
-
-def test_an_overlap_is_told_by_a_few_examples():
-    documents = [Document(str(i), f"{i} {LONG}") for i in range(20)]
-    found = texts.overlap(documents, documents)
-    assert len(found) == 3
-    assert found[1].startswith('1 and 1 are the same: "1 nothing')
-
-
-def test_some_megabytes_are_compared_at_once():
-    first = [Document(f"a{i}", "\n\n".join(f"{i} {j} {LONG}" for j in range(100))) for i in range(300)]
-    second = [Document(f"b{i}", "\n\n".join(f"{i} {j} other {LONG}" for j in range(100))) for i in range(300)]
-    second.append(Document("copy", f"299 99 {LONG}"))
-    started = time.monotonic()
-    assert texts.overlap(first, second) == [f'a299 and copy both hold: "299 99 {LONG.lower()[:72]}…"']
-    assert time.monotonic() - started < 5.0  # of 7 MB: comparing each with each would take hours
 
 
 # -- datasets ------------------------------------------------------------------------------------------------

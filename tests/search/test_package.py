@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -26,6 +27,7 @@ from search.by_hand import package, submission_rules
 from search.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
+RUNNING = transformers.__version__
 NAMES = ["config.json", "weights", "tokenizer", "files", "size", "transformers_version", "form", "loads"]
 
 
@@ -315,6 +317,58 @@ def test_without_a_target_no_version_is_asked_for(pico_exaone4):
     assert set(failed(pico_exaone4, target="5.23.0")) <= {"transformers_version"}
     with pytest.raises(CheckpointError, match="known are"):
         submission_rules.check(pico_exaone4, target="3.1")
+
+
+@pytest.mark.parametrize(
+    ("described", "named", "asked", "study", "version"),
+    [
+        ({"for_transformers": "5.17.0"}, "5.17.0", None, None, "5.17.0"),
+        ({"for_transformers": "5.17.0"}, "5.17.0", None, DEFAULT, "5.17.0"),
+        ({"for_transformers": DEFAULT}, DEFAULT, None, "5.17.0", DEFAULT),
+        ({"for_transformers": None}, "5.23.0", None, None, "5.23.0"),
+        ({"for_transformers": None}, "5.23.0", None, DEFAULT, "5.23.0"),
+        ({"for_transformers": None}, DEFAULT, None, None, DEFAULT),  # distilled from a model that was written for it
+        ({"for_transformers": None}, "4.40.0", None, None, RUNNING),
+        ({"for_transformers": None}, ..., None, None, RUNNING),
+        ({"for_transformers": None}, 7, None, DEFAULT, RUNNING),
+        ({"for_transformers": None}, "5.23.0", DEFAULT, None, DEFAULT),
+        ({"for_transformers": DEFAULT}, DEFAULT, "5.17.0", "5.18.0", "5.17.0"),
+        ({"for_transformers": ""}, "5.23.0", None, None, "5.23.0"),
+        ({}, "5.23.0", None, None, DEFAULT),  # transformers writes its own version into every model
+        ({}, "5.23.0", None, "5.17.0", "5.17.0"),
+        (None, "5.23.0", None, None, DEFAULT),
+        (None, DEFAULT, None, "5.17.0", "5.17.0"),
+        ("damaged", "5.23.0", None, None, DEFAULT),
+    ],
+)
+def test_a_model_is_checked_for_what_it_was_written_for(tmp_path, described, named, asked, study, version):
+    (tmp_path / "config.json").write_text(json.dumps({} if named is ... else {"transformers_version": named}))
+    if described is not None:
+        (tmp_path / "compression.json").write_text("{" if described == "damaged" else json.dumps(described))
+    target = submission_rules.target_of(tmp_path, asked, study)
+    assert target.version == version
+    assert str(target).startswith(f"checked for transformers {version}, ")
+    assert (f"write it again with --for-transformers {DEFAULT}" in str(target)) == (version != DEFAULT)
+
+
+def test_package_follows_what_a_model_was_written_for_and_says_so(cli, made, tmp_path):
+    for name, version in (("now", None), ("server", DEFAULT), ("newer", "5.17.0")):
+        path = tmp_path / "submit" / name
+        shutil.copytree(made, path)
+        retarget(path, version or RUNNING)
+        (path / "compression.json").write_text(json.dumps({"for_transformers": version}))
+        done = cli("package", "--model", f"submit/{name}", "--out", f"{name}.zip", cwd=tmp_path)
+        assert done.status == 0, done.out + done.err
+        assert done.out.startswith(
+            f"submit/{name}: checked for transformers {version or RUNNING}, which it was written for"
+        )
+        assert f"✓ transformers_version: {version or RUNNING}\n" in done.out
+        assert (tmp_path / f"{name}.zip").is_file()
+    for words in (["--for-transformers", DEFAULT], [f"export.for_transformers={DEFAULT}"]):
+        done = cli("package", "--model", "submit/now", "--check-only", *words, cwd=tmp_path)
+        assert done.status == 1
+        assert done.out.startswith(f"submit/now: checked for transformers {DEFAULT}, as you asked\n")
+        assert f"✗ transformers_version: config.json says {RUNNING}" in done.out
 
 
 def test_a_directory_that_is_not_there_is_refused(tmp_path):

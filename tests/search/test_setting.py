@@ -14,6 +14,7 @@ from evaluator import texts
 from search.by_hand import compress
 from search.config import compose
 from search.errors import UsageError
+from search.say import silent
 from search.setup import collect, keys, machine, setting
 from search.setup import texts as setup_texts
 from search.stages import measure
@@ -31,7 +32,7 @@ def prepared(tmp_path, pico_llama):
     (tmp_path / "fit.txt").write_text(prose(0, 120))
     (tmp_path / "search.txt").write_text(prose(1000, 80))
 
-    def prepare(model=pico_llama, export=None, limits=None, **text):
+    def prepare(model=pico_llama, export=None, limits=None, warn=silent, **text):
         values = {
             "study_name": "texts",
             "outputs": str(tmp_path / "outputs"),
@@ -49,7 +50,7 @@ def prepared(tmp_path, pico_llama):
                 **text,
             },
         }
-        return setting.prepare(compose.validate(values, "this test"))
+        return setting.prepare(compose.validate(values, "this test"), warn=warn)
 
     return prepare
 
@@ -123,6 +124,79 @@ def test_shared_text_is_refused_for_search_and_report(prepared, tmp_path, part):
     if part == "calibration":
         with pytest.raises(UsageError, match=r"text\.calibration and text\.search share text"):
             prepared(search=[str(tmp_path / "other.txt")])
+
+
+def keys_of(whole):
+    plan = dataclasses.replace(whole.model.identity, intermediate_size=128, repair="ridge")
+    return keys.definition(whole), keys.plan_digest(whole, plan), keys.moments_key(whole)
+
+
+def test_what_the_search_text_holds_too_is_left_out_of_the_calibration_text_and_said(prepared, tmp_path):
+    said = []
+    before = prepared(warn=said.append, calibration_windows=20)
+    assert not said
+    (tmp_path / "mixed.txt").write_text(prose(0, 60) + "\n\n" + prose(1040, 1).upper() + "\n\n" + prose(60, 60))
+    mixed = [str(tmp_path / "mixed.txt")]
+    after = prepared(warn=said.append, calibration_windows=20, calibration=mixed)
+    shared = prose(1040, 1)
+    assert said == [
+        f"text: 0.86% of text.calibration is in text.search too and is left out: mixed.txt:121 and search.txt:81 both "
+        f'hold "{shared.upper()[:59]}…"'
+    ]
+    assert after.texts.shards == before.texts.shards  # the numbers of a study depend on the search text
+    assert after.texts.digest == before.texts.digest
+    documents = setup_texts.calibration_documents(after.file)
+    assert "\n\n".join(document.text for document in documents) == prose(0, 120)
+    (windows,) = after.texts.moments.windows.values()
+    assert all("1040" not in after.texts.moments.tokenizer.decode(window) for window in windows)
+    assert keys_of(prepared(calibration_windows=20, calibration=mixed)) == keys_of(after)  # the same in a second run
+
+
+def test_several_files_of_calibration_text_lose_only_what_is_shared(prepared, tmp_path):
+    (tmp_path / "more.txt").write_text(prose(1000, 1))
+    (tmp_path / "fit.txt").write_text(prose(0, 120) + "\n\n" + prose(1001, 1).replace(" ", "\n"))
+    files = [str(tmp_path / name) for name in ("more.txt", "fit.txt")]
+    with pytest.raises(UsageError, match=r"share text: 1\.70% of text\.calibration"):
+        prepared(calibration=files, calibration_windows=2)
+    (tmp_path / "fit.txt").write_text(prose(0, 220) + "\n\n" + prose(1001, 1).replace(" ", "\n"))
+    whole = prepared(calibration=files, calibration_windows=2)
+    assert [document.text[-40:] for document in setup_texts.calibration_documents(whole.file)][-1] == prose(0, 220)[
+        -40:
+    ]
+    assert list(whole.texts.moments.domains) == ["0-more", "1-fit"]
+    assert whole.texts.moments.domains["0-more"] == []
+
+
+def test_more_than_a_hundredth_is_refused_with_the_share_and_three_examples(prepared, tmp_path):
+    (tmp_path / "fit.txt").write_text(prose(0, 96) + "\n\n" + prose(1010, 4))
+    with pytest.raises(UsageError) as raised:
+        prepared()
+    message = str(raised.value)
+    assert message.startswith(
+        "text: text.calibration and text.search share text: 4.16% of text.calibration, where up to 1% is left out: "
+        'fit.txt:193 and search.txt:21 both hold "Paragraph 1010 of '
+    )
+    assert [f"fit.txt:{193 + 2 * i} and search.txt:{21 + 2 * i} both hold" in message for i in range(4)] == [1, 1, 1, 0]
+    assert message.endswith("take it out of one")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("other", ["fit.txt", "search.txt"])
+def test_what_calibration_or_search_saw_is_left_out_of_the_report_text(prepared, tmp_path, other):
+    seen = (tmp_path / other).read_text().split("\n\n")[70]
+    (tmp_path / "report.txt").write_text(prose(2000, 130))
+    whole = prepared(report=[str(tmp_path / "report.txt")], shards=20)
+    own = keys_of(whole)
+    clean = setup_texts.report_shards(whole.file, whole.texts.moments.tokenizer)
+    (tmp_path / "report.txt").write_text(f"{seen}\n\n{prose(2000, 130)}")
+    said = []
+    assert setup_texts.report_shards(whole.file, whole.texts.moments.tokenizer, said.append) == clean
+    named = {
+        "fit.txt": "0.74% of text.report is in text.calibration",
+        "search.txt": "0.76% of text.report is in text.search",
+    }
+    assert [line.split(" too and is left out: ")[0] for line in said] == [f"text: {named[other]}"]
+    assert keys_of(prepared(report=[str(tmp_path / "report.txt")], shards=20)) == own
 
 
 def test_a_model_that_the_server_can_not_read_is_refused_before_the_first_trial(prepared, write_pico_model, tmp_path):
