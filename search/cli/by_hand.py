@@ -48,7 +48,7 @@ def baseline_command(model: Path | None, again: bool, as_json: bool, **where: An
         click.echo(json.dumps(measured.to_dict()))
         return
     click.echo(
-        f"baseline {file.model.source}: perplexity {measured.perplexity:.3f}, "
+        f"baseline {file.source_shown}: perplexity {measured.perplexity:.3f}, "
         f"{measured.time_per_token_ms:.3f} ms per token, "
         f"{measured.tokens_per_sec:.1f} tokens per second, {measured.model_size_mb:.1f} MB "
         f"({measured.backend}, {measured.device}) → {place}"

@@ -21,7 +21,7 @@ from search.cli.options import (
     print_table,
     study_options,
     study_words,
-    words_of,
+    values_of,
     write_groups,
 )
 
@@ -271,12 +271,22 @@ def _compress(
 ) -> None:
     from search.by_hand.multirun import plan_jobs, run_jobs, with_baseline
     from search.config import compose
+    from search.config.words import word_of
     from search.show import progress
 
-    asked = [f"compression.{key}={value}" for key, value in keys.items() if value is not None]
-    words = words_of((*asked, *overrides), model__source=model, export__for_transformers=for_transformers)
-    each = compose.sweep(words, config_dir) if multirun else [words]
-    files = [(compose.load(study, one, config_dir), study_words(study, config_dir, tuple(one))) for one in each]
+    options = values_of(model__source=model, export__for_transformers=for_transformers)
+    again = [word_of(key, value) for key, value in options.items()]
+    asked = {f"compression.{key}": value for key, value in keys.items() if value is not None}
+    listed = [f"{key}={value}" for key, value in asked.items()]
+    files = []
+    for words in compose.sweep([*listed, *overrides], config_dir) if multirun else [[*listed, *overrides]]:
+        if multirun:
+            file = compose.load(study, words, config_dir, options)
+        else:  # a value is taken as it is, unless a word sets its key too
+            set_before = {word.partition("=")[0].lstrip("+") for word in overrides}
+            own = {key: _value(text) for key, text in asked.items() if key not in set_before}
+            file = compose.load(study, overrides, config_dir, {**own, **options})
+        files.append((file, study_words(study, config_dir, (*words, *again))))
     with progress.Live(len(files)) as live:
         planned = plan_jobs(files, save_path, live.say, engine=multirun or evaluated)
         if multirun or evaluated:
@@ -294,6 +304,13 @@ def _compress(
         print_table(tables.comparison(with_baseline(rows)))
     if any(row.result is None for row in rows):
         sys.exit(1)
+
+
+def _value(text: str) -> Any:
+    """Return the value of an option: an integer, a list of what is in brackets, or the text itself."""
+    if text.startswith("[") and text.endswith("]"):
+        return [_value(part.strip()) for part in text[1:-1].split(",")]
+    return int(text) if text.isdecimal() and text.isascii() else text
 
 
 def _compress_one(job: Job, live: Any) -> tuple[Outcome, Compressed]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from search import secrets
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -22,7 +24,10 @@ class Commands(click.Group):
         """Run the command; errors that are not expected pass through."""
         try:
             return super().invoke(context)
-        except (click.exceptions.Exit, click.ClickException, click.Abort):
+        except click.ClickException as error:
+            object.__setattr__(error, "message", secrets.masked(error.message))
+            raise
+        except (click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt:
             click.echo("stopped; run the same command again to resume", err=True)
@@ -34,7 +39,7 @@ class Commands(click.Group):
             status = _status(error)
             if status is None:
                 raise
-            click.echo(f"optuna-search: {' '.join(str(error).split())}", err=True)
+            click.echo(f"optuna-search: {secrets.masked(' '.join(str(error).split()))}", err=True)
             context.exit(status)
 
 
@@ -81,6 +86,7 @@ def main(verbose: bool) -> None:
     optuna-search evaluate --model submit/model_drop26 --run-name drop26
     optuna-search report
     """
+    secrets.install()
     if verbose:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr)
         return

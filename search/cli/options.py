@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,19 +71,16 @@ def json_option(help_text: str = "Print JSON to standard output [default: a tabl
 
 
 def load_file(study: str, config_dir: Path | None, overrides: tuple[str, ...], **options: Any) -> StudyFile:
-    """Load the study file; `options` that have a value become overrides, with a dot for `__`."""
+    """Load the study file; `options` that have a value are set as they are, with a dot for `__`."""
     from search.config import compose
 
-    return compose.load(study, words_of(overrides, **options), config_dir)
+    return compose.load(study, overrides, config_dir, values_of(**options))
 
 
-def words_of(overrides: tuple[str, ...], **options: Any) -> list[str]:
-    """Return the overrides, followed by the options that become overrides."""
+def values_of(**options: Any) -> dict[str, Any]:
+    """Return the options that have a value by the dotted keys that they set."""
     given = {key.replace("__", "."): value for key, value in options.items() if value is not None}
-    return [
-        *overrides,
-        *(f"{key}={json.dumps(str(value) if isinstance(value, Path) else value)}" for key, value in given.items()),
-    ]
+    return {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
 
 
 def study_words(study: str, config_dir: Path | None, overrides: tuple[str, ...]) -> list[str]:

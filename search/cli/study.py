@@ -199,7 +199,7 @@ def export_command(number: int | None, to: Path, for_transformers: str | None, a
     file = load_file(**where, export__for_transformers=for_transformers)
     the_study = storage.load(_existing(file.storage), file.study_name)
     trial = export.choose(the_study, number)
-    study_file = compose.validate(the_study.user_attrs["file"], f"study {file.study_name!r}")
+    study_file = compose.restored(the_study.user_attrs["file"], f"study {file.study_name!r}")
     with progress.Live(1) as live:
         prepared = setting.prepare(
             study_file.model_copy(update={"storage": file.storage, "outputs": file.outputs}), live.say

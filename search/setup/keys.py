@@ -47,7 +47,7 @@ def definition(setting: Setting) -> dict[str, Any]:
     parts = {"perf": dict(setting.formula.perf)} if setting.tasks else {}
     return {
         **fitted,
-        "model": {"source": file.model.source, "digest": setting.model.digest},
+        "model": {"source": file.source_shown, "digest": setting.model.digest},
         "space": searched,
         "calibration": calibration_key(setting),
         "max_size_mb": file.limits.max_size_mb,
@@ -109,6 +109,6 @@ def description(setting: Setting, plan: CompressionPlan, target: str | None = No
     return {
         "plan": plan.to_dict(),
         "plan_digest": plan_digest(setting, plan),
-        "base": {"source": setting.file.model.source, "digest": setting.model.digest},
+        "base": {"source": setting.file.source_shown, "digest": setting.model.digest},
         "for_transformers": target,
     }

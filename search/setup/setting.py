@@ -138,7 +138,7 @@ def prepare(file: StudyFile, say: Say = silent, *, search: bool = True, engine: 
         EvaluationError: The engine can't run, or a text can't be read.
     """
     backend, device = choose_engine(file, engine)
-    say(f"model {file.model.source}")
+    say(f"model {file.source_shown}")
     path = sources.resolve(file.model.source, CACHE, revision=file.model.revision, say=say)
     base = checkpoint.Checkpoint.read(path)
     its_family = family.family_of(base)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from compressors.plan import CompressionPlan, short
+from search import secrets
 from search.show.rows import Row
 
 
@@ -77,7 +78,7 @@ class Live:
             self._console.print(f"… {event['text']}", markup=False)
 
     def _on_warn(self, event: dict[str, Any]) -> None:
-        self._console.print(f"warning: {event['text']}", markup=False)
+        self._console.print(secrets.masked(f"warning: {event['text']}"), markup=False)
 
     def _on_stage(self, event: dict[str, Any]) -> None:
         self._progress.update(self._task, what=f"trial {event['trial']}: {event['stage']}")
