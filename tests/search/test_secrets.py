@@ -136,9 +136,7 @@ def test_log_records_and_tracebacks_are_masked(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     ended = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert ended.stderr.count("://***@h") == 4
-    printed = [
-        line for line in ended.stderr.splitlines() if PW in line and "    " not in line[:5]
-    ]
+    printed = [line for line in ended.stderr.splitlines() if PW in line and "    " not in line[:5]]
     assert printed == []
 
 
