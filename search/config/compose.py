@@ -71,7 +71,7 @@ def load(
     written = OmegaConf.to_container(composed, resolve=False)
     values = references.resolved(composed, where)
     for key, value in (options or {}).items():
-        _set(written, key, value)
+        _set(written, key, references.literal(value) if isinstance(value, str) else value)
         _set(values, key, value)
     if isinstance(values.get("storage"), str):
         secrets.remember_url(values["storage"])

@@ -16,7 +16,8 @@ from search import secrets
 from search.errors import ConfigError
 
 Location = tuple[str | int, ...]
-TO_ENVIRONMENT = re.compile(r"(?<!\\)\$\{\s*oc\.env\s*:\s*([A-Za-z_]\w*)|oc\.env\s*:\s*([A-Za-z_]\w*)")
+TO_ENVIRONMENT = re.compile(r"oc\.env\s*:\s*([A-Za-z_]\w*)")
+REFERENCE = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # not after an odd number of backslashes
 TO_KEY = re.compile(r"(?<!\\)\$\{\s*([A-Za-z_][\w.]*)\s*\}")
 DEPTH = 8  # references to references
 
@@ -57,8 +58,8 @@ def of(written: Any) -> dict[Location, str]:
     found = {}
     for location, text in _texts(written, ()):
         expanded = _expanded(text, written)
-        names = [one or other for one, other in TO_ENVIRONMENT.findall(expanded)]
-        if names and "${" in expanded:
+        names = TO_ENVIRONMENT.findall(expanded)
+        if names and REFERENCE.search(expanded):
             found[location] = expanded
             for name in names:
                 secrets.remember_reference(name)

@@ -135,9 +135,8 @@ def test_log_records_and_tracebacks_are_masked(tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     ended = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
-    assert ended.stderr.count("://***@h") == 4
-    printed = [line for line in ended.stderr.splitlines() if PW in line and "    " not in line[:5]]
-    assert printed == []
+    assert ended.stderr.count("://***@h") >= 4
+    assert PW not in ended.stderr
 
 
 def test_the_masks_of_log_records_leave_other_records_alone(caplog):
@@ -212,6 +211,7 @@ def test_the_words_of_an_evaluation_and_its_report_have_no_password():
     assert shown[:2] + shown[-1:] == ["--study", "demo", "trials=3"]
 
 
+@pytest.mark.slow
 def test_no_file_of_a_study_holds_what_the_environment_keeps_secret(tmp_path, pico_llama, monkeypatch, cli):
     """A study, its export, an evaluation and a report, with MLflow in a database of its own."""
     (tmp_path / "studies").mkdir()
