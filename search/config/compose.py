@@ -277,7 +277,7 @@ def _plain(override: str, directories: Sequence[Path], config_dir: Path | None, 
         choices[EXPERIMENTS] = experiment(value, config_dir)
         return words.word_of(f"+{EXPERIMENTS}", choices[EXPERIMENTS])
     group = _group_of(override, directories) if equals else None
-    if group is None or "@" in key or key[0] in "+~":
+    if group is None or "@" in key or key[:1] in ("", "+", "~"):
         word = words.readable(override)
         _require_one_value(override, word)
         return word if group or word[0] in "+~" else f"++{word}"

@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
+from search.config import references
 from search.config.spelling import nearest
 from search.config.study_file import StudyFile
 from search.errors import ConfigError
@@ -94,11 +95,15 @@ def read(path: Path) -> StudyPart:
         raise ConfigError(f"{where}: {error.strerror or error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: {_yaml_problem(error)}") from None
+    except GrammarParseError as error:
+        raise ConfigError(f"{where}: {references.problem(error)}") from None
     except (UnicodeError, ValueError, TypeError, RecursionError, OmegaConfBaseException) as error:
         problem = "is not UTF-8" if isinstance(error, UnicodeError) else "can't be read as YAML with text for its keys"
         raise ConfigError(f"{where}: {problem}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{where}: must be a mapping of keys to values, as in trials: 50")
+    if "hydra" in values:
+        raise ConfigError(f"{where}: hydra: unknown key; how Hydra itself works is not part of a study")
     entries = _entries(written, where) if written is not None else ()
     values.pop("defaults", None)
     return StudyPart(where, {str(key): value for key, value in values.items()}, entries, _package(text, where))

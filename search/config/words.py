@@ -40,7 +40,7 @@ def readable(word: str) -> str:
     key, equals, value = word.partition("=")
     if not equals:
         raise ConfigError(f"override {word!r}: must be KEY=VALUE, for instance trials=50")
-    if not KEY.fullmatch(key):
+    if not KEY.fullmatch(key) or re.split(r"[./@]", key.lstrip("+~"))[0] == "hydra":
         known = nearest(key.lstrip("+~").partition(".")[0], list(StudyFile.model_fields))
         raise ConfigError(f"override {word!r}: unknown key{known}")
     for candidate in (value, _quoted(value)):
