@@ -13,6 +13,7 @@ import click
 from search.cli.main import main
 from search.cli.options import (
     PATH,
+    TEXT,
     StudyCommand,
     json_option,
     load_file,
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
     from search.show.study_state import StudyState
 
 
-@main.command("run", cls=StudyCommand)
+@main.command("run", cls=StudyCommand, groups=("model", "space", "evaluation", "tracking"))
 @storage_options
 @click.option(
-    "--trials", type=click.IntRange(min=1), help="Number of finished trials that the study is to hold in all."
+    "--trials",
+    type=click.IntRange(min=1),
+    help="Number of finished trials that the study is to hold in all [default: the study file's].",
 )
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, one per GPU.")
 @click.option("--seed", type=click.IntRange(min=0), help="Random seed of the sampler [default: the study file's].")
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
     "top",
     type=click.IntRange(min=1),
     metavar="K",
-    help="Number of best plans that cut something to distill at the end; each is quantized and measured again.",
+    help="Number of best plans that cut something to distill at the end; each is measured again [default: none].",
 )
 @click.option(
     "--tokens",
@@ -103,7 +106,7 @@ def run_command(
         sys.exit(1)
 
 
-@main.command("status", cls=StudyCommand)
+@main.command("status", cls=StudyCommand, groups=())
 @storage_options
 @click.option(
     "--plot",
@@ -152,9 +155,11 @@ def _print_status(state: StudyState, as_json: bool) -> None:
     print_table(tables.status_table(state))
 
 
-@main.command("dashboard", cls=StudyCommand)
+@main.command("dashboard", cls=StudyCommand, groups=())
 @storage_options
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address; optuna-dashboard has no login.")
+@click.option(
+    "--host", type=TEXT, default="127.0.0.1", show_default=True, help="Address; optuna-dashboard has no login."
+)
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(1, 65535), help="Port.")
 def dashboard_command(host: str, port: int, **where: Any) -> None:
     """Serve optuna-dashboard on the study's storage and artifacts, until Ctrl-C.
@@ -170,7 +175,7 @@ def dashboard_command(host: str, port: int, **where: Any) -> None:
     dashboard.serve(storage, file.outputs / "artifacts", host, port)
 
 
-@main.command("export", cls=StudyCommand)
+@main.command("export", cls=StudyCommand, groups=())
 @storage_options
 @click.option(
     "--trial", "number", type=click.IntRange(min=0), help="Number of the trial to export [default: the best]."
@@ -180,6 +185,7 @@ def dashboard_command(host: str, port: int, **where: Any) -> None:
 )
 @click.option(
     "--for-transformers",
+    type=TEXT,
     help="Version of transformers that is to read it, such as 4.57.3 [default: the study file's].",
 )
 @json_option("Print JSON to standard output [default: two lines].")

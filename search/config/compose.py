@@ -6,6 +6,7 @@ All errors are ConfigError: one line with the key, the value that was found and 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from search.config.study_file import Dimension, Range, StudyFile
 from search.errors import ConfigError
 
 PACKAGED = Path(__file__).resolve().parents[2] / "studies"
+DEMO = "demo"
+SHIPPED = (DEMO, "exaone4-1.2b")  # the studies of the package, which are no one's own in a checkout
 USER_DIR = Path("studies")
 PRIMARY = "__study__"  # its defaults name the study file
 FILE = "__file__"  # the study file itself, whatever characters its name has
@@ -39,6 +42,29 @@ MEMBERS = ("Range", "int")
 def studies(config_dir: Path | None = None) -> list[str]:
     """Return the names that `--study` takes: the user's own first, then the packaged ones."""
     return _files("*.yaml", config_dir)
+
+
+@dataclasses.dataclass(frozen=True)
+class Default:
+    """The study that is taken where none is named, and why it is that one, in a few words."""
+
+    name: str
+    why: str
+
+
+def default_study(config_dir: Path | None = None) -> Default:
+    """Return the study to take where none is named: the user's own where there is one alone, else the demo."""
+    mine = config_dir if config_dir is not None else USER_DIR
+    packaged = PACKAGED.resolve() == mine.resolve()
+    own = [
+        name for name in (_files("*.yaml", config_dir) if mine.is_dir() else []) if (mine / f"{name}.yaml").is_file()
+    ]
+    own = [name for name in own if not (packaged and name in SHIPPED)]
+    if len(own) == 1:
+        return Default(own[0], f"the only one in {mine}; --study names another")
+    if len(own) > 1:
+        return Default(DEMO, f"as none is named; {mine} holds {', '.join(own)}: choose one with --study")
+    return Default(DEMO, "as none is named; --study names another")
 
 
 def groups(config_dir: Path | None = None) -> dict[str, list[str]]:
