@@ -35,8 +35,8 @@ This page is what `--help` prints for every command. Trailing `KEY=VALUE` words 
 [study file](study-file.md). Quote words that hold brackets: `'space.precision=[bfloat16,W8A8]'`.
 
 An option's value is taken as it is. In a word, Hydra reads `${…}`, lists and commas; a path in any script, as in
-`model.source=/모델`, needs no quotes. Without `--study`, the only study file in `./studies` is taken, or else `demo`; a line
-on standard error names it.
+`model.source=/모델`, needs no quotes. Without `--study`, the only study file in `./studies` is taken, or else
+`demo`; a line on standard error names it.
 
 To complete options, studies, keys and values in a shell, add one line to its file:
 
@@ -65,8 +65,8 @@ A study file is `studies/NAME.yaml`, in your `./studies` or among the packaged o
 the defaults below. Any key can also be set on the command line, as in `text.window=512`. `optuna-search config` prints
 the composed result.
 
-`defaults` names other files as they are written: `tracking: off` is `studies/tracking/off.yaml`. `${oc.env:NAME}` is the
-value of an environment variable, which is never stored.
+`defaults` names other files as they are written: `tracking: off` is `studies/tracking/off.yaml`. `${oc.env:NAME}`
+is the value of an environment variable, which is never stored.
 """
 
 CHOICES_INTRO = """\

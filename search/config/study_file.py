@@ -193,6 +193,11 @@ class WorkloadSection(Section):
     turns: Annotated[int, Field(ge=4)] = 12
     seed: int = 0
 
+    @field_validator("batch_sizes", mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        return _list_of_one(value)
+
 
 class Evaluation(Section):
     """Evaluation holds how models are measured: engine, timing and the parts of Perf."""
@@ -207,6 +212,11 @@ class Evaluation(Section):
     call_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     kl_max_mb: Annotated[float, Field(ge=0)] = 1024.0  # for the base model's log-probabilities, kept to compute KL
     perf: Annotated[list[PerfPart], Field(min_length=1)] = [PerfPart()]
+
+    @field_validator("perf", mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value
 
 
 class ScoreSection(Section):
