@@ -119,13 +119,11 @@ def _given(options: Mapping[str, Any]) -> list[tuple[str, Any]]:
     values: dict[str, Any] = {}
     for key in options:
         _set(values, key, None)
-    return [("", values)] if values else []
+    return [("", values)]
 
 
 def sweep(overrides: Sequence[str], config_dir: Path | None = None) -> list[list[str]]:
     """Return the overrides of each job of a multirun: the product of the values that each override lists.
-
-    Hydra parses them, so a=1,2, range(22,30,2), choice(x,y) and glob(*) all work.
 
     Raises:
         ConfigError: An override can't be parsed, or lists no value.
