@@ -34,6 +34,18 @@ COMMAND_LINE = """\
 This page is what `--help` prints for every command. Trailing `KEY=VALUE` words are Hydra overrides of the
 [study file](study-file.md). Quote words that hold brackets: `'space.precision=[bfloat16,W8A8]'`.
 
+An option's value is taken as it is. In a word, Hydra reads `${…}`, lists and commas; a path in any script, as in
+`model.source=/모델`, needs no quotes. Without `--study`, the only study file in `./studies` is taken, or else
+`demo`; a line on standard error names it.
+
+To complete options, studies, keys and values in a shell, add one line to its file:
+
+```text
+bash (~/.bashrc)     eval "$(_OPTUNA_SEARCH_COMPLETE=bash_source optuna-search)"
+zsh (~/.zshrc)       eval "$(_OPTUNA_SEARCH_COMPLETE=zsh_source optuna-search)"
+fish (config.fish)   _OPTUNA_SEARCH_COMPLETE=fish_source optuna-search | source
+```
+
 Tables for people and the output of `--json` go to standard output; progress and warnings go to standard error.
 
 | exit status | means |
@@ -52,6 +64,9 @@ STUDY_FILE = """\
 A study file is `studies/NAME.yaml`, in your `./studies` or among the packaged ones. It names only what differs from
 the defaults below. Any key can also be set on the command line, as in `text.window=512`. `optuna-search config` prints
 the composed result.
+
+`defaults` names other files as they are written: `tracking: off` is `studies/tracking/off.yaml`. `${oc.env:NAME}`
+is the value of an environment variable, which is never stored.
 """
 
 CHOICES_INTRO = """\
@@ -91,7 +106,7 @@ def command_line() -> str:
     parts, groups = [COMMAND_LINE], ""
     for path, text in _helps(optuna_search, "optuna-search", None):
         text, _, listed = text.partition(f"\n\n{GROUPS}")
-        groups = listed or groups
+        groups = max(groups, listed, key=len)  # a command lists those that make a difference to it
         parts.append(f"## {path}\n\n```text\n{text}\n```\n")
     lines = groups.partition("\n")[2]
     parts.append(

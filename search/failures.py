@@ -6,6 +6,7 @@ import torch
 
 from compressors.errors import CompressionError
 from evaluator.errors import EngineOutOfMemory, EvaluationError
+from search import secrets
 from search.errors import SearchError
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
@@ -17,4 +18,4 @@ def why(error: Exception) -> dict[str, str]:
     if isinstance(error, OUT_OF_MEMORY):
         first = (str(error).splitlines() or [""])[0]
         return {"failure": EngineOutOfMemory.__name__, "reason": first or "the machine's memory is exhausted"}
-    return {"failure": type(error).__name__, "reason": " ".join(str(error).split())}
+    return {"failure": type(error).__name__, "reason": secrets.masked(" ".join(str(error).split()))}

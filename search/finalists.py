@@ -25,6 +25,7 @@ from compressors.model.model_directory import WEIGHTS
 from compressors.model.transformers_version import in_old_form
 from compressors.plan import DESCRIPTION, CompressionPlan, canonical, name_of
 from evaluator import measure
+from search import secrets
 from search.by_hand import distill, evaluate, multirun
 from search.by_hand.evaluation import Evaluation
 from search.config.study_file import StudyFile
@@ -344,4 +345,5 @@ def commands(best: BestOfAll, words: Sequence[str], study_words: Sequence[str]) 
     if best.path is not None:
         return [shlex.join(["optuna-search", "package", *words, "--model", best.path])]
     exported = ["optuna-search", "export", *words, *study_words, "--trial", str(best.trial)]
+    exported = secrets.masked_words(exported)
     return [shlex.join(exported), shlex.join(["optuna-search", "package", *words])]

@@ -142,7 +142,7 @@ def write(
             scratch / DESCRIPTION,
             {
                 "distilled": dict(how),
-                "base": {"source": setting.file.model.source, "digest": setting.model.digest},
+                "base": {"source": setting.file.source_shown, "digest": setting.model.digest},
                 "for_transformers": target,
                 "weights_sha256": weights_sha256,
             },

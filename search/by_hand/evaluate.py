@@ -20,6 +20,7 @@ from compressors.plan import DESCRIPTION, CompressionPlan
 from evaluator import embedded_texts, measure, quality, score, texts
 from evaluator.measurement import Measurement
 from evaluator.process import EngineProcess
+from search import secrets
 from search.by_hand.evaluation import RESULT, Confirmed, Evaluation, evaluation_of, plain
 from search.errors import UsageError
 from search.files import read_json
@@ -182,7 +183,7 @@ def _screen_of_directory(bench: Bench, path: Path, say: Say) -> Screen:
             local_files_only=True,
         )
     except Exception as error:  # the library may raise anything for a directory from elsewhere
-        first = (" ".join(str(error).split()) or type(error).__name__)[:120]
+        first = (secrets.masked(" ".join(str(error).split())) or type(error).__name__)[:120]
         raise CheckpointError(
             f"model {path}: stock transformers can't load it ({first}); correct its config.json, or compress it again"
         ) from None
@@ -203,7 +204,7 @@ def _require_same_tokens(path: Path, setting: Setting) -> None:
     if own != base:
         raise UsageError(
             f"evaluate: {path}: its tokenizer reads text otherwise than the base model's "
-            f"({setting.file.model.source}), "
+            f"({setting.file.source_shown}), "
             "so that their perplexities can't be compared; name its own base model with model.source="
         )
 

@@ -12,6 +12,7 @@ from typing import Any
 from compressors.plan import CompressionPlan
 from evaluator.measurement import METRICS, Measurement
 from evaluator.score import Formula, Score, score_of
+from search import secrets
 from search.files import read_json
 from search.json_values import known_fields, measurement_from, plan_from
 from search.setup import keys
@@ -179,8 +180,8 @@ def evaluation_of(
         name=name,
         score=score_of(measurement, baseline, setting.formula),
         date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        model=BaseModel(setting.file.model.source, setting.model.digest),
-        description=setting.file.description,
+        model=BaseModel(setting.file.source_shown, setting.model.digest),
+        description=setting.file.description_shown,
         plan=plan,
         base_plan=setting.model.identity,
         formula=setting.formula,
@@ -188,8 +189,8 @@ def evaluation_of(
         measurement=measurement,
         baseline=baseline,
         report_text=report_text,
-        settings=setting.file.model_dump(mode="json", exclude={"storage"}),  # its URL may hold a password
-        words=None if words is None else tuple(words),
+        settings=setting.file.stored(),
+        words=None if words is None else tuple(secrets.masked_words(words)),
         study=study,
         trial=trial,
     )

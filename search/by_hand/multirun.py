@@ -67,7 +67,7 @@ def baseline(bench: Bench, say: Say, warn: Warn, *, again: bool = False) -> Meas
         _warn_if(baseline_text.noisy(measured.time_ratio_se, "the base model against itself"), warn)
         score = score_of(measured, measured, setting.formula)
         values = {**mlflow_runs.measured(measured), **setting.model.identity.to_dict(), "score": score.score}
-        tags = {"baseline": "true", "model": setting.file.model.source}
+        tags = {"baseline": "true", "model": setting.file.source_shown}
         mlflow_runs.log_by_hand(
             setting.file.tracking, "baseline", {**values, "perf_norm": 1.0, "speed_norm": 0.0}, tags, began, warn
         )
@@ -98,7 +98,7 @@ def evaluate(bench: Bench, path: Path, name: str, say: Say, warn: Warn, words: S
         **mlflow_runs.measured(evaluation.measurement),
         **{"perf_norm": score.perf_norm, "speed_norm": score.speed_norm, "score": score.score},
     }
-    tags = {"model": str(path), "base": bench.setting.file.model.source}
+    tags = {"model": str(path), "base": bench.setting.file.source_shown}
     if evaluation.description:
         tags["description"] = evaluation.description
     mlflow_runs.log_by_hand(bench.setting.file.tracking, name, values, tags, began, warn)

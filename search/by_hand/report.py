@@ -15,9 +15,10 @@ from evaluator.measure import UNTIMED_NOTE
 from evaluator.measurement import METRICS, Measurement
 from evaluator.metrics import UNKNOWN, Shown, shown
 from evaluator.score import Formula
-from search import files
+from search import files, secrets
 from search.by_hand import compress
 from search.by_hand.evaluation import RESULT, Evaluation
+from search.config import references
 from search.errors import UsageError
 from search.setup import sources
 from search.show import plots
@@ -132,7 +133,7 @@ def text(
     """
     parts = [
         f"# {name}, {day.isoformat()}",
-        description or evaluation.description or "",
+        secrets.masked_places(description or evaluation.description or ""),
         "## Result",
         _results(evaluation),
         *(["![PerfNorm against SpeedNorm](scores.png)"] if with_plots else []),
@@ -311,7 +312,8 @@ def _commands(evaluation: Evaluation, path: Path, name: str) -> str:
     if evaluation.trial is not None:
         trial = ["--study-name", str(evaluation.study), "--trial", str(evaluation.trial)]
         return _code([["optuna-search", "export", *trial, "--to", str(path)]])
-    words = [word for word in evaluation.words or () if not word.startswith(("compression.", "description="))]
+    words = secrets.masked_words(evaluation.words or ())
+    words = [word for word in words if not word.startswith(("compression.", "description="))]
     evaluate = ["optuna-search", "evaluate", "--model", str(path), "--run-name", name, *words]
     changed = [] if evaluation.plan is None else compress.overrides_of(evaluation.plan, evaluation.base_plan)
     if not changed:  # it was not made by a plan, or it is the base model itself
@@ -320,7 +322,7 @@ def _commands(evaluation: Evaluation, path: Path, name: str) -> str:
 
 
 def _base_path(evaluation: Evaluation) -> Path:
-    source = evaluation.model.source
+    source = references.restored(evaluation.model.source)
     if source != sources.EMBEDDED and not Path(source).is_dir():
         raise CompressionError(f"model {source}: is not here")  # a report downloads nothing
     return sources.resolve(source, files.CACHE)

@@ -12,6 +12,7 @@ import click
 from search.cli.main import main
 from search.cli.options import (
     PATH,
+    TEXT,
     StudyCommand,
     json_option,
     load_file,
@@ -21,7 +22,7 @@ from search.cli.options import (
 )
 
 
-@main.command("baseline", cls=StudyCommand)
+@main.command("baseline", cls=StudyCommand, groups=("model", "evaluation", "tracking"))
 @study_options
 @click.option("--model", type=PATH, help="Base model [default: the study file's].")
 @click.option("--again", is_flag=True, help="Measure it again although its measurement is known.")
@@ -48,7 +49,7 @@ def baseline_command(model: Path | None, again: bool, as_json: bool, **where: An
         click.echo(json.dumps(measured.to_dict()))
         return
     click.echo(
-        f"baseline {file.model.source}: {baseline_text.numbers(measured, decimals=3, rate=True)} "
+        f"baseline {file.source_shown}: {baseline_text.numbers(measured, decimals=3, rate=True)} "
         f"({measured.backend}, {measured.device}) → {place}"
     )
     floor = baseline_text.noise_floor(measured)
@@ -56,7 +57,7 @@ def baseline_command(model: Path | None, again: bool, as_json: bool, **where: An
         click.echo(floor)
 
 
-@main.command("evaluate", cls=StudyCommand)
+@main.command("evaluate", cls=StudyCommand, groups=("model", "evaluation", "tracking"))
 @study_options
 @click.option(
     "--model",
@@ -66,7 +67,7 @@ def baseline_command(model: Path | None, again: bool, as_json: bool, **where: An
     show_default=True,
     help="Candidate: the checkpoint to measure. The base model that it is compared with is model.source.",
 )
-@click.option("--run-name", help="Name of the MLflow run [default: the directory's name].")
+@click.option("--run-name", type=TEXT, help="Name of the MLflow run [default: the directory's name].")
 @click.option("--baseline", "only_baseline", is_flag=True, help="Measure the base model alone, as `baseline` does.")
 @json_option("Print the evaluation as JSON [default: a table].")
 @click.pass_context
@@ -102,7 +103,7 @@ def evaluate_command(
     click.echo(f"→ {path}/eval_result.json")
 
 
-@main.command("analyze", cls=StudyCommand)
+@main.command("analyze", cls=StudyCommand, groups=("model",))
 @study_options
 @click.option("--model", type=PATH, help="Model to look at [default: the study file's].")
 @click.option("--plot", type=PATH, help="File to draw it into, .png or .html [default: none].")
@@ -139,7 +140,9 @@ def analyze_command(model: Path | None, plot: Path | None, importance: bool, as_
 
 
 @main.command("report")
-@click.option("-e", "--experiment", help="Name of the report: outputs/DATE_NAME/DATE_report.md [default: a table].")
+@click.option(
+    "-e", "--experiment", type=TEXT, help="Name of the report: outputs/DATE_NAME/DATE_report.md [default: a table]."
+)
 @click.option(
     "-m",
     "--model",
@@ -205,12 +208,13 @@ def report_command(
     click.echo(json.dumps({"report": str(written)}) if as_json else f"→ {written}")
 
 
-@main.command("package", cls=StudyCommand)
+@main.command("package", cls=StudyCommand, groups=())
 @study_options
 @click.option("--model", "path", type=PATH, default=Path("submit/model"), show_default=True, help="Checkpoint to pack.")
 @click.option("--out", type=PATH, default=Path("submit.zip"), show_default=True, help="Zip file to write.")
 @click.option(
     "--for-transformers",
+    type=TEXT,
     help="Version of transformers that is to read it [default: what it was written for, else the study file's].",
 )
 @click.option("--check-only", is_flag=True, help="Check the list and write nothing.")

@@ -9,19 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from compressors.choices import DTYPES, SCHEMES, Choice
 from compressors.plan import CHOICES
+from search.cli import completion
+from search.cli.completion import one_of
 from search.cli.main import main
 from search.cli.options import (
     PATH,
+    TEXT,
     StudyCommand,
     json_option,
     load_file,
     print_table,
     study_options,
     study_words,
-    words_of,
+    values_of,
     write_groups,
 )
 
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
     from search.by_hand.multirun import Job
 
 BY_CONFIG = "by-config"
+METHOD_GROUPS = ("model", "evaluation", "tracking")
+COMPRESSING = (*METHOD_GROUPS, "experiments")
 
 
 class Methods(click.Group):
@@ -45,9 +51,13 @@ class Methods(click.Group):
         """Return the methods; the command that takes only overrides is hidden."""
         return [name for name in super().list_commands(context) if name != BY_CONFIG]
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return the methods, keys and groups that begin with what was typed."""
+        return [*super().shell_complete(ctx, incomplete), *completion.words(ctx, None, incomplete)]
+
     def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the config groups and what each offers."""
-        write_groups(formatter)
+        write_groups(formatter, COMPRESSING)
 
 
 @main.group("compress", cls=Methods)
@@ -75,6 +85,7 @@ def method_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--for-transformers",
+            type=TEXT,
             help="Version of transformers that is to read the result, such as 4.57.3 [default: the study file's].",
         ),
         click.option(
@@ -95,7 +106,10 @@ def choice_options(method: str) -> Callable[[Callable[..., None]], Callable[...,
         for name, record in reversed(CHOICES.items()):
             if method in record.methods:
                 command = click.option(
-                    f"--{name.replace('_', '-')}", metavar=_metavar(name, record), help=_help(record)
+                    f"--{name.replace('_', '-')}",
+                    metavar=_metavar(name, record),
+                    help=_help(record),
+                    shell_complete=one_of(record.values),
                 )(command)
         return command
 
@@ -112,14 +126,14 @@ def _help(record: Choice) -> str:
     return f"{record.help.rstrip('.')} [default: {record.default}]."
 
 
-@compress_group.command(BY_CONFIG, cls=StudyCommand)
+@compress_group.command(BY_CONFIG, cls=StudyCommand, groups=COMPRESSING)
 @method_options
 def by_config_command(**options: Any) -> None:
     """Build what the study file, an experiment and the overrides name."""
     _compress({}, **options)
 
 
-@compress_group.command("drop-layers", cls=StudyCommand)
+@compress_group.command("drop-layers", cls=StudyCommand, groups=METHOD_GROUPS)
 @click.option("--keep-layers", metavar="N", help="Number of layers that stay [default: those that LIST leaves].")
 @choice_options("drop_layers")
 @method_options
@@ -135,7 +149,7 @@ def drop_layers_command(keep_layers: str | None, drop_from: str | None, **option
     _method("drop_layers", keys, options)
 
 
-@compress_group.command("prune-heads", cls=StudyCommand)
+@compress_group.command("prune-heads", cls=StudyCommand, groups=METHOD_GROUPS)
 @click.option("--keep-heads", metavar="N", help="Number of query heads that stay [default: all, or those that share].")
 @click.option("--keep-kv-heads", metavar="N", help="Number of key/value heads that stay [default: all].")
 @choice_options("prune_heads")
@@ -149,7 +163,7 @@ def prune_heads_command(**options: Any) -> None:
     _method("prune_heads", {}, options)
 
 
-@compress_group.command("reduce-hidden", cls=StudyCommand)
+@compress_group.command("reduce-hidden", cls=StudyCommand, groups=METHOD_GROUPS)
 @click.option("--target-dim", metavar="N", required=True, help="hidden_size of the result.")
 @choice_options("reduce_hidden")
 @method_options
@@ -162,7 +176,7 @@ def reduce_hidden_command(target_dim: str, **options: Any) -> None:
     _method("reduce_hidden", {"hidden_size": target_dim}, options)
 
 
-@compress_group.command("reduce-ffn", cls=StudyCommand)
+@compress_group.command("reduce-ffn", cls=StudyCommand, groups=METHOD_GROUPS)
 @click.option("--target-dim", metavar="N", required=True, help="intermediate_size of the result.")
 @choice_options("reduce_ffn")
 @method_options
@@ -175,8 +189,14 @@ def reduce_ffn_command(target_dim: str, **options: Any) -> None:
     _method("reduce_ffn", {"intermediate_size": target_dim}, options)
 
 
-@compress_group.command("quantize", cls=StudyCommand)
-@click.option("--scheme", metavar="|".join(SCHEMES), required=True, help="Scheme of compressed-tensors.")
+@compress_group.command("quantize", cls=StudyCommand, groups=METHOD_GROUPS)
+@click.option(
+    "--scheme",
+    metavar="|".join(SCHEMES),
+    shell_complete=one_of(SCHEMES),
+    required=True,
+    help="Scheme of compressed-tensors.",
+)
 @choice_options("quantize")
 @method_options
 def quantize_command(**options: Any) -> None:
@@ -188,8 +208,14 @@ def quantize_command(**options: Any) -> None:
     _method("quantize", {}, options)
 
 
-@compress_group.command("cast", cls=StudyCommand)
-@click.option("--dtype", metavar="|".join(DTYPES), required=True, help="Floating-point type of the result.")
+@compress_group.command("cast", cls=StudyCommand, groups=METHOD_GROUPS)
+@click.option(
+    "--dtype",
+    metavar="|".join(DTYPES),
+    shell_complete=one_of(DTYPES),
+    required=True,
+    help="Floating-point type of the result.",
+)
 @method_options
 def cast_command(dtype: str, **options: Any) -> None:
     """Cast the weights to another floating-point type.
@@ -200,7 +226,7 @@ def cast_command(dtype: str, **options: Any) -> None:
     _compress({"method": "cast", "dtype": dtype}, **options)
 
 
-@compress_group.command("distill", cls=StudyCommand)
+@compress_group.command("distill", cls=StudyCommand, groups=METHOD_GROUPS)
 @study_options
 @click.option("--student", type=PATH, required=True, help="Cut model that is not quantized.")
 @click.option(
@@ -210,6 +236,7 @@ def cast_command(dtype: str, **options: Any) -> None:
 @click.option("--save-path", type=PATH, help="Directory to write [default: submit/model_kd_NAME].")
 @click.option(
     "--for-transformers",
+    type=TEXT,
     help="Version of transformers that is to read the result, such as 4.57.3 [default: the study file's].",
 )
 @json_option("Print JSON to standard output [default: two lines].")
@@ -271,12 +298,22 @@ def _compress(
 ) -> None:
     from search.by_hand.multirun import plan_jobs, run_jobs, with_baseline
     from search.config import compose
+    from search.config.words import word_of
     from search.show import progress
 
-    asked = [f"compression.{key}={value}" for key, value in keys.items() if value is not None]
-    words = words_of((*asked, *overrides), model__source=model, export__for_transformers=for_transformers)
-    each = compose.sweep(words, config_dir) if multirun else [words]
-    files = [(compose.load(study, one, config_dir), study_words(study, config_dir, tuple(one))) for one in each]
+    options = values_of(model__source=model, export__for_transformers=for_transformers)
+    again = [word_of(key, value) for key, value in options.items()]
+    asked = {f"compression.{key}": value for key, value in keys.items() if value is not None}
+    listed = [f"{key}={value}" for key, value in asked.items()]
+    files = []
+    for words in compose.sweep([*listed, *overrides], config_dir) if multirun else [[*listed, *overrides]]:
+        if multirun:
+            file = compose.load(study, words, config_dir, options)
+        else:  # a value is taken as it is, unless a word sets its key too
+            set_before = {word.partition("=")[0].lstrip("+") for word in overrides}
+            own = {key: _value(text) for key, text in asked.items() if key not in set_before}
+            file = compose.load(study, overrides, config_dir, {**own, **options})
+        files.append((file, study_words(study, config_dir, (*words, *again))))
     with progress.Live(len(files)) as live:
         planned = plan_jobs(files, save_path, live.say, engine=multirun or evaluated)
         if multirun or evaluated:
@@ -294,6 +331,13 @@ def _compress(
         print_table(tables.comparison(with_baseline(rows)))
     if any(row.result is None for row in rows):
         sys.exit(1)
+
+
+def _value(text: str) -> Any:
+    """Return the value of an option: an integer, a list of what is in brackets, or the text itself."""
+    if text.startswith("[") and text.endswith("]"):
+        return [_value(part.strip()) for part in text[1:-1].split(",")]
+    return int(text) if text.isdecimal() and text.isascii() else text
 
 
 def _compress_one(job: Job, live: Any) -> tuple[Outcome, Compressed]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from search import secrets
 from search.cli.error_line import line_of, memory_line
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,14 +18,42 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
+ENVIRONMENT = (
+    ("OPTUNA_SEARCH_CACHE", "Directory of converted models [default: ~/.cache/optuna-search]."),
+    ("OPTUNA_SEARCH_STUDY", "Study file, as --study names it."),
+    ("OPTUNA_SEARCH_CONFIG_DIR", "Directory with your study files, as --config-dir names it."),
+    ("MLFLOW_TRACKING_URI", "MLflow's server or database [default: sqlite:///mlflow.db]."),
+    ("MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN", "Login of MLflow's server."),
+    ("PGPASSWORD", "Password of a PostgreSQL storage; ~/.pgpass works too."),
+    ("HF_HOME, HF_TOKEN", "Directory and token of the Hugging Face hub."),
+    ("CUDA_VISIBLE_DEVICES", "GPUs that workers use, one each."),
+)
+COMPLETION = (
+    ("bash (~/.bashrc)", 'eval "$(_OPTUNA_SEARCH_COMPLETE=bash_source optuna-search)"'),
+    ("zsh (~/.zshrc)", 'eval "$(_OPTUNA_SEARCH_COMPLETE=zsh_source optuna-search)"'),
+    ("fish (config.fish)", "_OPTUNA_SEARCH_COMPLETE=fish_source optuna-search | source"),
+)
+
+
 class Commands(click.Group):
     """Turns the project's errors into one line and an exit status."""
+
+    def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the environment variables, and how a shell completes words."""
+        with formatter.section("Environment variables (.env in the working directory may set those of MLflow)"):
+            formatter.write_dl(list(ENVIRONMENT))
+        with formatter.section("Completion of options, studies, keys and values (a line for the file in brackets)"):
+            for shell, line in COMPLETION:
+                formatter.write(f"  {shell:<20} {line}\n")  # not wrapped: it is copied
 
     def invoke(self, context: click.Context) -> Any:
         """Run the command; errors that are not expected pass through."""
         try:
             return super().invoke(context)
-        except (click.exceptions.Exit, click.ClickException, click.Abort):
+        except click.ClickException as error:
+            object.__setattr__(error, "message", secrets.masked(error.message))
+            raise
+        except (click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt:
             click.echo("stopped; run the same command again to resume", err=True)
@@ -37,7 +66,7 @@ class Commands(click.Group):
             status = 2 if exhausted else _status(error)
             if status is None:
                 raise
-            click.echo(f"optuna-search: {exhausted or line_of(error)}", err=True)
+            click.echo(f"optuna-search: {secrets.masked(exhausted or line_of(error))}", err=True)
             context.exit(status)
 
 
@@ -90,6 +119,7 @@ def main(verbose: bool) -> None:
     optuna-search evaluate --model submit/model_drop26 --run-name drop26
     optuna-search report
     """
+    secrets.install()
     if verbose:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr)
         return

@@ -14,6 +14,7 @@ import click
 from search.cli.main import main
 from search.cli.options import (
     PATH,
+    TEXT,
     StudyCommand,
     json_option,
     load_file,
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
     from search.show.study_state import StudyState
 
 
-@main.command("run", cls=StudyCommand)
+@main.command("run", cls=StudyCommand, groups=("model", "space", "evaluation", "tracking"))
 @storage_options
 @click.option(
-    "--trials", type=click.IntRange(min=1), help="Number of finished trials that the study is to hold in all."
+    "--trials",
+    type=click.IntRange(min=1),
+    help="Number of finished trials that the study is to hold in all [default: the study file's].",
 )
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, one per GPU.")
 @click.option("--seed", type=click.IntRange(min=0), help="Random seed of the sampler [default: the study file's].")
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
     "top",
     type=click.IntRange(min=1),
     metavar="K",
-    help="Number of best plans that cut something to distill at the end; each is quantized and measured again.",
+    help="Number of best plans that cut something to distill at the end; each is measured again [default: none].",
 )
 @click.option(
     "--tokens",
@@ -106,7 +109,7 @@ def run_command(
         sys.exit(1)
 
 
-@main.command("status", cls=StudyCommand)
+@main.command("status", cls=StudyCommand, groups=())
 @storage_options
 @click.option(
     "--plot",
@@ -170,9 +173,11 @@ def _print_status(state: StudyState, as_json: bool, *, everything: bool = False,
     print_table(tables.status_table(state, everything=everything, option=option))
 
 
-@main.command("dashboard", cls=StudyCommand)
+@main.command("dashboard", cls=StudyCommand, groups=())
 @storage_options
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address; optuna-dashboard has no login.")
+@click.option(
+    "--host", type=TEXT, default="127.0.0.1", show_default=True, help="Address; optuna-dashboard has no login."
+)
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(1, 65535), help="Port.")
 def dashboard_command(host: str, port: int, **where: Any) -> None:
     """Serve optuna-dashboard on the study's storage and artifacts, until Ctrl-C.
@@ -188,7 +193,7 @@ def dashboard_command(host: str, port: int, **where: Any) -> None:
     dashboard.serve(storage, file.outputs / "artifacts", host, port)
 
 
-@main.command("export", cls=StudyCommand)
+@main.command("export", cls=StudyCommand, groups=())
 @storage_options
 @click.option(
     "--trial", "number", type=click.IntRange(min=0), help="Number of the trial to export [default: the best]."
@@ -198,6 +203,7 @@ def dashboard_command(host: str, port: int, **where: Any) -> None:
 )
 @click.option(
     "--for-transformers",
+    type=TEXT,
     help="Version of transformers that is to read it, such as 4.57.3 [default: the study file's].",
 )
 @json_option("Print JSON to standard output [default: two lines].")
@@ -217,7 +223,7 @@ def export_command(number: int | None, to: Path, for_transformers: str | None, a
     file = load_file(**where, export__for_transformers=for_transformers)
     the_study = storage.load(_existing(file.storage), file.study_name)
     trial = export.choose(the_study, number)
-    study_file = compose.validate(the_study.user_attrs["file"], f"study {file.study_name!r}")
+    study_file = compose.restored(the_study.user_attrs["file"], f"study {file.study_name!r}")
     with progress.Live(1) as live:
         prepared = setting.prepare(
             study_file.model_copy(update={"storage": file.storage, "outputs": file.outputs}), live.say

@@ -6,33 +6,36 @@ All errors are ConfigError: one line with the key, the value that was found and 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
+from hydra import compose, initialize
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from search import secrets
+from search.config import references, words
+from search.config.defaults import EXPERIMENTS, Parts
 from search.config.spelling import nearest
 from search.config.study_file import Dimension, Range, StudyFile
-from search.config.yaml_files import read, require_readable, shown
 from search.errors import ConfigError
 
 PACKAGED = Path(__file__).resolve().parents[2] / "studies"
+DEMO = "demo"
+SHIPPED = (DEMO, "exaone4-1.2b")  # the studies of the package, which are no one's own in a checkout
 USER_DIR = Path("studies")
-EXPERIMENTS = "experiments"
-PRIMARY = "__study__"  # its defaults name the study file, so that Hydra looks for this along its whole search path
+PRIMARY = "__study__"  # its defaults name the study file
+FILE = "__file__"  # the study file itself, whatever characters its name has
+COMPOSING = (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError, RecursionError)
 MEMBERS = ("Range", "int")
 MOST_PROBLEMS = 5  # of a study file that are listed
 
@@ -40,6 +43,29 @@ MOST_PROBLEMS = 5  # of a study file that are listed
 def studies(config_dir: Path | None = None) -> list[str]:
     """Return the names that `--study` takes: the user's own first, then the packaged ones."""
     return _files("*.yaml", config_dir)
+
+
+@dataclasses.dataclass(frozen=True)
+class Default:
+    """The study that is taken where none is named, and why it is that one, in a few words."""
+
+    name: str
+    why: str
+
+
+def default_study(config_dir: Path | None = None) -> Default:
+    """Return the study to take where none is named: the user's own where there is one alone, else the demo."""
+    mine = config_dir if config_dir is not None else USER_DIR
+    packaged = PACKAGED.resolve() == mine.resolve()
+    own = [
+        name for name in (_files("*.yaml", config_dir) if mine.is_dir() else []) if (mine / f"{name}.yaml").is_file()
+    ]
+    own = [name for name in own if not (packaged and name in SHIPPED)]
+    if len(own) == 1:
+        return Default(own[0], f"the only one in {mine}; --study names another")
+    if len(own) > 1:
+        return Default(DEMO, f"as none is named; {mine} holds {', '.join(own)}: choose one with --study")
+    return Default(DEMO, "as none is named; --study names another")
 
 
 def groups(config_dir: Path | None = None) -> dict[str, list[str]]:
@@ -50,51 +76,60 @@ def groups(config_dir: Path | None = None) -> dict[str, list[str]]:
     return {group: names for group in directories if (names := _files(f"{group}/*.yaml", config_dir))}
 
 
-def load(study: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> StudyFile:
+def load(
+    study: str,
+    overrides: Sequence[str] = (),
+    config_dir: Path | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> StudyFile:
     """Compose and check a study file.
 
     Args:
         study: The name of the study file.
         overrides: Hydra's words: KEY=VALUE or GROUP=NAME.
         config_dir: The directory with the user's own files; None: `./studies` where it exists.
+        options: Values by their dotted keys, which are taken as they are and come last.
 
     Raises:
         ConfigError: A file, a key or a value is wrong.
     """
-    with _composed(study, overrides, config_dir) as (composed, sources):
-        values = OmegaConf.to_container(composed, resolve=True)
-    return validate(values, f"study {study!r}", sources)
+    composed, sources = _composed(study, overrides, config_dir)
+    where = f"study {study!r}"
+    written = OmegaConf.to_container(composed, resolve=False)
+    values = references.resolved(composed, where)
+    for key, value in (options or {}).items():
+        _set(written, key, references.literal(value) if isinstance(value, str) else value)
+        _set(values, key, value)
+    if isinstance(values.get("storage"), str):
+        secrets.remember_url(values["storage"])
+    file = validate(values, where, [*_given(options or {}), *sources])
+    file.refer(references.of(written))
+    return file
+
+
+def _set(values: Any, key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        if not isinstance(values.get(section), dict):
+            values[section] = {}
+        values = values[section]
+    values[name] = value
+
+
+def _given(options: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    values: dict[str, Any] = {}
+    for key in options:
+        _set(values, key, None)
+    return [("", values)]
 
 
 def sweep(overrides: Sequence[str], config_dir: Path | None = None) -> list[list[str]]:
     """Return the overrides of each job of a multirun: the product of the values that each override lists.
 
-    Hydra parses them, so a=1,2, range(22,30,2), choice(x,y) and glob(*) all work.
-
     Raises:
         ConfigError: An override can't be parsed, or lists no value.
     """
-    for override in overrides:
-        _require_key_and_value(override)
-    try:
-        axes = []
-        for override in OverridesParser.create().parse_overrides(list(overrides)):
-            if not override.is_sweep_override():
-                axes.append([override.input_line or ""])
-                continue
-            if not override.is_discrete_sweep():
-                raise ConfigError(f"multirun: {override.input_line}: list its values: a=1,2, range(…) or choice(…)")
-            value = override.value()
-            if isinstance(value, Glob):
-                values = value.filter(_files(f"{override.key_or_group}/*.yaml", config_dir))
-            else:
-                values = list(override.sweep_string_iterator())
-            if not values:
-                raise ConfigError(f"multirun: {override.input_line}: matches no value")
-            axes.append([f"{override.get_key_element()}={text}" for text in values])
-    except HydraException as error:
-        raise ConfigError(f"multirun: {_first_lines(error)}") from None
-    return [list(words) for words in itertools.product(*axes)]
+    return words.jobs(overrides, lambda group: _files(f"{group}/*.yaml", config_dir))
 
 
 def as_yaml(study: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> str:
@@ -103,75 +138,104 @@ def as_yaml(study: str, overrides: Sequence[str] = (), config_dir: Path | None =
     Raises:
         ConfigError: A file, a key or a value is wrong.
     """
-    values = load(study, overrides, config_dir).model_dump(mode="json")
-    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    return str(yaml.safe_dump(load(study, overrides, config_dir).shown(), sort_keys=False, allow_unicode=True))
 
 
-@contextlib.contextmanager
+def restored(values: Mapping[str, Any], where: str) -> StudyFile:
+    """Check the values of a study file that were stored, with `${oc.env:NAME}` in place of what the environment holds.
+
+    Raises:
+        ConfigError: A key or a value is wrong, or a variable is not set.
+    """
+    file = validate(references.resolved(OmegaConf.create(dict(values)), where), where)
+    file.refer(references.of(values))
+    return file
+
+
 def _composed(
     study: str, overrides: Sequence[str], config_dir: Path | None
-) -> Iterator[tuple[DictConfig, list[tuple[str, Any]]]]:
-    """Yield the composition and its sources: pairs (a file's name or "", its values), the last one first."""
+) -> tuple[DictConfig, list[tuple[str, Any]]]:
+    """Return the composition and its sources: pairs (a file's name or "", its values), the last one first."""
     directories = _search_path(config_dir)
     names = studies(config_dir)
     if study not in names and not any((directory / f"{study}.yaml").is_file() for directory in directories):
         raise ConfigError(f"study {study!r}: no such study file; there are {', '.join(names)}{nearest(study, names)}")
-    for override in overrides:
-        _require_key_and_value(override)
-    plain = [_plain(override, directories, config_dir) for override in overrides]
-    chosen = [word.lstrip("+").replace("=", "/", 1) for word in plain if _group_of(word.lstrip("+"), directories)]
-    require_readable([study, *chosen], directories)
+    choices: dict[str, Any] = {}
+    read = [_plain(override, directories, config_dir, choices) for override in overrides]
+    parts = Parts(directories, choices)
+    parts.collect(study)
+    with _stored(study, parts):
+        appended = [group for group in choices if (group, None) not in parts.chosen]
+        read = [f"+{word}" if word.partition("=")[0] in appended else word for word in read]
+        try:
+            composed = _hydra(read)
+        except COMPOSING as error:
+            raise ConfigError(_explain_failure(study, overrides, read, error)) from None
+        used = GlobalHydra.instance().config_loader().compute_defaults_list(PRIMARY, read, RunMode.RUN).defaults
+    return composed, [*_overridden(read), *_read(used, study, parts)]
+
+
+def _hydra(read: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().clear()
-    ConfigStore.instance().store(name=PRIMARY, node={"defaults": [study, "_self_"]})
-    first, *others = directories
-    words = [f"hydra.searchpath=[{','.join(directory.as_uri() for directory in others)}]"] if others else []
-    words += plain
+    initialize(config_path=None, version_base="1.3", job_name="optuna-search")
+    composed: DictConfig = compose(config_name=PRIMARY, overrides=list(read))
+    return composed
+
+
+@contextlib.contextmanager
+def _stored(study: str, parts: Parts) -> Iterator[None]:
+    """Hold the files in Hydra's ConfigStore, so that it composes what was read and checked here."""
+    store = ConfigStore.instance()
+    before = dict(store.repo)
+    store.store(name=PRIMARY, node={"defaults": [study if "/" in study else FILE, "_self_"]})
+    for config_path, part in parts.read.items():
+        group, _, name = config_path.rpartition("/")
+        defaults = {"defaults": [entry.as_hydra_reads_it() for entry in part.entries]} if part.entries else {}
+        node = {**defaults, **part.values}
+        store.store(name=name, node=node, group=group or None, package=part.package)
+        if config_path == study:
+            store.store(name=FILE, node=node, package=part.package)
     try:
-        with initialize_config_dir(config_dir=str(first), version_base="1.3", job_name="optuna-search"):
-            try:
-                composed = compose(config_name=PRIMARY, overrides=words)
-            except HydraException as error:
-                if "Could not override" not in str(error):
-                    raise
-                # add a group that the study file has no default for, as `+group=` would
-                words = [f"+{word}" if _group_of(word, directories) else word for word in words]
-                composed = compose(config_name=PRIMARY, overrides=words)
-            loader = GlobalHydra.instance().config_loader()
-            used = loader.compute_defaults_list(PRIMARY, words, RunMode.RUN).defaults
-        yield composed, [*_overridden(overrides), *_read(used, directories)]
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
-        if "maximum recursion depth" in str(error):
-            raise ConfigError(
-                f"study {study!r}: its defaults or values refer to each other in a circle, or are nested too deeply; "
-                "correct the study file or the overrides"
-            ) from None
-        if "Ambiguous value" in str(error):
-            word = next((word for word in overrides if "," in word), "")
-            raise ConfigError(
-                f"override {word!r}: names several values; write key=[a,b] for a list, or run a job for each with "
-                "`compress --multirun`"
-            ) from None
-        raise ConfigError(f"study {study!r}: {_first_lines(error)}{_near_key(error)}") from None
+        yield
+    finally:
+        store.repo.clear()
+        store.repo.update(before)
 
 
-def _overridden(overrides: Sequence[str]) -> list[tuple[str, Any]]:
-    return [("", OmegaConf.to_container(OmegaConf.from_dotlist([word.lstrip("+~")]))) for word in reversed(overrides)]
+def _explain_failure(study: str, overrides: Sequence[str], read: Sequence[str], error: BaseException) -> str:
+    """Say what Hydra refuses: a word of the command line where it composes without that, else the study itself."""
+    for override, word in zip(overrides, read, strict=True):
+        others = [other for other in read if other != word]
+        try:
+            _hydra(others)
+        except COMPOSING:
+            continue
+        key = override.partition("=")[0]
+        return f"override {override!r}: can't be set: {key.lstrip('+~')!r} is no section, or is of another kind"
+    return f"study {study!r}: {references.problem(error)}"
 
 
-def _read(used: Sequence[Any], directories: Sequence[Path]) -> list[tuple[str, Any]]:
+def _overridden(read: Sequence[str]) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for word in reversed(read):
+        override = words.parsed(word)
+        if override is not None and not override.is_delete():
+            values: dict[str, Any] = {}
+            _set(values, override.key_or_group, override.value())
+            found.append(("", values))
+    return found
+
+
+def _read(used: Sequence[Any], study: str, parts: Parts) -> list[tuple[str, Any]]:
     """Return the composed files and their values, each in its package."""
     sources: list[tuple[str, Any]] = []
     for entry in reversed(used):
-        path = next(
-            (d / f"{entry.config_path}.yaml" for d in directories if (d / f"{entry.config_path}.yaml").is_file()), None
-        )
-        if path is None:
-            continue
-        text, values = path.read_text(encoding="utf-8-sig"), read(path)
-        group = entry.config_path.rpartition("/")[0]
-        if group and "@package _global_" not in text:
-            values = {group: values}
-        sources.append((shown(path), values))
+        part = parts.read.get(study if entry.config_path == FILE else entry.config_path)
+        if part is not None:
+            values: dict[str, Any] = dict(part.values)
+            for section in reversed([name for name in (entry.package or "").split(".") if name]):
+                values = {section: values}
+            sources.append((part.shown, values))
     return sources
 
 
@@ -231,22 +295,44 @@ def _files(pattern: str, config_dir: Path | None) -> list[str]:
     return list(stems)
 
 
-def _require_key_and_value(override: str) -> None:
-    if "=" not in override:
-        raise ConfigError(f"override {override!r}: must be KEY=VALUE, for instance trials=50")
+def _plain(override: str, directories: Sequence[Path], config_dir: Path | None, choices: dict[str, Any]) -> str:
+    """Return a word as Hydra takes it, without the `+` that it wants for new keys; pydantic refuses a wrong key.
+
+    A word that chooses files of a group adds them to `choices`.
+    """
+    key, equals, value = override.partition("=")
+    if equals and key.lstrip("+") == EXPERIMENTS:
+        choices[EXPERIMENTS] = experiment(value, config_dir)
+        return words.word_of(f"+{EXPERIMENTS}", choices[EXPERIMENTS])
+    group = _group_of(override, directories) if equals else None
+    if group is None or "@" in key or key[:1] in ("", "+", "~"):
+        word = words.readable(override)
+        _require_one_value(override, word)
+        return word if group or word[0] in "+~" else f"++{word}"
+    names = _files(f"{group}/*.yaml", config_dir)
+    if value not in names:
+        word = words.readable(override)
+        read = words.parsed(word)
+        chosen = None if read is None or read.is_sweep_override() else read.value()
+        if isinstance(chosen, dict):
+            return word
+        _require_one_value(override, word)
+        for name in chosen if isinstance(chosen, list) else [] if chosen is None else [str(chosen)]:
+            if name not in names:
+                raise ConfigError(f"{override}: no such file; there are {', '.join(names)}{nearest(str(name), names)}")
+        choices[group] = str(chosen) if isinstance(chosen, str) else chosen
+        return words.word_of(group, chosen) if isinstance(chosen, str) else word
+    choices[group] = value
+    return words.word_of(group, value)
 
 
-def _plain(override: str, directories: Sequence[Path], config_dir: Path | None) -> str:
-    """Return an override that sets any key without Hydra's `+`; pydantic then refuses a wrong key by its name."""
-    key, _, value = override.partition("=")
-    if key.lstrip("+") == EXPERIMENTS:
-        return f"+{EXPERIMENTS}={experiment(value, config_dir)}"
-    group = _group_of(override, directories)
-    if group and value.replace("-", "").replace("_", "").replace(".", "").isalnum() and value != "null":
-        names = _files(f"{group}/*.yaml", config_dir)
-        if value not in names:
-            raise ConfigError(f"{override}: no such file; there are {', '.join(names)}{nearest(value, names)}")
-    return override if override[0] in "+~" or group else f"++{override}"
+def _require_one_value(override: str, word: str) -> None:
+    read = words.parsed(word)
+    if read is not None and read.is_sweep_override():
+        raise ConfigError(
+            f"override {override!r}: names several values; write key=[a,b] for a list, or run a job for each with "
+            "`compress --multirun`"
+        )
 
 
 def _group_of(override: str, directories: Sequence[Path]) -> str | None:
@@ -315,18 +401,3 @@ def _keys_of_section(location: Sequence[Any]) -> list[str]:
     if isinstance(section, type) and issubclass(section, BaseModel):
         return list(section.model_fields)
     return []
-
-
-def _first_lines(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])
-
-
-def _near_key(error: BaseException) -> str:
-    words = str(error).replace("'", " ").split()
-    keys = [*StudyFile.model_fields]
-    for word in words:
-        hint = nearest(word.partition(".")[0], keys)
-        if hint and word not in keys:
-            return hint
-    return ""

@@ -5,14 +5,17 @@ This module knows no Optuna and builds nothing.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, create_model, field_validator, model_validator
 
 from compressors.choices import PRECISIONS, Choice
 from compressors.plan import CHOICES, DIMENSIONS
 from evaluator import tasks
+from search import secrets
+from search.config import references
 from search.config.compression import Compression
 from search.config.section import Section
 from search.config.spelling import nearest, require_known
@@ -190,6 +193,11 @@ class WorkloadSection(Section):
     turns: Annotated[int, Field(ge=4)] = 12
     seed: int = 0
 
+    @field_validator("batch_sizes", mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        return _list_of_one(value)
+
 
 class Evaluation(Section):
     """Evaluation holds how models are measured: engine, timing and the parts of Perf."""
@@ -204,6 +212,11 @@ class Evaluation(Section):
     call_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     kl_max_mb: Annotated[float, Field(ge=0)] = 1024.0  # for the base model's log-probabilities, kept to compute KL
     perf: Annotated[list[PerfPart], Field(min_length=1)] = [PerfPart()]
+
+    @field_validator("perf", mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value
 
 
 class ScoreSection(Section):
@@ -288,6 +301,49 @@ class StudyFile(Section):
     export: Export = Export()
     distillation: DistillationSection = DistillationSection()
     tracking: Tracking = Tracking()
+
+    _references: dict[tuple[str | int, ...], str] = PrivateAttr(default_factory=dict)
+
+    def refer(self, known: dict[tuple[str | int, ...], str]) -> None:
+        """Note which values refer to the environment, and how they are written."""
+        self._references = known
+
+    def stored(self) -> dict[str, Any]:
+        """Return the values as JSON for what is kept: without the storage, with `${oc.env:NAME}` as it is written."""
+        return {key: value for key, value in self.shown().items() if key != "storage"}
+
+    def shown(self) -> dict[str, Any]:
+        """Return the values as JSON without secrets, with `${oc.env:NAME}` as it is written."""
+        values: dict[str, Any] = references.put_back(self.model_dump(mode="json"), self._references)
+        if ("storage",) not in self._references:
+            values["storage"] = secrets.masked_url(self.storage)
+        return values
+
+    @property
+    def source_shown(self) -> str:
+        """Return `model.source` without secrets, with `${oc.env:NAME}` as it is written."""
+        return self._references.get(("model", "source")) or secrets.masked_places(self.model.source)
+
+    @property
+    def description_shown(self) -> str | None:
+        """Return the description without secrets, with `${oc.env:NAME}` as it is written."""
+        if self.description is None:
+            return None
+        return self._references.get(("description",)) or secrets.masked_places(self.description)
+
+    def to_line(self) -> str:
+        """Return the study file as a line of JSON for another process of this program; it holds what is secret."""
+        known = [[list(location), text] for location, text in self._references.items()]
+        return json.dumps({"file": self.model_dump(mode="json"), "references": known})
+
+    @classmethod
+    def from_line(cls, line: str) -> Self:
+        """Return the study file that `to_line` wrote."""
+        values = json.loads(line)
+        file = cls.model_validate(values["file"])
+        file.refer({tuple(location): text for location, text in values["references"]})
+        secrets.remember_url(file.storage)
+        return file
 
     @model_validator(mode="after")
     def _weights(self) -> Self:

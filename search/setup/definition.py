@@ -16,7 +16,7 @@ def of_file(file: StudyFile) -> dict[str, Any]:
     """
     evaluation = file.evaluation
     values = {
-        "model": {"source": file.model.source},
+        "model": {"source": file.source_shown},
         "space": searched(file.space),
         "max_size_mb": file.limits.max_size_mb,
         "score": file.score.model_dump(),

@@ -103,6 +103,6 @@ def description(setting: Setting, plan: CompressionPlan, target: str | None = No
     return {
         "plan": plan.to_dict(),
         "plan_digest": plan_digest(setting, plan),
-        "base": {"source": setting.file.model.source, "digest": setting.model.digest},
+        "base": {"source": setting.file.source_shown, "digest": setting.model.digest},
         "for_transformers": target,
     }

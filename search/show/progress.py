@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from compressors.plan import CompressionPlan, short
+from search import secrets
 from search.show import baseline_text
 from search.show.rows import Row
 
@@ -89,7 +90,7 @@ class Live:
             self._console.print(text, markup=False)
 
     def _on_warn(self, event: dict[str, Any]) -> None:
-        self._console.print(f"warning: {event['text']}", markup=False)
+        self._console.print(secrets.masked(f"warning: {event['text']}"), markup=False)
 
     def _on_stage(self, event: dict[str, Any]) -> None:
         self._progress.update(self._task, what=f"trial {event['trial']}: {event['stage']}")

@@ -48,7 +48,7 @@ def baseline(setting: Setting, engines: Engines, say: Say, *, again: bool = Fals
         setting.outputs / BASELINE_RESULT,
         {
             **measurement.to_dict(),
-            "model": {"source": setting.file.model.source, "digest": setting.model.digest},
+            "model": {"source": setting.file.source_shown, "digest": setting.model.digest},
             "circumstances": keys.circumstances(setting),
         },
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from compressors.plan import short
 from evaluator.metrics import short_count
+from search import secrets
 from search.config.study_file import StudyFile
 from search.setup.setting import Setting
 from search.study import space
@@ -30,23 +30,17 @@ def lines(setting: Setting, finished: int, dashboard: str) -> list[str]:
     plans = f"{'' if exact else 'up to '}{count:,} plan{'' if count == 1 else 's'}"
     rows = {
         f"study {file.study_name}": f"{file.trials} trials, {finished} finished",
-        "model": f"{file.model.source}: {short(model.identity)}, {short_count(base.total_parameters)} parameters, "
+        "model": f"{file.source_shown}: {short(model.identity)}, {short_count(base.total_parameters)} parameters, "
         f"{base.size_bytes / 1e6:.1f} MB",
         "space": f"{plans}: {', '.join(dimensions)}" if dimensions else f"{plans}: nothing is searched",
         "texts": _texts(file),
         "engine": f"{machine.backend} ({machine.engine_version}), {speed}",
         "device": f"{machine.device}, {machine.device_name}",
-        "storage": masked(file.storage),
-        "dashboard": masked(dashboard),
+        "storage": secrets.masked(file.storage),
+        "dashboard": secrets.masked(dashboard),
     }
     width = max(map(len, rows))
     return [f"{name:<{width}}  {value}" for name, value in rows.items()]
-
-
-def masked(text: str) -> str:
-    """Return a text without the passwords of the URLs in it."""
-    text = re.sub(r"(\w://[^:/@\s]*):\S*@", r"\1:***@", text)
-    return re.sub(r"([?&](?:password|sslpassword)=)[^&\s'\"]*", r"\1***", text)
 
 
 def _texts(file: StudyFile) -> str:

@@ -23,9 +23,9 @@ from typing import Any
 import dotenv
 import optuna
 
-from compressors.errors import first_line
 from evaluator import measurement
 from evaluator.measurement import Measurement
+from search import secrets
 from search.config.study_file import Tracking
 from search.study.mlflow_result import METRICS, PARAMETERS, SIZES, Result
 from search.study.trials import finished
@@ -98,7 +98,7 @@ class Tracker:
             if self._files:
                 self._store_files(runs, study)
         except Exception as error:  # tracking must not end a study
-            first = first_line(error)
+            first = secrets.line_of(error)
             self._warn(
                 f"MLflow: not tracked from here on: {first}; the study continues, and running it again "
                 "later tracks the rest"
@@ -108,7 +108,7 @@ class Tracker:
         try:
             runs.store_files(study)
         except Exception as error:  # servers may keep files elsewhere, out of reach: the numbers are there
-            self._warn(f"MLflow: the study's tables and plots are not stored: {first_line(error)}")
+            self._warn(f"MLflow: the study's tables and plots are not stored: {secrets.line_of(error)}")
 
 
 def log_by_hand(
@@ -136,7 +136,7 @@ def log_by_hand(
         client, experiment = _client(settings.experiment)
         _log(client, experiment, name, tags, values, "FINISHED", int(began * 1000), int(time.time() * 1000))
     except Exception as error:  # tracking must not end a measurement
-        first = first_line(error)
+        first = secrets.line_of(error)
         warn(f"MLflow: {name} is not tracked: {first}")
 
 
@@ -165,10 +165,10 @@ def _log(
 ) -> None:
     from mlflow.entities import Metric, Param
 
-    run = client.create_run(experiment, start_time=start, tags=dict(tags), run_name=name)
+    run = client.create_run(experiment, start_time=start, tags=secrets.masked_values(tags), run_name=name)
     metrics = [Metric(key, float(values[key]), end, 0) for key in METRICS if values.get(key) is not None]
     named = {NAMED.get(key, key): value for key, value in values.items() if key not in METRICS or key in SIZES}
-    params = [Param(key, str(value)) for key, value in named.items() if value is not None]
+    params = [Param(key, secrets.masked_places(str(value))) for key, value in named.items() if value is not None]
     client.log_batch(run.info.run_id, metrics=metrics, params=params)
     client.set_terminated(run.info.run_id, status=status, end_time=end)
 

@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable
 import optuna
 import torch
 
-from compressors.errors import CompressionError, InfeasiblePlan, first_line
+from compressors.errors import CompressionError, InfeasiblePlan
 from compressors.files import write_json
 from compressors.plan import CompressionPlan
 from evaluator import quality, score
 from evaluator.errors import EngineOutOfMemory, EvaluationError, NotFinite
 from evaluator.measurement import Measurement
-from search import processes, stages
+from search import processes, secrets, stages
 from search.files import read_json
 from search.say import Say
 from search.setup import keys
@@ -84,7 +84,8 @@ class Objective:
             record.failure, record.reason = trials.INTERRUPTED, "stopped by the user; it will be tried again"
             raise
         except Exception as error:
-            record.failure, record.reason = _why(error, record.stage)
+            record.failure, reason = _why(error, record.stage)
+            record.reason = secrets.masked(reason)
             raise TrialFailed(record.reason) from error
         finally:
             self._enter(trial, record, None)
@@ -229,8 +230,8 @@ def _why(error: Exception, stage: str) -> tuple[str, str]:
     if isinstance(error, CompressionError | EvaluationError):
         return type(error).__name__, str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return EngineOutOfMemory.__name__, f"screen: {first_line(error)}"
+        return EngineOutOfMemory.__name__, f"screen: {secrets.line_of(error)}"
     if isinstance(error, MemoryError):
         return EngineOutOfMemory.__name__, "the machine's memory is exhausted"
     # anything else is a defect here or in a library: it is recorded, and the study continues
-    return type(error).__name__, f"unexpected, at stage {stage}: {first_line(error)}"
+    return type(error).__name__, f"unexpected, at stage {stage}: {secrets.line_of(error)}"

@@ -18,6 +18,8 @@ from optuna.storages import RDBStorage
 from sqlalchemy.engine import make_url
 
 from evaluator.errors import install
+from search import secrets
+from search.config import references
 from search.errors import StorageError, StudyMismatch, UsageError
 from search.study.trials import GRACE_S, retry
 
@@ -44,7 +46,7 @@ def open_storage(url: str) -> RDBStorage:
             heartbeat_stale_trial_callback=retry,
         )
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        reason = secrets.line_of(getattr(error, "orig", None) or error)
         hint = "check the URL and that the database server runs"
         if isinstance(error, ImportError) and "psycopg" in reason:
             hint = install("cluster")
@@ -52,16 +54,31 @@ def open_storage(url: str) -> RDBStorage:
 
 
 def _safe(url: str) -> str:
+    """Return the URL as messages show it.
+
+    Raises:
+        StorageError: It is none, or another host would be read in it than was meant.
+    """
+    secrets.remember_url(url)
     try:
-        return make_url(url).render_as_string(hide_password=True)
+        parsed = make_url(url)
     except sqlalchemy.exc.ArgumentError:
         raise StorageError(
             "storage: not a database URL; write sqlite:///FILE or postgresql://USER@HOST/DATABASE"
         ) from None
-    except ValueError:  # what stands for the port
+    except ValueError:
         raise StorageError(
-            "storage: its port is not a number; write postgresql://USER@HOST:5432/DATABASE, and an IPv6 address in []"
+            "storage: the port in its URL is no number; write postgresql://USER@HOST:5432/DATABASE, and percent-encode "
+            "what is special in a user name or password (%40 for @, %2F for /, %3A for :)"
         ) from None
+    if not parsed.drivername.startswith("sqlite"):
+        misread = (parsed.username, parsed.host, parsed.database, url.partition("?")[2].partition("=")[0])
+        if any("@" in (part or "") for part in misread):
+            raise StorageError(
+                "storage: its user name or password holds a character that has a meaning in a URL; percent-encode it "
+                "(%40 for @, %2F for /, %3A for :, %3F for ?, %23 for #), or give the password in PGPASSWORD"
+            )
+    return secrets.masked_url(url)
 
 
 def _prepared(url: str) -> tuple[str, dict[str, Any]]:
@@ -141,7 +158,7 @@ def require_same(name: str, known: Mapping[str, Any], asked: Mapping[str, Any]) 
     Raises:
         StudyMismatch: They differ; the message lists the differences.
     """
-    if known != asked:
+    if not _same(known, asked):
         differing = "; ".join(_differences(known, asked))
         raise StudyMismatch(
             f"study {name!r} exists with other settings: {differing}. Use its settings, or choose another --study-name"
@@ -162,6 +179,15 @@ def load(storage: RDBStorage, name: str) -> optuna.Study:
             f"study {name!r}: not in this storage, which holds {', '.join(names) or 'none'}; start it "
             "with `optuna-search run`"
         ) from None
+
+
+def _same(known: Any, asked: Any) -> bool:
+    """Return whether two definitions are equal, where one may hold `${oc.env:NAME}` and the other its value."""
+    if isinstance(known, dict) and isinstance(asked, dict):
+        return known.keys() == asked.keys() and all(_same(value, asked[key]) for key, value in known.items())
+    if isinstance(known, str) and isinstance(asked, str) and known != asked:
+        return references.restored(known) == references.restored(asked)
+    return bool(known == asked)
 
 
 def _differences(known: Any, asked: Any, where: str = "") -> list[str]:

@@ -121,7 +121,7 @@ class Processes:
             start_new_session=True,  # Ctrl-C reaches this process alone, which then closes theirs
         )
         assert process.stdin is not None
-        process.stdin.write(setting.file.model_dump_json() + "\n")
+        process.stdin.write(setting.file.to_line() + "\n")
         process.stdin.flush()
         threading.Thread(target=self._listen, args=(process, index), daemon=True).start()
         return process

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import optuna
 import torch
 
-from search import processes
+from search import processes, secrets
 from search.config.study_file import StudyFile
 from search.setup.setting import prepare
 from search.stages.bench import Bench
@@ -46,8 +46,9 @@ def main(index: int, threads: int) -> None:
         index: The worker's number.
         threads: The number of threads of its engines; 0: as many as there are cores.
     """
+    secrets.install()
     lines = _lines()
-    file = StudyFile.model_validate_json(next(lines))
+    file = StudyFile.from_line(next(lines))
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print to standard output; events must not be mixed with that
 

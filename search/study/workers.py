@@ -119,7 +119,7 @@ def _open(database: Any, setting: Setting, baseline: Measurement) -> optuna.Stud
     """Create or load the study, and store what later commands need of it."""
     file = setting.file
     study = storage.create_or_resume(database, file.study_name, keys.definition(setting))
-    study.set_user_attr("file", file.model_dump(mode="json", exclude={"storage"}))  # its URL may hold a password
+    study.set_user_attr("file", file.stored())
     if study.user_attrs.get("baseline") != baseline.to_dict():
         study.set_user_attr("baseline", baseline.to_dict())
     _enqueue_uncut(study, setting)

@@ -121,6 +121,8 @@ def test_a_depth_cut_can_only_be_repaired_by_stream(tmp_path):
         ("space.precision=W8A8", "space.precision=[W8A8]"),
         ("space.group_size=64", "space.group_size=[64]"),
         ("text.calibration=mine.txt", "text.calibration=[mine.txt]"),
+        ("evaluation.workload.batch_sizes=4", "evaluation.workload.batch_sizes=[4]"),
+        ("evaluation.perf={metric: perplexity}", "evaluation.perf=[{metric: perplexity}]"),
         ("text.report=held_out.jsonl", "text.report=[held_out.jsonl]"),
         ("text.search=embedded", "text.search=embedded"),
     ],

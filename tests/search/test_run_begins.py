@@ -13,12 +13,13 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from compressors.plan import CompressionPlan
+from search import secrets
 from search.config.compose import validate
 from search.config.study_file import Space
 from search.errors import StudyMismatch
 from search.setup import load
 from search.setup.definition import of_file
-from search.study import early, header, space, storage, time_left
+from search.study import early, space, storage, time_left
 
 ROOT = Path(__file__).parents[2]
 BASE = CompressionPlan(5, 6, 3, 96, 160, "bfloat16")
@@ -168,7 +169,7 @@ def test_the_plans_of_a_space_are_counted(wanted, count, exact, dimensions):
     ],
 )  # fmt: skip
 def test_no_password_is_shown(text, shown):
-    assert header.masked(text) == shown
+    assert secrets.masked(text) == shown
 
 
 # -- the time left ---------------------------------------------------------------------------------------------
