@@ -2,6 +2,7 @@
 
 CompressionError
 ├── CheckpointError    a directory that can't be read or written
+│   └── MachineError   a full disk, an I/O error, too little memory: no fault of a plan or a model
 └── InfeasiblePlan     a plan that can't be built or served; the message is the reason
 """
 
@@ -14,6 +15,10 @@ class CompressionError(ValueError):
 
 class CheckpointError(CompressionError):
     """CheckpointError says that a model, its weights or a file derived from them can't be read, used or written."""
+
+
+class MachineError(CheckpointError):
+    """MachineError says that the disk or the memory failed, for which no plan is to blame; it may work later."""
 
 
 class InfeasiblePlan(CompressionError):

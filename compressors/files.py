@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from compressors.errors import CheckpointError
+from compressors.errors import MachineError
 
 
 def digest_of_json(values: Any, digits: int) -> str:
@@ -75,14 +75,14 @@ def alone(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[No
         waiting: A function that is called once if another process holds the lock.
 
     Raises:
-        CheckpointError: When the lock file can't be written.
+        MachineError: When the lock file can't be written.
     """
     lock = path.with_name(f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         held = lock.open("w")
     except OSError as error:
-        raise CheckpointError(f"{lock}: {error.strerror or error}; make its directory writable") from None
+        raise MachineError(f"{lock}: {error.strerror or error}; make its directory writable") from None
     with held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)

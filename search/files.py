@@ -82,6 +82,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """Return the values of a JSON file, or None where it does not exist or is cut off."""
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None

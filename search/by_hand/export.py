@@ -23,7 +23,9 @@ from search.files import read_json
 from search.setup import keys
 from search.setup.machine import require_disk
 from search.setup.setting import Setting
+from search.stages import intact, measurements
 from search.stages.bench import Bench
+from search.stages.screen import with_screen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,22 +96,28 @@ def export(
     """
     files.refuse_foreign(to, "export")
     plan = CompressionPlan.from_dict(trial.user_attrs["plan"])
-    measurement = _measurement_of(trial, plan, setting)
+    _require_measured(trial, plan, setting)
     with Bench.of(setting) as bench:
         say("building")
         built, weights_sha256 = bench.build(plan, say)
+        baseline = bench.baseline(say)
+        measurement = _measurement_of(trial, plan, bench, baseline, built, weights_sha256, say)
+        if weights_sha256 != measurement.weights_sha256:  # what is there may come from another version of a library
+            shutil.rmtree(built, ignore_errors=True)
+            built, weights_sha256 = bench.build(plan, say)
         if weights_sha256 != measurement.weights_sha256:
             raise SearchError(
                 f"export: trial {trial.number}'s weights are {weights_sha256[:12]}… and "
-                f"{measurement.weights_sha256[:12]}… were measured; "
-                f"delete {built} and run the study again"
+                f"{measurement.weights_sha256[:12]}… were measured, with another version of this program or of its "
+                "libraries; nothing was written. Run the study under another --study-name and outputs= to measure "
+                "today's"
             )
-        baseline = bench.baseline(say)
     require_disk(int(measurement.model_size_mb * 1e6), to.parent, "the export")
     with files.atomic_directory(to, "export") as scratch:
         say("copying")
         shutil.copytree(built, scratch)
         described = read_json(scratch / DESCRIPTION) or {}
+        described.pop(intact.FILES, None)  # some are about to change
         evaluation = evaluation_of(
             setting,
             measurement,
@@ -128,15 +136,36 @@ def export(
     return Exported(trial.number, to, evaluation.score.score, measurement.perplexity, compared)
 
 
-def _measurement_of(trial: FrozenTrial, plan: CompressionPlan, setting: Setting) -> Measurement:
+def _path_of(trial: FrozenTrial, plan: CompressionPlan, setting: Setting) -> Path:
     name = trial.user_attrs.get("measurement", keys.measurement_key(setting, plan))
-    values = read_json(setting.outputs / "measurements" / f"{name}.json")
-    if values is None:
+    return setting.outputs / "measurements" / f"{name}.json"
+
+
+def _require_measured(trial: FrozenTrial, plan: CompressionPlan, setting: Setting) -> None:
+    path = _path_of(trial, plan, setting)
+    if not path.exists():
         raise UsageError(
-            f"trial {trial.number}: its measurement {setting.outputs}/measurements/{name}.json is gone; name the "
-            "directory that the study ran with (outputs=DIRECTORY)"
+            f"trial {trial.number}: its measurement {path} is gone; name the directory that the study ran with "
+            "(outputs=DIRECTORY)"
         )
-    return Measurement.from_dict(values)
+
+
+def _measurement_of(
+    trial: FrozenTrial,
+    plan: CompressionPlan,
+    bench: Bench,
+    baseline: Measurement,
+    built: Path,
+    weights_sha256: str,
+    say: Callable[[str], None],
+) -> Measurement:
+    """Return the trial's measurement; one whose file is damaged is taken again."""
+    path = _path_of(trial, plan, bench.setting)
+    known = measurements.known(path, bench.setting)
+    if known is None:
+        known = with_screen(bench.measure(built, weights_sha256, baseline, say), bench.screen(plan, say))
+        measurements.keep(path, known)
+    return known
 
 
 def compare(setting: Setting, path: Path, measurement: Measurement, say: Callable[[str], None]) -> str:

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from compressors import cached
 from compressors.errors import CompressionError
 from compressors.files import written_whole
 from compressors.model import structure
@@ -29,10 +30,13 @@ def evaluated(path: Path) -> Evaluation:
     """Return the evaluation next to a checkpoint's weights. Raises UsageError where there is none."""
     if not path.is_dir():
         raise UsageError(f"report: {path}: no such directory; name an evaluated model, such as submit/model")
-    evaluation = Evaluation.read(path)
-    if evaluation is None:
-        raise UsageError(f"report: {path} holds no {RESULT}; run `optuna-search evaluate --model {path}` first")
-    return evaluation
+    try:
+        return Evaluation.read_whole(path / RESULT)
+    except FileNotFoundError:
+        told = f"report: {path} holds no {RESULT}; run `optuna-search evaluate --model {path}` first"
+    except cached.DAMAGE as error:
+        told = f"report: {path / RESULT} is damaged ({cached.reason_of(error)}); run `optuna-search evaluate` again"
+    raise UsageError(told)
 
 
 def all_evaluated(models: Sequence[Path]) -> list[tuple[Path, Evaluation]]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from search.say import print_warnings
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -85,6 +87,7 @@ def main(verbose: bool) -> None:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr)
         return
     warnings.filterwarnings("ignore")
+    print_warnings()
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)

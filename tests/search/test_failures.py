@@ -36,7 +36,7 @@ def file(tmp_path, pico_llama):
 
 
 def test_a_hanging_engine_and_one_without_memory_fail_only_their_trials(file, monkeypatch):
-    strikes = iter([None, signal.SIGSTOP, signal.SIGKILL, None])
+    strikes = iter([None, signal.SIGSTOP, signal.SIGKILL, signal.SIGKILL, None])  # a killed one is started again
     struck = []
     nll = EngineProcess.nll
 

@@ -1,0 +1,35 @@
+"""Reads and keeps the numbers of a study in files, which are checked when they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compressors import cached
+from evaluator.measurement import Measurement
+from search.json_values import measurement_from
+from search.setup.setting import Setting
+
+
+def read(path: Path, setting: Setting) -> Measurement:
+    """Return the measurement in a file; what it raises is what is wrong with it."""
+    found = measurement_from(cached.read_json(path))
+    shards, tasks = len(setting.texts.shards), {task.name for task in setting.tasks}
+    if len(found.shard_nll) != shards:
+        raise ValueError(f"it has {len(found.shard_nll)} shards of {shards}")
+    if found.tasks.keys() != tasks:
+        raise ValueError(f"it has the tasks {', '.join(sorted(found.tasks)) or 'none'}")
+    return found
+
+
+def known(path: Path, setting: Setting) -> Measurement | None:
+    """Return the measurement in a file; None where there is none, or a damaged one, which is removed."""
+    return cached.known(path, lambda path: read(path, setting))
+
+
+def keep(path: Path, measured: Measurement) -> None:
+    """Keep a measurement in a file.
+
+    Raises:
+        MachineError: The file can't be written.
+    """
+    cached.keep_json(path, measured.to_dict())
