@@ -59,7 +59,7 @@ def known(path: Path, read: Callable[[Path], T], *, held: bool = False, tree: bo
     """
     try:
         return read(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except DAMAGE as error:
         _require_fault_of_file(path, error)

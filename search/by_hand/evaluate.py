@@ -82,12 +82,16 @@ def evaluate_candidate(
         )
         screen = _screen_of_directory(bench, path, say)
     nll: list[list[list[float]]] = []
+
+    def read_report(engine: EngineProcess) -> None:
+        nll[:] = _nll(engine, report, say)  # again where an engine was killed
+
     measured = bench.measure(
         path,
         candidate.weights_sha256,
         baseline,
         say,
-        then=lambda engine: nll.__setitem__(slice(None), _nll(engine, report, say)),
+        then=read_report,
     )
     measured = with_screen(measured, screen)
     confirmed = None if base_loss is None else _confirmed(_loss_of(nll), base_loss, report)

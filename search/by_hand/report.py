@@ -48,7 +48,7 @@ def all_evaluated(models: Sequence[Path]) -> list[tuple[Path, Evaluation]]:
     evaluations = []
     for place in models:
         for path in (place, *sorted(child for child in place.glob("*") if child.is_dir())):
-            if (path / RESULT).is_file():
+            if (path / RESULT).exists():
                 evaluations.append((path, evaluated(path)))
     if not evaluations:
         named = ", ".join(map(str, models))

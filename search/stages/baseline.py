@@ -53,6 +53,7 @@ def baseline(setting: Setting, engines: Engines, say: Say, *, again: bool = Fals
         take,
         lambda: say("baseline: waiting for another process that measures it"),
     )
+    cached.known(setting.outputs / BASELINE_RESULT, cached.read_json, held=True)  # what can't be replaced is removed
     write_json(
         setting.outputs / BASELINE_RESULT,
         {

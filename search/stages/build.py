@@ -88,7 +88,9 @@ def write(setting: Setting, plan: CompressionPlan, say: Say, *, limited: bool = 
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Remove what builds that were killed left half-written in a directory of checkpoints."""
+    """Remove what builds that were killed left half-written, or half-deleted, in a directory of checkpoints."""
+    for damaged in directory.glob(".*.damaged-*"):
+        shutil.rmtree(damaged, ignore_errors=True)
     for scratch in directory.glob(f"{BUILDING}*"):
         pid = scratch.name.rpartition("-")[2]
         if not (pid.isdigit() and process_alive(int(pid))):
