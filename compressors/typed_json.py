@@ -84,20 +84,22 @@ def _sequence(origin: Any, kinds: Sequence[Any], value: Any, where: str) -> Any:
         kinds = [kinds[0]] * len(value)
     if len(kinds) != len(value):
         raise ValueError(f"{where} has {len(value)} entries, and not {len(kinds)}")
-    found = [_typed(kind, one, f"{where}[{place}]") for place, (kind, one) in enumerate(zip(kinds, value, strict=True))]
-    return found if origin is list else tuple(found)
+    entries = [
+        _typed(kind, one, f"{where}[{place}]") for place, (kind, one) in enumerate(zip(kinds, value, strict=True))
+    ]
+    return entries if origin is list else tuple(entries)
 
 
 def _dataclass(cls: Any, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise _refused(where, "an object", value)
-    found = {}
+    values = {}
     for field in dataclasses.fields(cls):
         if field.name in value:
-            found[field.name] = _typed(_hints(cls)[field.name], value[field.name], f"{where}.{field.name}")
+            values[field.name] = _typed(_hints(cls)[field.name], value[field.name], f"{where}.{field.name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{where} has no {field.name}")
-    return cls(**found)
+    return cls(**values)
 
 
 @functools.cache

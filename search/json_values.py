@@ -41,10 +41,10 @@ def measurement_from(values: Any) -> Measurement:
     Raises:
         ValueError: When something required is missing, has another type, or can't be true.
     """
-    found = typed(Measurement, values, "measurement")
+    measured = typed(Measurement, values, "measurement")
     for name in POSITIVE:
-        if getattr(found, name) <= 0:
-            raise ValueError(f"measurement.{name} is {getattr(found, name)}, and not positive")
-    if not found.shard_nll:
+        if getattr(measured, name) <= 0:
+            raise ValueError(f"measurement.{name} is {getattr(measured, name)}, and not positive")
+    if not measured.shard_nll:
         raise ValueError("measurement.shard_nll is empty")
-    return found
+    return measured

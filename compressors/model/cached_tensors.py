@@ -85,6 +85,8 @@ def read(path: Path, name: str) -> torch.Tensor:
         if stamp in _verified:
             return tensor
         digests = json.loads((stored.metadata() or {}).get(DIGEST, "{}"))
+    if not isinstance(digests, dict):
+        raise ValueError("its digests are no object")
     if name in digests:
         if digests[name] != _digest(tensor):
             raise ValueError(f"{name} is not what was written")

@@ -98,20 +98,8 @@ def export(
     plan = CompressionPlan.from_dict(trial.user_attrs["plan"])
     _require_measured(trial, plan, setting)
     with Bench.of(setting) as bench:
-        say("building")
-        built, weights_sha256 = bench.build(plan, say)
         baseline = bench.baseline(say)
-        measurement = _measurement_of(trial, plan, bench, baseline, built, weights_sha256, say)
-        if weights_sha256 != measurement.weights_sha256:  # what is there may come from another version of a library
-            shutil.rmtree(built, ignore_errors=True)
-            built, weights_sha256 = bench.build(plan, say)
-        if weights_sha256 != measurement.weights_sha256:
-            raise SearchError(
-                f"export: trial {trial.number}'s weights are {weights_sha256[:12]}… and "
-                f"{measurement.weights_sha256[:12]}… were measured, with another version of this program or of its "
-                "libraries; nothing was written. Run the study under another --study-name and outputs= to measure "
-                "today's"
-            )
+        built, measurement = _measured(trial, plan, bench, baseline, say)
     require_disk(int(measurement.model_size_mb * 1e6), to.parent, "the export")
     with files.atomic_directory(to, "export") as scratch:
         say("copying")
@@ -150,22 +138,31 @@ def _require_measured(trial: FrozenTrial, plan: CompressionPlan, setting: Settin
         )
 
 
-def _measurement_of(
-    trial: FrozenTrial,
-    plan: CompressionPlan,
-    bench: Bench,
-    baseline: Measurement,
-    built: Path,
-    weights_sha256: str,
-    say: Callable[[str], None],
-) -> Measurement:
-    """Return the trial's measurement; one whose file is damaged is taken again."""
+def _measured(
+    trial: FrozenTrial, plan: CompressionPlan, bench: Bench, baseline: Measurement, say: Callable[[str], None]
+) -> tuple[Path, Measurement]:
+    """Return the trial's checkpoint and its measurement; damaged ones are built and measured again.
+
+    Raises:
+        SearchError: The checkpoint is not the one that was measured.
+    """
+    say("building")
+    built, weights_sha256 = bench.build(plan, say)
     path = _path_of(trial, plan, bench.setting)
-    known = measurements.known(path, bench.setting)
-    if known is None:
-        known = with_screen(bench.measure(built, weights_sha256, baseline, say), bench.screen(plan, say))
-        measurements.keep(path, known)
-    return known
+    measurement = measurements.known(path, bench.setting)
+    if measurement is None:
+        measurement = with_screen(bench.measure(built, weights_sha256, baseline, say), bench.screen(plan, say))
+        measurements.keep(path, measurement)
+    if weights_sha256 != measurement.weights_sha256:  # what is there may come from another version of a library
+        shutil.rmtree(built, ignore_errors=True)
+        built, weights_sha256 = bench.build(plan, say)
+    if weights_sha256 != measurement.weights_sha256:
+        raise SearchError(
+            f"export: trial {trial.number}'s weights are {weights_sha256[:12]}… and "
+            f"{measurement.weights_sha256[:12]}… were measured, with another version of this program or of its "
+            "libraries; nothing was written. Run the study under another --study-name and outputs= to measure today's"
+        )
+    return built, measurement
 
 
 def compare(setting: Setting, path: Path, measurement: Measurement, say: Callable[[str], None]) -> str:

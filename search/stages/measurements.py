@@ -12,13 +12,13 @@ from search.setup.setting import Setting
 
 def read(path: Path, setting: Setting) -> Measurement:
     """Return the measurement in a file; what it raises is what is wrong with it."""
-    found = measurement_from(cached.read_json(path))
+    measured = measurement_from(cached.read_json(path))
     shards, tasks = len(setting.texts.shards), {task.name for task in setting.tasks}
-    if len(found.shard_nll) != shards:
-        raise ValueError(f"it has {len(found.shard_nll)} shards of {shards}")
-    if found.tasks.keys() != tasks:
-        raise ValueError(f"it has the tasks {', '.join(sorted(found.tasks)) or 'none'}")
-    return found
+    if len(measured.shard_nll) != shards:
+        raise ValueError(f"it has {len(measured.shard_nll)} shards of {shards}")
+    if measured.tasks.keys() != tasks:
+        raise ValueError(f"it has the tasks {', '.join(sorted(measured.tasks)) or 'none'}")
+    return measured
 
 
 def known(path: Path, setting: Setting) -> Measurement | None:
