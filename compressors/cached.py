@@ -185,20 +185,22 @@ def require_regular(path: Path) -> None:
 # -- JSON ----------------------------------------------------------------------------------------------------
 
 
-def keep_json(path: Path, values: Mapping[str, Any], *, finite: bool = True) -> None:
+def keep_json(path: Path, values: Mapping[str, Any], *, finite: bool = True, digest: bool = True) -> None:
     """Write `values` to `path` as JSON with their digest, whole or not at all.
 
     Args:
         path: The file; its directory is created if needed.
         values: The values.
         finite: Whether to refuse NaN and infinity.
+        digest: Whether to add the digest; not to files whose keys people and other programs know.
 
     Raises:
         MachineError: When the file can't be written.
         ValueError: For NaN and infinity.
     """
     plain = json.loads(json.dumps(values, allow_nan=not finite))
-    text = json.dumps({**values, DIGEST: digest_of_json([path.name, plain], 32)}, indent=1)
+    own = {DIGEST: digest_of_json([path.name, plain], 32)} if digest else {}
+    text = json.dumps({**values, **own}, indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as scratch:

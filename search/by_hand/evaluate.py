@@ -234,7 +234,7 @@ def _base_loss(bench: Bench, shards: Any, say: Say) -> _Loss:
 
     def measure_it(path: Path) -> None:
         nll = once_more(lambda: _nll(bench.engines.baseline(), shards, lambda text: say(f"baseline: {text}")), say)
-        cached.keep_json(path, dataclasses.asdict(_loss_of(nll)))
+        cached.keep_json(path, dataclasses.asdict(_loss_of(nll)), digest=False)
 
     return cached.kept(path, read, measure_it)
 

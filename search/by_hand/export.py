@@ -23,7 +23,7 @@ from search.files import read_json
 from search.setup import keys
 from search.setup.machine import require_disk
 from search.setup.setting import Setting
-from search.stages import intact, measurements
+from search.stages import measurements
 from search.stages.bench import Bench
 from search.stages.screen import with_screen
 
@@ -105,7 +105,6 @@ def export(
         say("copying")
         shutil.copytree(built, scratch)
         described = read_json(scratch / DESCRIPTION) or {}
-        described.pop(intact.FILES, None)  # some are about to change
         evaluation = evaluation_of(
             setting,
             measurement,

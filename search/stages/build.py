@@ -63,7 +63,8 @@ def write(setting: Setting, plan: CompressionPlan, say: Say, *, limited: bool = 
         MachineError: It can't be written; nothing is left there.
     """
     path = setting.outputs / "checkpoints" / keys.plan_digest(setting, plan)
-    known = cached.known(path, intact.read, tree=True)
+    shapes = build.shapes(plan, setting.model.checkpoint, setting.model.family)
+    known = cached.known(path, lambda path: intact.read(path, shapes), tree=True)
     if known is not None:
         return path, str(known["weights_sha256"])
     needed = build.predicted_bytes(plan, setting.model.checkpoint, setting.model.family)
@@ -75,7 +76,6 @@ def write(setting: Setting, plan: CompressionPlan, say: Say, *, limited: bool = 
     try:
         weights_sha256 = checkpoint.write(scratch)
         described = {**keys.description(setting, plan), "weights_sha256": weights_sha256}
-        described[intact.FILES] = intact.digests(scratch)
         write_json(scratch / DESCRIPTION, described)
         if not path.exists():  # else another worker has built the same meanwhile
             scratch.replace(path)

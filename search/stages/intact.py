@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import filecmp
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from compressors import cached
-from compressors.model.checkpoint import WEIGHTS, require_json
+from compressors.model.checkpoint import SIZES, Checkpoint, require_json
 from compressors.plan import DESCRIPTION
 from evaluator import measure
 from evaluator.errors import EvaluationError
 
-FILES = "files"  # the key of the digests of all files but the weights, by name
+KEYS = ("model_type", "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", *SIZES)  # of config.json
 
 
-def digests(directory: Path) -> dict[str, str]:
-    """Return the sha256 of each file of a checkpoint except its weights and compression.json, by name."""
-    names = sorted(file.name for file in directory.iterdir() if file.name not in (WEIGHTS, DESCRIPTION))
-    return {name: cached.sha256_of(directory / name) for name in names}
+def read(path: Path, expected: Checkpoint | None = None) -> dict[str, Any]:
+    """Return the compression.json of a checkpoint, after its weights were compared with the digest there.
 
-
-def read(path: Path) -> dict[str, Any]:
-    """Return the compression.json of a checkpoint, after all of its files were compared with it.
+    Args:
+        path: The directory.
+        expected: A checkpoint with the same sizes and tokenizer files, where that is known.
 
     Raises:
         FileNotFoundError: When there is no such directory.
@@ -32,14 +32,22 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError("it is no directory")
     try:
         described = cached.read_json(path / DESCRIPTION)
-        require_json(path / "config.json", "")
+        config = require_json(path / "config.json", "")
         if described["weights_sha256"] != measure.weights_sha256_of(path):
             raise ValueError("its weights are not those that were written")
-        for name, digest in dict(described.get(FILES, {})).items():
-            if cached.sha256_of(path / name) != digest:
-                raise ValueError(f"its {name} is not what was written")
+        if expected is not None:
+            _require_alike(path, config, expected)
     except FileNotFoundError as error:
         raise ValueError(f"its {Path(str(error.filename)).name} is missing") from None
     except EvaluationError as error:
         raise ValueError(str(error)) from None
     return described
+
+
+def _require_alike(path: Path, config: Mapping[str, Any], expected: Checkpoint) -> None:
+    for key in KEYS:
+        if config.get(key) != expected.config.get(key):
+            raise ValueError(f"its config.json has {key}: {config.get(key)!r}, and not {expected.config.get(key)!r}")
+    for name, file in expected.files.items():
+        if not filecmp.cmp(path / name, file, shallow=False):
+            raise ValueError(f"its {name} is not the base model's")

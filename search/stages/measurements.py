@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from compressors import cached
@@ -16,6 +17,10 @@ def read(path: Path, setting: Setting) -> Measurement:
     shards, tasks = len(setting.texts.shards), {task.name for task in setting.tasks}
     if len(measured.shard_nll) != shards:
         raise ValueError(f"it has {len(measured.shard_nll)} shards of {shards}")
+    if not math.isclose(measured.perplexity, math.exp(measured.nll_nats_per_token), rel_tol=1e-6):
+        raise ValueError("its perplexity is not that of its loss")
+    if not math.isclose(measured.tokens_per_sec * measured.time_per_token_ms, 1e3, rel_tol=1e-6):
+        raise ValueError("its times contradict each other")
     if measured.tasks.keys() != tasks:
         raise ValueError(f"it has the tasks {', '.join(sorted(measured.tasks)) or 'none'}")
     return measured
@@ -32,4 +37,4 @@ def keep(path: Path, measured: Measurement) -> None:
     Raises:
         MachineError: The file can't be written.
     """
-    cached.keep_json(path, measured.to_dict())
+    cached.keep_json(path, measured.to_dict(), digest=False)

@@ -58,7 +58,7 @@ class Screen:
 
     def write(self, path: Path) -> None:
         """Keep the screen in a JSON file."""
-        cached.keep_json(path, dataclasses.asdict(self))
+        cached.keep_json(path, dataclasses.asdict(self), digest=False)
 
     def shards(self) -> Iterator[quality.ShardQuality]:
         """Return the quality of each shard in turn."""
@@ -93,7 +93,7 @@ class Screener:
         return cached.kept(
             setting.outputs / "screens" / f"base-{key}.json",
             read,
-            lambda path: cached.keep_json(path, {"nll": list(self._base(say).nll)}),
+            lambda path: cached.keep_json(path, {"nll": list(self._base(say).nll)}, digest=False),
             lambda: say("screen: waiting for another process that computes the base model's"),
         )
 

@@ -108,7 +108,7 @@ def test_damaged_layers_are_collected_again_and_no_others(pico_llama, domains, t
 def test_windows_of_several_lengths_are_refused(base, tmp_path):
     with pytest.raises(CheckpointError, match="same length"):
         second_moments.collect(base, {"odd": [[3, 4, 5], [3, 4]]}, tmp_path / "m")
-    assert [path.name for path in tmp_path.iterdir()] == [".m.lock"]
+    assert [path.name for path in tmp_path.iterdir()] == []
 
 
 # -- repair --------------------------------------------------------------------------------------------------

@@ -95,16 +95,15 @@ def test_a_damaged_cache_is_made_again_said_once_and_costs_no_trial(home, pico_l
 
 
 def wrong_numbers(stored):
-    """Values of a measurement, a baseline or a screen that can't be right, as earlier versions would have kept them."""
-    stored = {name: value for name, value in stored.items() if name != "sha256"}
+    """Yield values of a measurement, a baseline or a screen that can't be right."""
     yield {}
     for name, value in stored.items():
         if name in ("shard_nll", "nll", "kl", "agreement"):
             yield {**stored, name: 3}
             yield {**stored, name: value[:-1]}
             yield {**stored, name: [*value[:-1], "x"]}
-        elif name in ("perplexity", "time_ratio"):
-            yield from ({**stored, name: wrong} for wrong in (None, "1", True, 0, -1.0))
+        elif name in ("perplexity", "tokens_per_sec"):
+            yield from ({**stored, name: wrong} for wrong in (None, "1", True, 0, -1.0, 7.0))
             yield {key: other for key, other in stored.items() if key != name}
 
 
@@ -120,12 +119,14 @@ def test_numbers_that_can_not_be_right_are_refused(home, pico_llama, damages, ki
             assert damages.told() == [file]
             assert not file.exists()
         for damage in damages:
+            if damage is damages.flip:
+                continue  # these files have no digest, since people and other programs know their keys
             file.write_text(json.dumps(stored))
             damage(file)
             assert not usable(kind, file, ready)
             assert damages.told() == [file]
-        file.write_text(json.dumps({name: value for name, value in stored.items() if name != "sha256"}))
-        assert usable(kind, file, ready)  # as earlier versions kept it
+        file.write_text(json.dumps(stored))
+        assert usable(kind, file, ready)
 
 
 def usable(kind, file, ready):
@@ -200,7 +201,6 @@ def test_export_builds_a_damaged_checkpoint_again_bit_for_bit(studied, damages, 
     assert damages.told() == [built]
     assert (tmp_path / "exported" / "model.safetensors").read_bytes() == weights
     assert (built / "model.safetensors").read_bytes() == weights
-    assert "files" not in json.loads((tmp_path / "exported" / "compression.json").read_text())
 
 
 @slow
