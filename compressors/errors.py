@@ -2,7 +2,8 @@
 
 CompressionError
 ├── CheckpointError    a directory that can't be read or written
-│   └── NotFiniteWeights   a weight that is NaN or infinite, and so is not written
+│   ├── NotFiniteWeights   a weight that is NaN or infinite, and so is not written
+│   └── MachineError   a full disk, an I/O error, too little memory: no fault of a plan or a model
 └── InfeasiblePlan     a plan that can't be built or served; the message is the reason
 """
 
@@ -27,6 +28,10 @@ class NotFiniteWeights(CheckpointError):
     def __init__(self, message: str, name: str = "") -> None:
         super().__init__(message)
         self.name = name
+
+
+class MachineError(CheckpointError):
+    """MachineError says that the disk or the memory failed, for which no plan is to blame; it may work later."""
 
 
 class InfeasiblePlan(CompressionError):

@@ -6,12 +6,13 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from compressors.errors import CheckpointError
+from compressors.errors import MachineError
 
 
 def digest_of_json(values: Any, digits: int) -> str:
@@ -67,26 +68,44 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def alone(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold a lock on `path` between the processes of one machine while the block runs.
 
-    The lock is released when its holder is killed. It is the empty file `.NAME.lock` next to `path`, which stays; the
-    directory of `path` is created.
+    The lock is released when its holder is killed. It is the empty file `.NAME.lock` next to `path`, which is removed
+    at the end; the directory of `path` is created.
 
     Args:
         path: The path that only one process at a time may work on.
         waiting: A function that is called once if another process holds the lock.
 
     Raises:
-        CheckpointError: When the lock file can't be written.
+        MachineError: When the lock file can't be written.
     """
     lock = path.with_name(f".{path.name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        held = lock.open("w")
-    except OSError as error:
-        raise CheckpointError(f"{lock}: {error.strerror or error}; make its directory writable") from None
+    held, waited = None, False
+    while held is None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            opened = lock.open("w")
+        except OSError as error:
+            raise MachineError(f"{lock}: {error.strerror or error}; make its directory writable") from None
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not waited:
+                waiting()
+            waited = True
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        if _is_open_file(lock, opened.fileno()):
+            held = opened
+        else:  # its holder has removed it, and another process may hold a new one
+            opened.close()
     with held:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(held, fcntl.LOCK_EX)
-        yield
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _is_open_file(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False

@@ -4,6 +4,7 @@ EvaluationError
 ├── BackendUnavailable   the engine cannot run on this machine, or does not exist
 ├── EngineCrashed        the engine's process ended or raised; its last lines are quoted
 │   ├── EngineOutOfMemory
+│   ├── DeviceLost       the GPU, its driver or the disk failed, whatever the model
 │   └── EngineTimeout    a start or a call took longer than allowed, and the process was killed
 ├── NotFinite            a number is NaN or infinite: the model is broken
 └── TextError            a text cannot be read, or is too short
@@ -21,11 +22,21 @@ class BackendUnavailable(EvaluationError):
 
 
 class EngineCrashed(EvaluationError):
-    """The engine's process ended or raised."""
+    """The engine's process ended or raised.
+
+    Attributes:
+        killed: Whether a signal ended the process: one from outside, or a segmentation fault.
+    """
+
+    killed = False
 
 
 class EngineOutOfMemory(EngineCrashed):
     """The engine ran out of memory, of the GPU or of the machine."""
+
+
+class DeviceLost(EngineCrashed):
+    """The GPU, its driver or the disk failed, whatever the model."""
 
 
 class EngineTimeout(EngineCrashed):

@@ -46,6 +46,24 @@ OUT_OF_MEMORY = (  # parts of libraries' messages in lower case; the first is al
     "kv cache is needed, which is larger than the available",
 )
 
+DEVICE_LOST = (  # the same of a GPU, a driver or a disk that fails
+    "cuda error",
+    "cuda driver",
+    "cudaerror",
+    "cublas_status",
+    "cudnn_status",
+    "no cuda gpus are available",
+    "nvml",
+    "nccl error",
+    "hip error",
+    "no space left on device",
+    "input/output error",
+    "disk quota exceeded",
+    "stale file handle",
+    "too many open files",
+    "read-only file system",
+)
+
 
 # -- messages on the control socket --------------------------------------------------------------------------
 
@@ -241,6 +259,8 @@ def _described(error: BaseException) -> dict[str, Any]:
     chain = f"{error} {error.__cause__ or ''} {error.__context__ or ''}".lower()
     if isinstance(error, MemoryError) or any(words in chain for words in OUT_OF_MEMORY):
         return {"kind": "EngineOutOfMemory", "text": text}
+    if any(words in chain for words in DEVICE_LOST):
+        return {"kind": "DeviceLost", "text": text}
     return {"kind": "EngineCrashed", "text": text}
 
 

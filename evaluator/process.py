@@ -198,15 +198,18 @@ class EngineProcess:
         status = self._end(GRACE_S)
         where = f"{self.backend} engine, {self.path.name}: {what}:"
         if status == -signal.SIGKILL:
-            return EngineOutOfMemory(
-                f"{where} the process was killed from outside, as the kernel does when memory runs out; "
-                f"{LESS_MEMORY}{self._last_lines()}"
+            return _killed(
+                EngineOutOfMemory(
+                    f"{where} the process was killed from outside, as the kernel does when memory runs out; "
+                    f"{LESS_MEMORY}{self._last_lines()}"
+                )
             )
         if status is not None and status < 0:
             how = f"the process ended with {signal.Signals(-status).name}"
         else:
             how = f"the process ended{'' if status is None else f' with status {status}'}"
-        return EngineCrashed(f"{where} {how}; its log is {self.log}{self._last_lines()}")
+        error = EngineCrashed(f"{where} {how}; its log is {self.log}{self._last_lines()}")
+        return _killed(error) if status is None or status < 0 else error
 
     def _error(self, answer: dict[str, Any], what: str) -> errors.EvaluationError:
         kind: type[errors.EvaluationError] = getattr(errors, answer["kind"])
@@ -227,6 +230,12 @@ class EngineProcess:
             return ""
         quoted = [line.strip() for line in lines if line.strip()][-QUOTED_LINES:]
         return f" (its last words: {' | '.join(quoted)})" if quoted else ""
+
+
+def _killed(error: EngineCrashed) -> EngineCrashed:
+    """Mark an error as that of a process that a signal ended."""
+    error.killed = True
+    return error
 
 
 # -- the warm processes of this process ----------------------------------------------------------------------
@@ -304,14 +313,19 @@ class _Server:
 
     def _gone(self) -> EngineCrashed:
         self.usable = False
+        try:
+            ended: int | None = self.process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            ended = None
         self.process.kill()
         status = self.process.wait()
         self.messages.seek(0)
         lines = [line.strip() for line in self.messages.read().decode(errors="replace").split("\n") if line.strip()]
-        return EngineCrashed(
+        error = EngineCrashed(
             f"backend {self.backend}: the process that imports its libraries ended with status {status}: "
             f"{' | '.join(lines[-QUOTED_LINES:]) or 'it said nothing'}"
         )
+        return _killed(error) if ended is not None and ended < 0 else error
 
 
 _servers: dict[str, _Server] = {}

@@ -17,7 +17,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from compressors import build
+from compressors import build, cached
 from compressors.device import release
 from compressors.distillation.settings import Distillation, require_valid
 from compressors.model import checkpoint, family
@@ -44,6 +44,7 @@ from search.show.study_state import (
     PassedOver,
     finalists_by_score,
 )
+from search.stages import intact
 from search.stages.bench import Bench
 from search.study import status, workers
 
@@ -233,7 +234,7 @@ def _make(finalist: Finalist, path: Path, wanted: Wanted, study: optuna.Study, b
     if path.exists() and not _is_of(path, finalist.plan, setting):
         raise UsageError(f"distill to {path}: holds another model; move it away")
     source = setting.outputs / "distilled" / key
-    if not _distilled(source):
+    if "distilled" not in (cached.known(source, intact.read, tree=True) or {}):
         student, _ = bench.build(finalist.structure, say, limited=False)  # its precision is still to come
         try:
             distill.distill_model(setting, student, wanted.settings.tokens, source, None, say, text=wanted.text)

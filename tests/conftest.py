@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +218,45 @@ def exaone4_mini() -> Path:
     if path is None:
         pytest.skip("OPTUNA_SEARCH_EXAONE4 names no EXAONE-4.0 checkpoint")
     return Path(path)
+
+
+class Damages:
+    """What can happen to a cached file; iterating gives functions of its path."""
+
+    def __init__(self, records: pytest.LogCaptureFixture) -> None:
+        self._records = records
+
+    def __iter__(self) -> Iterator[Callable[[Path], object]]:
+        yield from (self.cut_off, self.flip, self.directory)
+        for content in (b"", bytes(5000), b"{}", b"null", b"3", b"[" * 100_000, b'{"a": NaN}', b"\xff\xfe"):
+            yield lambda path, content=content: path.write_bytes(content)
+
+    @staticmethod
+    def cut_off(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[:-7])
+
+    @staticmethod
+    def flip(path: Path) -> None:
+        """Change a digit near the end."""
+        data = bytearray(path.read_bytes())
+        place = next(place for place in range(len(data) - 20, -1, -1) if chr(data[place]) in "0123456789" or place < 20)
+        data[place] ^= 1
+        path.write_bytes(data)
+
+    @staticmethod
+    def directory(path: Path) -> None:
+        path.unlink()
+        path.mkdir()
+        (path / "somebody's").write_text("data")
+
+    def told(self) -> list[Path]:
+        """Return the files that were called damaged since the last call."""
+        messages = [record.getMessage() for record in self._records.records if record.name == "compressors.cached"]
+        self._records.clear()
+        assert all("is made again" in message and "\n" not in message for message in messages)
+        return [Path(message.partition(": is damaged")[0]) for message in messages]
+
+
+@pytest.fixture
+def damages(caplog: pytest.LogCaptureFixture) -> Damages:
+    return Damages(caplog)

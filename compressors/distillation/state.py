@@ -7,17 +7,18 @@ leftovers and are removed. Knows no model and no text.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compressors.errors import CheckpointError
+from compressors import cached
+from compressors.errors import CheckpointError, MachineError
 from compressors.files import written_whole
 from compressors.model import safetensors_file
 from compressors.model.checkpoint import LazyTensor
+from compressors.typed_json import typed
 
 STATE = "state.json"
 VERSION = 1  # increase it when earlier directories can't be resumed
@@ -78,10 +79,13 @@ class Standing:
 def load(work: Path, definition: Mapping[str, Any]) -> Standing | None:
     """Return what `work` holds of the distillation with this definition; None: nothing yet.
 
+    A damaged state is removed: the distillation starts again.
+
     Raises:
-        CheckpointError: When it holds another distillation, or can't be read.
+        CheckpointError: When it holds another distillation.
+        MachineError: When a damaged state can't be removed.
     """
-    saved = read(work)
+    saved = cached.known(work / STATE, _read_whole)
     if saved is None:
         return None
     known, standing = saved
@@ -101,21 +105,37 @@ def read(work: Path) -> tuple[dict[str, Any], Standing] | None:
         CheckpointError: When it can't be read.
     """
     try:
-        values = json.loads((work / STATE).read_text())
-        if values["format"] != VERSION:
-            raise ValueError(f"format {values['format']}, but only {VERSION} is known")
-        entry = dict(values["standing"])
-        entry["evaluations"] = tuple(Evaluation(**evaluation) for evaluation in entry["evaluations"])
-        entry["recent"] = (float(entry["recent"][0]), int(entry["recent"][1]))
-        standing = Standing(**entry)
-        for name in (standing.weights, standing.best):
-            if name is not None and Path(name).name != name:
-                raise ValueError(f"{name!r} is not a file name")
-        return dict(values["definition"]), standing
+        return _read(work / STATE)[:2]
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+    except cached.DAMAGE as error:
         raise unreadable(work, STATE, error) from None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Standing, dict[str, str]]:
+    """Return (the definition, the standing, the sha256 of its files by name, where it has them)."""
+    values = cached.read_json(path, finite=False)  # the KL of a broken student is NaN
+    if values["format"] != VERSION:
+        raise ValueError(f"format {values['format']}, but only {VERSION} is known")
+    standing = typed(Standing, values["standing"], "standing")
+    for name in (standing.weights, standing.best):
+        if name is not None and Path(name).name != name:
+            raise ValueError(f"{name!r} is not a file name")
+    return dict(values["definition"]), standing, typed(dict[str, str], values.get("files", {}), "files")
+
+
+def _read_whole(path: Path) -> tuple[dict[str, Any], Standing]:
+    """Return (the definition, the standing), after a look at the files that it names."""
+    definition, standing, digests = _read(path)
+    for name in (standing.weights, standing.best):
+        if name is None:
+            continue
+        if not (path.parent / name).exists():
+            raise ValueError(f"{name} is missing")
+        safetensors_file.shapes(path.parent / name)
+        if name in digests and cached.sha256_of(path.parent / name) != digests[name]:
+            raise ValueError(f"{name} is not what was written")
+    return definition, standing
 
 
 def tensors(work: Path, name: str) -> dict[str, LazyTensor]:
@@ -167,31 +187,42 @@ def save(
         tick: A function that is called before each tensor.
 
     Raises:
-        CheckpointError: When it can't be written.
+        MachineError: When it can't be written.
     """
     try:
         named: dict[str, str | None] = {"weights": None, "best": standing.best}
+        digests = _digests(work)
         for kind, values in (("weights", weights), ("best", best)):
             if values is not None:
                 name = f"{kind}-{standing.step:08d}.safetensors"
-                _write(work / name, values, tick)
+                digests[name] = _write(work / name, values, tick)
                 named[kind] = name
         standing = dataclasses.replace(standing, weights=named["weights"], best=named["best"])
-        content = {"format": VERSION, "definition": dict(definition), "standing": dataclasses.asdict(standing)}
-        with written_whole(work / STATE) as scratch:
-            scratch.write_text(json.dumps(content, indent=1) + "\n")
+        files = {name: digest for name, digest in digests.items() if name in named.values()}
+        content = {"definition": dict(definition), "standing": dataclasses.asdict(standing), "files": files}
+        cached.keep_json(work / STATE, {"format": VERSION, **content}, finite=False)
         for pattern in ("weights-*.safetensors", "best-*.safetensors", ".*.safetensors*", f".{STATE}*"):
             for file in work.glob(pattern):
                 if file.name not in named.values():
                     file.unlink()
     except OSError as error:
-        raise CheckpointError(
+        raise MachineError(
             f"distill {work}: its state can't be written ({error.strerror or error}); the last saved one is unchanged"
         ) from None
     return standing
 
 
-def _write(path: Path, values: Mapping[str, torch.Tensor], tick: Callable[[], None]) -> None:
+def _digests(work: Path) -> dict[str, str]:
+    """Return the sha256 of the files of the state that is there, by name."""
+    try:
+        return _read(work / STATE)[2]
+    except cached.DAMAGE:
+        return {}
+
+
+def _write(path: Path, values: Mapping[str, torch.Tensor], tick: Callable[[], None]) -> str:
+    """Write tensors to `path`, and return the file's sha256."""
+
     def loader(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         def load() -> torch.Tensor:
             tick()
@@ -201,10 +232,10 @@ def _write(path: Path, values: Mapping[str, torch.Tensor], tick: Callable[[], No
 
     lazy = {name: LazyTensor(tuple(value.shape), value.dtype, loader(value)) for name, value in values.items()}
     with written_whole(path) as scratch:
-        safetensors_file.write(scratch, lazy)
+        return safetensors_file.write(scratch, lazy)
 
 
-def unreadable(work: Path, name: str, error: Exception) -> CheckpointError:
+def unreadable(work: Path, name: str, error: BaseException) -> CheckpointError:
     """Return the error for a file of `work` that can't be read."""
     return CheckpointError(
         f"distill {work}: {name} can't be read ({' '.join(str(error).split())}); delete the directory, "

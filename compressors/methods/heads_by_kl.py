@@ -8,19 +8,20 @@ the KL of leaving each out of the whole model, were worse than by energy (benchm
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from compressors import cached
 from compressors.device import release
-from compressors.errors import CheckpointError
-from compressors.files import alone, write_json
+from compressors.files import alone
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family, head_dim
 from compressors.statistics.predictions import Predictions, spread
+from compressors.typed_json import typed
 
 WINDOWS = 16  # of each domain of the calibration text
 CANDIDATES = 4  # the number of groups of the least energy that are tried for each one that goes
@@ -60,13 +61,14 @@ def choose(
         say: A function that is called with what is being done.
 
     Raises:
-        CheckpointError: When the file can't be read.
+        MachineError: When the file can't be written.
     """
     path = directory / f"groups-{keep}.json"
-    gone, done = _read(path, energy, keep)
+    read = functools.partial(_read, energy=energy, keep=keep)
+    gone, done = cached.known(path, read) or _begin(energy, keep)
     if done < SWEEPS * len(energy):
         with alone(path, lambda: say("leaving out heads: waiting for another process that does so")):
-            gone, done = _read(path, energy, keep)
+            gone, done = cached.known(path, read, held=True) or _begin(energy, keep)
             if done < SWEEPS * len(energy):
                 say("leaving out heads: reading the model")
                 windows = [window for some in domains.values() for window in spread(some, WINDOWS)]
@@ -81,17 +83,24 @@ def _descend(search: _Search, gone: Gone, done: int, energy: Sequence[Sequence[f
         sweep, layer = divmod(step, len(energy))
         say(f"leaving out heads, sweep {sweep + 1} of {SWEEPS}: layer {layer + 1} of {len(energy)}")
         gone[layer] = search.cheapest(layer, _least(energy[layer], len(gone[layer]) + CANDIDATES - 1), gone)
-        write_json(path, {"rules": VERSION, "gone": gone, "done": step + 1})
+        cached.keep_json(path, {"rules": VERSION, "gone": gone, "done": step + 1})
 
 
 def _read(path: Path, energy: Sequence[Sequence[float]], keep: int) -> tuple[Gone, int]:
     """Return (the choice so far, the number of layers of all sweeps that are finished)."""
-    try:
-        stored: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rules": None}
-        if stored["rules"] == VERSION:
-            return [tuple(map(int, groups)) for groups in stored["gone"]], int(stored["done"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"heads {path}: can't be read ({error}); delete it, and it is searched again") from None
+    stored = cached.read_json(path)
+    if stored["rules"] != VERSION:
+        return _begin(energy, keep)
+    gone, done = typed(list[tuple[int, ...]], stored["gone"], "gone"), typed(int, stored["done"], "done")
+    if len(gone) != len(energy) or not 0 <= done <= SWEEPS * len(energy):
+        raise ValueError(f"it holds {len(gone)} layers, of which {done} are done")
+    for groups, of_layer in zip(gone, energy, strict=True):
+        if len({*groups} & {*range(len(of_layer))}) != len(of_layer) - keep or len(groups) != len(of_layer) - keep:
+            raise ValueError(f"it removes groups {list(groups)} of {len(of_layer)} to keep {keep}")
+    return gone, done
+
+
+def _begin(energy: Sequence[Sequence[float]], keep: int) -> tuple[Gone, int]:
     return [tuple(sorted(_least(of_layer, len(of_layer) - keep))) for of_layer in energy], 0
 
 

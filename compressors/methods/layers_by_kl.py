@@ -8,15 +8,16 @@ layers that are redundant only together go together. Knows no plan: it orders th
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from compressors.errors import CheckpointError
-from compressors.files import alone, write_json
+from compressors import cached
+from compressors.files import alone
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family
 from compressors.statistics.predictions import Predictions, spread
+from compressors.typed_json import typed
 
 WINDOWS = 5  # of each domain of the calibration text
 CANDIDATES = 10  # the number of cheapest layers of a step that the next one tries
@@ -72,13 +73,14 @@ def order(
         say: A function that is called with what is being done.
 
     Raises:
-        CheckpointError: When the file can't be read.
+        MachineError: When the file can't be written.
     """
     path = directory / (f"order-look-ahead-{count}.json" if look_ahead else "order.json")
-    state = _read(path)
+    read = functools.partial(_read, layers=int(base.config["num_hidden_layers"]))
+    state = cached.known(path, read) or Order()
     if len(state.removed) < count:
         with alone(path, lambda: say("leaving out layers: waiting for another process that does so")):
-            state = _read(path)
+            state = cached.known(path, read, held=True) or Order()
             if len(state.removed) < count:
                 say("leaving out layers: reading the model")
                 windows = [window for some in domains.values() for window in spread(some, WINDOWS)]
@@ -87,23 +89,22 @@ def order(
                 place = f"leaving out layer {len(state.removed) + 1} of {count}"
                 ahead = look_ahead and len(state.removed) + 1 < count
                 state = search.step(state, _saying(say, place), ahead)
-                write_json(path, {"rules": VERSION, **dataclasses.asdict(state)})
+                cached.keep_json(path, {"rules": VERSION, **dataclasses.asdict(state)})
     return state.removed[:count]
 
 
-def _read(path: Path) -> Order:
-    if not path.is_file():
+def _read(path: Path, layers: int) -> Order:
+    """Return the order in a file; an empty one where the file has other rules. What it raises is what is wrong."""
+    stored = cached.read_json(path)
+    if stored.pop("rules") != VERSION:
         return Order()
-    try:
-        stored = json.loads(path.read_text())
-        if stored.pop("rules") != VERSION:
-            return Order()
-        ranking = stored["ranking"]
-        return Order(tuple(stored["removed"]), tuple(stored["kl"]), None if ranking is None else tuple(ranking))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"layer order {path}: can't be read ({error}); delete it, and it is searched again"
-        ) from None
+    state = typed(Order, stored, "order")
+    left = [layer for layer in range(layers) if layer not in state.removed]
+    if len({*state.removed}) != len(state.removed) or len(left) != layers - len(state.removed):
+        raise ValueError(f"it removes layers {list(state.removed)} of {layers}")
+    if len(state.kl) != len(state.removed) or (state.ranking is not None and sorted(state.ranking) != left):
+        raise ValueError("its entries don't belong together")
+    return state
 
 
 def _saying(say: Say, where: str) -> Say:

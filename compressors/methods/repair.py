@@ -17,9 +17,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
+from compressors import cached
 from compressors.errors import CheckpointError
 from compressors.files import written_whole
 from compressors.model.checkpoint import Checkpoint, LazyTensor
@@ -77,15 +79,22 @@ def _remembered(
     """Return a strength from its file, or find and keep it: that takes several times as long as the repair."""
     key = hashlib.sha256(f"{moments.layers[layer]} {part} {tuple(weight.shape)} {kept.tolist()}".encode())
     key.update(weight.float().sum(0)[:64].cpu().numpy().tobytes())
-    path = moments.path / "strengths" / key.hexdigest()[:24]
-    try:
-        return float(path.read_text())
-    except (OSError, ValueError):
-        factor = find()
-    path.parent.mkdir(exist_ok=True)
+    return cached.kept(
+        moments.path / "strengths" / key.hexdigest()[:24], _read_strength, lambda path: _keep_strength(path, find())
+    )
+
+
+def _read_strength(path: Path) -> float:
+    cached.require_regular(path)
+    factor = float(path.read_text())
+    if factor not in (*STRENGTHS, NO_REPAIR):
+        raise ValueError(f"it holds {factor}")
+    return factor
+
+
+def _keep_strength(path: Path, factor: float) -> None:
     with written_whole(path) as scratch:
         scratch.write_text(repr(factor))
-    return factor
 
 
 def strength(weight: torch.Tensor, kept: torch.Tensor, moments: Mapping[str, Moment]) -> float:

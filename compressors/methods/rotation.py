@@ -26,13 +26,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from compressors import cached
 from compressors.device import compute_dtype, release
 from compressors.errors import CheckpointError
-from compressors.files import alone
-from compressors.model import safetensors_file
+from compressors.model import cached_tensors
 from compressors.model.checkpoint import Checkpoint, LazyTensor
 from compressors.model.family import Family
 from compressors.statistics.layerwise import Called, Layers
@@ -78,22 +76,29 @@ def principal(
         say: A function that is called with what is being done.
 
     Raises:
-        CheckpointError: When activations are not finite, or the file can't be written or read.
+        CheckpointError: When activations are not finite.
+        MachineError: When the file can't be written.
     """
-    file = path / f"rotation-{VERSION}.safetensors"
-    if not file.is_file():
-        with alone(path / "rotation", lambda: say("rotation: waiting for another process that computes it")):
-            if not file.is_file():
-                rotation = _principal(base, family, windows, device, say)
-                safetensors_file.keep(file, {BASIS: rotation.basis, **rotation.mean_square}, f"rotation: {file}")
-                release(device)
-    try:
-        tensors = load_file(file)
+    hidden = int(base.config["hidden_size"])
+    norms = family.residual_norms(int(base.config["num_hidden_layers"]))
+    shapes = {BASIS: ((hidden, hidden), torch.float32), **dict.fromkeys(norms, ((hidden,), torch.float32))}
+
+    def read(file: Path) -> Rotation:
+        tensors = cached_tensors.read_all(file, shapes)
         return Rotation(tensors.pop(BASIS), tensors)
-    except (SafetensorError, OSError, KeyError) as error:
-        raise CheckpointError(
-            f"rotation {file}: can't be read ({error}); delete it, and it is computed again"
-        ) from None
+
+    def make(file: Path) -> None:
+        rotation = _principal(base, family, windows, device, say)
+        cached_tensors.keep(file, {BASIS: rotation.basis, **rotation.mean_square}, f"rotation: {file}")
+        release(device)
+
+    return cached.kept(
+        path / f"rotation-{VERSION}.safetensors",
+        read,
+        make,
+        lambda: say("rotation: waiting for another process that computes it"),
+        lock=path / "rotation",
+    )
 
 
 def _principal(

@@ -33,13 +33,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
+from compressors import cached
 from compressors.device import compute_dtype, release
 from compressors.errors import CheckpointError
-from compressors.files import alone
 from compressors.methods.repair import cholesky
-from compressors.model import safetensors_file
+from compressors.model import cached_tensors
 from compressors.model.checkpoint import Checkpoint, LazyTensor
 from compressors.model.family import Family
 from compressors.statistics.layerwise import Called, Layers
@@ -75,7 +74,8 @@ def take_over(
         say: A function that is called with what is being done.
 
     Raises:
-        CheckpointError: On reading a weight, when activations are not finite or the file can't be written or read.
+        CheckpointError: On reading a weight, when activations are not finite.
+        MachineError: On reading a weight, when the file can't be written.
     """
     parts = refit_parts(family, stays, int(base.config["num_hidden_layers"]))
     names = [
@@ -91,17 +91,21 @@ def take_over(
         _keep(path, refit(cut, base, family, stays, parts, moments.windows(), device, progress=progress)[0])
         release(device)
 
+    shapes = {name: (cut.tensors[name].shape, cut.tensors[name].dtype) for name in names}
+
     def load(name: str) -> torch.Tensor:
-        path = moments.path / f"stream-{key()}.safetensors"
-        if not path.is_file():
-            # one process at a time, since each needs the memory of two models
-            with alone(moments.path / "stream", lambda: say("repair: waiting for another process that fits")):
-                if not path.is_file():
-                    fit(path)
-        try:
-            return safetensors_file.loader(path, name)()
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"repair {path}: can't be read ({error}); delete it, and it is fit again") from None
+        def read(path: Path) -> torch.Tensor:
+            cached_tensors.require(path, shapes)
+            return cached_tensors.read(path, name)
+
+        # one process at a time, since each needs the memory of two models
+        return cached.kept(
+            moments.path / f"stream-{key()}.safetensors",
+            read,
+            fit,
+            lambda: say("repair: waiting for another process that fits"),
+            lock=moments.path / "stream",
+        )
 
     def lazily(name: str) -> LazyTensor:
         return LazyTensor(cut.tensors[name].shape, cut.tensors[name].dtype, functools.partial(load, name))
@@ -127,8 +131,9 @@ def _keep(path: Path, weights: dict[str, torch.Tensor]) -> None:
             leftover.unlink()
     kept = sorted(path.parent.glob("stream-*.safetensors"), key=lambda file: file.stat().st_mtime)
     for old in kept[: max(0, len(kept) - FILES + 1)]:
-        old.unlink(missing_ok=True)
-    safetensors_file.keep(path, weights, f"repair: {path}")
+        with contextlib.suppress(OSError):
+            old.unlink()
+    cached_tensors.keep(path, weights, f"repair: {path}")
 
 
 def refit_parts(family: Family, stays: Stays, count: int) -> list[list[tuple[str, ...]]]:

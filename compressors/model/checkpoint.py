@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,8 +20,9 @@ from typing import Any
 
 import torch
 
-from compressors.errors import CheckpointError
-from compressors.files import digest_of_json, scratch_directory, written_whole
+from compressors import cached
+from compressors.errors import CheckpointError, MachineError
+from compressors.files import digest_of_json, scratch_directory
 from compressors.model import config_types, config_values, exaone3, model_directory, safetensors_file, weight_names
 from compressors.model.config_values import SIZES
 from compressors.model.model_directory import CARRIED, WEIGHTS, require_json, weight_files
@@ -173,7 +175,7 @@ class Checkpoint:
             The sha256 of model.safetensors.
 
         Raises:
-            CheckpointError: When the directory can't be written; then nothing is changed at `path`.
+            MachineError: When the directory can't be written; then nothing is changed at `path`.
         """
         path = Path(path)
         scratch = old = None
@@ -193,9 +195,10 @@ class Checkpoint:
                 if old is not None:
                     old.replace(path)
                 raise
-        except (OSError, ReadError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise CheckpointError(f"checkpoint {path}: {reason}; nothing was changed there") from None
+        except ReadError as error:
+            raise CheckpointError(f"checkpoint {path}: {error}; nothing was changed there") from None
+        except OSError as error:
+            raise MachineError(f"checkpoint {path}: {error.strerror or error}; nothing was changed there") from None
         finally:
             for leftover in (scratch, old):
                 if leftover is not None:
@@ -269,14 +272,25 @@ def digest_of(path: Path, cache: Path) -> str:
     Raises:
         CheckpointError: When the directory can't be read.
     """
-    known = cache / stamp_of(path)
-    if known.is_file():
-        return known.read_text().strip()
-    digest = Checkpoint.read(path).digest()
-    cache.mkdir(parents=True, exist_ok=True)
-    with written_whole(known) as scratch:
-        scratch.write_text(digest)
-    return digest
+    stamp = stamp_of(path)
+
+    def make(known: Path) -> None:
+        earlier = cached.known(cache / stamp, _read_earlier_digest, held=True)
+        cached.keep_json(known, {"digest": earlier or Checkpoint.read(path).digest()})
+
+    return cached.kept(cache / f"{stamp}.json", lambda known: _digest(cached.read_json(known)["digest"]), make)
+
+
+def _read_earlier_digest(known: Path) -> str:
+    """Return the digest in a file of earlier versions, which holds nothing else."""
+    cached.require_regular(known)
+    return _digest(known.read_text()[:64].strip())
+
+
+def _digest(value: Any) -> str:
+    if re.fullmatch("[0-9a-f]{32}", str(value)) is None:
+        raise ValueError(f"it holds {value!r}, and no digest")
+    return str(value)
 
 
 def stamp_of(path: Path, *, carried: bool = False) -> str:

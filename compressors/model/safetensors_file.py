@@ -17,10 +17,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from compressors.errors import CheckpointError, NotFiniteWeights
-from compressors.files import written_whole
 from compressors.model.finite import flaw_of
 from readers import safetensors_header
 from readers.errors import ReadError
@@ -120,16 +118,3 @@ def write(path: Path, tensors: Mapping[str, Any]) -> str:
                 raise NotFiniteWeights(f"weights: {name} {flaw}; nothing was written", name)
             put(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
-
-
-def keep(path: Path, tensors: Mapping[str, torch.Tensor], named: str) -> None:
-    """Write computed `tensors` to `path`, whole or not at all.
-
-    Raises:
-        CheckpointError: When the file can't be written; the message begins with `named`.
-    """
-    try:
-        with written_whole(path) as scratch:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{named} can't be written ({error}); free some space") from None

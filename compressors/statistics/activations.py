@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from compressors.device import compute_dtype
 from compressors.errors import CheckpointError
-from compressors.model import safetensors_file
+from compressors.model import cached_tensors
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family, family_of
 
@@ -51,11 +49,11 @@ class Calibration:
         """Write the statistics as safetensors, whole or not at all.
 
         Raises:
-            CheckpointError: When the file can't be written.
+            MachineError: When the file can't be written.
         """
         tensors = {NORM + name: value for name, value in self.norm_mean_square.items()}
         tensors |= {field: getattr(self, field) for field in FIELDS}
-        safetensors_file.keep(path, tensors, f"calibration {path}:")
+        cached_tensors.keep(path, tensors, f"calibration {path}:")
 
     def of_layers(self, family: Family, layers: Sequence[int]) -> Calibration:
         """Return the statistics of these layers, numbered as they are in the model that has them alone."""
@@ -73,20 +71,24 @@ class Calibration:
         )
 
     @classmethod
-    def load(cls, path: Path) -> Calibration:
-        """Read what `save` wrote.
+    def load(cls, path: Path, base: Checkpoint) -> Calibration:
+        """Read what `save` wrote of the model `base`.
 
         Raises:
-            CheckpointError: When the file is damaged or missing.
+            OSError, ValueError, SafetensorError: When the file is missing, damaged, or of another model.
         """
-        try:
-            tensors = load_file(path)
-            norms = {name.removeprefix(NORM): tensors.pop(name) for name in list(tensors) if name.startswith(NORM)}
-            return cls(**tensors, norm_mean_square=norms)
-        except (SafetensorError, OSError, TypeError) as error:
-            raise CheckpointError(
-                f"calibration {path}: can't be read ({error}); delete it, and it is measured again"
-            ) from None
+        family, config = family_of(base), base.config
+        layers, hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
+        shapes: dict[str, list[int]] = {NORM + name: [hidden] for name in family.residual_norms(layers)}
+        shapes |= {
+            "block_influence": [layers],
+            "ffn_activity": [layers, int(config["intermediate_size"])],
+            "head_activity": [layers, int(config["num_attention_heads"])],
+            "hidden_activity": [hidden],
+        }
+        tensors = cached_tensors.read_all(path, {name: (shape, torch.float32) for name, shape in shapes.items()})
+        norms = {name.removeprefix(NORM): tensors.pop(name) for name in list(tensors) if name.startswith(NORM)}
+        return cls(**tensors, norm_mean_square=norms)
 
 
 def calibrate(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -19,16 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from compressors import cached
 from compressors.device import compute_dtype
-from compressors.errors import CheckpointError
+from compressors.errors import CheckpointError, MachineError
 from compressors.files import alone
+from compressors.model import cached_tensors
+from compressors.model.cached_tensors import Shapes
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family, family_of, head_dim
 from compressors.statistics.layerwise import Called, Layers
 
+DESCRIBED = "moments.json"
 WINDOWS = "windows.json"
 CLIP = 4.0  # times the median L2 norm of a window's tokens
 
@@ -71,12 +74,14 @@ class Moments:
         domains: The names of the calibration texts, in order.
         layers: The number in the base model of each layer.
         change: (layer of the base model, projection) → T [K, K] where a rotated model reads T x; None where it reads x.
+        again: A function that collects a layer of the base model again, whose file is damaged; None: that is an error.
     """
 
     path: Path
     domains: tuple[str, ...]
     layers: tuple[int, ...]
     change: Callable[[int, str], torch.Tensor | None] = lambda layer, part: None
+    again: Callable[[int], None] | None = dataclasses.field(default=None, compare=False)
 
     def of(self, layer: int, part: str, device: str = "cpu") -> dict[str, Moment]:
         """Return the moments of the input of the projection `part` in a layer, by domain.
@@ -84,29 +89,38 @@ class Moments:
         q, k and v share one input, gate and up another; `input_of` names the projection that stands for them.
 
         Raises:
-            CheckpointError: When the file is damaged or missing.
+            CheckpointError: When the file is damaged or missing, and can't be collected again.
         """
-        file = self.path / f"layer-{self.layers[layer]}.safetensors"
+        index = self.layers[layer]
+        file = self.path / _file_of(index)
         try:
-            with safe_open(file, framework="pt") as stored:
-                tokens = json.loads((stored.metadata() or {})["tokens"])
-                moments = {
-                    domain: Moment(
-                        stored.get_tensor(f"{domain}.{part}.second"),
-                        stored.get_tensor(f"{domain}.{part}.mean"),
-                        tokens[domain],
-                    ).to(device)
-                    for domain in self.domains
-                }
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"moments {file}: can't be read ({error}); delete {self.path}, and they are collected again"
-            ) from None
+            try:
+                moments = self._read(file, part, device)
+            except cached.DAMAGE:
+                if self.again is None:
+                    raise
+                self.again(index)
+                moments = self._read(file, part, device)
+        except cached.DAMAGE as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise _unreadable(file, error) from None
         change = self.change(self.layers[layer], part)
         if change is None:
             return moments
         change = change.to(device)
         return {domain: moment.through(change) for domain, moment in moments.items()}
+
+    def _read(self, file: Path, part: str, device: str) -> dict[str, Moment]:
+        tokens = json.loads(cached_tensors.metadata(file)["tokens"])
+        return {
+            domain: Moment(
+                cached_tensors.read(file, f"{domain}.{part}.second"),
+                cached_tensors.read(file, f"{domain}.{part}.mean"),
+                int(tokens[domain]),
+            ).to(device)
+            for domain in self.domains
+        }
 
     def windows(self) -> dict[str, list[list[int]]]:
         """Return the token ids that the moments were collected on, by domain.
@@ -115,13 +129,10 @@ class Moments:
             CheckpointError: When the file is damaged or missing.
         """
         try:
-            stored = json.loads((self.path / WINDOWS).read_text())
+            stored = cached.read_json(self.path / WINDOWS)
             return {domain: stored[domain] for domain in self.domains}
         except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"moments {self.path / WINDOWS}: can't be read ({error}); delete {self.path}, and they are collected "
-                "again"
-            ) from None
+            raise _unreadable(self.path / WINDOWS, error) from None
 
     def of_layers(self, kept: Sequence[int]) -> Moments:
         """Return the moments of the kept layers, renumbered as in the cut model."""
@@ -148,27 +159,33 @@ def collect(
 ) -> Moments:
     """Run `base` over the windows of each domain, and write the moments to `path`, whole or not at all.
 
-    If another process is collecting the same, its result is waited for.
+    If another process is collecting the same, its result is waited for. Files that are missing, damaged or of other
+    windows are collected again, and no others.
 
     Args:
         base: The model.
         domains: The windows of token ids by domain.
-        path: The directory to write; if it exists, it is opened.
+        path: The directory to write; what is there is checked and used.
         device: The device that runs the model.
         batch: The number of windows that run at once.
         progress: A function that is called with (layers done, layers in all) after each layer.
 
     Raises:
-        CheckpointError: When activations are not finite, or the directory can't be written.
+        CheckpointError: When activations are not finite.
+        MachineError: When the directory can't be written.
     """
-    if path.is_dir():
-        return opened(path)
-    with alone(path):
-        for leftover in path.parent.glob(f".{path.name}.*/"):  # of processes that were killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        if not path.is_dir():
-            _collect(base, domains, path, device, batch, progress)
-    return opened(path)
+    work = _Work(base, {name: list(map(list, some)) for name, some in domains.items()}, path, device, batch, progress)
+    if work.damage():
+        with alone(path):
+            for leftover in path.parent.glob(f".{path.name}.*/"):  # of processes that were killed
+                if ".damaged-" not in leftover.name:
+                    shutil.rmtree(leftover, ignore_errors=True)
+            if path.exists() and not path.is_dir():
+                cached.drop(path, ValueError("it is no directory"))
+            elif path.is_dir() and not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+                cached.drop(path, ValueError("its permissions don't allow to use it"))
+            work.collect(work.damage())
+    return Moments(path, tuple(domains), tuple(range(work.layers)), again=work.again)
 
 
 def file_bytes(base: Checkpoint, domains: int) -> int:
@@ -179,23 +196,101 @@ def file_bytes(base: Checkpoint, domains: int) -> int:
     return 4 * int(config["num_hidden_layers"]) * domains * (2 * stream**2 + attention**2 + wide**2)
 
 
-def _collect(
-    base: Checkpoint,
-    domains: Mapping[str, Sequence[Sequence[int]]],
-    path: Path,
-    device: str,
-    batch: int,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    family = family_of(base)
-    count = int(base.config["num_hidden_layers"])
-    model = base.to_model(device, dtype=compute_dtype(device))
-    called: Called = {}
-    streams = {name: Layers(model, family, windows, batch, called) for name, windows in domains.items()}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        written = Path(scratch, path.name)
-        written.mkdir()
-        for index in range(count):
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """_Work collects the files of a directory of moments, all of them or those that are damaged."""
+
+    base: Checkpoint
+    domains: Mapping[str, Sequence[Sequence[int]]]
+    path: Path
+    device: str
+    batch: int
+    progress: Callable[[int, int], None] | None
+
+    @property
+    def layers(self) -> int:
+        return int(self.base.config["num_hidden_layers"])
+
+    def damage(self) -> dict[str, Exception]:
+        """Return what is wrong with each file that is missing or damaged; tensors are not read."""
+        wrong: dict[str, Exception] = {}
+        for name, expected in self._described().items():
+            try:
+                if cached.read_json(self.path / name) != expected:
+                    raise ValueError("it is of other text")
+            except cached.DAMAGE as error:
+                wrong[name] = error
+        for layer in range(self.layers):
+            try:
+                self._require_layer(layer)
+            except cached.DAMAGE as error:
+                wrong[_file_of(layer)] = error
+        return wrong
+
+    def again(self, layer: int) -> None:
+        """Collect a layer again, unless another process has done so."""
+        with alone(self.path):
+            try:
+                self._require_layer(layer)
+                for name in self._shapes(layer):
+                    cached_tensors.read(self.path / _file_of(layer), name)
+            except cached.DAMAGE as error:
+                self.collect({_file_of(layer): error})
+
+    def collect(self, wrong: Mapping[str, Exception]) -> None:
+        """Collect these files, and put them in their place when all are written; the caller holds the lock."""
+        if not wrong:
+            return
+        fresh = not self.path.is_dir()
+        try:
+            with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=f".{self.path.name}.") as scratch:
+                written = Path(scratch, self.path.name)
+                written.mkdir()
+                for name, values in self._described().items():
+                    (written / name).write_text(json.dumps(values))
+                self._run([layer for layer in range(self.layers) if _file_of(layer) in wrong], written)
+                if fresh:
+                    written.replace(self.path)
+                    return
+                for name, error in wrong.items():
+                    if isinstance(error, FileNotFoundError):
+                        cached.tell(self.path / name, cached.reason_of(error))
+                    else:
+                        cached.drop(self.path / name, error)
+                    (written / name).replace(self.path / name)
+        except OSError as error:
+            raise MachineError(
+                f"moments {self.path}: can't be written ({cached.reason_of(error)}); free some space"
+            ) from None
+
+    def _described(self) -> dict[str, Any]:
+        return {DESCRIBED: {"domains": list(self.domains), "layers": self.layers}, WINDOWS: dict(self.domains)}
+
+    def _shapes(self, layer: int) -> Shapes:
+        family = family_of(self.base)
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for part in inputs(family):
+            width = self.base.tensors[f"{family.in_layer(layer, part)}.weight"].shape[1]
+            for name in self.domains:
+                shapes[f"{name}.{part}.second"] = (width, width), torch.float32
+                shapes[f"{name}.{part}.mean"] = (width,), torch.float32
+        return shapes
+
+    def _require_layer(self, layer: int) -> None:
+        tokens = json.loads(cached_tensors.require(self.path / _file_of(layer), self._shapes(layer))["tokens"])
+        for name, windows in self.domains.items():
+            if tokens[name] != sum(map(len, windows)):
+                raise ValueError(f"it counts {tokens[name]} tokens of {name}")
+
+    def _run(self, wanted: Sequence[int], written: Path) -> None:
+        """Run the model up to the last wanted layer, and write the wanted ones."""
+        if not wanted:
+            return
+        family = family_of(self.base)
+        model = self.base.to_model(self.device, dtype=compute_dtype(self.device))
+        called: Called = {}
+        streams = {name: Layers(model, family, some, self.batch, called) for name, some in self.domains.items()}
+        for index in range(max(wanted) + 1):
             tensors: dict[str, torch.Tensor] = {}
             tokens = {}
             for name, stream in streams.items():
@@ -210,16 +305,11 @@ def _collect(
                     f"calibration: activations of layer {index} are NaN or infinite; the weights are broken, copy them "
                     "again"
                 )
-            try:
-                save_file(tensors, written / f"layer-{index}.safetensors", {"tokens": json.dumps(tokens)})
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"moments {path}: can't be written ({error}); free some space") from None
-            if progress is not None:
-                progress(index + 1, count)
-        described = {"domains": list(domains), "layers": count}
-        (written / "moments.json").write_text(json.dumps(described))
-        (written / WINDOWS).write_text(json.dumps({name: list(map(list, some)) for name, some in domains.items()}))
-        written.replace(path)
+            if index in wanted:
+                counted = {"tokens": json.dumps(tokens)}
+                cached_tensors.keep(written / _file_of(index), tensors, f"moments {self.path}:", counted)
+            if self.progress is not None:
+                self.progress(index + 1, max(wanted) + 1)
 
 
 def opened(path: Path) -> Moments:
@@ -229,12 +319,20 @@ def opened(path: Path) -> Moments:
         CheckpointError: When it is damaged.
     """
     try:
-        described = json.loads((path / "moments.json").read_text())
+        described = cached.read_json(path / DESCRIBED)
         return Moments(path, tuple(described["domains"]), tuple(range(described["layers"])))
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"moments {path}: can't be read ({error}); delete it, and they are collected again"
-        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _file_of(layer: int) -> str:
+    return f"layer-{layer}.safetensors"
+
+
+def _unreadable(path: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"moments {path}: can't be read ({cached.reason_of(error)}); delete it, and it is collected again"
+    )
 
 
 def inputs(family: Family) -> tuple[str, ...]:

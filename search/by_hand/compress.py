@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from compressors import build
+from compressors import build, cached
 from compressors.choices import DTYPES, SCHEMES
 from compressors.device import release
 from compressors.errors import InfeasiblePlan
@@ -17,6 +17,7 @@ from compressors.files import write_json
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.loading import broken_named, write_checked
 from compressors.plan import CHOICES, DESCRIPTION, DIMENSIONS, OPTIONS, CompressionPlan, canonical
+from evaluator import measure
 from evaluator.backends import kernels
 from search import files
 from search.config.compression import Compression
@@ -218,9 +219,12 @@ def written_before(path: Path, described: dict[str, Any]) -> str | None:
     """Return the sha256 of the weights in `path` where compression.json matches `described`, else None."""
     known = read_json(path / DESCRIPTION) or {}
     same = all(known.get(key) == described[key] for key in ("plan_digest", "for_transformers"))
-    if same and (path / "model.safetensors").is_file() and (path / "config.json").is_file():
-        return str(known["weights_sha256"])
-    return None
+    if not same or not (path / "model.safetensors").is_file() or not (path / "config.json").is_file():
+        return None
+    if known.get("weights_sha256") != measure.weights_sha256_of(path):
+        cached.tell(path, "its weights are not those that were written")
+        return None
+    return str(known["weights_sha256"])
 
 
 def to_json(outcome: Outcome) -> dict[str, Any]:

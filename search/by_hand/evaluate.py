@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from compressors import cached
 from compressors.device import compute_dtype, release
 from compressors.errors import CheckpointError
 from compressors.files import write_json
 from compressors.model import structure
 from compressors.plan import DESCRIPTION, CompressionPlan
+from compressors.typed_json import typed
 from evaluator import embedded_texts, measure, quality, score, texts
 from evaluator.measurement import Measurement
 from evaluator.process import EngineProcess
@@ -24,7 +26,7 @@ from search import secrets
 from search.by_hand.evaluation import RESULT, Confirmed, Evaluation, evaluation_of, plain
 from search.errors import UsageError
 from search.files import read_json
-from search.json_values import known_fields
+from search.json_values import plan_from
 from search.say import Say, silent
 from search.setup import keys
 from search.setup.machine import require_memory
@@ -32,7 +34,8 @@ from search.setup.setting import Setting
 from search.setup.texts import report_shards, tokenizer_of
 from search.stages.baseline import BASELINE_RESULT
 from search.stages.bench import Bench
-from search.stages.screen import Screen, mean_known
+from search.stages.engines import once_more
+from search.stages.screen import Screen, with_screen
 
 SAMPLE = 20_000  # characters of text that two tokenizers have to read alike
 
@@ -87,16 +90,18 @@ def evaluate_candidate(
         )
         screen = _screen_of_directory(bench, path, say)
     nll: list[list[list[float]]] = []
+
+    def read_report(engine: EngineProcess) -> None:
+        nll[:] = _nll(engine, report, say)  # again where an engine was killed
+
     measured = bench.measure(
         path,
         candidate.weights_sha256,
         baseline,
         say,
-        then=lambda engine: nll.extend(_nll(engine, report, say)),
+        then=read_report,
     )
-    measured = dataclasses.replace(
-        measured, kl_nats_per_token=mean_known(screen.kl), top1_agreement=mean_known(screen.agreement)
-    )
+    measured = with_screen(measured, screen)
     confirmed = None if base_loss is None else _confirmed(_loss_of(nll), base_loss, report)
     evaluation = evaluation_of(setting, measured, baseline, plan, name=name, words=words, report_text=confirmed)
     try:
@@ -128,13 +133,10 @@ def known_evaluation(path: Path, setting: Setting) -> Evaluation | None:
 
     It depends on the weights, the baseline, the workload, the engine, the formula and the report text.
     """
-    values = read_json(path / RESULT) or {}
-    if values.get("circumstances") != plain(keys.circumstances(setting)):
-        return None
-    if values.get("formula") != plain(dataclasses.asdict(setting.formula)):
-        return None
-    evaluation = Evaluation.read(path)
+    evaluation = cached.known(path / RESULT, Evaluation.read_whole, held=True)  # no lock file among a model's files
     if evaluation is None or evaluation.model.digest != setting.model.digest:
+        return None
+    if evaluation.circumstances != plain(keys.circumstances(setting)) or evaluation.formula != setting.formula:
         return None
     if evaluation.measurement.weights_sha256 != measure.weights_sha256_of(path):
         return None
@@ -146,10 +148,11 @@ def known_evaluation(path: Path, setting: Setting) -> Evaluation | None:
 def stale_baseline(setting: Setting) -> str | None:
     """Return how the baseline in outputs/ differs from this setting's; None where it doesn't or there is none."""
     known_baseline = read_json(setting.outputs / BASELINE_RESULT)
-    if known_baseline is None or "circumstances" not in known_baseline:
+    model, circumstances = (known_baseline or {}).get("model"), (known_baseline or {}).get("circumstances")
+    if not isinstance(model, dict) or not isinstance(circumstances, dict):
         return None
     now = {"model": setting.model.digest, **plain(keys.circumstances(setting))}
-    then = {"model": known_baseline["model"]["digest"], **known_baseline["circumstances"]}
+    then = {"model": model.get("digest"), **circumstances}
     differing = [f"{key} was {then.get(key)}, is {now.get(key)}" for key in now if then.get(key) != now.get(key)]
     return "; ".join(differing) or None
 
@@ -160,8 +163,8 @@ def plan_in(path: Path, weights_sha256: str, setting: Setting) -> CompressionPla
     if described.get("weights_sha256") != weights_sha256 or "plan" not in described:
         return None
     try:
-        plan = CompressionPlan.from_dict(described["plan"])
-    except TypeError:
+        plan = plan_from(described["plan"])
+    except ValueError:
         return None
     return plan if described.get("plan_digest") == keys.plan_digest(setting, plan) else None
 
@@ -232,12 +235,18 @@ def _nll(engine: EngineProcess, shards: Any, say: Callable[[str], None]) -> list
 def _base_loss(bench: Bench, shards: Any, say: Say) -> _Loss:
     """Return the base model's loss on the report text; it is measured once and kept."""
     path = keys.baseline_path(bench.setting).with_suffix(f".report-{_digest(shards)}.json")
-    values = read_json(path)
-    if values is not None:
-        return _Loss(**{**known_fields(_Loss, values), "shards": tuple(values["shards"])})
-    loss = _loss_of(_nll(bench.engines.baseline(), shards, lambda text: say(f"baseline: {text}")))
-    write_json(path, dataclasses.asdict(loss))
-    return loss
+
+    def read(path: Path) -> _Loss:
+        loss = typed(_Loss, cached.read_json(path), "loss")
+        if len(loss.shards) != len(shards):
+            raise ValueError(f"it has {len(loss.shards)} shards of {len(shards)}")
+        return loss
+
+    def measure_it(path: Path) -> None:
+        nll = once_more(lambda: _nll(bench.engines.baseline(), shards, lambda text: say(f"baseline: {text}")), say)
+        cached.keep_json(path, dataclasses.asdict(_loss_of(nll)), digest=False)
+
+    return cached.kept(path, read, measure_it)
 
 
 def _confirmed(model: _Loss, base: _Loss, shards: Any) -> Confirmed:

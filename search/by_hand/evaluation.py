@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compressors import cached
 from compressors.plan import CompressionPlan
+from compressors.typed_json import typed
 from evaluator.measurement import METRICS, Measurement
 from evaluator.score import Formula, Score, score_of
 from search import secrets
-from search.files import read_json
-from search.json_values import known_fields, measurement_from, plan_from
+from search.json_values import measurement_from
 from search.setup import keys
 from search.setup.setting import Setting
 from search.show.rows import COMPARED, Result, Row
@@ -114,34 +115,23 @@ class Evaluation:
             ValueError: Something that every evaluation has is missing.
         """
         try:
-            plan, text, words = values["plan"], values.get("report_text"), values.get("words")
-            return cls(
-                **{
-                    **known_fields(cls, values),
-                    "score": Score(**known_fields(Score, values)),
-                    "model": BaseModel(**known_fields(BaseModel, values["model"])),
-                    "description": values.get("description"),
-                    "plan": None if plan is None else plan_from(plan),
-                    "base_plan": plan_from(values["base_plan"]),
-                    "formula": Formula(**known_fields(Formula, values["formula"])),
-                    "measurement": measurement_from(values["measurement"]),
-                    "baseline": measurement_from(values["baseline"]),
-                    "report_text": None if text is None else Confirmed(**known_fields(Confirmed, text)),
-                    "words": None if words is None else tuple(words),
-                }
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a whole evaluation: {error}") from None
+            for name in ("measurement", "baseline"):
+                measurement_from(values[name])
+            return typed(cls, {**values, "score": values, "description": values.get("description")}, "evaluation")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"not a whole evaluation: {cached.reason_of(error)}") from None
+
+    @classmethod
+    def read_whole(cls, path: Path) -> Evaluation:
+        """Return the evaluation in a file. Raises OSError or ValueError, which says what is wrong with the file."""
+        return cls.from_dict(cached.read_json(path))
 
     @classmethod
     def read(cls, model: Path) -> Evaluation | None:
         """Return the evaluation in the directory `model`, or None where there is no whole one."""
-        values = read_json(model / RESULT)
-        if values is None:
-            return None
         try:
-            return cls.from_dict(values)
-        except ValueError:
+            return cls.read_whole(model / RESULT)
+        except (OSError, ValueError, RecursionError):
             return None
 
     def row(self, path: Path, *, before: bool | None = None, remark: str | None = None) -> Row:

@@ -24,8 +24,10 @@ from search.files import read_json
 from search.setup import keys
 from search.setup.machine import require_disk
 from search.setup.setting import Setting
+from search.stages import measurements
 from search.stages.baseline import as_trial
 from search.stages.bench import Bench
+from search.stages.screen import with_screen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,19 +101,17 @@ def export(
     """
     files.refuse_foreign(to, "export")
     plan = CompressionPlan.from_dict(trial.user_attrs["plan"])
-    measured = None if plan == setting.model.identity else _measurement_of(trial, plan, setting)
+    is_base = plan == setting.model.identity
+    if not is_base:
+        _require_measured(trial, plan, setting)
     with Bench.of(setting) as bench:
-        say("building")
-        built, weights_sha256 = bench.build(plan, say)
-        if measured is not None and weights_sha256 != measured.weights_sha256:
-            raise SearchError(
-                f"export: trial {trial.number}'s weights are {weights_sha256[:12]}… and "
-                f"{measured.weights_sha256[:12]}… were measured; "
-                f"delete {built} and run the study again"
-            )
         baseline = bench.baseline(say)
-    # the base model's own weights may lie in other files: its logits are compared all the same
-    measurement = measured or dataclasses.replace(as_trial(baseline), weights_sha256=weights_sha256)
+        if is_base:  # its own weights may lie in other files: its logits are compared all the same
+            say("building")
+            built, weights_sha256 = bench.build(plan, say)
+            measurement = dataclasses.replace(as_trial(baseline), weights_sha256=weights_sha256)
+        else:
+            built, measurement = _measured(trial, plan, bench, baseline, say)
     require_disk(int(measurement.model_size_mb * 1e6), to.parent, "the export")
     with files.atomic_directory(to, "export") as scratch:
         say("copying")
@@ -137,15 +137,45 @@ def export(
     return Exported(trial.number, to, score.score, score.score_se, measurement.perplexity, compared)
 
 
-def _measurement_of(trial: FrozenTrial, plan: CompressionPlan, setting: Setting) -> Measurement:
+def _path_of(trial: FrozenTrial, plan: CompressionPlan, setting: Setting) -> Path:
     name = trial.user_attrs.get("measurement", keys.measurement_key(setting, plan))
-    values = read_json(setting.outputs / "measurements" / f"{name}.json")
-    if values is None:
+    return setting.outputs / "measurements" / f"{name}.json"
+
+
+def _require_measured(trial: FrozenTrial, plan: CompressionPlan, setting: Setting) -> None:
+    path = _path_of(trial, plan, setting)
+    if not path.exists():
         raise UsageError(
-            f"trial {trial.number}: its measurement {setting.outputs}/measurements/{name}.json is gone; name the "
-            "directory that the study ran with (outputs=DIRECTORY)"
+            f"trial {trial.number}: its measurement {path} is gone; name the directory that the study ran with "
+            "(outputs=DIRECTORY)"
         )
-    return Measurement.from_dict(values)
+
+
+def _measured(
+    trial: FrozenTrial, plan: CompressionPlan, bench: Bench, baseline: Measurement, say: Callable[[str], None]
+) -> tuple[Path, Measurement]:
+    """Return the trial's checkpoint and its measurement; damaged ones are built and measured again.
+
+    Raises:
+        SearchError: The checkpoint is not the one that was measured.
+    """
+    say("building")
+    built, weights_sha256 = bench.build(plan, say)
+    path = _path_of(trial, plan, bench.setting)
+    measurement = measurements.known(path, bench.setting)
+    if measurement is None:
+        measurement = with_screen(bench.measure(built, weights_sha256, baseline, say), bench.screen(plan, say))
+        measurements.keep(path, measurement)
+    if weights_sha256 != measurement.weights_sha256:  # what is there may come from another version of a library
+        shutil.rmtree(built, ignore_errors=True)
+        built, weights_sha256 = bench.build(plan, say)
+    if weights_sha256 != measurement.weights_sha256:
+        raise SearchError(
+            f"export: trial {trial.number}'s weights are {weights_sha256[:12]}… and "
+            f"{measurement.weights_sha256[:12]}… were measured, with another version of this program or of its "
+            "libraries; nothing was written. Run the study under another --study-name and outputs= to measure today's"
+        )
+    return built, measurement
 
 
 def compare(setting: Setting, path: Path, measurement: Measurement, say: Callable[[str], None]) -> str:

@@ -33,6 +33,7 @@ from search.setup.setting import Setting, prepare
 from search.show import baseline_text
 from search.show.analysis import Analysis
 from search.show.rows import Row
+from search.stages import measurements
 from search.stages.bench import Bench
 from search.study import mlflow_runs
 
@@ -56,7 +57,7 @@ def baseline(bench: Bench, say: Say, warn: Warn, *, again: bool = False) -> Meas
         again: Whether to measure it although its measurement is known.
     """
     setting, began = bench.setting, time.time()
-    fresh = again or not keys.baseline_path(setting).is_file()
+    fresh = again or measurements.known(keys.baseline_path(setting), setting) is None
     if fresh:
         differs = stale_baseline(setting)
         if differs:

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from compressors import cached
 from compressors.errors import CompressionError
 from compressors.files import written_whole
 from compressors.model import model_directory, structure
@@ -33,12 +34,13 @@ def evaluated(path: Path) -> Evaluation:
     if not path.is_dir():
         raise UsageError(f"report: {path}: no such directory; name an evaluated model, such as submit/model")
     model_directory.files_of(path)
-    evaluation = Evaluation.read(path)
-    if evaluation is None:
-        raise UsageError(
-            f"report: {path} holds no {RESULT}; run `optuna-search evaluate --model {shlex.quote(str(path))}` first"
-        )
-    return evaluation
+    try:
+        return Evaluation.read_whole(path / RESULT)
+    except FileNotFoundError:
+        told = f"report: {path} holds no {RESULT}; run `optuna-search evaluate --model {shlex.quote(str(path))}` first"
+    except cached.DAMAGE as error:
+        told = f"report: {path / RESULT} is damaged ({cached.reason_of(error)}); run `optuna-search evaluate` again"
+    raise UsageError(told)
 
 
 def all_evaluated(models: Sequence[Path]) -> list[tuple[Path, Evaluation]]:
@@ -50,7 +52,7 @@ def all_evaluated(models: Sequence[Path]) -> list[tuple[Path, Evaluation]]:
     evaluations = []
     for place in models:
         for path in (place, *sorted(child for child in place.glob("*") if child.is_dir())):
-            if (path / RESULT).is_file():
+            if (path / RESULT).exists():
                 evaluations.append((path, evaluated(path)))
     if not evaluations:
         named = ", ".join(map(str, models))

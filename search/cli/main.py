@@ -12,6 +12,7 @@ import click
 
 from search import secrets
 from search.cli.error_line import line_of, memory_line
+from search.say import print_warnings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -124,6 +125,7 @@ def main(verbose: bool) -> None:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr)
         return
     warnings.filterwarnings("ignore")
+    print_warnings()
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)

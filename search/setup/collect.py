@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compressors import build
+from compressors import build, cached
 from compressors.plan import CompressionPlan
 from compressors.statistics import activations, second_moments
 from search.say import Say, silent
@@ -20,19 +20,23 @@ def calibration_path(setting: Setting) -> Path:
 
 def calibrate(setting: Setting, say: Say = silent) -> activations.Calibration:
     """Return the base model's activation statistics."""
-    path = calibration_path(setting)
-    if path.is_file():
-        return activations.Calibration.load(path)
-    say("calibrating")
-    collected = activations.calibrate(
-        setting.model.checkpoint,
-        setting.texts.calibration_windows,
-        setting.machine.device,
-        progress=lambda done, total: say(f"calibrating, window {done} of {total}"),
+    base = setting.model.checkpoint
+
+    def collect(path: Path) -> None:
+        say("calibrating")
+        activations.calibrate(
+            base,
+            setting.texts.calibration_windows,
+            setting.machine.device,
+            progress=lambda done, total: say(f"calibrating, window {done} of {total}"),
+        ).save(path)
+
+    return cached.kept(
+        calibration_path(setting),
+        lambda path: activations.Calibration.load(path, base),
+        collect,
+        lambda: say("waiting for another process that calibrates"),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    collected.save(path)
-    return collected
 
 
 def moments_for(setting: Setting, plan: CompressionPlan, say: Say = silent) -> second_moments.Moments | None:

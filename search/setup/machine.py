@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from compressors.errors import CheckpointError
+from compressors.errors import CheckpointError, MachineError
 from evaluator import backends
 from evaluator.errors import BackendUnavailable
 from search.config.study_file import StudyFile
@@ -123,15 +123,27 @@ def free_memory(device: str) -> int | None:
     return None
 
 
+def total_memory(device: str) -> int | None:
+    """Return the bytes of memory that the device has, or None where that cannot be known."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[1])
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return None
+
+
 def require_memory(needed: int, device: str, what: str) -> None:
     """Check that `needed` bytes are free on the device; `what` names their use in the message.
 
     Raises:
-        CheckpointError: Less is free.
+        CheckpointError: The device has less in all.
+        MachineError: Less is free now; it may be more when other processes have ended.
     """
     free = free_memory(device)
     if free is not None and needed > free:
-        raise CheckpointError(
+        total = total_memory(device)
+        raise (MachineError if total is not None and needed <= total else CheckpointError)(
             f"memory: {what} needs {needed / 1e9:.1f} GB on {device} and {free / 1e9:.1f} GB are "
             "free; free some, or take a smaller model"
         )
@@ -146,13 +158,13 @@ def require_disk(needed: int, directory: Path, what: str) -> None:
         what: Their use, for the message.
 
     Raises:
-        CheckpointError: Less is free.
+        MachineError: Less is free.
     """
     needed += SPARE_BYTES
     existing = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
-        raise CheckpointError(
+        raise MachineError(
             f"disk: {what} needs {needed / 1e9:.2f} GB and {directory} has {free / 1e9:.2f} GB free; "
             "free some, or set outputs="
         )

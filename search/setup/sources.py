@@ -5,10 +5,11 @@ Only safetensors, JSON and tokenizer files are fetched or read; a model's own co
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
+import json
 import re
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,8 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from compressors.errors import CheckpointError
-from compressors.files import alone
+from compressors import cached
+from compressors.errors import CheckpointError, MachineError
 from compressors.model import exaone3
 from compressors.model.checkpoint import Checkpoint, stamp_of
 from compressors.model.family import family_of
@@ -77,13 +78,61 @@ def _served(path: Path, cache: Path, say: Callable[[str], None]) -> Path:
     else:
         return path
     place = cache / "models" / f"{path.name}-{form}-{stamp_of(path, carried=True)[:12]}"
-    with alone(place, lambda: say(f"model {path.name}: waiting for another process that converts it {to}")):
-        if not place.is_dir():
-            say(f"model {path.name}: converting {to} in {place}")
-            checkpoint = Checkpoint.read(path)
-            its_family = family_of(checkpoint)  # refuse an unsupported model before anything is written
-            config = {"architectures": [its_family.architecture], **checkpoint.config}
-            dataclasses.replace(checkpoint, config=config).write(place)
+
+    def convert(place: Path) -> None:
+        say(f"model {path.name}: converting {to} in {place}")
+        checkpoint = Checkpoint.read(path)
+        its_family = family_of(checkpoint)  # refuse an unsupported model before anything is written
+        config = {"architectures": [its_family.architecture], **checkpoint.config}
+        dataclasses.replace(checkpoint, config=config).write(place)
+
+    waiting = f"model {path.name}: waiting for another process that converts it {to}"
+    return _converted(place, convert, lambda: say(waiting))
+
+
+# -- converted models ----------------------------------------------------------------------------------------
+
+
+def _converted(place: Path, convert: Callable[[Path], None], waiting: Callable[[], None] = lambda: None) -> Path:
+    """Return the converted model in `place`; `convert` writes it if it is missing or damaged.
+
+    The stamp and the digests of its files are kept next to it.
+    """
+
+    def make(place: Path) -> None:
+        convert(place)
+        _keep_digests(place)
+
+    return cached.kept(place, _require_converted, make, waiting, tree=True)
+
+
+def _record_of(place: Path) -> Path:
+    return place.with_name(f".{place.name}.json")
+
+
+def _keep_digests(place: Path) -> None:
+    digests = {file.name: cached.sha256_of(file) for file in sorted(place.iterdir())}
+    cached.keep_json(_record_of(place), {"stamp": stamp_of(place, carried=True), "files": digests})
+
+
+def _require_converted(place: Path) -> Path:
+    """Check a converted model: that it can be read, and its digests if its files have changed since they were taken."""
+    if not place.is_dir():
+        place.stat()
+        raise ValueError("it is no directory")
+    try:
+        Checkpoint.read(place)
+        for file in place.glob("*.json"):
+            json.loads(file.read_text(encoding="utf-8"))
+        record = cached.known(_record_of(place), cached.read_json, held=True)
+        if record is not None and record["stamp"] != stamp_of(place, carried=True):
+            for name, digest in record["files"].items():
+                if cached.sha256_of(place / name) != digest:
+                    raise ValueError(f"its {name} is not what was written")
+            with contextlib.suppress(MachineError):  # a directory that can only be read
+                _keep_digests(place)
+    except FileNotFoundError as error:
+        raise ValueError(f"its {Path(str(error.filename)).name} is missing") from None
     return place
 
 
@@ -112,31 +161,28 @@ def embedded(cache: Path) -> Path:
     Raises:
         CheckpointError: The package is missing or damaged, or the cache can't be written.
     """
-    place = cache / "models" / EMBEDDED
-    if (place / "config.json").is_file():
-        return place
-    gguf = _gguf_file()
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
-            converted = Path(scratch, EMBEDDED)
-            _convert(gguf, converted)
-            try:
+
+    def convert(place: Path) -> None:
+        gguf = _gguf_file()
+        try:
+            with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
+                converted = Path(scratch, EMBEDDED)
+                _convert(gguf, converted)
                 converted.replace(place)
-            except OSError:
-                if not (place / "config.json").is_file():  # else another process was faster
-                    shutil.rmtree(place, ignore_errors=True)
-                    converted.replace(place)
-    except (KeyError, IndexError, ValueError) as error:  # raised for a damaged GGUF file
-        first = " ".join(str(error).split())[:80]
-        raise CheckpointError(
-            f"model {EMBEDDED}: {gguf} can't be converted ({type(error).__name__}: {first}); install {PACKAGE} again"
-        ) from None
-    except OSError as error:
-        raise CheckpointError(
-            f"model {EMBEDDED}: {place}: {error.strerror or error}; set OPTUNA_SEARCH_CACHE"
-        ) from None
-    return place
+        except (KeyError, IndexError, ValueError) as error:  # raised for a damaged GGUF file
+            first = " ".join(str(error).split())[:80]
+            raise CheckpointError(
+                f"model {EMBEDDED}: {gguf} can't be converted ({type(error).__name__}: {first}); install {PACKAGE} "
+                "again"
+            ) from None
+
+    place = cache / "models" / EMBEDDED
+    if not place.is_dir():
+        _gguf_file()  # or nothing is written
+    try:
+        return _converted(place, convert)
+    except MachineError as error:
+        raise MachineError(f"model {EMBEDDED}: {error}, or set OPTUNA_SEARCH_CACHE") from None
 
 
 def _gguf_file() -> Path:

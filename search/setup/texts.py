@@ -20,13 +20,14 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from compressors.errors import CheckpointError
-from compressors.files import write_json
+from compressors import cached
+from compressors.errors import CheckpointError, MachineError
 from compressors.model import config_types, model_directory
+from compressors.typed_json import typed
 from evaluator import embedded_texts, shared_text, texts
 from search.config.study_file import StudyFile
 from search.errors import UsageError
-from search.files import CACHE, read_json
+from search.files import CACHE
 from search.say import Say, silent
 from search.setup.guarded_tokenizer import GuardedTokenizer, Trial, doubt_of
 
@@ -241,13 +242,20 @@ def _embedded_domains() -> dict[str, list[texts.Document]]:
     sources = [Path(embedded_texts.__file__).read_bytes(), Path(texts.__file__).read_bytes()]
     made_by = hashlib.sha256(b"".join(sources) + sys.version.encode()).hexdigest()[:16]
     path = CACHE / "texts" / f"domains-{made_by}.json"
-    cached = read_json(path)
-    if cached is not None:
-        return {name: [texts.Document(*pair) for pair in pairs] for name, pairs in cached.items()}
-    domains = embedded_texts.domains()
-    with contextlib.suppress(OSError):  # a cache that can't be written is no reason to stop
-        write_json(path, {name: [[one.name, one.text] for one in documents] for name, documents in domains.items()})
-    return domains
+    with contextlib.suppress(MachineError):  # a cache that can't be used is no reason to stop
+        return cached.kept(path, _read_domains, lambda path: cached.keep_json(path, _plain(embedded_texts.domains())))
+    return embedded_texts.domains()
+
+
+def _read_domains(path: Path) -> dict[str, list[texts.Document]]:
+    pairs = typed(dict[str, list[tuple[str, str]]], cached.read_json(path), "domains")
+    if not pairs or not all(pairs.values()):
+        raise ValueError("a domain holds no document")
+    return {name: [texts.Document(*pair) for pair in of_domain] for name, of_domain in pairs.items()}
+
+
+def _plain(domains: Mapping[str, Sequence[texts.Document]]) -> dict[str, list[list[str]]]:
+    return {name: [[one.name, one.text] for one in documents] for name, documents in domains.items()}
 
 
 @functools.cache

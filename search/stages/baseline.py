@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
+from compressors import cached
 from compressors.files import write_json
 from evaluator import measure, score
 from evaluator.measurement import METRICS, Measurement
 from search.errors import UsageError
-from search.files import read_json
 from search.say import Say
 from search.setup import keys
 from search.setup.setting import Setting
-from search.stages.engines import Engines
+from search.stages import measurements
+from search.stages.engines import Engines, once_more
 
 BASELINE_RESULT = "baseline_result.json"  # in outputs/: the baseline that was used last, for people
 
@@ -31,19 +33,28 @@ def baseline(setting: Setting, engines: Engines, say: Say, *, again: bool = Fals
         EvaluationError: The model or the engine is broken.
     """
     path = keys.baseline_path(setting)
-    known = None if again else read_json(path)
-    if known is not None:
-        measurement = Measurement.from_dict(known)
-    else:
+
+    def take(path: Path) -> None:
         say("baseline: starting the engine")
         timed = setting.file.evaluation.speed == "measured"
-        measurement = measure.measure_base(
-            setting.model.path,
-            engines.baseline(),
-            measure.Request(setting.texts.shards, setting.workload, setting.tasks, timed=timed),
-            progress=lambda what: say(f"baseline: {what}"),
+        request = measure.Request(setting.texts.shards, setting.workload, setting.tasks, timed=timed)
+        measured = once_more(
+            lambda: measure.measure_base(
+                setting.model.path, engines.baseline(), request, progress=lambda what: say(f"baseline: {what}")
+            ),
+            say,
         )
-        write_json(path, measurement.to_dict())
+        measurements.keep(path, measured)
+
+    if again:
+        take(path)
+    measurement = cached.kept(
+        path,
+        lambda path: measurements.read(path, setting),
+        take,
+        lambda: say("baseline: waiting for another process that measures it"),
+    )
+    cached.known(setting.outputs / BASELINE_RESULT, cached.read_json, held=True)  # what can't be replaced is removed
     write_json(
         setting.outputs / BASELINE_RESULT,
         {

@@ -6,18 +6,18 @@ import os
 import shutil
 from pathlib import Path
 
-from compressors import build
+from compressors import build, cached
 from compressors.device import release
-from compressors.errors import CompressionError
+from compressors.errors import MachineError
 from compressors.files import write_json
 from compressors.model.checkpoint import Checkpoint
 from compressors.plan import DESCRIPTION, CompressionPlan
-from search.files import read_json
 from search.processes import process_alive
 from search.say import Say
 from search.setup import collect, keys
 from search.setup.machine import require_disk
 from search.setup.setting import Setting
+from search.stages import intact
 
 BUILDING = ".building-"  # + the worker's pid: where a checkpoint is until it is whole
 
@@ -50,6 +50,8 @@ def checkpoint_of(setting: Setting, plan: CompressionPlan, say: Say, *, simulate
 def write(setting: Setting, plan: CompressionPlan, say: Say, *, limited: bool = True) -> tuple[Path, str]:
     """Write the plan's checkpoint under outputs/checkpoints, unless it is there; return it and its weights' sha256.
 
+    One that is there is compared with its digests; a damaged one is deleted and built again.
+
     Args:
         setting: What the study shares.
         plan: The plan, in its canonical form.
@@ -58,10 +60,11 @@ def write(setting: Setting, plan: CompressionPlan, say: Say, *, limited: bool = 
 
     Raises:
         InfeasiblePlan: The plan can't be built, or is too large.
-        CompressionError: It can't be written; nothing is left there.
+        MachineError: It can't be written; nothing is left there.
     """
     path = setting.outputs / "checkpoints" / keys.plan_digest(setting, plan)
-    known = read_json(path / DESCRIPTION)
+    shapes = build.shapes(plan, setting.model.checkpoint, setting.model.family)
+    known = cached.known(path, lambda path: intact.read(path, shapes), tree=True)
     if known is not None:
         return path, str(known["weights_sha256"])
     needed = build.predicted_bytes(plan, setting.model.checkpoint, setting.model.family)
@@ -77,7 +80,7 @@ def write(setting: Setting, plan: CompressionPlan, say: Say, *, limited: bool = 
         if not path.exists():  # else another worker has built the same meanwhile
             scratch.replace(path)
     except OSError as error:
-        raise CompressionError(f"build: {path}: {error.strerror or error}; nothing was left there") from None
+        raise MachineError(f"build: {path}: {error.strerror or error}; nothing was left there") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
         release(setting.machine.device)
@@ -85,7 +88,9 @@ def write(setting: Setting, plan: CompressionPlan, say: Say, *, limited: bool = 
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Remove what builds that were killed left half-written in a directory of checkpoints."""
+    """Remove what builds that were killed left half-written, or half-deleted, in a directory of checkpoints."""
+    for damaged in directory.glob(".*.damaged-*"):
+        shutil.rmtree(damaged, ignore_errors=True)
     for scratch in directory.glob(f"{BUILDING}*"):
         pid = scratch.name.rpartition("-")[2]
         if not (pid.isdigit() and process_alive(int(pid))):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
+from evaluator.errors import EngineCrashed
 from evaluator.process import EngineProcess
+from search.say import Say
 from search.setup.setting import Setting
+
+T = TypeVar("T")
 
 
 class Engines:
@@ -41,3 +47,20 @@ class Engines:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def once_more(work: Callable[[], T], say: Say) -> T:
+    """Return what `work` returns; it is called again if an engine was killed by a signal in it.
+
+    The kernel kills what takes most memory, whoever needs it. An engine that is killed twice is given up.
+
+    Raises:
+        EngineCrashed: The engine was killed a second time, or ended by itself.
+    """
+    try:
+        return work()
+    except EngineCrashed as error:
+        if not error.killed:
+            raise
+        say("the engine was killed: once more")
+        return work()

@@ -13,7 +13,7 @@ from evaluator.measurement import Measurement, Timing
 from evaluator.process import EngineProcess
 from search.say import Say
 from search.setup.setting import Setting
-from search.stages.engines import Engines
+from search.stages.engines import Engines, once_more
 
 
 def measure_checkpoint(
@@ -34,25 +34,31 @@ def measure_checkpoint(
         path: A checkpoint's directory.
         weights_sha256: The sha256 of its weights.
         say: Told what is done.
-        then: Called with the candidate's engine before it is closed.
+        then: Called with the candidate's engine before it is closed, and again where an engine was killed.
 
     Raises:
         EvaluationError: The model is broken, or the engine failed.
     """
     timed = setting.file.evaluation.speed == "measured"
-    against = engines.baseline() if timed else None
-    say("starting the engine")
-    with engines.start(path, "candidate") as engine:
-        measurement = measure.measure_candidate(
-            path,
-            engine,
-            measure.Request(setting.texts.shards, setting.workload, setting.tasks, timed=timed),
-            against,
-            weights_sha256=weights_sha256,
-            expected_base_ms=baseline.time_per_token_ms,
-            progress=say,
-        )
-        then(engine)
+    request = measure.Request(setting.texts.shards, setting.workload, setting.tasks, timed=timed)
+
+    def in_engine() -> Measurement:
+        against = engines.baseline() if timed else None
+        say("starting the engine")
+        with engines.start(path, "candidate") as engine:
+            measured = measure.measure_candidate(
+                path,
+                engine,
+                request,
+                against,
+                weights_sha256=weights_sha256,
+                expected_base_ms=baseline.time_per_token_ms,
+                progress=say,
+            )
+            then(engine)
+        return measured
+
+    measurement = once_more(in_engine, say)
     if timed:
         return measurement
     return with_predicted_time(measurement, predicted_ratio_of(setting, path))  # by what was written, not by the plan

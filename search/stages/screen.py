@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from compressors import cached
 from compressors.device import compute_dtype, release
-from compressors.files import write_json
 from compressors.plan import CompressionPlan
+from compressors.typed_json import typed
 from evaluator import quality
 from evaluator.errors import NotFinite
-from search.files import read_json
+from evaluator.measurement import Measurement
 from search.say import Say
 from search.setup import keys
 from search.setup.machine import require_memory
@@ -40,14 +41,24 @@ class Screen:
         )
 
     @classmethod
-    def read(cls, path: Path) -> Screen | None:
-        """Read a screen that was kept; None where there is none."""
-        saved = read_json(path)
-        return None if saved is None else cls(**{name: tuple(values) for name, values in saved.items()})
+    def read(cls, path: Path, shards: int) -> Screen | None:
+        """Read a screen that was kept, and has so many shards; a damaged one is removed.
+
+        Returns:
+            The screen, or None where there is none.
+        """
+
+        def whole(path: Path) -> Screen:
+            screen = typed(cls, cached.read_json(path), "screen")
+            if {len(screen.nll), len(screen.kl), len(screen.agreement)} != {shards}:
+                raise ValueError(f"it has {len(screen.nll)} shards of {shards}")
+            return screen
+
+        return cached.known(path, whole)
 
     def write(self, path: Path) -> None:
         """Keep the screen in a JSON file."""
-        write_json(path, dataclasses.asdict(self))
+        cached.keep_json(path, dataclasses.asdict(self), digest=False)
 
     def shards(self) -> Iterator[quality.ShardQuality]:
         """Return the quality of each shard in turn."""
@@ -71,12 +82,20 @@ class Screener:
         """Return the base model's mean NLL on each shard, in nats per token, computed as that of every plan is."""
         setting = self._setting
         key = keys.measurement_key(setting, setting.model.identity)
-        path = setting.outputs / "screens" / f"base-{key}.json"
-        known = read_json(path)
-        if known is None:
-            known = {"nll": list(self._base(say).nll)}
-            write_json(path, known)
-        return tuple(known["nll"])
+        shards = len(setting.texts.shards)
+
+        def read(path: Path) -> tuple[float, ...]:
+            nll = typed(tuple[float, ...], cached.read_json(path)["nll"], "nll")
+            if len(nll) != shards:
+                raise ValueError(f"it has {len(nll)} shards of {shards}")
+            return nll
+
+        return cached.kept(
+            setting.outputs / "screens" / f"base-{key}.json",
+            read,
+            lambda path: cached.keep_json(path, {"nll": list(self._base(say).nll)}, digest=False),
+            lambda: say("screen: waiting for another process that computes the base model's"),
+        )
 
     def shards(self, plan: CompressionPlan, say: Say) -> Iterator[quality.ShardQuality]:
         """Return the quality of each shard in turn, from a model of the plan in memory."""
@@ -88,7 +107,7 @@ class Screener:
     def screen(self, plan: CompressionPlan, say: Say) -> Screen:
         """Return the plan's quality on all shards, kept under its key: the numbers that a trial of this plan has."""
         path = path_of(self._setting, plan)
-        known = Screen.read(path)
+        known = Screen.read(path, len(self._setting.texts.shards))
         if known is None:
             say("quality in memory")
             known = Screen.of(list(self.shards(plan, say)))
@@ -113,6 +132,13 @@ class Screener:
                     f"model {setting.model.path}: its loss on the search text is NaN: the weights are broken"
                 )
         return self._reference
+
+
+def with_screen(measured: Measurement, screen: Screen) -> Measurement:
+    """Return the measurement with the screen's KL and agreement."""
+    return dataclasses.replace(
+        measured, kl_nats_per_token=mean_known(screen.kl), top1_agreement=mean_known(screen.agreement)
+    )
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ nor measured again.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -17,20 +16,18 @@ from collections.abc import Callable, Iterable
 import optuna
 import torch
 
-from compressors.errors import CompressionError, InfeasiblePlan
-from compressors.files import write_json
+from compressors.errors import CompressionError, InfeasiblePlan, MachineError
 from compressors.plan import CompressionPlan
 from evaluator import quality, score
 from evaluator.errors import EngineOutOfMemory, EvaluationError, NotFinite
 from evaluator.measurement import Measurement
-from search import processes, secrets, stages
-from search.files import read_json
+from search import failures, processes, secrets, stages
 from search.say import Say
 from search.setup import keys
 from search.stages import baseline as base_stage
-from search.stages import measure, screen
+from search.stages import measure, measurements, screen
 from search.stages.bench import Bench
-from search.stages.screen import Screen, mean_known
+from search.stages.screen import Screen, with_screen
 from search.study import dashboard, samplers, space, trials
 from search.study.record import Record
 
@@ -86,6 +83,9 @@ class Objective:
         except Exception as error:
             record.failure, reason = _why(error, record.stage)
             record.reason = secrets.masked(reason)
+            record.fault = failures.fault_of(error)
+            if self._queued_again(trial, record.fault):
+                record.again, record.reason = True, f"{record.reason}; it is tried again"
             raise TrialFailed(record.reason) from error
         finally:
             self._enter(trial, record, None)
@@ -107,7 +107,7 @@ class Objective:
         if plan == setting.model.identity:
             return self._base_model(trial, record)
         path = setting.outputs / "measurements" / f"{keys.measurement_key(setting, plan)}.json"
-        known = read_json(path)
+        known = measurements.known(path, setting)
         record.reused = known is not None
         trial.set_user_attr("checkpoint", keys.plan_digest(setting, plan))
         trial.set_user_attr("measurement", path.stem)
@@ -115,9 +115,9 @@ class Objective:
         record.screen = self._screen(trial, record, plan, prune=known is None)
         if known is None:
             record.measurement = self._measure(trial, record, plan, record.screen)
-            write_json(path, record.measurement.to_dict())
+            measurements.keep(path, record.measurement)
         else:
-            record.measurement = Measurement.from_dict(known)
+            record.measurement = known
             record.reason = "this plan was measured before: its numbers are used again"
         record.score = score.score_of(record.measurement, self.baseline, setting.formula)
         self._enter(trial, record, "done")
@@ -136,6 +136,12 @@ class Objective:
         self._enter(trial, record, stages.BASE)
         return record.score.score
 
+    def _queued_again(self, trial: optuna.Trial, fault: failures.Fault) -> bool:
+        """Return whether the plan is tried again: always if the machine failed, else as often as retries are left."""
+        if fault is failures.Fault.PERHAPS_MACHINE:
+            return trials.may_be_tried_again(trial.storage.get_trial(trial._trial_id))
+        return fault is failures.Fault.MACHINE
+
     def _measure(self, trial: optuna.Trial, record: Record, plan: CompressionPlan, its_screen: Screen) -> Measurement:
         self._enter(trial, record, "build")
         try:
@@ -146,15 +152,13 @@ class Objective:
             raise optuna.TrialPruned(record.reason) from None
         self._enter(trial, record, "measure")
         measured = self.bench.measure(path, weights_sha256, self.baseline, self.say)
-        return dataclasses.replace(
-            measured, kl_nats_per_token=mean_known(its_screen.kl), top1_agreement=mean_known(its_screen.agreement)
-        )
+        return with_screen(measured, its_screen)
 
     def _screen(self, trial: optuna.Trial, record: Record, plan: CompressionPlan, *, prune: bool) -> Screen:
         setting, formula = self.setting, self.setting.formula
         record.predicted_speed_norm = 1.0 - measure.predicted_ratio(setting, plan)
         path = screen.path_of(setting, plan)
-        known = Screen.read(path)
+        known = Screen.read(path, len(setting.texts.shards))
         base = self.bench.base_nll(self.say)
         running_mean = samplers.wants_running_mean(setting.file.pruner)
         shards: Iterable[quality.ShardQuality] = self.bench.shards(plan, self.say) if known is None else known.shards()
@@ -233,5 +237,8 @@ def _why(error: Exception, stage: str) -> tuple[str, str]:
         return EngineOutOfMemory.__name__, f"screen: {secrets.line_of(error)}"
     if isinstance(error, MemoryError):
         return EngineOutOfMemory.__name__, "the machine's memory is exhausted"
+    if isinstance(error, OSError):
+        named = f": {error.filename}" if error.filename else ""
+        return MachineError.__name__, f"{stage}: {error.strerror or secrets.line_of(error)}{named}"
     # anything else is a defect here or in a library: it is recorded, and the study continues
     return type(error).__name__, f"unexpected, at stage {stage}: {secrets.line_of(error)}"

@@ -9,6 +9,7 @@ import optuna
 
 from evaluator.measurement import Measurement
 from search import processes
+from search.failures import Fault
 from search.stages.bench import Bench
 from search.study import samplers, trials
 from search.study.objective import Objective, TrialFailed
@@ -52,17 +53,26 @@ def run_one(
         stop.check()
         watch({"event": "stage", "worker": worker, "trial": record.number, "stage": record.stage})
 
+    ended: list[Record] = []
+
+    def on_end(record: Record) -> None:
+        ended.append(record)
+        watch(_ended(record, worker))
+
     objective = Objective(
         bench,
         baseline,
         say,
         on_stage=on_stage,
-        on_end=lambda record: watch(_ended(record, worker)),
+        on_end=on_end,
         interruptible=stop.released,
     )
     try:
         with stop.held():
             study.optimize(objective, n_trials=1, catch=(TrialFailed,))
+            if ended and ended[-1].again:
+                counts = ended[-1].fault is not Fault.MACHINE
+                trials.retry_after_machine(study, ended[-1].number, counts=counts)
         stop.check()
     except KeyboardInterrupt:
         _queue_interrupted(study)

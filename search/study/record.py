@@ -9,8 +9,9 @@ from compressors.plan import CompressionPlan
 from evaluator import score
 from evaluator.measurement import METRICS, Measurement
 from search import stages
+from search.failures import Fault
 from search.stages.screen import Screen
-from search.study.trials import INTERRUPTED
+from search.study import trials
 
 
 @dataclasses.dataclass
@@ -28,6 +29,8 @@ class Record:
         predicted_speed_norm: The SpeedNorm that is predicted from weight bytes.
         measurement: The result of the measurement.
         score: The Score of the measurement.
+        fault: Whether the plan or the machine failed; None without a failure.
+        again: Whether the plan is queued again, since the machine failed and not the plan.
         reused: Whether the results were copied from an earlier trial with the same plan.
         seconds: The seconds that each stage took.
     """
@@ -42,13 +45,15 @@ class Record:
     predicted_speed_norm: float | None = None
     measurement: Measurement | None = None
     score: score.Score | None = None
+    fault: Fault | None = None
+    again: bool = False
     reused: bool = False
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def stopped(self) -> bool:
         """Whether a person stopped the trial, which is tried again."""
-        return self.failure == INTERRUPTED
+        return self.failure == trials.INTERRUPTED
 
     @property
     def by_definition(self) -> str:
@@ -64,6 +69,8 @@ class Record:
             values["reason"] = self.reason
         if self.failure:
             values["failure"] = self.failure
+        if self.again:
+            values[trials.AGAIN] = True
         if self.reused:
             values["reused"] = True
         if self.predicted_speed_norm is not None:

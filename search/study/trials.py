@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 
 import optuna
 from optuna.storages import RetryHeartbeatStaleTrialCallback
@@ -13,13 +14,16 @@ from search.processes import alive
 
 GRACE_S = 60
 MAX_RETRIES = 5
+MACHINE_RETRIES = 2  # of a plan for which memory or the GPU failed: perhaps it is the plan that needs too much
 INTERRUPTED = "Interrupted"  # the kind of failure that is tried again
+AGAIN = "again"  # the attribute of a trial whose plan is queued again since the machine failed
 
 
 def finished(trials: list[FrozenTrial]) -> list[FrozenTrial]:
     """Return the trials that ended by themselves: measured, pruned, or failed with a reason.
 
-    A trial that was killed or interrupted is FAIL too; it does not count, because it is tried again.
+    A trial that was killed or interrupted, or for which the machine failed, is FAIL too. It does not count, because it
+    is tried again.
     """
     return [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or _failed(trial)]
 
@@ -30,7 +34,7 @@ def is_base_model(trial: FrozenTrial) -> bool:
 
 
 def _failed(trial: FrozenTrial) -> bool:
-    if trial.state != TrialState.FAIL or trial.user_attrs.get("failure") == INTERRUPTED:
+    if trial.state != TrialState.FAIL or trial.user_attrs.get("failure") == INTERRUPTED or AGAIN in trial.user_attrs:
         return False
     return "failure" in trial.user_attrs or _given_up(trial)
 
@@ -51,6 +55,31 @@ def retry_interrupted(study: optuna.Study, trial: FrozenTrial) -> None:
     """Queue the parameters of a trial that a person stopped again, which does not count as a retry."""
     trial.system_attrs = {name: value for name, value in trial.system_attrs.items() if name != "retry_history"}
     retry(study, trial)
+
+
+def may_be_tried_again(trial: FrozenTrial) -> bool:
+    """Return whether the plan of a trial for which perhaps the machine failed has retries left."""
+    return len(RetryHeartbeatStaleTrialCallback.retry_history(trial)) < MACHINE_RETRIES
+
+
+def retry_after_machine(study: optuna.Study, number: int, *, counts: bool) -> None:
+    """Queue the parameters of a trial again for which the machine failed.
+
+    Args:
+        study: The study.
+        number: The number of the trial.
+        counts: Whether it counts as a retry.
+    """
+    trial = study.get_trials(deepcopy=True)[number]
+    (retry if counts else retry_interrupted)(study, trial)
+
+
+def machine_failures(trials: list[FrozenTrial], since: datetime.datetime) -> list[FrozenTrial]:
+    """Return the last trials that ended since a time, as far back as the machine failed for all of them."""
+    ended = [trial for trial in trials if trial.datetime_complete is not None and trial.datetime_complete >= since]
+    ended.sort(key=lambda trial: (trial.datetime_complete, trial.number))
+    in_a_row = itertools.takewhile(lambda trial: AGAIN in trial.user_attrs, reversed(ended))
+    return list(in_a_row)[::-1]
 
 
 def retry_dead(study: optuna.Study) -> list[int]:

@@ -20,6 +20,7 @@ import torch
 
 from search import processes, secrets
 from search.config.study_file import StudyFile
+from search.say import print_warnings
 from search.setup.setting import prepare
 from search.stages.bench import Bench
 from search.study import storage
@@ -60,6 +61,7 @@ def main(index: int, threads: int) -> None:
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    print_warnings()
     setting = prepare(file)
     if threads:
         torch.set_num_threads(threads)

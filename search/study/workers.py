@@ -6,6 +6,7 @@ The process that was started hands out the trials, so that exactly N are finishe
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 import shutil
 import sys
@@ -129,6 +130,7 @@ def _open(database: Any, setting: Setting, baseline: Measurement) -> optuna.Stud
 def _until_finished(running: _Running, team: Team) -> None:
     study, file, watch = running.study, running.setting.file, running.watch
     busy, at_start = 0, -1
+    began = datetime.datetime.now()
     for number in trials.retry_dead(study):
         watch({"event": "warn", "text": f"trial {number} was killed: it is tried again"})
     while True:
@@ -141,6 +143,7 @@ def _until_finished(running: _Running, team: Team) -> None:
         at_start = len(done) if at_start < 0 else at_start
         if len(done) < file.trials:
             _stop_if_hopeless(done[at_start:], file)
+            _stop_if_machine_fails(trials.machine_failures(everything, began), file)
         elsewhere = _running_elsewhere(everything, team.pids)
         while team.idle and len(done) + busy + elsewhere < file.trials:
             team.go(len(done) + busy)
@@ -222,6 +225,15 @@ def _stop_if_hopeless(done: list[FrozenTrial], file: StudyFile) -> None:
             f"{reasons[-1]}. Nothing is lost: mend "
             "the cause and run it again, with a higher limits.max_consecutive_failures if these "
             "failures are to be expected"
+        )
+
+
+def _stop_if_machine_fails(last: list[FrozenTrial], file: StudyFile) -> None:
+    if len(last) >= file.limits.max_consecutive_failures:
+        raise StudyStopped(
+            f"study {file.study_name!r}: this machine failed {len(last)} trials in a row, lately with: "
+            f"{last[-1].user_attrs.get('reason')}. No plan is used up and nothing is lost: mend the cause and run it "
+            "again"
         )
 
 

@@ -358,9 +358,9 @@ def test_activations_that_are_not_finite_are_refused(base, windows):
         activations.calibrate(dataclasses.replace(base, tensors=broken), windows)
 
 
-def test_saved_statistics_are_loaded_unchanged(statistics, tmp_path):
+def test_saved_statistics_are_loaded_unchanged(base, statistics, tmp_path):
     statistics.save(tmp_path / "s.safetensors")
-    again = activations.Calibration.load(tmp_path / "s.safetensors")
+    again = activations.Calibration.load(tmp_path / "s.safetensors", base)
     assert torch.equal(again.ffn_activity, statistics.ffn_activity)
     assert again.norm_mean_square.keys() == statistics.norm_mean_square.keys()
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from compressors import build
-from compressors.errors import CheckpointError
 from compressors.methods import heads_by_kl, importance
 from compressors.model import family
 from compressors.model.checkpoint import Checkpoint, LazyTensor
@@ -107,7 +106,9 @@ def test_the_windows_are_spread_over_the_text(model, domains, collected, tmp_pat
     )
 
 
-def test_a_killed_search_resumes_where_it_was(model, domains, collected, tmp_path):
+def test_a_killed_search_resumes_where_it_was_and_a_damaged_one_begins_again(
+    model, domains, collected, tmp_path, damages
+):
     its = family.family_of(model)
     energy = importance.group_energies(model, its, collected)
     expected = heads_by_kl.choose(model, its, domains, energy, 6, tmp_path)
@@ -129,11 +130,15 @@ def test_a_killed_search_resumes_where_it_was(model, domains, collected, tmp_pat
     assert said == []
     file = tmp_path / "cut" / "groups-6.json"
     stored = json.loads(file.read_text())
+    del stored["sha256"]
     file.write_text(json.dumps({**stored, "rules": [0], "gone": [[0, 1]] * 3}))  # of another version: searched again
     assert heads_by_kl.choose(model, its, domains, energy, 6, tmp_path / "cut") == expected
-    file.write_text("{")
-    with pytest.raises(CheckpointError, match="delete it"):
-        heads_by_kl.choose(model, its, domains, energy, 6, tmp_path / "cut")
+    whole = json.loads(file.read_text())
+    del whole["sha256"]  # as earlier versions wrote it
+    for wrong in ({}, {**whole, "done": "all"}, {**whole, "gone": [[0]]}, {**whole, "gone": [[0, 0]] * 3}):
+        file.write_text(json.dumps(wrong))
+        assert heads_by_kl.choose(model, its, domains, energy, 6, tmp_path / "cut") == expected
+        assert damages.told() == [file]
 
 
 def test_a_plan_keeps_the_other_groups_in_its_kept_layers(model, domains, collected):

@@ -11,6 +11,7 @@ from compressors import build
 from compressors.errors import CheckpointError
 from compressors.methods import heads, importance, repair
 from compressors.methods.importance import energy, flap, obs
+from compressors.model.checkpoint import Checkpoint
 from compressors.plan import CompressionPlan
 from compressors.statistics import activations, second_moments
 from compressors.statistics.second_moments import Moment
@@ -80,19 +81,34 @@ def test_second_moments_are_collected_once_and_renumbered_with_the_layers(base, 
     assert torch.equal(kept.of(1, part)["low"].second, collected.of(2, part)["low"].second)
 
 
-def test_a_damaged_file_says_what_to_do(base, domains, tmp_path):
-    found = second_moments.collect(base, {"low": domains["low"][:1]}, tmp_path / "m")
-    file = tmp_path / "m" / "layer-1.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="delete") as caught:
-        found.of(1, "mlp.down_proj")
-    assert "\n" not in str(caught.value)
+def test_damaged_layers_are_collected_again_and_no_others(pico_llama, domains, tmp_path, damages):
+    base = Checkpoint.read(pico_llama)
+    few = {"low": domains["low"][:1], "high": domains["high"][:1]}
+    path, part = tmp_path / "m", "self_attn.q_proj"  # the last in a file
+    found = second_moments.collect(base, few, path)
+    whole = {file.name: file.read_bytes() for file in path.iterdir()}
+    damages.flip(path / "layer-1.safetensors")  # in the tensors: seen when they are read
+    assert torch.equal(found.of(1, part)["low"].second, found.of(1, part)["low"].second)
+    assert [path.name for path in damages.told()] == ["layer-1.safetensors"]
+    (path / "stream-0.safetensors").write_bytes(b"of no concern")
+    times = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
+    (path / "layer-3.safetensors").write_bytes(bytes(1000))
+    (path / "windows.json").write_text("{}")
+    assert second_moments.collect(base, few, path) == found
+    assert [path.name for path in damages.told()] == ["windows.json", "layer-3.safetensors"]
+    assert {file.name: file.read_bytes() for file in path.iterdir() if file.name in whole} == whole
+    again = {file.name for file in path.iterdir() if file.stat().st_mtime_ns != times[file.name]}
+    assert again == {"windows.json", "layer-3.safetensors"}
+    opened = second_moments.opened(path)
+    damages.flip(path / "layer-0.safetensors")
+    with pytest.raises(CheckpointError, match="delete it"):  # without the model
+        opened.of(0, part)
 
 
 def test_windows_of_several_lengths_are_refused(base, tmp_path):
     with pytest.raises(CheckpointError, match="same length"):
         second_moments.collect(base, {"odd": [[3, 4, 5], [3, 4]]}, tmp_path / "m")
-    assert [path.name for path in tmp_path.iterdir()] == [".m.lock"]
+    assert [path.name for path in tmp_path.iterdir()] == []
 
 
 # -- repair --------------------------------------------------------------------------------------------------

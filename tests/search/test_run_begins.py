@@ -13,7 +13,6 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from compressors.plan import CompressionPlan
-from search import secrets
 from search.config.compose import validate
 from search.config.study_file import Space
 from search.errors import StudyMismatch
@@ -151,25 +150,6 @@ def test_the_plans_of_a_space_are_counted(wanted, count, exact, dimensions):
     wanted = Space(**wanted)
     assert space.count_plans(wanted, BASE) == (count, exact)
     assert space.searched(wanted) == dimensions
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("postgresql://me:secret@host/db", "postgresql://me:***@host/db"),
-        ("postgresql+psycopg://me:sec@ret@host:5432/db", "postgresql+psycopg://me:***@host:5432/db"),
-        ("postgresql://me@host/db", "postgresql://me@host/db"),
-        ("postgresql://host/db?user=me&password=secret", "postgresql://host/db?user=me&password=***"),
-        ("postgresql://:secret@host/db", "postgresql://:***@host/db"),
-        ("sqlite:///outputs/studies.db", "sqlite:///outputs/studies.db"),
-        ("optuna-search dashboard --study s --storage postgresql://me:secret@host/db",
-         "optuna-search dashboard --study s --storage postgresql://me:***@host/db"),
-        ("optuna-search dashboard 'storage=postgresql://me:s&cret@host/db'",
-         "optuna-search dashboard 'storage=postgresql://me:***@host/db'"),
-    ],
-)  # fmt: skip
-def test_no_password_is_shown(text, shown):
-    assert secrets.masked(text) == shown
 
 
 # -- the time left ---------------------------------------------------------------------------------------------
