@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -25,11 +26,14 @@ class Commands(click.Group):
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise
         except KeyboardInterrupt:
-            click.echo("stopped; run the same command again to resume", err=True)
+            from search.processes import exit_status
+
+            with contextlib.suppress(OSError):  # the terminal is closed
+                click.echo("stopped; run the same command again to resume", err=True)
             # CPython ends `python -m` with the signal, whatever its exit status, once a KeyboardInterrupt has passed
             # through an exec() of text, as dataclasses do while they are imported; the next exec() makes it forget.
             exec("")  # noqa: S102
-            context.exit(130)
+            context.exit(exit_status())
         except Exception as error:
             status = _status(error)
             if status is None:

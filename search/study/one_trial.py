@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import optuna
+from optuna.trial import TrialState
 
 from evaluator.measurement import Measurement
 from search import processes
 from search.stages.bench import Bench
 from search.study import samplers, trials
+from search.study.heartbeat import beating
 from search.study.objective import Objective, TrialFailed
 from search.study.record import Record
 
@@ -59,11 +61,33 @@ def run_one(
     )
     try:
         with stop.held():
-            study.optimize(objective, n_trials=1, catch=(TrialFailed,))
+            take_and_run(study, objective)
         stop.check()
     except KeyboardInterrupt:
         _queue_interrupted(study)
         raise
+
+
+def take_and_run(study: optuna.Study, objective: Callable[[optuna.Trial], float]) -> None:
+    """Take a trial, run it and record how it ended.
+
+    `study.optimize` does the same, and turns a database that can't record the end into an AssertionError.
+    """
+    optuna.storages.fail_stale_trials(study)
+    trial = study.ask()
+    value: float | None = None
+    state: TrialState | None = TrialState.FAIL
+    try:
+        with beating(trial.storage, trial._trial_id):
+            value, state = objective(trial), None
+    except optuna.TrialPruned:
+        state = TrialState.PRUNED
+    except TrialFailed:
+        pass
+    except BaseException:
+        study.tell(trial, state=TrialState.FAIL)
+        raise
+    study.tell(trial, value, state)
 
 
 def _ended(record: Record, worker: int) -> Event:

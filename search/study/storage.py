@@ -14,17 +14,19 @@ from typing import Any
 
 import optuna
 import sqlalchemy
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy.engine import make_url
 
 from search.errors import StorageError, StudyMismatch, UsageError
+from search.study.heartbeat import HEARTBEAT_S
+from search.study.steady import SteadyStorage
 from search.study.trials import GRACE_S, retry
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-HEARTBEAT_S = 10
+warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used with Study.optimize")
 
 
-def open_storage(url: str) -> RDBStorage:
+def open_storage(url: str) -> SteadyStorage:
     """Open the study database at `url`; SQLite gets a write-ahead log and a long busy timeout.
 
     Raises:
@@ -35,12 +37,14 @@ def open_storage(url: str) -> RDBStorage:
     if url.startswith("sqlite"):
         _write_ahead(url)
     try:
-        return RDBStorage(
-            url,
-            engine_kwargs={"connect_args": options, "pool_pre_ping": True},
-            heartbeat_interval=HEARTBEAT_S,
-            grace_period=GRACE_S,
-            heartbeat_stale_trial_callback=retry,
+        return SteadyStorage(
+            RDBStorage(
+                url,
+                engine_kwargs={"connect_args": options, "pool_pre_ping": True},
+                heartbeat_interval=HEARTBEAT_S,
+                grace_period=GRACE_S,
+                heartbeat_stale_trial_callback=retry,
+            )
         )
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
@@ -88,7 +92,7 @@ def exists(url: str) -> bool:
     return not url.startswith("sqlite:///") or Path(url.removeprefix("sqlite:///")).is_file()
 
 
-def find(storage: RDBStorage, name: str, definition: Mapping[str, Any]) -> optuna.Study | None:
+def find(storage: BaseStorage, name: str, definition: Mapping[str, Any]) -> optuna.Study | None:
     """Return the study `name`, or None where the storage has none.
 
     Raises:
@@ -101,7 +105,7 @@ def find(storage: RDBStorage, name: str, definition: Mapping[str, Any]) -> optun
     return create_or_resume(storage, name, definition)
 
 
-def create_or_resume(storage: RDBStorage, name: str, definition: Mapping[str, Any]) -> optuna.Study:
+def create_or_resume(storage: BaseStorage, name: str, definition: Mapping[str, Any]) -> optuna.Study:
     """Return the study `name`: create it with `definition` (JSON), or resume the one with the same definition.
 
     Integer ranges are not part of a definition: they may change when a study is resumed.
@@ -131,7 +135,7 @@ def create_or_resume(storage: RDBStorage, name: str, definition: Mapping[str, An
     return study
 
 
-def load(storage: RDBStorage, name: str) -> optuna.Study:
+def load(storage: BaseStorage, name: str) -> optuna.Study:
     """Load the study `name`.
 
     Raises:

@@ -1,18 +1,13 @@
 """Tests of storages, resuming and counting, with real databases and killed processes."""
 
-import os
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import optuna
 import pytest
-from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
-from search import processes
 from search.config.study_file import Pruner, Sampler
 from search.errors import StorageError, StudyMismatch, UsageError
 from search.study import samplers
@@ -209,32 +204,3 @@ def test_each_pruner_prunes_a_clearly_worse_trial(name):
     study.optimize(lambda trial: objective(trial, 0.2), n_trials=3)
     assert TrialState.PRUNED in [trial.state for trial in study.trials[6:]]
     assert len(study.trials[-1].intermediate_values) < len(shards) or name == "hyperband"
-
-
-@pytest.mark.parametrize("within_released", [True, False])
-def test_an_interrupted_commit_of_the_storage_stops_the_study(within_released):
-    def commit():
-        try:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)
-        except KeyboardInterrupt as error:  # what SQLAlchemy's clean-up, and then Optuna, make of it
-            raise StorageInternalError("An exception is raised during the commit.") from error
-
-    seen = []
-
-    def trial(stop):
-        if not within_released:
-            commit()
-        with stop.held():
-            try:
-                with stop.released():
-                    commit()
-            except KeyboardInterrupt:  # where the trial is recorded as interrupted
-                seen.append("trial")
-                raise
-
-    with pytest.raises(KeyboardInterrupt), processes.Stop() as stop:
-        trial(stop)
-    assert seen == ["trial"] * within_released
-    with pytest.raises(StorageInternalError), processes.Stop() as stop, stop.released():
-        raise StorageInternalError("the disk is full")
