@@ -33,16 +33,13 @@ def study(tmp_path):
     return study_storage.create_or_resume(storage, "s", {"a": 1})
 
 
-ENDING = {"do_commit", "do_rollback", "_finalize_fairy", "_reset", "_close_impl"}  # SQLAlchemy's ends of a transaction
-
-
 @contextlib.contextmanager
-def a_signal_at(event, functions=None):
+def a_signal_at(event):
     """Send SIGINT to this process at this call or return of a Python function; yields a counter of these."""
     count = iter(range(10**9))
 
     def on_event(frame, kind, argument):
-        if (functions is None or frame.f_code.co_name in functions) and next(count) == event:
+        if next(count) == event:
             sys.setprofile(None)
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -77,17 +74,29 @@ def run_trial(study, stop):
     stop.check()
 
 
-@pytest.mark.parametrize(
-    ("signals", "functions"), [(30, ENDING), pytest.param(1000, None, marks=pytest.mark.slow)], ids=["30", "1000"]
-)
-def test_a_signal_at_any_moment_leaves_the_trial_recorded_and_the_database_free(study, tmp_path, signals, functions):
-    with a_signal_at(None, functions) as count, processes.Stop() as stop:
+def test_a_call_on_the_database_is_finished_before_a_signal_raises(study):
+    trial = study.ask()
+    with a_signal_at(None) as count:
+        trial.set_user_attr("first", 1)
+    events = next(count)
+    assert events > 500
+    for moment in range(150, events, 150):
+        with processes.Stop() as stop:
+            with pytest.raises(KeyboardInterrupt), a_signal_at(moment):
+                trial.set_user_attr(f"at {moment}", 1)
+            assert stop.asked
+    assert set(study.trials[0].user_attrs) == {"first", *(f"at {moment}" for moment in range(150, events, 150))}
+
+
+@pytest.mark.slow
+def test_a_signal_at_any_moment_leaves_the_trial_recorded_and_the_database_free(study, tmp_path):
+    with a_signal_at(None) as count, processes.Stop() as stop:
         run_trial(study, stop)
     events = next(count)
     moments = random.Random(4)
-    for _ in range(signals):
+    for _ in range(1000):
         moment = moments.randrange(events)
-        with contextlib.suppress(KeyboardInterrupt), processes.Stop() as stop, a_signal_at(moment, functions):
+        with contextlib.suppress(KeyboardInterrupt), processes.Stop() as stop, a_signal_at(moment):
             run_trial(study, stop)
         with contextlib.closing(sqlite3.connect(tmp_path / "studies.db", timeout=0)) as other:
             other.execute("BEGIN IMMEDIATE")  # locked, if a transaction was left open
