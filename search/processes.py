@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -18,15 +19,25 @@ Result = TypeVar("Result")
 
 
 def identify_worker() -> dict[str, Any]:
-    """Return what identifies this process, so that its death can be seen at once on the same machine."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+    """Return what identifies this process, so that its death can be seen at once where its pid means the same."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), **_pid_space()}
+
+
+@functools.cache
+def _pid_space() -> dict[str, str | None]:
+    """Return what tells containers apart: the boot of the machine, and the namespace of process ids within it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return {"boot": boot, "namespace": Path("/proc/self/ns/pid").readlink().name}
+    except OSError:  # no /proc
+        return {"boot": None, "namespace": None}
 
 
 def _started(pid: int) -> str | None:
     """Return the start time of a process, which tells it from another with a recycled pid; None when it is gone."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        return stat.rpartition(")")[2].split()[19]
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if stat[0] in ("Z", "X") else stat[19]  # a zombie is dead, and waits for its parent
     except OSError:
         if Path("/proc/self/stat").exists():
             return None
@@ -39,9 +50,20 @@ def _started(pid: int) -> str | None:
     return ""
 
 
-def alive(worker: dict[str, Any]) -> bool:
-    """Return whether the process that `identify_worker` described is alive; one on another machine counts as alive."""
-    return bool(worker["host"] != socket.gethostname() or _started(worker["pid"]) == worker["started"])
+def visible(worker: dict[str, Any]) -> bool:
+    """Return whether the process that `identify_worker` described has its pid in this process's pid namespace."""
+    space = _pid_space()
+    if worker.get("namespace") is None or space["namespace"] is None:  # also of a study begun by an older version
+        return bool(worker["host"] == socket.gethostname())
+    return all(worker.get(name) == value for name, value in space.items())
+
+
+def alive(worker: dict[str, Any]) -> bool | None:
+    """Return whether the process that `identify_worker` described is alive.
+
+    None: that can't be seen from here, since it is on another machine or in another container.
+    """
+    return _started(worker["pid"]) == worker["started"] if visible(worker) else None
 
 
 def process_alive(pid: int) -> bool:

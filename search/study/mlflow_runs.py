@@ -24,6 +24,7 @@ from compressors.errors import first_line
 from evaluator import measurement
 from evaluator.measurement import Measurement
 from search.config.study_file import Tracking
+from search.errors import StudyStopped
 from search.study.trials import finished
 
 PARENT, TRIAL = "optuna_search.study", "optuna_search.trial"
@@ -89,6 +90,8 @@ class Tracker:
                         more = self._wake.get_nowait()
             runs.catch_up(finished(study.get_trials(deepcopy=False)))
             runs.end()
+        except StudyStopped:
+            return  # the study's database is away: the run itself tells it
         except Exception as error:  # tracking must not end a study
             first = first_line(error)
             self._warn(

@@ -70,7 +70,7 @@ def run_trial(study, stop):
             trial.set_user_attr("stage", "done")
 
     with stop.held():
-        one_trial.take_and_run(study, objective)
+        one_trial.run_taken(study, study.ask(), objective)
     stop.check()
 
 

@@ -69,7 +69,7 @@ def test_another_definition_is_refused_with_the_differences(url):
 
 def test_a_study_of_another_program_is_refused(url):
     storage = study_storage.open_storage(url)
-    optuna.create_study(storage=storage, study_name="foreign")
+    optuna.create_study(storage=storage, study_name="foreign", direction="maximize").ask()
     with pytest.raises(StudyMismatch, match="not created by optuna-search"):
         study_storage.create_or_resume(storage, "foreign", DEFINITION)
 
@@ -89,6 +89,7 @@ WORKER = """
     trial = study.ask()
     trial.suggest_int("num_hidden_layers", 1, 30)
     trial.set_user_attr("worker", processes.identify_worker())
+    trial.set_user_attr("plan", trial.params)
     trial.report(0.25, 1)
     print(trial.params["num_hidden_layers"], flush=True)
     if sys.argv[2] == "die":
