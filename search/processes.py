@@ -85,7 +85,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked, self.number = False, 0
-        self._held = False
+        self._active = self._held = False
         self._since = 0.0
         self._old: dict[int, Any] = {}
         self._terminals: tuple[int, ...] = ()
@@ -93,6 +93,7 @@ class Stop:
     def __enter__(self) -> Stop:
         global _current  # signal handlers belong to the process, and so does their state
         _current = self
+        self._active = True
         self._terminals = tuple(number for number in (1, 2) if os.isatty(number))
         for number in SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
@@ -101,6 +102,7 @@ class Stop:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._active = False
         for number, handler in self._old.items():
             # what is left to do after a signal takes moments; another signal must not end it in a traceback
             signal.signal(number, self._on_signal if self.asked else handler)
@@ -176,8 +178,8 @@ def uninterrupted(call: Callable[[], Result]) -> Result:
 
 
 def stop_asked() -> bool:
-    """Return whether a signal has asked this process to stop."""
-    return _current is not None and _current.asked
+    """Return whether a signal has asked what this process does to stop."""
+    return _current is not None and _current._active and _current.asked
 
 
 def exit_status() -> int:

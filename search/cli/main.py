@@ -35,10 +35,13 @@ class Commands(click.Group):
             exec("")  # noqa: S102
             context.exit(exit_status())
         except Exception as error:
-            status = _status(error)
+            from search.errors import no_space
+
+            full = no_space(error) if isinstance(error, OSError) else None
+            status = _status(error) if full is None else 1
             if status is None:
                 raise
-            click.echo(f"optuna-search: {' '.join(str(error).split())}", err=True)
+            click.echo(f"optuna-search: {' '.join((full or str(error)).split())}", err=True)
             context.exit(status)
 
 

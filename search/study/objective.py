@@ -24,6 +24,7 @@ from evaluator import quality, score
 from evaluator.errors import EngineOutOfMemory, EvaluationError, NotFinite
 from evaluator.measurement import Measurement
 from search import processes
+from search.errors import StudyStopped, no_space
 from search.files import read_json
 from search.say import Say
 from search.setup import keys
@@ -83,6 +84,10 @@ class Objective:
             record.failure, record.reason = trials.INTERRUPTED, "stopped by the user; it will be tried again"
             raise
         except Exception as error:
+            full = no_space(error)
+            if full is not None:  # no plan's fault: the trial is tried again when there is space
+                record.failure, record.reason = trials.INTERRUPTED, full
+                raise StudyStopped(full) from error
             record.failure, record.reason = _why(error, record.stage)
             raise TrialFailed(record.reason) from error
         finally:

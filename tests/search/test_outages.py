@@ -60,6 +60,9 @@ STAGES = {  # the function that a stage is killed in, and the largest number of 
     "state": (RDBStorage, "set_trial_state_values", 4),
 }
 
+FEW_PLANS = ("space.num_hidden_layers={low: 2, high: 3}", "space.intermediate_size=null", "space.importance=activation",
+             "space.drop_from=importance")  # fmt: skip  # most trials find their plan measured, and take moments
+
 
 @pytest.fixture
 def make_study(tmp_path, pico_llama):
@@ -106,6 +109,7 @@ class Run:
                 self._run(home, words, kill_in)
             except BaseException:
                 traceback.print_exc()
+                sys.stderr.flush()
                 os._exit(70)
 
     def _move_apart(self):
@@ -257,7 +261,7 @@ def test_forty_kills_late_in_a_study_lose_and_repeat_nothing(make_study, kind, r
 @pytest.mark.parametrize(("away_s", "patience"), [(5, 60), (30, 60), (90, 60), (90, 150)])
 def test_four_workers_outlast_a_database_server_that_is_stopped(make_study, postgres, away_s, patience):
     home = make_study("away", database(postgres, f"away{away_s}_{patience}"), patience)
-    run = Run(home, "--workers", "4")
+    run = Run(home, "--workers", "4", *FEW_PLANS)
     deadline = time.monotonic() + 600
     while finished(home) < 20 and run.poll() is None and time.monotonic() < deadline:
         time.sleep(1)
@@ -273,7 +277,7 @@ def test_four_workers_outlast_a_database_server_that_is_stopped(make_study, post
     assert len(lines) <= 2
     assert run.returncode == (1 if away_s > patience else 0)
     if run.returncode:
-        again = Run(home, "--workers", "4")
+        again = Run(home, "--workers", "4", *FEW_PLANS)
         err = again.wait(1200)
         assert again.returncode == 0, err
     require_exactly(home, 200)
@@ -285,7 +289,7 @@ def test_four_workers_outlast_a_database_server_that_is_stopped(make_study, post
 def test_two_runs_in_two_pid_namespaces_finish_exactly_n_ten_times(make_study):
     for repeat in range(int(os.environ.get("REPEATS", "10"))):
         home = make_study(f"apart{repeat}")
-        both = [Run(home, "--trials", "12", apart=True) for _ in range(2)]
+        both = [Run(home, "--trials", "12", *FEW_PLANS, apart=True) for _ in range(2)]
         for run in both:
             err = run.wait()
             assert run.returncode == 0, err
@@ -303,11 +307,11 @@ def test_a_stopped_run_leaves_its_trial_to_another_and_continues(make_study, mon
     monkeypatch.setattr(heartbeat, "HEARTBEAT_S", 1)
     monkeypatch.setattr(steady, "ASIDE_S", 2.0)
     home = make_study("stopped")
-    one = Run(home, "--trials", "30")
+    one = Run(home, "--trials", "30", *FEW_PLANS)
     while finished(home) < 4 or not any(trial.state == TrialState.RUNNING for trial in trials_of(home)):
         time.sleep(0.02)
     os.kill(one.pid, signal.SIGSTOP)
-    other = Run(home, "--trials", "30")
+    other = Run(home, "--trials", "30", *FEW_PLANS)
     err = other.wait()
     assert other.returncode == 0, err
     os.kill(one.pid, signal.SIGCONT)
