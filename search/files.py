@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from search.errors import UsageError
-from search.processes import process_alive
+from search.processes import abandoned, mark
 
 CACHE = Path(os.environ.get("OPTUNA_SEARCH_CACHE", "~/.cache/optuna-search")).expanduser()
 
@@ -49,7 +48,7 @@ def atomic_directory(to: Path, what: str) -> Iterator[Path]:
     refuse_foreign(to, what)
     to = Path(os.path.abspath(to))  # noqa: PTH100 keeps a symbolic link
     prefix = f".{to.name}.{what}-"
-    scratch, old = to.with_name(f"{prefix}{os.getpid()}"), to.with_name(f"{prefix}{os.getpid()}-old")
+    scratch, old = to.with_name(f"{prefix}{mark()}"), to.with_name(f"{prefix}{mark()}-old")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         _sweep(to.parent, prefix)
@@ -73,8 +72,7 @@ def _sweep(directory: Path, prefix: str) -> None:
     """Delete the temporary directories of processes that were killed."""
     for dots in ("", "."):  # files in a scratch directory are first written next to it, with another dot
         for left in directory.glob(f"{dots}{prefix}*"):
-            pid = re.match(r"\d+", left.name.removeprefix(dots).removeprefix(prefix))
-            if pid is None or not process_alive(int(pid[0])):
+            if abandoned(left, left.name.removeprefix(dots).removeprefix(prefix)):
                 shutil.rmtree(left, ignore_errors=True)
 
 

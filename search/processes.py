@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -13,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+FOREIGN_DAYS = 1.0  # after which what another machine or container left half-written is taken for abandoned
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 IMPATIENT_S = 0.5  # a second SIGINT within this time is taken for the same one: `timeout` sends it twice
 Result = TypeVar("Result")
@@ -66,9 +70,29 @@ def alive(worker: dict[str, Any]) -> bool | None:
     return _started(worker["pid"]) == worker["started"] if visible(worker) else None
 
 
-def process_alive(pid: int) -> bool:
-    """Return whether a process with this pid exists on this machine."""
-    return _started(pid) is not None
+def mark() -> str:
+    """Return this process's mark in the names of files and directories that it has not finished."""
+    return f"{os.getpid()}@{_place()}"
+
+
+def _place() -> str:
+    return hashlib.sha256(json.dumps([socket.gethostname(), *_pid_space().values()]).encode()).hexdigest()[:8]
+
+
+def abandoned(path: Path, its_mark: str) -> bool:
+    """Return whether the process that gave `path` a name with this mark has died and left it.
+
+    That of another machine or container can't be seen from here: its files are abandoned when they are a day old.
+    """
+    known = re.match(r"(\d+)(?:@([0-9a-f]{8}))?", its_mark)
+    if known is None:
+        return True
+    if known[2] not in (None, _place()):
+        try:
+            return time.time() - path.stat().st_mtime > FOREIGN_DAYS * 86400
+        except OSError:
+            return False  # finished or removed meanwhile
+    return _started(int(known[1])) is None
 
 
 class Stop:

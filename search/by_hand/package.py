@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import os
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 from compressors.model import transformers_version
 from search.by_hand.submission_rules import OWN, Rule, check
 from search.errors import UsageError
-from search.processes import process_alive
+from search.processes import abandoned, mark
 
 BLOCK = 8 << 20  # bytes read at a time
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can hold, the same for every file
@@ -78,7 +77,7 @@ def pack(
     total = sum((model / name).stat().st_size for name in names)
     _require_small(out, total, max_zip_mb)
     _require_disk(out, total)
-    scratch, new = out.with_name(f".{out.name}.package-{os.getpid()}"), _missing_parents(out)
+    scratch, new = out.with_name(f".{out.name}.package-{mark()}"), _missing_parents(out)
     whole = False
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -164,6 +163,5 @@ def _sweep(out: Path) -> None:
     """Delete what killed processes left next to `out`."""
     prefix = f".{out.name}.package-"
     for left in out.parent.glob(f"{prefix}*"):
-        pid = left.name.removeprefix(prefix)
-        if pid.isdigit() and not process_alive(int(pid)):
+        if abandoned(left, left.name.removeprefix(prefix)):
             left.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -320,3 +321,63 @@ def test_a_stopped_run_leaves_its_trial_to_another_and_continues(make_study, mon
     assert "Traceback" not in err
     print(err)
     require_exactly(home, 30)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_records_the_running_trial_which_does_not_count_as_a_kill(make_study, number):
+    home = make_study("signalled")
+    for wanted in (2, 4):
+        run = Run(home, "--trials", "6")
+        while finished(home) < wanted or not any(trial.state == TrialState.RUNNING for trial in trials_of(home)):
+            time.sleep(0.02)
+            assert run.poll() is None, run.err
+        os.kill(run.pid, number)
+        err = run.wait()
+        assert run.returncode == 128 + number, err
+        assert "Traceback" not in err
+        assert err.count("stopped; run the same command again to resume") == 1
+        assert not [trial for trial in trials_of(home) if trial.state == TrialState.RUNNING]
+    last = Run(home, "--trials", "6")
+    err = last.wait()
+    assert last.returncode == 0, err
+    trials = require_exactly(home, 6)
+    stopped = [trial for trial in trials if trial.user_attrs.get("failure") == study_trials.INTERRUPTED]
+    assert stopped
+    assert all(len(trial.system_attrs.get("retry_history", [])) <= 1 for trial in trials)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+@pytest.mark.parametrize("spare_kb", [300, 700, 1500])
+def test_a_full_disk_stops_the_study_in_one_line_and_it_resumes_with_space(make_study, spare_kb):
+    home = make_study("full")
+    first = Run(home, "--trials", "2")
+    err = first.wait()
+    assert first.returncode == 0, err
+    moved = home.with_name("moved")
+    home.rename(moved)
+    home.mkdir()
+    size = sum(file.stat().st_blocks // 2 for file in moved.rglob("*")) + 200
+    libc = ctypes.CDLL(None, use_errno=True)
+    place = str(home).encode()
+    assert libc.mount(b"none", place, b"tmpfs", 0, f"size={size + spare_kb}k".encode()) == 0
+    try:
+        shutil.copytree(moved, home, dirs_exist_ok=True)
+        run = Run(home, "--trials", "12")
+        err = run.wait()
+        print(spare_kb, finished(home), err)
+        assert run.returncode == 1, err
+        lines = [line for line in err.splitlines() if not line.startswith(("trial ", "…"))]
+        assert len(lines) == 1
+        assert "nothing is lost" in lines[0]
+        assert str(home) in lines[0]
+        assert libc.mount(b"none", place, b"tmpfs", 0x20, b"size=100m") == 0  # MS_REMOUNT
+        run = Run(home, "--trials", "12")
+        err = run.wait()
+        assert run.returncode == 0, err
+        require_exactly(home, 12)
+    finally:
+        libc.umount2(place, 2)
