@@ -119,7 +119,7 @@ class SteadyStorage(_CachedStorage):
     def _wait(self, fault: faults.Fault, waited_s: float, delay: float) -> None:
         patience = self._patience
         if patience.seconds == 0.0:
-            raise StorageError(f"storage {self._name}: {fault.reason}; check that the database server runs") from None
+            raise StorageError(f"storage {self._name}: {fault.reason}; try again once it can be used") from None
         if processes.stop_asked():
             raise KeyboardInterrupt
         if not fault.passes or waited_s >= patience.seconds:

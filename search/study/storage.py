@@ -52,7 +52,8 @@ def open_storage(url: str, patience: Patience = READING) -> SteadyStorage:
             return SteadyStorage(_database(url, options), safe, patience)
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        raise StorageError(f"storage {safe}: {reason}; check the URL and that the database server runs") from None
+        check = "that it is a SQLite file that can be written" if url.startswith("sqlite") else "that the server runs"
+        raise StorageError(f"storage {safe}: {reason}; check the URL and {check}") from None
 
 
 def _database(url: str, options: dict[str, Any]) -> RDBStorage:

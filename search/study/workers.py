@@ -141,6 +141,10 @@ def _until_finished(running: _Running, team: Team) -> None:
             busy += 1
         if busy == 0 and not elsewhere:
             return
+        if busy == 0:
+            watch(
+                {"event": "say", "text": f"waiting for another run, which has {elsewhere} of the last trials in hand"}
+            )
         had_one = busy > 0 and team.wait()
         busy = max(0, busy - 1)
         if not had_one:

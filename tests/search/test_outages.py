@@ -5,6 +5,7 @@ Real processes on a small model; SQLite and PostgreSQL for real. Minutes of work
 
 import collections
 import ctypes
+import functools
 import itertools
 import json
 import os
@@ -186,8 +187,13 @@ def storage_of(home):
     return line.partition(": ")[2]
 
 
+@functools.cache
+def study_of(storage):
+    return study_storage.load(study_storage.open_storage(storage), "s")
+
+
 def trials_of(home):
-    return study_storage.load(study_storage.open_storage(storage_of(home)), "s").get_trials(deepcopy=False)
+    return study_of(storage_of(home)).get_trials(deepcopy=False)
 
 
 def finished(home):
@@ -310,7 +316,7 @@ def test_a_stopped_run_leaves_its_trial_to_another_and_continues(make_study, mon
     home = make_study("stopped")
     one = Run(home, "--trials", "30", *FEW_PLANS)
     while finished(home) < 4 or not any(trial.state == TrialState.RUNNING for trial in trials_of(home)):
-        time.sleep(0.02)
+        time.sleep(0.1)
     os.kill(one.pid, signal.SIGSTOP)
     other = Run(home, "--trials", "30", *FEW_PLANS)
     err = other.wait()
@@ -331,7 +337,7 @@ def test_a_signal_records_the_running_trial_which_does_not_count_as_a_kill(make_
     for wanted in (2, 4):
         run = Run(home, "--trials", "6")
         while finished(home) < wanted or not any(trial.state == TrialState.RUNNING for trial in trials_of(home)):
-            time.sleep(0.02)
+            time.sleep(0.1)
             assert run.poll() is None, run.err
         os.kill(run.pid, number)
         err = run.wait()
