@@ -100,7 +100,7 @@ def _prepare_place(url: str) -> None:
     """Create the directory of a SQLite file."""
     path = make_url(url).database
     if not path or path == ":memory:":
-        raise StorageError("storage sqlite: needs a file, from which a killed study resumes; write sqlite:///FILE")
+        raise StorageError("storage sqlite: needs a file, since a killed study goes on from it; write sqlite:///FILE")
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
