@@ -272,11 +272,19 @@ class _Server:
 
     def ask(self, message: dict[str, Any], fd: int | None = None, takes_s: float = 0.0) -> dict[str, Any]:
         with self.lock:
+            if not self.usable:
+                raise EngineCrashed(f"backend {self.backend}: the process that imports its libraries has ended")
             try:
                 forkserver.send(self.control, message, fd)
+                return self._receive(time.monotonic() + takes_s + ANSWER_S)
+            except errors.EvaluationError:
+                raise
             except OSError:
                 raise self._gone() from None
-            return self._receive(time.monotonic() + takes_s + ANSWER_S)
+            except BaseException:  # KeyboardInterrupt: the answer would be taken for the next message's
+                self.usable = False
+                self.control.close()  # which ends the warm process and its engines
+                raise
 
     def end(self, pid: int, grace: float) -> int | None:
         if self.owner != os.getpid():

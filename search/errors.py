@@ -10,6 +10,8 @@ SearchError                the base; the command line prints its one line and ex
 
 from __future__ import annotations
 
+import errno
+
 
 class SearchError(Exception):
     """The base of this package's errors; the message is one line."""
@@ -37,3 +39,25 @@ class StudyMismatch(UsageError):
 
 class StudyStopped(SearchError):
     """The study can't continue; its finished trials are kept."""
+
+
+NO_SPACE = {
+    errno.ENOSPC: "no space left on device",
+    errno.EDQUOT: "disk quota exceeded",
+    errno.EFBIG: "file too large",
+}
+
+
+def no_space(error: BaseException) -> str | None:
+    """Return one line about a full disk, with its place and what to do, if that caused this error; otherwise None."""
+    cause: BaseException | None = error
+    while cause is not None:
+        number = cause.errno if isinstance(cause, OSError) else None
+        said = NO_SPACE.get(number or 0) or next(
+            (words for words in NO_SPACE.values() if words in str(cause).lower()), ""
+        )
+        if said:
+            place = getattr(cause, "filename", None) or "disk"
+            return f"{place}: {said}; nothing is lost: free some space there, and run the same command again"
+        cause = cause.__cause__ or cause.__context__
+    return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from readers import json_reader
 from readers.errors import ReadError
 from search.errors import UsageError
-from search.processes import process_alive
+from search.processes import abandoned, mark
 
 MOST_JSON = 500_000_000  # bytes; the embedded texts are the largest
 CACHE = Path(os.environ.get("OPTUNA_SEARCH_CACHE", "~/.cache/optuna-search")).expanduser()
@@ -52,7 +51,7 @@ def atomic_directory(to: Path, what: str) -> Iterator[Path]:
     refuse_foreign(to, what)
     to = Path(os.path.abspath(to))  # noqa: PTH100 keeps a symbolic link
     prefix = f".{to.name}.{what}-"
-    scratch, old = to.with_name(f"{prefix}{os.getpid()}"), to.with_name(f"{prefix}{os.getpid()}-old")
+    scratch, old = to.with_name(f"{prefix}{mark()}"), to.with_name(f"{prefix}{mark()}-old")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         sweep(to.parent, prefix)
@@ -81,12 +80,11 @@ def sweep(directory: Path, prefix: str) -> None:
     """
     for dots in ("", "."):  # files in a scratch directory are first written next to it, with another dot
         for left in directory.glob(f"{dots}{glob.escape(prefix)}*"):
-            pid = re.match(r"\d+", left.name.removeprefix(dots).removeprefix(prefix))
-            if pid is not None and process_alive(int(pid[0])):
+            if not abandoned(left, left.name.removeprefix(dots).removeprefix(prefix)):
                 continue
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left, ignore_errors=True)
-            elif pid is not None:
+            else:
                 left.unlink(missing_ok=True)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import os
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from readers.regular import open_regular
 from search.by_hand.submission_rules import OWN, Rule, check
 from search.errors import UsageError
 from search.files import sweep
+from search.processes import mark
 
 BLOCK = 8 << 20  # bytes read at a time
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can hold, the same for every file
@@ -82,7 +82,7 @@ def pack(
     total = sum(place.stat().st_size for place in sources.values())
     _require_small(out, total, max_zip_mb)
     _require_disk(out, total)
-    scratch, new = out.with_name(f".{out.name}.package-{os.getpid()}"), _missing_parents(out)
+    scratch, new = out.with_name(f".{out.name}.package-{mark()}"), _missing_parents(out)
     whole = False
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -57,17 +58,23 @@ class Commands(click.Group):
         except (click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt:
-            click.echo("stopped; run the same command again to resume", err=True)
+            from search.processes import exit_status
+
+            with contextlib.suppress(OSError):  # the terminal is closed
+                click.echo("stopped; run the same command again to resume", err=True)
             # CPython ends `python -m` with the signal, whatever its exit status, once a KeyboardInterrupt has passed
             # through an exec() of text, as dataclasses do while they are imported; the next exec() makes it forget.
             exec("")  # noqa: S102
-            context.exit(130)
+            context.exit(exit_status())
         except Exception as error:
-            exhausted = None if _is_ours(error) else memory_line(error)
-            status = 2 if exhausted else _status(error)
+            from search.errors import no_space
+
+            full = no_space(error) if isinstance(error, OSError) else None
+            exhausted = None if full or _is_ours(error) else memory_line(error)
+            status = 1 if full else 2 if exhausted else _status(error)
             if status is None:
                 raise
-            click.echo(f"optuna-search: {secrets.masked(exhausted or line_of(error))}", err=True)
+            click.echo(f"optuna-search: {secrets.masked(full or exhausted or line_of(error))}", err=True)
             context.exit(status)
 
 

@@ -288,6 +288,7 @@ class StudyFile(Section):
     trials: Annotated[int, Field(ge=1)] = 20
     seed: Annotated[int, Field(ge=0)] = 0
     storage: str = "sqlite:///outputs/studies.db"
+    storage_patience: Annotated[float, Field(ge=1)] = 60.0  # seconds
     outputs: Path = Path("outputs")
     model: Model
     compression: Compression = Compression()

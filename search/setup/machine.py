@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.metadata
 import os
 import platform
@@ -167,4 +168,4 @@ def require_disk(needed: int, directory: Path, what: str) -> None:
         raise MachineError(
             f"disk: {what} needs {needed / 1e9:.2f} GB and {directory} has {free / 1e9:.2f} GB free; "
             "free some, or set outputs="
-        )
+        ) from OSError(errno.ENOSPC, "no space left", str(directory))

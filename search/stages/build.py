@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -12,14 +11,14 @@ from compressors.errors import MachineError
 from compressors.files import write_json
 from compressors.model.checkpoint import Checkpoint
 from compressors.plan import DESCRIPTION, CompressionPlan
-from search.processes import process_alive
+from search.processes import abandoned, mark
 from search.say import Say
 from search.setup import collect, keys
 from search.setup.machine import require_disk
 from search.setup.setting import Setting
 from search.stages import intact
 
-BUILDING = ".building-"  # + the worker's pid: where a checkpoint is until it is whole
+BUILDING = ".building-"  # + the worker's mark: where a checkpoint is until it is whole
 
 
 def checkpoint_of(setting: Setting, plan: CompressionPlan, say: Say, *, simulate: bool = False) -> Checkpoint:
@@ -71,7 +70,7 @@ def write(setting: Setting, plan: CompressionPlan, say: Say, *, limited: bool = 
     require_disk(needed, path.parent, "this plan's checkpoint")
     checkpoint = checkpoint_of(setting, plan, say)
     build.require_size(checkpoint, setting.max_bytes if limited else None)
-    building = path.with_name(f"{BUILDING}{os.getpid()}")
+    building = path.with_name(f"{BUILDING}{mark()}")
     scratch = building / path.name
     try:
         weights_sha256 = checkpoint.write(scratch)
@@ -92,6 +91,5 @@ def remove_unfinished(directory: Path) -> None:
     for damaged in directory.glob(".*.damaged-*"):
         shutil.rmtree(damaged, ignore_errors=True)
     for scratch in directory.glob(f"{BUILDING}*"):
-        pid = scratch.name.rpartition("-")[2]
-        if not (pid.isdigit() and process_alive(int(pid))):
+        if abandoned(scratch, scratch.name.removeprefix(BUILDING)):
             shutil.rmtree(scratch, ignore_errors=True)

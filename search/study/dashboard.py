@@ -18,6 +18,7 @@ from optuna_dashboard import save_note
 from evaluator.measurement import METRICS, Measurement
 from evaluator.metrics import shown
 from search.show import baseline_text
+from search.study.steady import SteadyStorage
 
 if TYPE_CHECKING:
     from search.study.record import Record
@@ -141,4 +142,5 @@ def serve(storage: optuna.storages.BaseStorage, artifacts: Path, host: str, port
     from optuna_dashboard import run_server
 
     artifacts.mkdir(parents=True, exist_ok=True)
-    run_server(storage, host=host, port=port, artifact_store=FileSystemArtifactStore(str(artifacts)))
+    plain = storage.plain if isinstance(storage, SteadyStorage) else storage
+    run_server(plain, host=host, port=port, artifact_store=FileSystemArtifactStore(str(artifacts)))

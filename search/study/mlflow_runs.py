@@ -27,6 +27,7 @@ from evaluator import measurement
 from evaluator.measurement import Measurement
 from search import secrets
 from search.config.study_file import Tracking
+from search.errors import StudyStopped
 from search.study.mlflow_result import METRICS, PARAMETERS, SIZES, Result
 from search.study.trials import finished
 
@@ -97,6 +98,8 @@ class Tracker:
             runs.end()
             if self._files:
                 self._store_files(runs, study)
+        except StudyStopped:
+            return  # the study's database is away: the run itself tells it
         except Exception as error:  # tracking must not end a study
             first = secrets.line_of(error)
             self._warn(

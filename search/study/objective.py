@@ -22,6 +22,7 @@ from evaluator import quality, score
 from evaluator.errors import EngineOutOfMemory, EvaluationError, NotFinite
 from evaluator.measurement import Measurement
 from search import failures, processes, secrets, stages
+from search.errors import StudyStopped, no_space
 from search.say import Say
 from search.setup import keys
 from search.stages import baseline as base_stage
@@ -81,6 +82,10 @@ class Objective:
             record.failure, record.reason = trials.INTERRUPTED, "stopped by the user; it will be tried again"
             raise
         except Exception as error:
+            full = no_space(error)
+            if full is not None:  # no plan's fault: the trial is tried again when there is space
+                record.failure, record.reason = trials.INTERRUPTED, full
+                raise StudyStopped(full) from error
             record.failure, reason = _why(error, record.stage)
             record.reason = secrets.masked(reason)
             record.fault = failures.fault_of(error)

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import optuna
+from optuna.trial import TrialState
 
 from evaluator.measurement import Measurement
 from search import processes
-from search.failures import Fault
+from search.setup.setting import Setting
 from search.stages.bench import Bench
 from search.study import samplers, trials
+from search.study.exclusive import Held
+from search.study.heartbeat import beating
 from search.study.objective import Objective, TrialFailed
 from search.study.record import Record
 
@@ -19,29 +22,27 @@ Event = dict[str, Any]
 Watch = Callable[[Event], None]  # told what happens, for the progress line
 
 
-def run_one(
-    study: optuna.Study, bench: Bench, baseline: Measurement, worker: int, done: int, watch: Watch, stop: processes.Stop
-) -> None:
-    """Run the next trial.
+class TakenOver(Exception):
+    """Another run has failed this trial, because this process had not been heard of for long; it is tried again."""
 
-    Sampler and pruner are not in the storage, so they are made for each trial.
+
+def run_one(
+    study: optuna.Study, bench: Bench, baseline: Measurement, worker: int, watch: Watch, stop: processes.Stop
+) -> bool:
+    """Run the next trial; return whether one was left to run.
 
     Args:
         study: The study.
         bench: The worker's bench.
         baseline: The base model's measurement.
         worker: The worker's number.
-        done: The number of trials that are finished or in hand, from which the sampler is seeded.
         watch: Told what happens.
         stop: Whether the user wants it to stop.
 
     Raises:
         KeyboardInterrupt: It was stopped; the trial is recorded and queued again.
+        StudyStopped: The study's database can't be used; the trial is tried again.
     """
-    file = bench.setting.file
-    study.sampler = samplers.sampler(file.sampler, file.seed, worker, done)
-    study.pruner = samplers.pruner(file.pruner, len(bench.setting.texts.shards))
-
     current: Event = {}  # the number of the trial, as soon as it has one
 
     def say(text: str) -> None:
@@ -69,14 +70,80 @@ def run_one(
     )
     try:
         with stop.held():
-            study.optimize(objective, n_trials=1, catch=(TrialFailed,))
-            if ended and ended[-1].again:
-                counts = ended[-1].fault is not Fault.MACHINE
-                trials.retry_after_machine(study, ended[-1].number, counts=counts)
+            trial = take(study, bench.setting, worker)
+            if trial is not None:
+                run_taken(study, trial, objective)
+                if ended and ended[-1].again:
+                    trials.requeue(study)
+        stop.check()
+    except TakenOver:
+        assert trial is not None
+        watch({"event": "warn", "text": f"trial {trial.number}: its worker was silent for long; it is tried again"})
         stop.check()
     except KeyboardInterrupt:
-        _queue_interrupted(study)
+        trials.requeue(study)
         raise
+    return trial is not None
+
+
+def take(study: optuna.Study, setting: Setting, worker: int) -> optuna.Trial | None:
+    """Take the next trial, or None where all of the study's trials are finished or in hand.
+
+    The trials are counted and the next is begun under a lock, so that several runs together finish exactly N. Sampler
+    and pruner are not in the storage, so they are made for each trial.
+    """
+    file, storage = setting.file, trials.storage_of(study)
+
+    def begin(held: Held) -> tuple[optuna.Trial | None, bool]:
+        everything = study.get_trials(deepcopy=False)
+        taken = len(trials.finished(everything)) + sum(trial.state == TrialState.RUNNING for trial in everything)
+        if taken >= file.trials:
+            return None, True
+        study.sampler = samplers.sampler(file.sampler, file.seed, worker, taken)
+        study.pruner = samplers.pruner(file.pruner, len(setting.texts.shards))
+        trial = study.ask()
+        trial.set_user_attr("worker", processes.identify_worker())
+        return trial, held.kept()
+
+    while True:
+        trial, kept = storage.exclusively(begin)
+        if trial is None or kept:
+            return trial
+        study.tell(trial, state=TrialState.FAIL)  # the server restarted, and another process may have counted too
+        trials.requeue(study)
+
+
+def run_taken(study: optuna.Study, trial: optuna.Trial, objective: Callable[[optuna.Trial], float]) -> None:
+    """Run a trial and record how it ended.
+
+    `study.optimize` does the same, and turns a database that can't record the end into an AssertionError.
+
+    Raises:
+        TakenOver: Another run has ended it.
+    """
+    value: float | None = None
+    state: TrialState | None = TrialState.FAIL
+    error: BaseException | None = None
+    try:
+        with beating(trial.storage, trial._trial_id):
+            value, state = objective(trial), None
+    except optuna.TrialPruned:
+        state = TrialState.PRUNED
+    except TrialFailed:
+        pass
+    except optuna.exceptions.UpdateFinishedTrialError:
+        raise TakenOver from None
+    except BaseException as other:
+        error = other
+
+    def end(held: Held) -> None:
+        if trial.storage.get_trial(trial._trial_id).state != TrialState.RUNNING:
+            raise TakenOver
+        study.tell(trial, value, state)
+
+    trials.storage_of(study).exclusively(end)
+    if error is not None:
+        raise error
 
 
 def _ended(record: Record, worker: int) -> Event:
@@ -95,13 +162,3 @@ def _ended(record: Record, worker: int) -> Event:
         "plan": record.plan.to_dict() if record.plan else None,
         "seconds": round(sum(record.seconds.values()), 1),
     }
-
-
-def _queue_interrupted(study: optuna.Study) -> None:
-    mine = processes.identify_worker()
-    everything = study.get_trials(deepcopy=True)
-    retried = {number for trial in everything for number in trial.system_attrs.get("retry_history", [])}
-    for trial in everything:
-        attrs = trial.user_attrs
-        if attrs.get("failure") == trials.INTERRUPTED and attrs.get("worker") == mine and trial.number not in retried:
-            trials.retry_interrupted(study, trial)

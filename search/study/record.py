@@ -70,7 +70,7 @@ class Record:
         if self.failure:
             values["failure"] = self.failure
         if self.again:
-            values[trials.AGAIN] = True
+            values[trials.AGAIN] = None if self.fault is None else self.fault.value
         if self.reused:
             values["reused"] = True
         if self.predicted_speed_norm is not None:

@@ -39,11 +39,15 @@ class Team(Protocol):
     def idle(self) -> bool:
         """Whether a worker can take a trial."""
 
-    def go(self, done: int) -> None:
-        """Give a trial to an idle worker; `done` trials are finished or in hand."""
+    def go(self) -> None:
+        """Have an idle worker take a trial."""
 
-    def wait(self) -> None:
-        """Return when one trial has ended. Raises StudyStopped when no worker is left."""
+    def wait(self) -> bool:
+        """Return when a worker has ended its trial, or found none to take: whether it had one.
+
+        Raises:
+            StudyStopped: No worker is left, or the study can't continue.
+        """
 
     def __enter__(self) -> Self: ...
 
@@ -58,8 +62,8 @@ class InProcess:
     def __init__(
         self, study: optuna.Study, bench: Bench, baseline: Measurement, watch: Watch, stop: processes.Stop
     ) -> None:
-        self._work: Callable[[int], None] = lambda done: run_one(study, bench, baseline, 0, done, watch, stop)
-        self._next: int | None = None
+        self._work: Callable[[], bool] = lambda: run_one(study, bench, baseline, 0, watch, stop)
+        self._idle = True
 
     def __enter__(self) -> Self:
         return self
@@ -81,18 +85,17 @@ class InProcess:
 
     @property
     def idle(self) -> bool:
-        """Whether no trial waits."""
-        return self._next is None
+        """Whether no trial is to be taken."""
+        return self._idle
 
-    def go(self, done: int) -> None:
-        """Remember that a trial is to be run."""
-        self._next = done
+    def go(self) -> None:
+        """Remember that a trial is to be taken."""
+        self._idle = False
 
-    def wait(self) -> None:
-        """Run the trial."""
-        done, self._next = self._next, None
-        assert done is not None
-        self._work(done)
+    def wait(self) -> bool:
+        """Take a trial and run it."""
+        self._idle = True
+        return self._work()
 
 
 class Processes:
@@ -165,29 +168,31 @@ class Processes:
         """Whether a worker can take a trial."""
         return bool(self._free)
 
-    def go(self, done: int) -> None:
-        """Send a trial to an idle worker."""
+    def go(self) -> None:
+        """Have an idle worker take a trial."""
         index = self._free.pop(0)
         stdin = self._processes[index].stdin
         assert stdin is not None
         with contextlib.suppress(OSError):  # its death is told by `wait`
-            stdin.write(f"go {done}\n")
+            stdin.write("go\n")
             stdin.flush()
 
-    def wait(self) -> None:
+    def wait(self) -> bool:
         """Return when one trial has ended; a worker that died is not replaced, and its trial is tried again.
 
         Raises:
-            StudyStopped: All workers are gone.
+            StudyStopped: All workers are gone, or one says that the study can't continue.
         """
         while True:
             event = self._events.get()
             if event["event"] == "idle":
                 self._free.append(event["worker"])
-                return
+                return bool(event["had_one"])
+            if event["event"] == "stopped":
+                raise StudyStopped(event["text"])
             if event["event"] == "gone":
                 if self._lose(event):
-                    return
+                    return True
                 continue
             self._watch(event)
 
@@ -198,7 +203,7 @@ class Processes:
                 f"all workers are gone (the last with exit status {event['status']}); see the messages above, and run "
                 "it again"
             )
-        self._watch({"event": "warn", "text": f"worker {event['worker']} is gone; the others go on"})
+        self._watch({"event": "warn", "text": f"worker {event['worker']} is gone; the others continue"})
         if event["worker"] not in self._free:
             return True
         self._free.remove(event["worker"])

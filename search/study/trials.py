@@ -11,12 +11,16 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search import stages
 from search.processes import alive
+from search.study.exclusive import Held
+from search.study.steady import SteadyStorage
 
 GRACE_S = 60
 MAX_RETRIES = 5
 MACHINE_RETRIES = 2  # of a plan for which memory or the GPU failed: perhaps it is the plan that needs too much
+HISTORY = "retry_history"  # Optuna's system attribute: the numbers of the trials that a trial repeats
 INTERRUPTED = "Interrupted"  # the kind of failure that is tried again
-AGAIN = "again"  # the attribute of a trial whose plan is queued again since the machine failed
+AGAIN = "again"  # the attribute of a trial whose plan is queued again since the machine failed, or perhaps did:
+MACHINE = "machine"  # its value where the plan is surely not to blame
 
 
 def finished(trials: list[FrozenTrial]) -> list[FrozenTrial]:
@@ -44,34 +48,41 @@ def _given_up(trial: FrozenTrial) -> bool:
     return len(RetryHeartbeatStaleTrialCallback.retry_history(trial)) >= MAX_RETRIES
 
 
-def retry(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Queue a killed trial's parameters again, up to MAX_RETRIES times, without its user attributes."""
-    if not _given_up(trial):
-        trial.user_attrs = {}
-        RetryHeartbeatStaleTrialCallback()(study, trial)
+def requeue(study: optuna.Study) -> None:
+    """Queue the parameters of every trial that ended without a result and is not queued again yet.
+
+    A killed trial is queued again up to MAX_RETRIES times; one that a person stopped, or for which the machine failed,
+    does not count. A trial that ended before it had a plan needs no retry: the next one draws what it would have drawn.
+    """
+    if not _to_retry(study.get_trials(deepcopy=False)):
+        return
+
+    def add(held: Held) -> None:
+        for trial in _to_retry(study.get_trials(deepcopy=True)):
+            if trial.user_attrs.get("failure") == INTERRUPTED or trial.user_attrs.get(AGAIN) == MACHINE:
+                trial.system_attrs = {name: value for name, value in trial.system_attrs.items() if name != HISTORY}
+            trial.user_attrs = {}
+            RetryHeartbeatStaleTrialCallback()(study, trial)
+
+    storage_of(study).exclusively(add)
 
 
-def retry_interrupted(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Queue the parameters of a trial that a person stopped again, which does not count as a retry."""
-    trial.system_attrs = {name: value for name, value in trial.system_attrs.items() if name != "retry_history"}
-    retry(study, trial)
+def _to_retry(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    retried = {number for trial in trials for number in trial.system_attrs.get(HISTORY, [])}
+    return [
+        trial
+        for trial in trials
+        if trial.state == TrialState.FAIL and not _failed(trial) and trial.number not in retried and _has_plan(trial)
+    ]
+
+
+def _has_plan(trial: FrozenTrial) -> bool:
+    return "plan" in trial.user_attrs or "fixed_params" in trial.system_attrs or HISTORY in trial.system_attrs
 
 
 def may_be_tried_again(trial: FrozenTrial) -> bool:
     """Return whether the plan of a trial for which perhaps the machine failed has retries left."""
     return len(RetryHeartbeatStaleTrialCallback.retry_history(trial)) < MACHINE_RETRIES
-
-
-def retry_after_machine(study: optuna.Study, number: int, *, counts: bool) -> None:
-    """Queue the parameters of a trial again for which the machine failed.
-
-    Args:
-        study: The study.
-        number: The number of the trial.
-        counts: Whether it counts as a retry.
-    """
-    trial = study.get_trials(deepcopy=True)[number]
-    (retry if counts else retry_interrupted)(study, trial)
 
 
 def machine_failures(trials: list[FrozenTrial], since: datetime.datetime) -> list[FrozenTrial]:
@@ -85,27 +96,43 @@ def machine_failures(trials: list[FrozenTrial], since: datetime.datetime) -> lis
 def retry_dead(study: optuna.Study) -> list[int]:
     """Fail the RUNNING trials whose worker is dead, queue each again, and return their numbers.
 
-    A worker of this machine is looked up by its pid. A trial that names no worker is dead after GRACE_S seconds.
-    Optuna's heartbeat finds the dead workers of other machines (https://optuna.readthedocs.io, RDBStorage).
+    A worker whose pid means the same here is looked up by it. Of others, and of one that is stopped, Optuna's heartbeat
+    tells (https://optuna.readthedocs.io, RDBStorage). A trial that names no worker is dead after GRACE_S seconds.
     """
     dead = []
-    for trial in study.get_trials(deepcopy=True, states=(TrialState.RUNNING,)):
-        worker = trial.user_attrs.get("worker")
-        if worker is None:
-            started = trial.datetime_start
-            gone = started is None or datetime.datetime.now() - started > datetime.timedelta(seconds=GRACE_S)
-        else:
-            gone = not alive(worker)
-        if gone:
-            try:
+    storage = storage_of(study)
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    silent = set(storage._get_stale_trial_ids(study._study_id)) if running else set()
+    for trial in running:
+        if trial._trial_id in silent or _is_gone(trial):
+
+            def fail(held: Held, trial: FrozenTrial = trial) -> None:
                 if _given_up(trial):
                     _explain_death(study, trial)
                 study.tell(trial.number, state=TrialState.FAIL)
+
+            try:
+                storage.exclusively(fail)
             except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
-                continue  # another worker was faster
-            retry(study, trial)
+                continue  # another worker was faster, or it ended meanwhile
             dead.append(trial.number)
+    requeue(study)
     return dead
+
+
+def _is_gone(trial: FrozenTrial) -> bool:
+    worker = trial.user_attrs.get("worker")
+    if worker is not None:
+        return alive(worker) is False
+    started = trial.datetime_start
+    return started is None or datetime.datetime.now() - started > datetime.timedelta(seconds=GRACE_S)
+
+
+def storage_of(study: optuna.Study) -> SteadyStorage:
+    """Return the database of a study that `search.study.storage` has opened."""
+    storage = study._storage
+    assert isinstance(storage, SteadyStorage)
+    return storage
 
 
 def _explain_death(study: optuna.Study, trial: FrozenTrial) -> None:

@@ -1,4 +1,4 @@
-"""A worker process: reads the study file from the first line of standard input, then `go N` for each trial.
+"""A worker process: reads the study file from the first line of standard input, then `go` for each trial.
 
 It writes an event per line to standard output, and ends with its input.
 """
@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 
 import optuna
@@ -20,11 +21,13 @@ import torch
 
 from search import processes, secrets
 from search.config.study_file import StudyFile
+from search.errors import SearchError
 from search.say import print_warnings
 from search.setup.setting import prepare
 from search.stages.bench import Bench
 from search.study import storage
-from search.study.one_trial import Event, run_one
+from search.study.one_trial import Event, Watch, run_one
+from search.study.steady import Patience
 
 
 def _lines() -> Iterator[str]:
@@ -62,16 +65,27 @@ def main(index: int, threads: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     print_warnings()
+    warnings.filterwarnings("ignore")
+    with contextlib.suppress(KeyboardInterrupt), processes.Stop() as stop:
+        try:
+            _work(index, threads, file, lines, watch, stop)
+        except SearchError as error:
+            watch({"event": "stopped", "text": str(error)})
+            sys.exit(error.exit_status)
+
+
+def _work(index: int, threads: int, file: StudyFile, lines: Iterator[str], watch: Watch, stop: processes.Stop) -> None:
     setting = prepare(file)
     if threads:
         torch.set_num_threads(threads)
         setting = dataclasses.replace(setting, machine=dataclasses.replace(setting.machine, threads=threads))
-    study = storage.load(storage.open_storage(file.storage), file.study_name)
-    with contextlib.suppress(KeyboardInterrupt), processes.Stop() as stop, Bench.of(setting) as bench:
+    patience = Patience(file.storage_patience, lambda text: watch({"event": "away", "text": text}))
+    study = storage.load(storage.open_storage(file.storage, patience), file.study_name)
+    with Bench.of(setting) as bench:
         baseline = bench.baseline(lambda text: watch({"event": "say", "text": text}))
-        for line in lines:
-            run_one(study, bench, baseline, index, int(line.split()[1]), watch, stop)
-            watch({"event": "idle"})
+        for _ in lines:
+            had_one = run_one(study, bench, baseline, index, watch, stop)
+            watch({"event": "idle", "had_one": had_one})
 
 
 if __name__ == "__main__":

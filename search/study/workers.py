@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import os
 import shutil
 import sys
@@ -28,7 +29,10 @@ from search.stages import build
 from search.stages.bench import Bench
 from search.study import dashboard, header, mlflow_runs, space, storage, time_left, trials
 from search.study.one_trial import Event, Watch
+from search.study.steady import Patience
 from search.study.team import InProcess, Processes, Team
+
+AGAIN_S = 2.0  # between two looks at what another run does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +77,15 @@ def run_study(
         stop.check()
         watch({"event": "say", "text": text})
 
+    watch = _once(watch, file.storage_patience)
+
     def warn(text: str) -> None:
         watch({"event": "warn", "text": text})
 
+    patience = Patience(file.storage_patience, lambda text: watch({"event": "away", "text": text}))
     setting = shared(prepare(file, say, warn=warn), workers)
     finished = 0
-    existing = storage.open_storage(file.storage) if storage.exists(file.storage) else None
+    existing = storage.open_storage(file.storage, patience) if storage.exists(file.storage) else None
     if existing is not None:  # a mismatch is told before the baseline is measured
         known = storage.find(existing, file.study_name, keys.definition(setting))
         finished = 0 if known is None else len(trials.finished(known.get_trials(deepcopy=False)))
@@ -88,7 +95,8 @@ def run_study(
     with Bench.of(setting) as bench:
         baseline = bench.baseline(say)
         _warn_of_noise(baseline_text.noisy(baseline.time_ratio_se, "the base model against itself"), watch)
-        study = _open(existing or storage.open_storage(file.storage), setting, baseline)
+        database = existing or storage.open_storage(file.storage, patience)
+        study = database.exclusively(lambda held: _open(database, setting, baseline))
         tracker = mlflow_runs.Tracker(
             file.tracking,
             study,
@@ -114,6 +122,21 @@ def run_study(
 def _warn_of_noise(text: str | None, watch: Watch) -> None:
     if text is not None:
         watch({"event": "warn", "text": text})
+
+
+def _once(watch: Watch, seconds: float) -> Watch:
+    """Return a `watch` that passes only one event a time in which the database is away: each process tells it."""
+    last = -math.inf
+
+    def passed(event: Event) -> None:
+        nonlocal last
+        if event["event"] != "away":
+            return watch(event)
+        before, last = last, time.monotonic()
+        if last - before > seconds:
+            watch({"event": "warn", "text": event["text"]})
+
+    return passed
 
 
 def _open(database: Any, setting: Setting, baseline: Measurement) -> optuna.Study:
@@ -146,26 +169,29 @@ def _until_finished(running: _Running, team: Team) -> None:
             _stop_if_machine_fails(trials.machine_failures(everything, began), file)
         elsewhere = _running_elsewhere(everything, team.pids)
         while team.idle and len(done) + busy + elsewhere < file.trials:
-            team.go(len(done) + busy)
+            team.go()
             busy += 1
-        if busy == 0 and elsewhere:
-            time.sleep(2)  # another `run` is at the last trials; should it die, they are taken over
-            trials.retry_dead(study)
-            continue
-        if busy == 0:
+        if busy == 0 and not elsewhere:
             return
-        team.wait()
-        busy -= 1
+        if busy == 0:
+            watch(
+                {"event": "say", "text": f"waiting for another run, which has {elsewhere} of the last trials in hand"}
+            )
+        had_one = busy > 0 and team.wait()
+        busy = max(0, busy - 1)
+        if not had_one:
+            time.sleep(AGAIN_S)  # another `run` is at the last trials; should it die, they are taken over
         trials.retry_dead(study)
-        running.describe()
-        keep_best_checkpoints(study, running.setting)
-        running.tracker.trial_ended()
+        if had_one:
+            running.describe()
+            keep_best_checkpoints(study, running.setting)
+            running.tracker.trial_ended()
 
 
 def _running_elsewhere(everything: list[FrozenTrial], pids: set[int]) -> int:
     """Count the trials that the workers of another `run` have in hand."""
-    running = [trial for trial in everything if trial.state == TrialState.RUNNING]
-    return sum(trial.user_attrs.get("worker", {"pid": None})["pid"] not in pids for trial in running)
+    workers = [trial.user_attrs.get("worker") for trial in everything if trial.state == TrialState.RUNNING]
+    return sum(worker is None or worker["pid"] not in pids or not processes.visible(worker) for worker in workers)
 
 
 def shared(setting: Setting, workers: int) -> Setting:
@@ -242,7 +268,7 @@ def _enqueue_uncut(study: optuna.Study, setting: Setting) -> None:
 
     These are what people try by hand, and what is worse than the best of them is pruned from then on.
     """
-    if study.get_trials(deepcopy=False):
+    if any(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False)):
         return
     for params in space.uncut(setting.file.space, setting.model.identity):
-        study.enqueue_trial(params)
+        study.enqueue_trial(params, skip_if_exists=True)  # a run may have been killed between two of them

@@ -269,6 +269,31 @@ def test_engines_die_with_the_warm_process(tiny, tmp_path):
     assert gone(int(lines[1].split()[1]))
 
 
+def test_a_fork_that_a_signal_interrupts_leaves_no_engine_and_no_answer_for_the_next_call(tiny, tmp_path):
+    more = textwrap.dedent("""
+        import os, signal
+        server = process._servers["transformers"]
+        os.kill(server.process.pid, signal.SIGSTOP)  # it does not answer until the signal has come
+        threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+        settings = EngineSettings(device="cpu", threads=1)
+        try:
+            process.EngineProcess("transformers", sys.argv[1], settings, sys.argv[2])
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+        os.kill(server.process.pid, signal.SIGCONT)
+        engine.close()
+        print(server.process.wait(20), flush=True)
+        engine = process.EngineProcess("transformers", sys.argv[1], settings, sys.argv[2])
+        print(len(engine.nll([[1, 2]])), flush=True)
+    """)
+    with run_program(tiny, tmp_path, more) as program:
+        out, err = program.communicate(timeout=120)
+    assert program.returncode == 0, err
+    lines = out.splitlines()
+    assert lines[2:] == ["interrupted", "0", "1"]
+    assert gone(int(lines[1].split()[1]))
+
+
 def test_a_program_ends_by_itself_and_is_not_run_again(tiny, tmp_path):
     """No `main runs` from the warm process or the engine, and nothing is left when it is over."""
     with run_program(tiny, tmp_path, "print(len(engine.nll([[1, 2, 3]])[0]), flush=True)") as program:

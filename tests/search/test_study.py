@@ -1,18 +1,13 @@
 """Tests of storages, resuming and counting, with real databases and killed processes."""
 
-import os
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import optuna
 import pytest
-from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
-from search import processes
 from search.config.study_file import Pruner, Sampler
 from search.errors import StorageError, StudyMismatch, UsageError
 from search.study import samplers
@@ -77,7 +72,7 @@ def test_another_definition_is_refused_with_the_differences(url):
 
 def test_a_study_of_another_program_is_refused(url):
     storage = study_storage.open_storage(url)
-    optuna.create_study(storage=storage, study_name="foreign")
+    optuna.create_study(storage=storage, study_name="foreign", direction="maximize").ask()
     with pytest.raises(StudyMismatch, match="not created by optuna-search"):
         study_storage.create_or_resume(storage, "foreign", DEFINITION)
 
@@ -97,6 +92,7 @@ WORKER = """
     trial = study.ask()
     trial.suggest_int("num_hidden_layers", 1, 30)
     trial.set_user_attr("worker", processes.identify_worker())
+    trial.set_user_attr("plan", trial.params)
     trial.report(0.25, 1)
     print(trial.params["num_hidden_layers"], flush=True)
     if sys.argv[2] == "die":
@@ -212,32 +208,3 @@ def test_each_pruner_prunes_a_clearly_worse_trial(name):
     study.optimize(lambda trial: objective(trial, 0.2), n_trials=3)
     assert TrialState.PRUNED in [trial.state for trial in study.trials[6:]]
     assert len(study.trials[-1].intermediate_values) < len(shards) or name == "hyperband"
-
-
-@pytest.mark.parametrize("within_released", [True, False])
-def test_an_interrupted_commit_of_the_storage_stops_the_study(within_released):
-    def commit():
-        try:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)
-        except KeyboardInterrupt as error:  # what SQLAlchemy's clean-up, and then Optuna, make of it
-            raise StorageInternalError("An exception is raised during the commit.") from error
-
-    seen = []
-
-    def trial(stop):
-        if not within_released:
-            commit()
-        with stop.held():
-            try:
-                with stop.released():
-                    commit()
-            except KeyboardInterrupt:  # where the trial is recorded as interrupted
-                seen.append("trial")
-                raise
-
-    with pytest.raises(KeyboardInterrupt), processes.Stop() as stop:
-        trial(stop)
-    assert seen == ["trial"] * within_released
-    with pytest.raises(StorageInternalError), processes.Stop() as stop, stop.released():
-        raise StorageInternalError("the disk is full")
