@@ -74,6 +74,9 @@ class Enough:
         return lost is not None and timing.time_ratio - SURE * timing.time_ratio_se > lost
 
 
+ALL_TURNS = Enough()
+
+
 def time_in_turn(
     candidate: Timed,
     baseline: Timed,
@@ -81,7 +84,7 @@ def time_in_turn(
     progress: Callable[[int, int], None] | None = None,
     *,
     expected_base_ms: float | None = None,
-    enough: Enough = Enough(),
+    enough: Enough = ALL_TURNS,
 ) -> Timing:
     """Time both engines on the workload; one engine twice shows how far two timings of one model lie apart.
 
@@ -103,7 +106,8 @@ def time_in_turn(
         timing = estimate(*timed)
         if expected_base_ms is None or timing.base_time_per_token_ms <= SLOWER * expected_base_ms:
             return timing
-        timed = _joined(timed, _collect(candidate, baseline, workload, progress, enough))
+        again = _collect(candidate, baseline, workload, progress, enough)
+        timed = _joined(timed[0], again[0]), _joined(timed[1], again[1])
     return estimate(*timed)
 
 
@@ -117,7 +121,7 @@ def _collect(
     progress: Callable[[int, int], None] | None,
     enough: Enough,
 ) -> Both:
-    if enough == Enough():
+    if enough == ALL_TURNS:
         return collect(candidate, baseline, workload, progress)
     timed: Both | None = None
     total = len(workload.batch_sizes) * workload.turns * 2
@@ -129,21 +133,18 @@ def _collect(
             if progress is not None:
                 progress(min(before + done, total), total)
 
-        more = collect(candidate, baseline, part, counted)
-        timed = more if timed is None else _joined(timed, more)
+        of_candidate, of_baseline = collect_all([candidate, baseline], part, counted, first=timed is None)
+        if timed is not None:
+            of_candidate, of_baseline = _joined(timed[0], of_candidate), _joined(timed[1], of_baseline)
+        timed = of_candidate, of_baseline
         if enough.reached_by(estimate(*timed)):
             break
     assert timed is not None
     return timed
 
 
-def _joined(first: Both, second: Both) -> Both:
-    """Return the turns of both collections together."""
-
-    def join(turns: Mapping[int, Turns], more: Mapping[int, Turns]) -> dict[int, Turns]:
-        return {size: [*turns[size], *more[size]] for size in turns}
-
-    return join(first[0], second[0]), join(first[1], second[1])
+def _joined(turns: Mapping[int, Turns], more: Mapping[int, Turns]) -> dict[int, Turns]:
+    return {size: [*turns[size], *more[size]] for size in turns}
 
 
 def collect(
@@ -155,7 +156,11 @@ def collect(
 
 
 def collect_all(
-    engines: Sequence[Timed], workload: Workload, progress: Callable[[int, int], None] | None = None
+    engines: Sequence[Timed],
+    workload: Workload,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    first: bool = True,
 ) -> list[dict[int, Turns]]:
     """Return the raw step times of several engines, taken in turn, there and back: turns of seconds by batch size.
 
@@ -163,6 +168,7 @@ def collect_all(
         engines: The engines; one of them twice is timed as two.
         workload: What is timed.
         progress: A function that is called with the turns done and all turns, of all engines together.
+        first: Whether the engines are new: buffers are allocated and kernels chosen before anything counts.
     """
     timed: list[dict[int, Turns]] = [{} for _ in engines]
     total, done = len(workload.batch_sizes) * workload.turns * len(engines), 0
@@ -172,8 +178,9 @@ def collect_all(
         def turn(engine: Timed, batch_size: int = batch_size, steps: int = steps) -> list[float]:
             return engine.decode_steps(batch_size, workload.prompt_tokens, steps, workload.seed)[DISCARDED:]
 
-        for engine in engines:
-            turn(engine)  # first use: buffers are allocated, kernels are chosen
+        if first:
+            for engine in engines:
+                turn(engine)
         turns: list[list[list[float]]] = [[] for _ in engines]
         pairs = list(zip(engines, turns, strict=True))
         for index in range(workload.turns):
@@ -185,6 +192,28 @@ def collect_all(
         for by_size, samples in zip(timed, turns, strict=True):
             by_size[batch_size] = samples
     return timed
+
+
+def time_all(
+    candidates: Sequence[Timed], baseline: Timed, workload: Workload, time_ratio_se: float
+) -> list[dict[int, Timing]]:
+    """Time several candidates in turn with the baseline, and return each one's timing by batch size.
+
+    Turns are taken in rounds of ROUND, until every ratio has the standard error that is wanted, or the workload's turns
+    are taken.
+    """
+    engines = [baseline, *candidates]
+    together: list[dict[int, Turns]] | None = None
+    for start in range(0, workload.turns, ROUND):
+        part = dataclasses.replace(workload, turns=max(min(ROUND, workload.turns - start), 2))
+        more = collect_all(engines, part, first=start == 0)
+        together = more if together is None else [_joined(*both) for both in zip(together, more, strict=True)]
+        timings = [
+            {size: estimate({size: turns[size]}, {size: together[0][size]}) for size in turns} for turns in together[1:]
+        ]
+        if all(0 < timing.time_ratio_se <= time_ratio_se for each in timings for timing in each.values()):
+            break
+    return timings
 
 
 def estimate(candidate: Mapping[int, Turns], baseline: Mapping[int, Turns]) -> Timing:

@@ -23,6 +23,7 @@ from search.config import compose
 from search.setup import setting as settings
 from search.stages import speed_table
 from search.stages.engines import Engines
+from search.study.space import shareable
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 MODELS = {
@@ -215,7 +216,9 @@ def compare(setting: settings.Setting, engines: Engines, table, plans: int) -> l
                         "intermediate_size")
         }  # fmt: skip
         plan = dataclasses.replace(own, **values, precision=PRECISIONS[len(chosen) % len(PRECISIONS)])
-        plan = speed_table._with_heads(plan, own)
+        plan = dataclasses.replace(
+            plan, num_attention_heads=shareable(plan.num_attention_heads, plan.num_key_value_heads, own)
+        )
         if build.check(plan, setting.model.checkpoint, setting.model.family, kernels=setting.kernels) is None:
             chosen.append(plan)
     rows = []

@@ -198,6 +198,10 @@ class Evaluation(Section):
     device: str = "auto"
     speed: Literal["measured", "predicted"] = "measured"
     workload: WorkloadSection = WorkloadSection()
+    # the standard error of the Score that is small enough to end a trial's timing; 0: take all turns
+    score_se: Annotated[float, Field(ge=0)] = 0.003
+    # whether `run` times a few models with random weights first; auto: where the engine needs no weight files for it
+    forecast: bool | Literal["auto"] = "auto"
     compile: bool = False  # torch.compile inside vLLM: slower to start, closer to the server's defaults
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.3
     start_timeout_s: Annotated[float, Field(gt=0)] = 300.0
@@ -216,7 +220,7 @@ class ScoreSection(Section):
 class Sampler(Section):
     """Sampler holds the settings of the study's sampler."""
 
-    name: Literal["tpe", "random"] = "tpe"
+    name: Literal["tpe", "gp", "forecast", "random"] = "tpe"
     n_startup_trials: Annotated[int, Field(ge=1)] = 10
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,9 @@ from search.setup import keys
 from search.setup.setting import Setting
 from search.stages.engines import Engines
 
-TOGETHER = 4  # engines that are started and timed together on a GPU
-TURNS = 12  # at most, of each probe
+TOGETHER = 6  # engines that are started and timed together on a GPU
+RATIO_SE = 0.006  # the standard error of each probe's time ratio, where the workload's turns reach it
+TRIED = 200  # plans near one that the engine refuses
 WIDTHS = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_size")
 
 
@@ -80,58 +82,64 @@ def probes(setting: Setting) -> list[tuple[CompressionPlan, bool]]:
     """Return the plans to time, and whether each only checks the forecast.
 
     Every precision at full and at half depth, and with all searched widths at their low ends; in the base model's own
-    precision each width by itself. The checks lie in the middle of the space.
+    precision each width by itself. The checks lie in the middle of the space. Where the engine refuses a plan, the
+    nearest that it serves takes its place.
     """
     own, searched = setting.model.identity, setting.file.space
     precisions = list(dict.fromkeys([own.precision, *(searched.precision or [])]))
-    lows: dict[str, Any] = {name: _end(getattr(searched, name), getattr(own, name)) for name in WIDTHS}
-    narrow = _with_heads(dataclasses.replace(own, **lows), own)
-    half = max(1, own.num_hidden_layers // 2)
-    wanted: list[tuple[CompressionPlan, bool]] = [(dataclasses.replace(own, num_hidden_layers=half), False)]
+    narrow = dataclasses.replace(own, **_at(setting, 0.0, WIDTHS))
+    half = dataclasses.replace(own, num_hidden_layers=max(1, own.num_hidden_layers // 2))
+    middle = dataclasses.replace(own, **_at(setting, 0.5, ("num_hidden_layers", *WIDTHS)))
+    wanted = [(half, False)]
     for names in (("intermediate_size",), ("num_attention_heads", "num_key_value_heads"), ("hidden_size",)):
         wanted.append((dataclasses.replace(own, **{name: getattr(narrow, name) for name in names}), False))
-    middle = _middle(setting)
     for precision in precisions:
         if precision != own.precision:
-            for plan in (own, dataclasses.replace(own, num_hidden_layers=half), narrow):
-                wanted.append((dataclasses.replace(plan, precision=precision), False))
+            wanted += [(dataclasses.replace(plan, precision=precision), False) for plan in (own, half, narrow)]
         if precision == own.precision or precision in SCHEMES:
             wanted.append((dataclasses.replace(middle, precision=precision), True))
     seen = {_base_shape(setting)}
     chosen = []
     for plan, check in wanted:
-        shape = shape_of(setting, plan)
-        if shape not in seen and _servable(setting, plan):
-            seen.add(shape)
-            chosen.append((plan, check))
+        near = _nearest_served(setting, plan, seen)
+        if near is not None:
+            seen.add(shape_of(setting, near))
+            chosen.append((near, check))
     return chosen
 
 
-def _end(wanted: Range | int | None, own: int) -> int:
-    """Return the low end of a dimension of the space."""
-    if isinstance(wanted, Range):
-        return wanted.low
-    return own if wanted is None else wanted
-
-
-def _middle(setting: Setting) -> CompressionPlan:
-    """Return the plan in the middle of the space."""
-    own = setting.model.identity
+def _at(setting: Setting, share: float, names: Sequence[str]) -> dict[str, Any]:
+    """Return the values at a share of the way from the low to the high end of each dimension of the space."""
     values: dict[str, Any] = {}
-    for name in ("num_hidden_layers", *WIDTHS):
+    for name in names:
         wanted = getattr(setting.file.space, name)
         if isinstance(wanted, Range):
-            values[name] = wanted.low + (wanted.high - wanted.low) // wanted.step // 2 * wanted.step
+            values[name] = wanted.low + int((wanted.high - wanted.low) // wanted.step * share) * wanted.step
         elif wanted is not None:
             values[name] = wanted
-    return _with_heads(dataclasses.replace(own, **values), own)
+    return values
 
 
-def _with_heads(plan: CompressionPlan, own: CompressionPlan) -> CompressionPlan:
-    """Return the plan with as many query heads, at most its own, as its key/value heads can share evenly."""
-    groups = plan.num_key_value_heads
-    each = min(max(plan.num_attention_heads // groups, 1), own.num_attention_heads // own.num_key_value_heads)
-    return dataclasses.replace(plan, num_attention_heads=each * groups)
+def _nearest_served(setting: Setting, plan: CompressionPlan, seen: Collection[Shape]) -> CompressionPlan | None:
+    """Return the servable plan with the nearest widths whose shape is new; None if there is none near."""
+    own = setting.model.identity
+    if shape_of(setting, plan) in seen:
+        return None
+    grids = []
+    for name in WIDTHS:
+        wanted, value = getattr(setting.file.space, name), getattr(plan, name)
+        grid = range(wanted.low, wanted.high + 1, wanted.step) if isinstance(wanted, Range) else ()
+        grids.append(sorted({value, getattr(own, name), *grid}))
+
+    def distance(values: Sequence[int]) -> float:
+        each = zip(WIDTHS, values, strict=True)
+        return float(sum(abs(value - getattr(plan, name)) / getattr(own, name) for name, value in each))
+
+    for values in sorted(itertools.product(*grids), key=distance)[:TRIED]:
+        near = dataclasses.replace(plan, **dict(zip(WIDTHS, values, strict=True)))
+        if shape_of(setting, near) not in seen and _servable(setting, near):
+            return near
+    return None
 
 
 def _servable(setting: Setting, plan: CompressionPlan) -> bool:
@@ -166,15 +174,13 @@ def speed_table(setting: Setting, engines: Engines, say: Say) -> SpeedTable | No
 def _timed(
     setting: Setting, engines: Engines, table: SpeedTable, group: Sequence[tuple[CompressionPlan, bool]], say: Say
 ) -> SpeedTable:
-    workload = dataclasses.replace(setting.workload, turns=min(TURNS, setting.workload.turns))
     baseline = engines.baseline()
     with _started(setting, engines, [plan for plan, _ in group], say) as running:
         ready = [(pair, engine) for pair, engine in zip(group, running, strict=True) if engine is not None]
         if not ready:
             return table
-        base_turns, *candidates = speed.collect_all([baseline, *(engine for _, engine in ready)], workload)
-    for (plan, check), turns in zip([pair for pair, _ in ready], candidates, strict=True):
-        timings = {size: speed.estimate({size: turns[size]}, {size: base_turns[size]}) for size in turns}
+        every = speed.time_all([engine for _, engine in ready], baseline, setting.workload, RATIO_SE)
+    for (plan, check), timings in zip([pair for pair, _ in ready], every, strict=True):
         probe = Probe(
             shape_of(setting, plan),
             {size: timing.time_ratio for size, timing in timings.items()},

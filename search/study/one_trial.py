@@ -10,6 +10,7 @@ import optuna
 from evaluator.measurement import Measurement
 from search import processes
 from search.stages.bench import Bench
+from search.stages.forecast import Forecast
 from search.study import samplers, trials
 from search.study.objective import Objective, TrialFailed
 from search.study.record import Record
@@ -38,7 +39,8 @@ def run_one(
         KeyboardInterrupt: It was stopped; the trial is recorded and queued again.
     """
     file = bench.setting.file
-    study.sampler = samplers.sampler(file.sampler, file.seed, worker, done)
+    forecast = Forecast.known(bench.setting)
+    study.sampler = samplers.sampler(file.sampler, file.seed, worker, done, forecast)
     study.pruner = samplers.pruner(file.pruner, len(bench.setting.texts.shards))
 
     def say(text: str) -> None:
@@ -56,6 +58,7 @@ def run_one(
         on_stage=on_stage,
         on_end=lambda record: watch(_ended(record, worker)),
         interruptible=stop.released,
+        forecast=forecast,
     )
     try:
         with stop.held():

@@ -15,6 +15,7 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
+from evaluator import backends
 from evaluator.measurement import Measurement
 from search import processes
 from search.config.study_file import StudyFile
@@ -77,6 +78,8 @@ def run_study(
         running = _Running(study, setting, baseline, watch, stop, tracker)
         running.describe()
         try:
+            if wants_forecast(setting):
+                bench.make_forecast(say, damage=setting.file.sampler.name == "forecast")
             if workers > 1:
                 bench.close()
             team: Team = (
@@ -87,6 +90,14 @@ def run_study(
         finally:
             tracker.close()
     return study
+
+
+def wants_forecast(setting: Setting) -> bool:
+    """Return whether `run` makes the forecast's tables before the first trial."""
+    wanted, sampler = setting.file.evaluation.forecast, setting.file.sampler.name
+    if wanted == "auto":
+        return sampler == "forecast" or backends.module_of(setting.machine.backend).FACTS.random_weights
+    return wanted
 
 
 def _open(database: Any, setting: Setting, baseline: Measurement) -> optuna.Study:
