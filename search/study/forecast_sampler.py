@@ -1,6 +1,6 @@
 """A sampler that starts from the study's forecast and learns where it is wrong.
 
-The error of the forecast, in units of its own standard error, is a Gaussian process over the searched values. Trials
+The error of the forecast is a Gaussian process over the searched values. Trials
 that were measured teach it, and so do those that were pruned at the screen, by what they had until then. The next plan
 is the one with the largest expected improvement (Jones, Schonlau and Welch 1998, https://doi.org/10.1023/A:1008306431147)
 among a random sample of the space and the neighbours of its best.
@@ -29,14 +29,15 @@ from search.study import space
 DRAWN = 1000  # plans of the random sample
 ROUNDS, BEST = 3, 10  # of the neighbours of the best: how often, and of how many
 LEARNS_FROM = 3  # trials, before anything but the forecast counts
-NOISE = 0.1  # of an observation, in standard errors of the forecast
+UNIT = 0.02  # of Score, in which the forecast's error is about 1
+NOISE = 0.1  # of an observation, in these units
 
 Params = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """What a trial has taught: its parameters, the forecast's error in units of its standard error, its Score."""
+    """What a trial has taught: its parameters, the forecast's error in units of UNIT, its Score."""
 
     params: Params
     error: float
@@ -118,7 +119,7 @@ class ForecastSampler(optuna.samplers.BaseSampler):
             value = _seen(trial, self._running_mean)
             if value is not None and _complete(trial, search_space):
                 expected = self._forecast.expected(self._plan(trial.params))
-                observed.append(Observation(trial.params, (value - expected.score) / expected.score_se, value))
+                observed.append(Observation(trial.params, (value - expected.score) / UNIT, value))
         return observed
 
     def _plan(self, params: Mapping[str, Any]) -> CompressionPlan:
@@ -132,7 +133,7 @@ class ForecastSampler(optuna.samplers.BaseSampler):
         error = np.array([each.score_se for each in expected])
         if model is not None:
             residual, spread = model.predict(candidates)
-            mean, error = mean + residual * error, spread * error
+            mean, error = mean + UNIT * residual, UNIT * spread
         error = np.maximum(error, 1e-6)
         gain = (mean - best) / error
         improvement: NDArray[np.float64] = error * (gain * norm.cdf(gain) + norm.pdf(gain))
@@ -203,12 +204,14 @@ class _Residual:
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import ConstantKernel, Matern
 
-        kernel = ConstantKernel(1.0, (0.05, 20.0)) + ConstantKernel(1.0, (0.05, 20.0)) * Matern(1.0, (0.3, 5.0), nu=2.5)
+        kernel = ConstantKernel(1.0, (0.05, 100.0)) + ConstantKernel(1.0, (0.05, 100.0)) * Matern(
+            1.0, (0.3, 5.0), nu=2.5
+        )
         regressor = GaussianProcessRegressor(kernel, alpha=NOISE**2, random_state=0)
         points = _points([each.params for each in observed], search_space)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a bound that is reached is no concern of the user's
-            regressor.fit(points, np.clip([each.error for each in observed], -10.0, 10.0))
+            regressor.fit(points, [each.error for each in observed])
         return cls(regressor, search_space)
 
     def predict(self, candidates: Sequence[Params]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
