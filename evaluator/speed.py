@@ -199,8 +199,8 @@ def time_all(
 ) -> list[dict[int, Timing]]:
     """Time several candidates in turn with the baseline, and return each one's timing by batch size.
 
-    Turns are taken in rounds of ROUND, until every ratio has the standard error that is wanted, or the workload's turns
-    are taken.
+    Turns are taken in rounds of ROUND, until every candidate's time per token, over all batch sizes, has the standard
+    error that is wanted, or the workload's turns are taken.
     """
     engines = [baseline, *candidates]
     together: list[dict[int, Turns]] | None = None
@@ -208,12 +208,10 @@ def time_all(
         part = dataclasses.replace(workload, turns=max(min(ROUND, workload.turns - start), 2))
         more = collect_all(engines, part, first=start == 0)
         together = more if together is None else [_joined(*both) for both in zip(together, more, strict=True)]
-        timings = [
-            {size: estimate({size: turns[size]}, {size: together[0][size]}) for size in turns} for turns in together[1:]
-        ]
-        if all(0 < timing.time_ratio_se <= time_ratio_se for each in timings for timing in each.values()):
+        base = together[0]
+        if all(0 < estimate(turns, base).time_ratio_se <= time_ratio_se for turns in together[1:]):
             break
-    return timings
+    return [{size: estimate({size: turns[size]}, {size: base[size]}) for size in turns} for turns in together[1:]]
 
 
 def estimate(candidate: Mapping[int, Turns], baseline: Mapping[int, Turns]) -> Timing:

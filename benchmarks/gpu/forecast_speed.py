@@ -7,9 +7,12 @@ makes it; then plans that it has not seen are drawn from the space and timed in 
 """
 
 import argparse
+import contextlib
+import cProfile
 import dataclasses
 import json
 import pathlib
+import pstats
 import random
 import shutil
 import statistics
@@ -21,8 +24,9 @@ from compressors.plan import CompressionPlan, short
 from evaluator import speed
 from search.config import compose
 from search.setup import setting as settings
-from search.stages import speed_table
+from search.stages import damage_table, speed_table
 from search.stages.engines import Engines
+from search.stages.screen import Screener
 from search.study.space import shareable
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -125,10 +129,11 @@ SPACES["tiny"] = {
 PRECISIONS = ("bfloat16", "W8A8", "FP8_DYNAMIC", "W4A16")
 
 
-def hollow(directory: pathlib.Path, config: dict, tokenizer: pathlib.Path) -> None:
-    """Write a checkpoint whose weights are a hole in a file: zeros that take no disk space."""
+def hollow(directory: pathlib.Path, config: dict, tokenizer: pathlib.Path, weights: bool = False) -> None:
+    """Write a checkpoint whose weights are a hole in a file: zeros that take no disk space; or random weights."""
     import torch
     import transformers
+    from safetensors.torch import save_file
 
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
@@ -142,9 +147,15 @@ def hollow(directory: pathlib.Path, config: dict, tokenizer: pathlib.Path) -> No
             tensors[name] = value
     header = safetensors_file.header_of(tensors)
     size = sum(value.nbytes for value in tensors.values())
-    with (directory / "model.safetensors").open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + size)
+    if weights:
+        torch.manual_seed(0)
+        drawn = {name: 0.02 * torch.randn(value.shape, dtype=torch.bfloat16) for name, value in tensors.items()}
+        norms = {name: torch.ones_like(value) for name, value in drawn.items() if "norm" in name}
+        save_file({**drawn, **norms}, directory / "model.safetensors")
+    else:
+        with (directory / "model.safetensors").open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + size)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer / name, directory / name)
 
@@ -156,6 +167,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["qwen2.5-1.5b", "exaone4-1.2b", "llama-8b"])
     parser.add_argument("--plans", type=int, default=12)
     parser.add_argument("--scratch", type=pathlib.Path, default=pathlib.Path("/tmp/forecast-speed"))
+    parser.add_argument("--profile", type=pathlib.Path, help="make the damage table too, of random weights, profiled")
     parser.add_argument("--words", nargs="*", default=["evaluation=vllm"], help="words for the study file")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -167,7 +179,7 @@ def one(name: str, arguments: argparse.Namespace) -> None:
     shutil.rmtree(arguments.scratch / name, ignore_errors=True)
     path = arguments.scratch / name / "model"
     started = time.monotonic()
-    hollow(path, MODELS[name], arguments.tokenizer)
+    hollow(path, MODELS[name], arguments.tokenizer, bool(arguments.profile))
     words = [
         f"model.source={path}",
         f"study_name={name}",
@@ -197,11 +209,29 @@ def one(name: str, arguments: argparse.Namespace) -> None:
                 shape = dataclasses.replace(table.base, precision=precision)
                 parts = dataclasses.asdict(table.parts(shape, size))
                 print(f"    {precision:12s}", {part: round(value, 3) for part, value in parts.items()})
+        if arguments.profile:
+            profile_damage(setting, arguments.profile)
         rows = compare(setting, engines, table, arguments.plans)
     errors = [abs(row["forecast"] - row["measured"]) for row in rows]
     print(f"{name}: {len(rows)} plans, median error {statistics.median(errors):.4f}, largest {max(errors):.4f}")
     (arguments.out / f"{name}.json").write_text(json.dumps({"table": table.to_dict(), "plans": rows}, indent=1))
     shutil.rmtree(arguments.scratch / name, ignore_errors=True)
+
+
+def profile_damage(setting: settings.Setting, path: pathlib.Path) -> None:
+    """Make the damage table under cProfile."""
+    profiler = cProfile.Profile()
+    started = time.monotonic()
+    with contextlib.suppress(KeyboardInterrupt):
+        profiler.runcall(
+            damage_table.damage_table,
+            setting,
+            Screener(setting),
+            lambda text: print(f"… {time.monotonic() - started:6.1f} s {text}", flush=True),
+        )
+    print(f"damage table in {time.monotonic() - started:.0f} s")
+    with path.open("w") as file:
+        pstats.Stats(profiler, stream=file).sort_stats("cumulative").print_stats(70)
 
 
 def compare(setting: settings.Setting, engines: Engines, table, plans: int) -> list[dict]:

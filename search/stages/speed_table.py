@@ -34,6 +34,7 @@ from search.stages.engines import Engines
 
 TOGETHER = 6  # engines that are started and timed together on a GPU
 RATIO_SE = 0.006  # the standard error of each probe's time ratio, where the workload's turns reach it
+DEPTH = 0.75
 TRIED = 200  # plans near one that the engine refuses
 WIDTHS = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_size")
 
@@ -81,21 +82,21 @@ def _base_shape(setting: Setting) -> Shape:
 def probes(setting: Setting) -> list[tuple[CompressionPlan, bool]]:
     """Return the plans to time, and whether each only checks the forecast.
 
-    Every precision at full and at half depth, and with all searched widths at their low ends; in the base model's own
+    Every precision at full depth and at the space's least, and with all searched widths at their low ends; in the base model's own
     precision each width by itself. The checks lie in the middle of the space. Where the engine refuses a plan, the
     nearest that it serves takes its place.
     """
     own, searched = setting.model.identity, setting.file.space
     precisions = list(dict.fromkeys([own.precision, *(searched.precision or [])]))
     narrow = dataclasses.replace(own, **_at(setting, 0.0, WIDTHS))
-    half = dataclasses.replace(own, num_hidden_layers=max(1, own.num_hidden_layers // 2))
+    shallow = dataclasses.replace(own, num_hidden_layers=_shallow(setting))
     middle = dataclasses.replace(own, **_at(setting, 0.5, ("num_hidden_layers", *WIDTHS)))
-    wanted = [(half, False)]
+    wanted = [(shallow, False)]
     for names in (("intermediate_size",), ("num_attention_heads", "num_key_value_heads"), ("hidden_size",)):
         wanted.append((dataclasses.replace(own, **{name: getattr(narrow, name) for name in names}), False))
     for precision in precisions:
         if precision != own.precision:
-            wanted += [(dataclasses.replace(plan, precision=precision), False) for plan in (own, half, narrow)]
+            wanted += [(dataclasses.replace(plan, precision=precision), False) for plan in (own, shallow, narrow)]
         if precision == own.precision or precision in SCHEMES:
             wanted.append((dataclasses.replace(middle, precision=precision), True))
     seen = {_base_shape(setting)}
@@ -106,6 +107,13 @@ def probes(setting: Setting) -> list[tuple[CompressionPlan, bool]]:
             seen.add(shape_of(setting, near))
             chosen.append((near, check))
     return chosen
+
+
+def _shallow(setting: Setting) -> int:
+    """Return the least depth of the space, but no more than DEPTH of the base model's: a slope wants some distance."""
+    wanted, full = setting.file.space.num_hidden_layers, setting.model.identity.num_hidden_layers
+    most = max(1, int(DEPTH * full))
+    return min(wanted.low, most) if isinstance(wanted, Range) else most
 
 
 def _at(setting: Setting, share: float, names: Sequence[str]) -> dict[str, Any]:
