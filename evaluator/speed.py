@@ -208,10 +208,10 @@ def time_all(
         part = dataclasses.replace(workload, turns=max(min(ROUND, workload.turns - start), 2))
         more = collect_all(engines, part, first=start == 0)
         together = more if together is None else [_joined(*both) for both in zip(together, more, strict=True)]
-        base = together[0]
-        if all(0 < estimate(turns, base).time_ratio_se <= time_ratio_se for turns in together[1:]):
+        base, *rest = together
+        if all(0 < estimate(turns, base).time_ratio_se <= time_ratio_se for turns in rest):
             break
-    return [{size: estimate({size: turns[size]}, {size: base[size]}) for size in turns} for turns in together[1:]]
+    return [{size: estimate({size: turns[size]}, {size: base[size]}) for size in turns} for turns in rest]
 
 
 def estimate(candidate: Mapping[int, Turns], baseline: Mapping[int, Turns]) -> Timing:

@@ -82,9 +82,9 @@ def _base_shape(setting: Setting) -> Shape:
 def probes(setting: Setting) -> list[tuple[CompressionPlan, bool]]:
     """Return the plans to time, and whether each only checks the forecast.
 
-    Every precision at full depth and at the space's least, and with all searched widths at their low ends; in the base model's own
-    precision each width by itself. The checks lie in the middle of the space. Where the engine refuses a plan, the
-    nearest that it serves takes its place.
+    Every precision at full depth and at the space's least, and with all searched widths at their low ends; in the base
+    model's own precision each width by itself. The checks lie in the middle of the space. Where the engine refuses a
+    plan, the nearest that it serves takes its place.
     """
     own, searched = setting.model.identity, setting.file.space
     precisions = list(dict.fromkeys([own.precision, *(searched.precision or [])]))
