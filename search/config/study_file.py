@@ -200,7 +200,7 @@ class Evaluation(Section):
     workload: WorkloadSection = WorkloadSection()
     # the standard error of the Score that is small enough to end a trial's timing; 0: take all turns
     score_se: Annotated[float, Field(ge=0)] = 0.003
-    # whether `run` times a few models with random weights first; auto: where the engine needs no weight files for it
+    # whether `run` makes the tables of `forecast` first; auto: for the sampler that needs them. It uses what is there.
     forecast: bool | Literal["auto"] = "auto"
     compile: bool = False  # torch.compile inside vLLM: slower to start, closer to the server's defaults
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.3

@@ -15,7 +15,6 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from evaluator import backends
 from evaluator.measurement import Measurement
 from search import processes
 from search.config.study_file import StudyFile
@@ -94,10 +93,8 @@ def run_study(
 
 def wants_forecast(setting: Setting) -> bool:
     """Return whether `run` makes the forecast's tables before the first trial."""
-    wanted, sampler = setting.file.evaluation.forecast, setting.file.sampler.name
-    if wanted == "auto":
-        return sampler == "forecast" or backends.module_of(setting.machine.backend).FACTS.random_weights
-    return wanted
+    wanted = setting.file.evaluation.forecast
+    return setting.file.sampler.name == "forecast" if wanted == "auto" else wanted
 
 
 def _open(database: Any, setting: Setting, baseline: Measurement) -> optuna.Study:
