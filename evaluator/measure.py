@@ -92,6 +92,7 @@ def measure_candidate(
     weights_sha256: str | None = None,
     expected_base_ms: float | None = None,
     progress: Progress = None,
+    enough: speed.Enough = speed.ALL_TURNS,
 ) -> Measurement:
     """Measure a candidate, timed in turn with the base model.
 
@@ -103,6 +104,7 @@ def measure_candidate(
         weights_sha256: The sha256 of model.safetensors, if it is known.
         expected_base_ms: The baseline's time per token when it was timed alone; see `speed.time_in_turn`.
         progress: A function that is told what is being done.
+        enough: When fewer turns of the timing are enough.
 
     Raises:
         NotFinite: The model is broken.
@@ -114,7 +116,7 @@ def measure_candidate(
     if request.timed:
         if baseline is None:
             raise ValueError("measure: a candidate is timed against the baseline's engine, and none was given")
-        timing = _time(engine, baseline, request, seconds, progress, expected_base_ms)
+        timing = _time(engine, baseline, request, seconds, progress, expected_base_ms, enough)
     return _measure(path, engine, request, timing, seconds, weights_sha256, progress)
 
 
@@ -133,6 +135,7 @@ def _time(
     seconds: dict[str, float],
     progress: Progress,
     expected_base_ms: float | None = None,
+    enough: speed.Enough = speed.ALL_TURNS,
 ) -> Timing:
     with _stage("time", seconds):
         return speed.time_in_turn(
@@ -141,6 +144,7 @@ def _time(
             request.workload,
             lambda done, total: _say(progress, f"timing, turn {done} of {total}"),
             expected_base_ms=expected_base_ms,
+            enough=enough,
         )
 
 

@@ -27,6 +27,7 @@ https://doi.org/10.1214/aos/1176325770).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -39,6 +40,8 @@ DISCARDED = 3  # the first steps after a switch, when caches are cold and thread
 FASTEST = 0.05  # the share of the steps that counts
 RESAMPLES = 400
 SLOWER, AGAIN = 1.03, 2  # see time_in_turn
+ROUND = 8  # turns of each engine and batch size, after which a timing may end
+SURE = 3.0  # standard errors
 BYTES_SHARE = 0.5  # the share of reading weights in a decode step at batch 1; see predicted_time_ratio
 
 Turns = Sequence[Sequence[float]]  # seconds of each step, one list for each turn
@@ -51,6 +54,29 @@ class Timed(Protocol):
         """Return the seconds of each of `steps` decode steps; see `evaluator.backends.Engine`."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Enough:
+    """When a timing may end before it has taken all of its turns.
+
+    Attributes:
+        time_ratio_se: The standard error of the time ratio that is small enough; 0: all turns are taken.
+        lost_above: The time ratio above which a candidate has lost; None: there is none.
+    """
+
+    time_ratio_se: float = 0.0
+    lost_above: float | None = None
+
+    def reached_by(self, timing: Timing) -> bool:
+        """Whether the timing is exact enough, or the candidate has lost by three standard errors."""
+        if 0.0 < timing.time_ratio_se <= self.time_ratio_se:
+            return True
+        lost = self.lost_above
+        return lost is not None and timing.time_ratio - SURE * timing.time_ratio_se > lost
+
+
+ALL_TURNS = Enough()
+
+
 def time_in_turn(
     candidate: Timed,
     baseline: Timed,
@@ -58,8 +84,12 @@ def time_in_turn(
     progress: Callable[[int, int], None] | None = None,
     *,
     expected_base_ms: float | None = None,
+    enough: Enough = ALL_TURNS,
 ) -> Timing:
     """Time both engines on the workload; one engine twice shows how far two timings of one model lie apart.
+
+    Turns are taken in rounds of ROUND. After each round the timing ends if that is enough; at the latest it ends after
+    the workload's turns.
 
     Args:
         candidate: The candidate's engine.
@@ -69,46 +99,119 @@ def time_in_turn(
         expected_base_ms: The baseline's time per token when it was timed alone. A process can be slow for as long as
             all its turns last (one A/A run of ten on an H100: 13%). If the baseline is slower than SLOWER times this,
             all turns are taken again, at most AGAIN times, and count together.
+        enough: When fewer turns are enough.
     """
-    timed = collect(candidate, baseline, workload, progress)
+    timed = _collect(candidate, baseline, workload, progress, enough)
     for _ in range(AGAIN):
         timing = estimate(*timed)
         if expected_base_ms is None or timing.base_time_per_token_ms <= SLOWER * expected_base_ms:
             return timing
-        again = collect(candidate, baseline, workload, progress)
-        timed = tuple(  # type: ignore[assignment]
-            {size: [*turns[size], *more[size]] for size in turns} for turns, more in zip(timed, again, strict=True)
-        )
+        again = _collect(candidate, baseline, workload, progress, enough)
+        timed = _joined(timed[0], again[0]), _joined(timed[1], again[1])
     return estimate(*timed)
+
+
+Both = tuple[Mapping[int, Turns], Mapping[int, Turns]]  # the turns of candidate and baseline, by batch size
+
+
+def _collect(
+    candidate: Timed,
+    baseline: Timed,
+    workload: Workload,
+    progress: Callable[[int, int], None] | None,
+    enough: Enough,
+) -> Both:
+    if enough == ALL_TURNS:
+        return collect(candidate, baseline, workload, progress)
+    timed: Both | None = None
+    total = len(workload.batch_sizes) * workload.turns * 2
+    for start in range(0, workload.turns, ROUND):
+        part = dataclasses.replace(workload, turns=max(min(ROUND, workload.turns - start), 2))
+        before = len(workload.batch_sizes) * start * 2
+
+        def counted(done: int, of_part: int, before: int = before) -> None:
+            if progress is not None:
+                progress(min(before + done, total), total)
+
+        of_candidate, of_baseline = collect_all([candidate, baseline], part, counted, first=timed is None)
+        if timed is not None:
+            of_candidate, of_baseline = _joined(timed[0], of_candidate), _joined(timed[1], of_baseline)
+        timed = of_candidate, of_baseline
+        if enough.reached_by(estimate(*timed)):
+            break
+    assert timed is not None
+    return timed
+
+
+def _joined(turns: Mapping[int, Turns], more: Mapping[int, Turns]) -> dict[int, Turns]:
+    return {size: [*turns[size], *more[size]] for size in turns}
 
 
 def collect(
     candidate: Timed, baseline: Timed, workload: Workload, progress: Callable[[int, int], None] | None = None
-) -> tuple[dict[int, Turns], dict[int, Turns]]:
+) -> Both:
     """Return the raw step times of both engines, taken in turn: turns of seconds by batch size."""
-    timed_candidate: dict[int, Turns] = {}
-    timed_baseline: dict[int, Turns] = {}
-    total, done = len(workload.batch_sizes) * workload.turns * 2, 0
+    of_candidate, of_baseline = collect_all([candidate, baseline], workload, progress)
+    return of_candidate, of_baseline
+
+
+def collect_all(
+    engines: Sequence[Timed],
+    workload: Workload,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    first: bool = True,
+) -> list[dict[int, Turns]]:
+    """Return the raw step times of several engines, taken in turn, there and back: turns of seconds by batch size.
+
+    Args:
+        engines: The engines; one of them twice is timed as two.
+        workload: What is timed.
+        progress: A function that is called with the turns done and all turns, of all engines together.
+        first: Whether the engines are new: buffers are allocated and kernels chosen before anything counts.
+    """
+    timed: list[dict[int, Turns]] = [{} for _ in engines]
+    total, done = len(workload.batch_sizes) * workload.turns * len(engines), 0
     for batch_size in workload.batch_sizes:
         steps = workload.decode_steps + DISCARDED
 
         def turn(engine: Timed, batch_size: int = batch_size, steps: int = steps) -> list[float]:
             return engine.decode_steps(batch_size, workload.prompt_tokens, steps, workload.seed)[DISCARDED:]
 
-        for engine in (candidate, baseline):
-            turn(engine)  # first use: buffers are allocated, kernels are chosen
-        candidate_turns: list[list[float]] = []
-        baseline_turns: list[list[float]] = []
+        if first:
+            for engine in engines:
+                turn(engine)
+        turns: list[list[list[float]]] = [[] for _ in engines]
+        pairs = list(zip(engines, turns, strict=True))
         for index in range(workload.turns):
-            both = [(candidate, candidate_turns), (baseline, baseline_turns)]
-            for engine, samples in both if index % 2 == 0 else reversed(both):
+            for engine, samples in pairs if index % 2 == 0 else reversed(pairs):
                 samples.append(turn(engine))
                 done += 1
                 if progress is not None:
                     progress(done, total)
-        timed_candidate[batch_size] = candidate_turns
-        timed_baseline[batch_size] = baseline_turns
-    return timed_candidate, timed_baseline
+        for by_size, samples in zip(timed, turns, strict=True):
+            by_size[batch_size] = samples
+    return timed
+
+
+def time_all(
+    candidates: Sequence[Timed], baseline: Timed, workload: Workload, time_ratio_se: float
+) -> list[dict[int, Timing]]:
+    """Time several candidates in turn with the baseline, and return each one's timing by batch size.
+
+    Turns are taken in rounds of ROUND, until every candidate's time per token, over all batch sizes, has the standard
+    error that is wanted, or the workload's turns are taken.
+    """
+    engines = [baseline, *candidates]
+    together: list[dict[int, Turns]] | None = None
+    for start in range(0, workload.turns, ROUND):
+        part = dataclasses.replace(workload, turns=max(min(ROUND, workload.turns - start), 2))
+        more = collect_all(engines, part, first=start == 0)
+        together = more if together is None else [_joined(*both) for both in zip(together, more, strict=True)]
+        base, *rest = together
+        if all(0 < estimate(turns, base).time_ratio_se <= time_ratio_se for turns in rest):
+            break
+    return [{size: estimate({size: turns[size]}, {size: base[size]}) for size in turns} for turns in rest]
 
 
 def estimate(candidate: Mapping[int, Turns], baseline: Mapping[int, Turns]) -> Timing:

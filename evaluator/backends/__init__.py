@@ -80,6 +80,7 @@ class Facts:
         batched_tokens: The most prompt tokens that one step processes; None where there is no limit.
         casts: The dtype that a checkpoint is served in, by its stored dtype, where the two differ.
         refusals: What the engine cannot start.
+        random_weights: Whether it can run a config.json alone, with random weights, for timing.
     """
 
     packages: tuple[str, ...]
@@ -87,6 +88,7 @@ class Facts:
     batched_tokens: int | None = None
     casts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     refusals: tuple[Refusal, ...] = ()
+    random_weights: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +104,7 @@ class EngineSettings:
         start_timeout_s: Seconds that a start may take.
         call_timeout_s: Seconds that a call may take.
         threads: The number of CPU threads; None means one for each physical core that this process may use.
+        random_weights: Whether the weights are random, so that config.json alone is read; see `Facts`.
     """
 
     device: str = "auto"
@@ -112,6 +115,7 @@ class EngineSettings:
     start_timeout_s: float = 300.0
     call_timeout_s: float = 300.0
     threads: int | None = None
+    random_weights: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""

@@ -47,6 +47,7 @@ FACTS = Facts(
     },
     batched_tokens=BATCHED_TOKENS,
     casts={"float32": "bfloat16"},  # dtype="auto" serves float32 in 16 bits
+    random_weights=True,
     refusals=(
         # csrc/quantization/w8a8/cutlass: from SM100 on, the dispatch has no INT8 kernel (vLLM issue 54311)
         Refusal("W8A8", (10, 0), "vLLM has no INT8 kernel from compute capability 10.0 on; choose FP8_DYNAMIC"),
@@ -213,7 +214,7 @@ def _arguments(config: dict[str, Any], settings: EngineSettings, *, on_cpu: bool
     """Return the arguments of vllm.LLM. Whatever depends on vLLM's version or platform is here."""
     arguments: dict[str, Any] = {
         "dtype": "auto",
-        "load_format": "safetensors",  # no pickles
+        "load_format": "dummy" if settings.random_weights else "safetensors",  # no pickles
         "trust_remote_code": False,
         "skip_tokenizer_init": True,  # token ids in, numbers out
         "max_model_len": settings.max_model_len,

@@ -109,6 +109,32 @@ def run_command(
         sys.exit(1)
 
 
+@main.command("forecast", cls=StudyCommand)
+@storage_options
+@json_option()
+def forecast_command(as_json: bool, **where: Any) -> None:
+    """Forecast what any plan of the space would score here, before a single trial.
+
+    Times a few models with random weights in turn with the base model, and scores each cut by itself in memory. Shows
+    which precision, width and depth pays on this machine, what each loses, and the best plans. `run` uses the tables.
+
+    \b
+    optuna-search forecast --study exaone4-1.2b
+    """
+    file = load_file(**where)
+
+    from search.by_hand import forecast
+    from search.setup import setting
+    from search.show import forecast_view, progress
+
+    with progress.Live(1) as live:
+        view = forecast.forecast(setting.prepare(file, live.say), live.say)
+    if as_json:
+        click.echo(json.dumps(view.to_dict()))
+        return
+    print_table(forecast_view.forecast_table(view))
+
+
 @main.command("status", cls=StudyCommand, groups=())
 @storage_options
 @click.option(

@@ -206,6 +206,10 @@ class Evaluation(Section):
     device: str = "auto"
     speed: Literal["measured", "predicted"] = "measured"
     workload: WorkloadSection = WorkloadSection()
+    # the standard error of the Score that is small enough to end a trial's timing; 0: take all turns
+    score_se: Annotated[float, Field(ge=0)] = 0.003
+    # whether `run` makes the tables of `forecast` first; auto: for the sampler that needs them. It uses what is there.
+    forecast: bool | Literal["auto"] = "auto"
     compile: bool = False  # torch.compile inside vLLM: slower to start, closer to the server's defaults
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.3
     start_timeout_s: Annotated[float, Field(gt=0)] = 300.0
@@ -229,7 +233,7 @@ class ScoreSection(Section):
 class Sampler(Section):
     """Sampler holds the settings of the study's sampler."""
 
-    name: Literal["tpe", "random"] = "tpe"
+    name: Literal["tpe", "gp", "forecast", "random"] = "tpe"
     n_startup_trials: Annotated[int, Field(ge=1)] = 10
 
 

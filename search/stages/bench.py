@@ -9,13 +9,14 @@ from types import TracebackType
 from typing import Any
 
 from compressors.plan import CompressionPlan
-from evaluator import quality
+from evaluator import quality, speed
 from evaluator.measurement import Measurement
 from evaluator.process import EngineProcess
 from search.say import Say
 from search.setup.setting import Setting
-from search.stages import baseline, build, measure
+from search.stages import baseline, build, damage_table, measure, speed_table
 from search.stages.engines import Engines
+from search.stages.forecast import Forecast
 from search.stages.screen import Screen, Screener
 
 
@@ -82,6 +83,22 @@ class Bench:
         baseline: Measurement,
         say: Say,
         then: Callable[[EngineProcess], None] = lambda engine: None,
+        enough: speed.Enough = speed.ALL_TURNS,
     ) -> Measurement:
         """Measure the checkpoint in `path`, see `search.stages.measure`."""
-        return measure.measure_checkpoint(self.setting, self.engines, baseline, path, weights_sha256, say, then)
+        return measure.measure_checkpoint(
+            self.setting, self.engines, baseline, path, weights_sha256, say, then, enough=enough
+        )
+
+    def make_forecast(self, say: Say, *, damage: bool) -> Forecast:
+        """Make the tables that forecast plans, as far as they are missing, and return the forecast.
+
+        Args:
+            say: Told what is done.
+            damage: Whether the damage table is wanted as well as the speed table.
+        """
+        if self.setting.file.evaluation.speed == "measured":
+            speed_table.speed_table(self.setting, self.engines, say)
+        if damage:
+            damage_table.damage_table(self.setting, self.screener, say)
+        return Forecast.known(self.setting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -30,9 +31,19 @@ class Engines:
             self._baseline = self.start(self._base_path, "baseline")
         return self._baseline
 
-    def start(self, path: Path, name: str) -> EngineProcess:
-        """Start an engine on the checkpoint in `path`; its output goes to logs/engine-NAME.log."""
-        return EngineProcess(self._backend, path, self._settings, log=self._logs / f"engine-{name}.log")
+    def start(self, path: Path, name: str, *, random_weights: bool = False) -> EngineProcess:
+        """Start an engine on the checkpoint in `path`; its output goes to logs/engine-NAME.log.
+
+        Args:
+            path: The checkpoint's directory.
+            name: The name of the log.
+            random_weights: Whether config.json alone is read.
+
+        Raises:
+            EvaluationError: It can't be started.
+        """
+        settings = dataclasses.replace(self._settings, random_weights=random_weights)
+        return EngineProcess(self._backend, path, settings, log=self._logs / f"engine-{name}.log")
 
     def close(self) -> None:
         """End the base model's engine."""

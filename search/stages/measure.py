@@ -24,6 +24,8 @@ def measure_checkpoint(
     weights_sha256: str,
     say: Say,
     then: Callable[[EngineProcess], None] = lambda engine: None,
+    *,
+    enough: speed.Enough = speed.ALL_TURNS,
 ) -> Measurement:
     """Measure the checkpoint in `path`.
 
@@ -35,6 +37,7 @@ def measure_checkpoint(
         weights_sha256: The sha256 of its weights.
         say: Told what is done.
         then: Called with the candidate's engine before it is closed, and again where an engine was killed.
+        enough: When fewer turns of the timing are enough.
 
     Raises:
         EvaluationError: The model is broken, or the engine failed.
@@ -54,6 +57,7 @@ def measure_checkpoint(
                 weights_sha256=weights_sha256,
                 expected_base_ms=baseline.time_per_token_ms,
                 progress=say,
+                enough=enough,
             )
             then(engine)
         return measured

@@ -18,7 +18,7 @@ import torch
 
 from compressors.errors import CompressionError, InfeasiblePlan, MachineError
 from compressors.plan import CompressionPlan
-from evaluator import quality, score
+from evaluator import quality, score, speed
 from evaluator.errors import EngineOutOfMemory, EvaluationError, NotFinite
 from evaluator.measurement import Measurement
 from search import failures, processes, secrets, stages
@@ -26,11 +26,14 @@ from search.errors import StudyStopped, no_space
 from search.say import Say
 from search.setup import keys
 from search.stages import baseline as base_stage
-from search.stages import measure, measurements, screen
+from search.stages import measurements, screen
 from search.stages.bench import Bench
+from search.stages.forecast import Forecast
 from search.stages.screen import Screen, with_screen
 from search.study import dashboard, samplers, space, trials
 from search.study.record import Record
+
+SURE = 3.0  # standard errors of a forecast, from which on a plan is not tried
 
 
 class TrialFailed(Exception):
@@ -48,6 +51,7 @@ class Objective:
         on_stage: Callable[[Record], None] = lambda record: None,
         on_end: Callable[[Record], None] = lambda record: None,
         interruptible: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        forecast: Forecast | None = None,
     ) -> None:
         """Prepare the objective.
 
@@ -58,6 +62,7 @@ class Objective:
             on_stage: Told of a trial whenever it enters a stage, and after each shard.
             on_end: Told of a trial that has ended.
             interruptible: Context manager that is left before results are recorded.
+            forecast: The study's forecast; None: that of the tables that are there.
         """
         self.bench = bench
         self.setting = bench.setting
@@ -66,6 +71,7 @@ class Objective:
         self.on_stage = on_stage
         self.on_end = on_end
         self.interruptible = interruptible
+        self.forecast = forecast or Forecast.known(bench.setting)
         self._stage_since = 0.0
 
     def __call__(self, trial: optuna.Trial) -> float:
@@ -116,6 +122,8 @@ class Objective:
         record.reused = known is not None
         trial.set_user_attr("checkpoint", keys.plan_digest(setting, plan))
         trial.set_user_attr("measurement", path.stem)
+        if known is None:
+            self._require_chance(trial, record, plan)
         self._enter(trial, record, "screen")
         record.screen = self._screen(trial, record, plan, prune=known is None)
         if known is None:
@@ -147,6 +155,32 @@ class Objective:
             return trials.may_be_tried_again(trial.storage.get_trial(trial._trial_id))
         return fault is failures.Fault.MACHINE
 
+    def _require_chance(self, trial: optuna.Trial, record: Record, plan: CompressionPlan) -> None:
+        """Prune a plan that is forecast to stay below the best trial by SURE standard errors."""
+        if self.forecast.damage is None or self.forecast.speed is None:
+            return
+        expected = self.forecast.expected(plan)
+        trial.set_user_attr("forecast_score", expected.score)
+        trial.set_user_attr("forecast_score_se", expected.score_se)
+        best = _best(trial.study)
+        if best is not None and expected.score + SURE * expected.score_se < (best.value or 0.0):
+            record.reason = (
+                f"forecast: Score {expected.score:.3f} ± {expected.score_se:.3f} (PerfNorm {expected.perf_norm:.3f}, "
+                f"SpeedNorm {expected.speed_norm:.3f}) can't reach trial {best.number}'s {best.value:.3f}"
+            )
+            raise optuna.TrialPruned(record.reason)
+
+    def _enough(self, trial: optuna.Trial, its_screen: Screen, base: tuple[float, ...]) -> speed.Enough:
+        """Return when the timing may end: its error is small enough, or the plan has lost to the best trial."""
+        formula, wanted = self.setting.formula, self.setting.file.evaluation.score_se
+        if formula.weight_speed == 0 or wanted == 0:
+            return speed.ALL_TURNS
+        best, lost = _best(trial.study), None
+        if best is not None and best.value is not None and not self.setting.tasks:
+            perf_norm = math.exp(sum(base) / len(base) - sum(its_screen.nll) / len(its_screen.nll))
+            lost = 1.0 - (best.value - formula.weight_perf * perf_norm) / formula.weight_speed
+        return speed.Enough(wanted / formula.weight_speed, lost)
+
     def _measure(self, trial: optuna.Trial, record: Record, plan: CompressionPlan, its_screen: Screen) -> Measurement:
         self._enter(trial, record, "build")
         try:
@@ -156,12 +190,13 @@ class Objective:
             self._report_mean(trial, record)
             raise optuna.TrialPruned(record.reason) from None
         self._enter(trial, record, "measure")
-        measured = self.bench.measure(path, weights_sha256, self.baseline, self.say)
+        enough = self._enough(trial, its_screen, self.bench.base_nll(self.say))
+        measured = self.bench.measure(path, weights_sha256, self.baseline, self.say, enough=enough)
         return with_screen(measured, its_screen)
 
     def _screen(self, trial: optuna.Trial, record: Record, plan: CompressionPlan, *, prune: bool) -> Screen:
         setting, formula = self.setting, self.setting.formula
-        record.predicted_speed_norm = 1.0 - measure.predicted_ratio(setting, plan)
+        record.predicted_speed_norm = 1.0 - self.forecast.time_ratio(plan)[0]
         path = screen.path_of(setting, plan)
         known = Screen.read(path, len(setting.texts.shards))
         base = self.bench.base_nll(self.say)
@@ -192,9 +227,8 @@ class Objective:
 
     def _best_of(self, trial: optuna.Trial, shards: int) -> str:
         """What the best trial had on the same shards in the same screen; its Score itself was measured later."""
-        try:
-            best = trial.study.best_trial
-        except ValueError:
+        best = _best(trial.study)
+        if best is None:
             return ""
         values = [best.intermediate_values[step] for step in range(1, shards + 1) if step in best.intermediate_values]
         if not values:
@@ -232,6 +266,13 @@ class Objective:
             dashboard.describe_trial(trial, record, self.baseline, self.setting.outputs / "artifacts")
         except OSError as error:  # a full disk: the numbers are in the storage, only the file is missing
             self.say(f"trial {record.number}: no artifact: {error.strerror or error}")
+
+
+def _best(study: optuna.Study) -> optuna.trial.FrozenTrial | None:
+    try:
+        return study.best_trial
+    except ValueError:
+        return None
 
 
 def _why(error: Exception, stage: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from evaluator.measurement import Measurement
 from search import processes
 from search.setup.setting import Setting
 from search.stages.bench import Bench
+from search.stages.forecast import Forecast
 from search.study import samplers, trials
 from search.study.exclusive import Held
 from search.study.heartbeat import beating
@@ -44,6 +45,7 @@ def run_one(
         StudyStopped: The study's database can't be used; the trial is tried again.
     """
     current: Event = {}  # the number of the trial, as soon as it has one
+    forecast = Forecast.known(bench.setting)
 
     def say(text: str) -> None:
         stop.check()
@@ -67,10 +69,11 @@ def run_one(
         on_stage=on_stage,
         on_end=on_end,
         interruptible=stop.released,
+        forecast=forecast,
     )
     try:
         with stop.held():
-            trial = take(study, bench.setting, worker)
+            trial = take(study, bench.setting, worker, forecast)
             if trial is not None:
                 run_taken(study, trial, objective)
                 if ended and ended[-1].again:
@@ -86,7 +89,7 @@ def run_one(
     return trial is not None
 
 
-def take(study: optuna.Study, setting: Setting, worker: int) -> optuna.Trial | None:
+def take(study: optuna.Study, setting: Setting, worker: int, forecast: Forecast) -> optuna.Trial | None:
     """Take the next trial, or None where all of the study's trials are finished or in hand.
 
     The trials are counted and the next is begun under a lock, so that several runs together finish exactly N. Sampler
@@ -99,7 +102,7 @@ def take(study: optuna.Study, setting: Setting, worker: int) -> optuna.Trial | N
         taken = len(trials.finished(everything)) + sum(trial.state == TrialState.RUNNING for trial in everything)
         if taken >= file.trials:
             return None, True
-        study.sampler = samplers.sampler(file.sampler, file.seed, worker, taken)
+        study.sampler = samplers.sampler(file.sampler, file.seed, worker, taken, forecast)
         study.pruner = samplers.pruner(file.pruner, len(setting.texts.shards))
         trial = study.ask()
         trial.set_user_attr("worker", processes.identify_worker())

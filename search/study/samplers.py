@@ -6,9 +6,13 @@ import numpy as np
 import optuna
 
 from search.config.study_file import Pruner, Sampler
+from search.stages.forecast import Forecast
+from search.study.forecast_sampler import ForecastSampler
 
 
-def sampler(settings: Sampler, seed: int, worker: int, done: int) -> optuna.samplers.BaseSampler:
+def sampler(
+    settings: Sampler, seed: int, worker: int, done: int, forecast: Forecast | None = None
+) -> optuna.samplers.BaseSampler:
     """Return the sampler for a worker's next trial.
 
     Every trial gets a new seed, derived from what the storage holds. A killed study therefore draws the same values
@@ -19,9 +23,14 @@ def sampler(settings: Sampler, seed: int, worker: int, done: int) -> optuna.samp
         seed: The seed of the study.
         worker: The number of the worker, from 0.
         done: The number of finished trials.
+        forecast: The study's forecast, for the sampler `forecast`; without it that samples at random.
     """
     drawn = int(np.random.SeedSequence([seed, worker, done]).generate_state(1)[0])
-    if settings.name == "random":
+    if settings.name == "forecast" and forecast is not None:
+        return ForecastSampler(forecast, drawn)
+    if settings.name == "gp":
+        return optuna.samplers.GPSampler(seed=drawn, n_startup_trials=settings.n_startup_trials)
+    if settings.name in ("random", "forecast"):
         return optuna.samplers.RandomSampler(seed=drawn)
     return optuna.samplers.TPESampler(seed=drawn, n_startup_trials=settings.n_startup_trials)
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
 from compressors.plan import CHOICES, DIMENSIONS, CompressionPlan, canonical
 from search.config.study_file import Range, Space
@@ -21,28 +22,50 @@ MOST_LISTED = 1000  # combinations of a space that are listed to count its plans
 NUMBERS = tuple(name for name, record in CHOICES.items() if record.is_number)
 
 
-def suggest(trial: optuna.Trial, space: Space, base: CompressionPlan) -> CompressionPlan:
-    """Return the plan that this trial tries. Ordered values are integers, so that their ranges may change later."""
-    values: dict[str, Any] = {}
-    for name in DIMENSIONS:
-        wanted = getattr(space, name)
+def distributions(space: Space, base: CompressionPlan) -> dict[str, BaseDistribution]:
+    """Return what is searched, in the order in which it is suggested.
+
+    Ordered values are integers, so that their ranges may change later.
+    """
+    searched: dict[str, BaseDistribution] = {}
+
+    def add(name: str, wanted: Any) -> None:
         if isinstance(wanted, Range):
-            values[name] = trial.suggest_int(name, wanted.low, wanted.high, step=wanted.step)
-        else:
-            values[name] = getattr(base, name) if wanted is None else wanted
+            searched[name] = IntDistribution(wanted.low, wanted.high, step=wanted.step)
+        elif isinstance(wanted, list) and len(wanted) > 1:
+            searched[name] = CategoricalDistribution(wanted)
+
+    for name in DIMENSIONS:
+        add(name, getattr(space, name))
+    add("drop_from", space.drop_from)
+    add("precision", space.precision or [base.precision])
+    for name in (*NAMED, *NUMBERS):
+        add(name, getattr(space, name))
+    return searched
+
+
+def suggest(trial: optuna.Trial, space: Space, base: CompressionPlan) -> CompressionPlan:
+    """Return the plan that this trial tries."""
+    params: dict[str, Any] = {}
+    for name, searched in distributions(space, base).items():
+        if isinstance(searched, IntDistribution):
+            params[name] = trial.suggest_int(name, searched.low, searched.high, step=searched.step)
+        elif isinstance(searched, CategoricalDistribution):
+            params[name] = trial.suggest_categorical(name, searched.choices)
+    return plan_of(params, space, base)
+
+
+def plan_of(params: Mapping[str, Any], space: Space, base: CompressionPlan) -> CompressionPlan:
+    """Return the plan of a trial's parameters; what is not searched is as the space or the base model has it."""
+    values: dict[str, Any] = {}
+    for name in (*DIMENSIONS, "drop_from", "precision", *NAMED, *NUMBERS):
+        fixed = getattr(space, name)
+        if isinstance(fixed, list):
+            fixed = fixed[0]
+        values[name] = params[name] if name in params else getattr(base, name) if fixed is None else fixed
     heads, groups = int(values["num_attention_heads"]), int(values["num_key_value_heads"])
     if isinstance(space.num_attention_heads, Range) or space.num_attention_heads is None:
         values["num_attention_heads"] = shareable(heads, groups, base)
-    values["drop_from"] = _categorical(trial, "drop_from", space.drop_from)
-    values["precision"] = _categorical(trial, "precision", space.precision or [base.precision])
-    for name in (*NAMED, *NUMBERS):
-        wanted = getattr(space, name)
-        if isinstance(wanted, list):
-            values[name] = _categorical(trial, name, wanted)
-        elif isinstance(wanted, Range):
-            values[name] = trial.suggest_int(name, wanted.low, wanted.high, step=wanted.step)
-        else:
-            values[name] = wanted
     return canonical(CompressionPlan.from_dict(values), base)
 
 
@@ -89,7 +112,7 @@ def count_plans(space: Space, base: CompressionPlan) -> tuple[int, bool]:
     if combinations > MOST_LISTED:
         return combinations, False
     each = itertools.product(*values.values())
-    plans = {suggest(optuna.trial.FixedTrial(dict(zip(values, one, strict=True))), space, base) for one in each}  # type: ignore[arg-type]
+    plans = {plan_of(dict(zip(values, one, strict=True)), space, base) for one in each}
     return len(plans), True
 
 
@@ -104,7 +127,3 @@ def _dimensions(space: Space) -> dict[str, tuple[str, Sequence[Any]]]:
         elif isinstance(wanted, list) and len(wanted) > 1:
             found[name] = ("|".join(map(str, wanted)), wanted)
     return found
-
-
-def _categorical(trial: optuna.Trial, name: str, choices: list[Any]) -> Any:
-    return choices[0] if len(choices) == 1 else trial.suggest_categorical(name, choices)

@@ -107,6 +107,8 @@ def run_study(
         running = _Running(study, setting, baseline, watch, stop, tracker)
         running.describe()
         try:
+            if wants_forecast(setting):
+                bench.make_forecast(say, damage=setting.file.sampler.name == "forecast")
             if workers > 1:
                 bench.close()
             team: Team = (
@@ -117,6 +119,12 @@ def run_study(
         finally:
             tracker.close(files=sys.exception() is None)
     return study
+
+
+def wants_forecast(setting: Setting) -> bool:
+    """Return whether `run` makes the forecast's tables before the first trial."""
+    wanted = setting.file.evaluation.forecast
+    return setting.file.sampler.name == "forecast" if wanted == "auto" else wanted
 
 
 def _warn_of_noise(text: str | None, watch: Watch) -> None:

@@ -106,3 +106,55 @@ def test_the_prediction_is_one_for_the_base_and_grows():
     grid = [[speed.predicted_time_ratio(b, 100, n, 30) for n in (10, 20, 30)] for b in (25, 50, 100)]
     assert all(x < y for row in grid for x, y in itertools.pairwise(row))
     assert all(x < y for column in zip(*grid, strict=True) for x, y in itertools.pairwise(column))
+
+
+class Noisy:
+    """An engine whose turns differ by a few percent."""
+
+    def __init__(self, step_s, spread, seed):
+        self.step_s, self.spread, self.random, self.turns = step_s, spread, np.random.default_rng(seed), 0
+
+    def decode_steps(self, batch_size, prompt_tokens, steps, seed):
+        self.turns += 1
+        return [self.step_s * (1 + self.spread * abs(self.random.standard_normal()))] * steps
+
+
+WORKLOAD = Workload(batch_sizes=(1,), prompt_tokens=4, decode_steps=4, turns=40)
+
+
+def test_timing_ends_when_its_error_is_small_enough():
+    quiet = Noisy(1e-3, 0.001, 1)
+    timing = speed.time_in_turn(quiet, Noisy(2e-3, 0.001, 2), WORKLOAD, enough=speed.Enough(time_ratio_se=0.006))
+    assert quiet.turns == 1 + speed.ROUND
+    assert timing.time_ratio == pytest.approx(0.5, abs=0.01)
+    loud = Noisy(1e-3, 0.8, 1)
+    speed.time_in_turn(loud, Noisy(2e-3, 0.8, 2), WORKLOAD, enough=speed.Enough(time_ratio_se=0.0001))
+    assert loud.turns == 1 + WORKLOAD.turns
+
+
+def test_timing_ends_when_the_candidate_has_surely_lost():
+    slow = Noisy(3e-3, 0.05, 1)
+    enough = speed.Enough(time_ratio_se=0.0001, lost_above=1.1)
+    speed.time_in_turn(slow, Noisy(2e-3, 0.05, 2), WORKLOAD, enough=enough)
+    assert slow.turns == 1 + speed.ROUND
+    close = Noisy(2.1e-3, 0.05, 1)
+    speed.time_in_turn(close, Noisy(2e-3, 0.05, 2), WORKLOAD, enough=enough)
+    assert close.turns == 1 + WORKLOAD.turns
+
+
+def test_without_a_wanted_error_all_turns_are_taken():
+    quiet = Noisy(1e-3, 0.001, 1)
+    speed.time_in_turn(quiet, Noisy(2e-3, 0.001, 2), WORKLOAD)
+    assert quiet.turns == 1 + WORKLOAD.turns
+
+
+def test_several_candidates_are_timed_in_turn_with_one_baseline():
+    calls = []
+    workload = Workload(batch_sizes=(1, 4), prompt_tokens=9, decode_steps=5, turns=4)
+    engines = [Clock("a", 1e-3, calls), Clock("b", 3e-3, calls)]
+    timings = speed.time_all(engines, Clock("0", 2e-3, calls), workload, 0.01)
+    assert [{size: timing.time_ratio for size, timing in each.items()} for each in timings] == [
+        {1: pytest.approx(0.5), 4: pytest.approx(0.5)},
+        {1: pytest.approx(1.5), 4: pytest.approx(1.5)},
+    ]
+    assert "".join(name for name, *_ in calls) == 2 * ("0ab" + 2 * ("0ab" + "ba0"))

@@ -1,0 +1,121 @@
+"""Forecast a study: measure the tables that are missing, and show what any plan of the space could score."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import numpy as np
+import torch
+
+from compressors.plan import CHOICES, CompressionPlan
+from evaluator.score import score_of
+from search.say import Say
+from search.setup.setting import Setting
+from search.show.forecast_view import Best, Costs, ForecastView, Pays
+from search.stages import damage_table, speed_table
+from search.stages.bench import Bench
+from search.stages.forecast import Forecast
+from search.study.forecast_sampler import ForecastSampler
+
+SHOWN = 10  # plans
+COPIED_BYTES = 1 << 28  # to measure the bandwidth of a GPU
+COPIES = 20
+
+
+def forecast(setting: Setting, say: Say) -> ForecastView:
+    """Measure what is missing, and return the forecast.
+
+    Args:
+        setting: What the study shares.
+        say: Told what is done.
+
+    Raises:
+        EvaluationError: The base model or its engine is broken.
+        StudyStopped: The base model can't be measured.
+    """
+    with Bench.of(setting) as bench:
+        baseline = bench.baseline(say)
+        made = bench.make_forecast(say, damage=True)
+        say("forecast: plans of the space")
+        return _view(made, score_of(baseline, baseline, setting.formula).score, _floor_ms(setting))
+
+
+def _view(made: Forecast, own_score: float, floor_ms: float | None) -> ForecastView:
+    setting = made.setting
+    plans = ForecastSampler(made, setting.file.seed).best_plans(SHOWN)
+    fastest = ForecastSampler(made, setting.file.seed).fastest()
+    return ForecastView(
+        study=setting.file.study_name,
+        device=setting.machine.device_name,
+        engine=setting.machine.backend,
+        base_ms={} if made.speed is None else made.speed.base_ms,
+        floor_ms=floor_ms,
+        own_score=own_score,
+        pays=_pays(made),
+        costs=_costs(made),
+        lossless=setting.formula.weight_perf + setting.formula.weight_speed * fastest,
+        best=tuple(Best(plan, **dataclasses.asdict(made.expected(plan))) for plan in plans),
+    )
+
+
+def _pays(made: Forecast) -> tuple[Pays, ...]:
+    setting, table = made.setting, made.speed
+    if table is None:
+        return ()
+    own = setting.model.identity
+    rows = []
+    for precision in dict.fromkeys([own.precision, *(setting.file.space.precision or [])]):
+        shape = speed_table.shape_of(setting, dataclasses.replace(own, precision=precision))
+        ratio, error = table.time_ratio(shape)
+        less, _ = table.time_ratio(dataclasses.replace(shape, num_hidden_layers=shape.num_hidden_layers - 1))
+        parts = {size: dataclasses.asdict(table.parts(shape, size)) for size in table.base_ms}
+        rows.append(Pays(precision, ratio, error, ratio - less, parts))
+    return tuple(rows)
+
+
+def _costs(made: Forecast) -> tuple[Costs, ...]:
+    table = made.damage
+    if table is None:
+        return ()
+    return tuple(
+        Costs(
+            change=_change(entry.plan, table.own),
+            nll=entry.loss.nll,
+            nll_se=entry.loss.nll_se,
+            kl=entry.loss.kl,
+            perf_norm=float(np.exp(-entry.loss.nll)),
+            speed_norm=1.0 - made.time_ratio(entry.plan)[0],
+        )
+        for entry in table.entries
+    )
+
+
+def _change(plan: CompressionPlan, own: CompressionPlan) -> str:
+    """Return how a plan differs from the base model, in words."""
+    theirs, base = damage_table.axes(plan), damage_table.axes(own)
+    words = [f"{name} {theirs[name]:g} of {base[name]:g}" for name in base if theirs[name] != base[name]]
+    if plan.precision != own.precision:
+        words.append(plan.precision)
+    words += [
+        record.short.format(getattr(plan, name))
+        for name, record in CHOICES.items()
+        if getattr(plan, name) != record.default
+    ]
+    return " ".join(words)
+
+
+def _floor_ms(setting: Setting) -> float | None:
+    """Return the time that the GPU takes to read the base model's weights once; None without a CUDA GPU."""
+    if setting.machine.device != "cuda":
+        return None
+    source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    target.copy_(source)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(COPIES):
+        target.copy_(source)
+    torch.cuda.synchronize()
+    per_byte = (time.perf_counter() - started) / (2 * COPIES * COPIED_BYTES)  # each byte is read and written
+    return 1e3 * per_byte * setting.model.checkpoint.decode_bytes

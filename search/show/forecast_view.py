@@ -1,0 +1,172 @@
+"""ForecastView holds what `forecast` shows: what pays on this machine, what each part costs, and the best plans."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from compressors.plan import CompressionPlan, short
+
+
+@dataclasses.dataclass(frozen=True)
+class Pays:
+    """The time of one precision at the base model's sizes.
+
+    Attributes:
+        precision: The dtype or the scheme.
+        time_ratio: The time per token over the base model's.
+        time_ratio_se: Its standard error.
+        layer: What one layer adds, as a share of the base model's time per token.
+        parts: Where a step's time goes, as shares of the base model's step of that batch size; by batch size.
+    """
+
+    precision: str
+    time_ratio: float
+    time_ratio_se: float
+    layer: float
+    parts: Mapping[int, Mapping[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """The loss of one cut, or of one precision, by itself.
+
+    Attributes:
+        change: The change in words: `num_hidden_layers 26 of 28`.
+        nll: The increase of the loss in nats per token.
+        nll_se: Its standard error.
+        kl: The KL divergence of the base model to it, in nats per token.
+        perf_norm: PerfNorm on these shards.
+        speed_norm: The forecast SpeedNorm.
+    """
+
+    change: str
+    nll: float
+    nll_se: float
+    kl: float | None
+    perf_norm: float
+    speed_norm: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """A plan of the space and what it is forecast to score; `_se` are standard errors."""
+
+    plan: CompressionPlan
+    perf_norm: float
+    perf_norm_se: float
+    speed_norm: float
+    speed_norm_se: float
+    score: float
+    score_se: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ForecastView:
+    """A forecast for people.
+
+    Attributes:
+        study: The study's name.
+        device: The device's name.
+        engine: The engine's name.
+        base_ms: The base model's milliseconds for a decode step, by batch size.
+        floor_ms: The milliseconds in which the device reads the base model's weights once; None where not measured.
+        own_score: The base model's Score.
+        pays: Each precision's time.
+        costs: Each single loss.
+        lossless: The Score of the fastest plan of the space if nothing were lost.
+        best: The best plans, the best first.
+    """
+
+    study: str
+    device: str
+    engine: str
+    base_ms: Mapping[int, float]
+    floor_ms: float | None
+    own_score: float
+    pays: tuple[Pays, ...]
+    costs: tuple[Costs, ...]
+    lossless: float
+    best: tuple[Best, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the view as JSON values."""
+        values = dataclasses.asdict(self)
+        values["base_ms"] = {str(size): ms for size, ms in self.base_ms.items()}
+        for row in values["pays"]:
+            row["parts"] = {str(size): parts for size, parts in row["parts"].items()}
+        return values
+
+
+def forecast_table(view: ForecastView) -> RenderableType:
+    """Return the forecast as tables: what pays, what it costs, and the best plans."""
+    steps = ", ".join(f"{ms:.3f} ms at batch {size}" for size, ms in view.base_ms.items())
+    lines = [Text(f"forecast of study {view.study} on {view.device} with {view.engine}")]
+    if view.base_ms:
+        floor = f"; reading its weights once takes {view.floor_ms:.3f} ms" if view.floor_ms else ""
+        lines.append(Text(f"one decode step of the base model: {steps}{floor}"))
+    return Group(*lines, *_tables(view), *map(Text, conclusions(view)))
+
+
+def conclusions(view: ForecastView) -> list[str]:
+    """Return what follows from the forecast, in sentences."""
+    lines = [f"If nothing were lost, the fastest plan of the space would score {view.lossless:.3f}."]
+    if not view.best:
+        return lines
+    best = view.best[0]
+    gain = best.score - view.own_score
+    if gain > 2 * best.score_se:
+        lines.append(f"The best plan is forecast to score {best.score:.3f} ± {best.score_se:.3f}.")
+    else:
+        lines.append(
+            f"No plan of this space is forecast to beat the base model's {view.own_score:.3f} beyond the error: the "
+            f"best has {best.score:.3f} ± {best.score_se:.3f}."
+        )
+    return lines
+
+
+def _tables(view: ForecastView) -> list[RenderableType]:
+    tables: list[RenderableType] = []
+    if view.pays:
+        pays = Table(title="what pays, at the base model's sizes", title_justify="left", box=None, pad_edge=False)
+        for name in ("precision", "SpeedNorm", "a layer"):
+            pays.add_column(name, justify="left" if name == "precision" else "right")
+        for size in view.base_ms:
+            pays.add_column(f"batch {size}: fixed, layers, attention, MLP, lm_head", justify="right")
+        for row in view.pays:
+            shares = [" ".join(f"{100 * share:3.0f}%" for share in parts.values()) for parts in row.parts.values()]
+            norm = f"{1 - row.time_ratio:+.3f} ± {row.time_ratio_se:.3f}"
+            pays.add_row(row.precision, norm, f"{100 * row.layer:.2f}%", *shares)
+        tables.append(pays)
+    if view.costs:
+        costs = Table(title="what it costs, each by itself", title_justify="left", box=None, pad_edge=False)
+        for name in ("change", "PerfNorm", "loss, nats per token", "KL", "SpeedNorm"):
+            costs.add_column(name, justify="left" if name == "change" else "right")
+        for cost in view.costs:
+            kl = "–" if cost.kl is None else f"{cost.kl:.4f}"
+            costs.add_row(
+                cost.change,
+                f"{cost.perf_norm:.3f}",
+                f"{cost.nll:+.4f} ± {cost.nll_se:.4f}",
+                kl,
+                f"{cost.speed_norm:+.3f}",
+            )
+        tables.append(costs)
+    if view.best:
+        best = Table(title="the best plans of the space", title_justify="left", box=None, pad_edge=False)
+        for name in ("plan", "PerfNorm", "SpeedNorm", "Score"):
+            best.add_column(name, justify="left" if name == "plan" else "right")
+        for each in view.best:
+            best.add_row(
+                short(each.plan),
+                f"{each.perf_norm:.3f} ± {each.perf_norm_se:.3f}",
+                f"{each.speed_norm:+.3f} ± {each.speed_norm_se:.3f}",
+                f"{each.score:.3f} ± {each.score_se:.3f}",
+            )
+        tables.append(best)
+    return tables

@@ -1,0 +1,266 @@
+"""The damage table of a study: what each size and each precision of the space loses by itself, in memory.
+
+One dimension at a time is cut to a few levels, with the cheap repair, and scored on the first shards of the search
+text. A plan's loss is forecast as the sum of what its parts lose: for single losses of medium strength that is what
+NVIDIA's and Intel's tools rely on (HIGGS, https://arxiv.org/abs/2411.17525). It fails for strong cuts, so the error
+grows with the loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+
+from compressors import build
+from compressors.choices import PRECISIONS, SCHEMES
+from compressors.errors import CompressionError
+from compressors.files import digest_of_json, write_json
+from compressors.plan import CHOICES, DIMENSIONS, CompressionPlan, canonical
+from evaluator import score
+from evaluator.errors import EvaluationError
+from search.config.study_file import Range
+from search.files import read_json
+from search.say import Say
+from search.setup import keys
+from search.setup.setting import Setting
+from search.stages.screen import Screener
+
+VERSION = 1
+SHARDS = 4  # of the search text, the first
+LEVELS = (0.0, 0.4, 0.7)  # shares of the way from a dimension's low to its high end
+RELATIVE_ERROR = 0.25  # of a sum of losses, as long as no trial has said more
+LEAST_ERROR = 0.003  # nats per token
+QUERIES = "queries for each key/value head"  # the axis of num_attention_heads once key/value heads are chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """What a plan loses.
+
+    Attributes:
+        nll: The increase of the loss over the base model's, in nats per token.
+        nll_se: Its standard error, from the shards.
+        kl: The KL divergence of the base model to the plan, in nats per token; None where it was not computed.
+    """
+
+    nll: float
+    nll_se: float
+    kl: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A plan that was scored, which differs from the base model in one dimension or in its precision."""
+
+    plan: CompressionPlan
+    loss: Loss
+
+
+@dataclasses.dataclass(frozen=True)
+class DamageTable:
+    """What single cuts and precisions lose of one base model."""
+
+    own: CompressionPlan
+    entries: tuple[Entry, ...]
+
+    def loss(self, plan: CompressionPlan) -> tuple[float, float]:
+        """Return the forecast increase of the loss in nats per token, and its standard error."""
+        total = math.fsum(self.parts(plan).values())
+        own, theirs = axes(self.own), axes(plan)
+        errors = [curve.error for name, curve in self._curves.items() if theirs[name] != own[name]]
+        return max(total, 0.0), math.hypot(RELATIVE_ERROR * total, LEAST_ERROR, *errors)
+
+    def parts(self, plan: CompressionPlan) -> dict[str, float]:
+        """Return what each axis of the plan is forecast to lose, in nats per token."""
+        own, theirs = axes(self.own), axes(plan)
+        parts = {name: curve.at(theirs[name]) for name, curve in self._curves.items() if theirs[name] != own[name]}
+        if plan.precision != self.own.precision:
+            parts["precision"] = self._of_precision(plan)
+        return parts
+
+    def levels(self, axis: str) -> dict[float, Loss]:
+        """Return the losses along one axis by its value, the base model's 0 among them."""
+        own = axes(self.own)
+        levels = {own[axis]: Loss(0.0, 0.0, 0.0)}
+        for entry in self.entries:
+            theirs = axes(entry.plan)
+            changed = [name for name in own if theirs[name] != own[name]]
+            if changed == [axis] and entry.plan.precision == self.own.precision:
+                levels[theirs[axis]] = entry.loss
+        return dict(sorted(levels.items()))
+
+    @functools.cached_property
+    def _curves(self) -> dict[str, _Curve]:
+        curves = {axis: _Curve.through(self.levels(axis)) for axis in axes(self.own)}
+        return {axis: curve for axis, curve in curves.items() if curve is not None}
+
+    @functools.cached_property
+    def _by_precision(self) -> dict[str, list[Entry]]:
+        uncut = [entry for entry in self.entries if axes(entry.plan) == axes(self.own)]
+        return {name: [entry for entry in uncut if entry.plan.precision == name] for name in PRECISIONS}
+
+    def _of_precision(self, plan: CompressionPlan) -> float:
+        """Return the loss of the entry with the plan's precision that shares most of its other choices."""
+        same = self._by_precision.get(plan.precision, [])
+
+        def shared(entry: Entry) -> int:
+            return sum(getattr(entry.plan, name) == getattr(plan, name) for name in CHOICES)
+
+        return max(same, key=shared).loss.nll if same else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the table as JSON values."""
+        entries = [{"plan": entry.plan.to_dict(), **dataclasses.asdict(entry.loss)} for entry in self.entries]
+        return {"version": VERSION, "own": self.own.to_dict(), "entries": entries}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DamageTable:
+        """Return the table that `to_dict` wrote.
+
+        Raises:
+            ValueError: It is of another version.
+        """
+        if values.get("version") != VERSION:
+            raise ValueError(f"damage table: version {values.get('version')} is not {VERSION}")
+        entries = [
+            Entry(CompressionPlan.from_dict(entry["plan"]), Loss(entry["nll"], entry["nll_se"], entry["kl"]))
+            for entry in values["entries"]
+        ]
+        return cls(CompressionPlan.from_dict(values["own"]), tuple(entries))
+
+
+def axes(plan: CompressionPlan) -> dict[str, float]:
+    """Return the sizes of a plan whose losses are added; query heads count for each key/value head."""
+    values = {name: float(getattr(plan, name)) for name in DIMENSIONS if name != "num_attention_heads"}
+    return {**values, QUERIES: plan.num_attention_heads / plan.num_key_value_heads}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Curve:
+    """Losses along one axis: linear below the lowest level, without overshoot between them (Fritsch, Butland 1984)."""
+
+    lowest: float
+    at_lowest: float
+    slope: float
+    highest: float
+    between: Any
+    error: float
+
+    @classmethod
+    def through(cls, levels: Mapping[float, Loss]) -> _Curve | None:
+        if len(levels) < 2:
+            return None
+        x, y = np.array(list(levels)), np.array([loss.nll for loss in levels.values()])
+        slope = float((y[1] - y[0]) / (x[1] - x[0]))
+        error = sorted(loss.nll_se for loss in levels.values())[len(levels) // 2]
+        return cls(float(x[0]), float(y[0]), slope, float(x[-1]), PchipInterpolator(x, y), error)
+
+    def at(self, value: float) -> float:
+        if value < self.lowest:
+            return self.at_lowest + self.slope * (value - self.lowest)
+        return float(self.between(min(value, self.highest)))
+
+
+def path_of(setting: Setting) -> Path:
+    """Return the file that keeps the table."""
+    shards = [list(map(list, shard)) for shard in setting.texts.shards[:SHARDS]]
+    key = [VERSION, setting.model.digest, keys.calibration_key(setting), digest_of_json(shards, 16)]
+    return setting.outputs / "forecast" / f"damage-{digest_of_json(key, 16)}.json"
+
+
+def known(setting: Setting) -> DamageTable | None:
+    """Return the table if it holds anything."""
+    saved = read_json(path_of(setting))
+    if saved is None:
+        return None
+    try:
+        table = DamageTable.from_dict(saved)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None  # damaged, or of another version: it is made again
+    return table if table.entries else None
+
+
+def wanted(setting: Setting) -> list[CompressionPlan]:
+    """Return the plans to score: each searched size at LEVELS, each searched precision by each of its methods."""
+    own, space = setting.model.identity, setting.file.space
+    repair = "ridge" if any(name != "none" for name in space.repair) else "none"
+    chosen = {name: getattr(space, name)[0] for name in CHOICES if isinstance(getattr(space, name), list)}
+    start = dataclasses.replace(own, **{**chosen, "repair": repair})
+    plans = [plan for name in DIMENSIONS for plan in _cut(start, name, space, own)]
+    for precision in space.precision or []:
+        for quantizer, smoothing in itertools.product(space.quantizer, space.smoothing):
+            if precision not in SCHEMES and (quantizer, smoothing) != (space.quantizer[0], space.smoothing[0]):
+                continue
+            plans.append(dataclasses.replace(start, precision=precision, quantizer=quantizer, smoothing=smoothing))
+    distinct = dict.fromkeys(canonical(plan, own) for plan in plans)
+    return [plan for plan in distinct if axes(plan) != axes(own) or plan.precision != own.precision]
+
+
+def _cut(start: CompressionPlan, name: str, space: Any, own: CompressionPlan) -> Iterator[CompressionPlan]:
+    wanted, full = getattr(space, name), getattr(own, name)
+    if wanted is None:
+        return
+    values = [wanted] if not isinstance(wanted, Range) else []
+    for level in LEVELS if isinstance(wanted, Range) else ():
+        values.append(wanted.low + round((wanted.high - wanted.low) // wanted.step * level) * wanted.step)
+    each = own.num_attention_heads // own.num_key_value_heads
+    for value in dict.fromkeys(values):
+        if value == full:
+            continue
+        if name == "num_key_value_heads":
+            yield dataclasses.replace(start, num_key_value_heads=value, num_attention_heads=value * each)
+        elif name == "num_attention_heads":
+            shared = max(value // own.num_key_value_heads, 1) * own.num_key_value_heads
+            yield dataclasses.replace(start, num_attention_heads=shared)
+        else:
+            yield dataclasses.replace(start, **{name: value})
+
+
+def damage_table(setting: Setting, screener: Screener, say: Say) -> DamageTable:
+    """Return the table; score what it lacks. Plans that can't be built are left out.
+
+    Args:
+        setting: What the study shares.
+        screener: The worker's.
+        say: Told what is done.
+
+    Raises:
+        NotFinite: The base model is broken.
+    """
+    table = known(setting) or DamageTable(setting.model.identity, ())
+    scored = {entry.plan for entry in table.entries}
+    missing = [plan for plan in wanted(setting) if plan not in scored and _buildable(setting, plan)]
+    base = screener.base_nll(say)
+    for number, plan in enumerate(missing, start=1):
+        say(f"damage table: plan {number} of {len(missing)}")
+        try:
+            loss = _scored(screener, plan, base, say)
+        except (CompressionError, EvaluationError) as error:
+            say(f"damage table: left out: {error}")
+            continue
+        table = dataclasses.replace(table, entries=(*table.entries, Entry(plan, loss)))
+        write_json(path_of(setting), table.to_dict())
+    return table
+
+
+def _buildable(setting: Setting, plan: CompressionPlan) -> bool:
+    return build.check(plan, setting.model.checkpoint, setting.model.family) is None
+
+
+def _scored(screener: Screener, plan: CompressionPlan, base: Sequence[float], say: Say) -> Loss:
+    shards = list(itertools.islice(screener.shards(plan, say), SHARDS))
+    gains = [shard.nll - own for shard, own in zip(shards, base, strict=False)]
+    kl = [shard.kl for shard in shards if shard.kl is not None]
+    return Loss(
+        nll=math.fsum(gains) / len(gains),
+        nll_se=score.standard_error(gains),
+        kl=math.fsum(kl) / len(kl) if kl else None,
+    )

@@ -1,0 +1,240 @@
+"""The forecast of a study: its tables, the plans that it prefers, and a sampler that learns where it is wrong."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import optuna
+import pytest
+
+from compressors.plan import CompressionPlan
+from evaluator.speed_table import Probe, SpeedTable
+from search.config import compose
+from search.setup import setting as settings
+from search.stages import damage_table, speed_table
+from search.stages.damage_table import DamageTable, Entry, Loss
+from search.stages.forecast import Expected, Forecast
+from search.study import space
+from search.study.forecast_sampler import ForecastSampler
+
+STUDY = """
+defaults: [_base, _self_]
+study_name: forecast
+trials: 6
+storage: sqlite:///{home}/studies.db
+outputs: {home}/outputs
+model: {{source: {model}}}
+space:
+  num_hidden_layers: {{low: 2, high: 5}}
+  intermediate_size: {{low: 80, high: 160, step: 8}}
+  num_key_value_heads: {{low: 1, high: 3}}
+  precision: [bfloat16, W8A8]
+text: {{window: 32, shards: 4, calibration_windows: 4, report: null}}
+evaluation: {{backend: transformers, forecast: true, workload: {{turns: 4, decode_steps: 4, prompt_tokens: 4}}}}
+tracking: {{mlflow: false}}
+"""
+
+
+@pytest.fixture
+def home(tmp_path, pico_llama):
+    (tmp_path / "forecast.yaml").write_text(STUDY.format(home=tmp_path, model=pico_llama))
+    return tmp_path
+
+
+@pytest.fixture
+def prepared(home):
+    return settings.prepare(compose.load("forecast", config_dir=home))
+
+
+def loss(nll):
+    return Loss(nll, 0.001, abs(nll))
+
+
+def damages(own):
+    """Depth and width cost more the more is cut, W8A8 a little."""
+    cut = dataclasses.replace
+    return DamageTable(
+        own,
+        (
+            Entry(cut(own, num_hidden_layers=4), loss(0.10)),
+            Entry(cut(own, num_hidden_layers=2), loss(0.80)),
+            Entry(cut(own, intermediate_size=80), loss(0.40)),
+            Entry(cut(own, intermediate_size=128), loss(0.05)),
+            Entry(cut(own, num_key_value_heads=1, num_attention_heads=2), loss(0.6)),
+            Entry(cut(own, precision="W8A8"), loss(0.02)),
+            Entry(cut(own, precision="W8A8", quantizer="gptq"), loss(0.01)),
+        ),
+    )
+
+
+def speeds(prepared):
+    """A layer takes 16% of a step, the MLP another 20%, and W8A8 costs 5%."""
+    own = prepared.model.identity
+    probes = []
+    for changes, ratio in (
+        ({"num_hidden_layers": 2}, 0.52),
+        ({"intermediate_size": 80}, 0.9),
+        ({"num_key_value_heads": 1, "num_attention_heads": 2}, 0.95),
+        ({"precision": "W8A8"}, 1.05),
+        ({"precision": "W8A8", "num_hidden_layers": 2}, 0.55),
+    ):
+        shape = speed_table.shape_of(prepared, dataclasses.replace(own, **changes))
+        probes.append(Probe(shape, {1: ratio}, {1: 0.002}))
+    return SpeedTable(speed_table.shape_of(prepared, own), {1: 2.0}, tuple(probes))
+
+
+def test_losses_of_single_cuts_add_up(prepared):
+    own = prepared.model.identity
+    table = damages(own)
+    assert table.loss(own)[0] == 0.0
+    assert table.loss(dataclasses.replace(own, num_hidden_layers=4))[0] == pytest.approx(0.10)
+    both = dataclasses.replace(own, num_hidden_layers=4, intermediate_size=128, precision="W8A8")
+    assert table.loss(both)[0] == pytest.approx(0.10 + 0.05 + 0.02)
+    assert table.parts(both) == {
+        "num_hidden_layers": pytest.approx(0.10),
+        "intermediate_size": pytest.approx(0.05),
+        "precision": pytest.approx(0.02),
+    }
+    gptq = dataclasses.replace(own, precision="W8A8", quantizer="gptq")
+    assert table.loss(gptq)[0] == pytest.approx(0.01)
+
+
+def test_between_levels_a_loss_lies_between_theirs_and_grows_with_the_cut(prepared):
+    own = prepared.model.identity
+    table = damages(own)
+    losses = [table.loss(dataclasses.replace(own, intermediate_size=size))[0] for size in range(160, 79, -8)]
+    assert losses == sorted(losses)
+    assert losses[0] == 0.0
+    assert losses[-1] == pytest.approx(0.40)
+    below = table.loss(dataclasses.replace(own, intermediate_size=72))[0]
+    assert below > 0.40
+    errors = [table.loss(dataclasses.replace(own, intermediate_size=size))[1] for size in (144, 80)]
+    assert errors[0] < errors[1]
+
+
+def test_a_forecast_weighs_loss_and_speed_as_the_score_does(prepared):
+    made = Forecast(prepared, speeds(prepared), damages(prepared.model.identity))
+    plan = dataclasses.replace(prepared.model.identity, num_hidden_layers=4)
+    expected = made.expected(plan)
+    assert expected.perf_norm == pytest.approx(math.exp(-0.10))
+    assert expected.speed_norm == pytest.approx(0.16, abs=0.01)
+    assert expected.score == pytest.approx(0.5 * expected.perf_norm + 0.5 * expected.speed_norm)
+    own = made.expected(prepared.model.identity)
+    assert own.score == pytest.approx(0.5, abs=0.005)
+
+
+def test_a_damage_table_survives_json(prepared):
+    table = damages(prepared.model.identity)
+    assert DamageTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+
+
+def test_the_best_plans_are_those_of_the_whole_space(prepared):
+    made = Forecast(prepared, speeds(prepared), damages(prepared.model.identity))
+    searched, own = prepared.file.space, prepared.model.identity
+    every = {
+        space.plan_of(
+            {
+                "num_hidden_layers": layers,
+                "intermediate_size": ffn,
+                "num_key_value_heads": groups,
+                "precision": precision,
+            },
+            searched,
+            own,
+        )
+        for layers in range(2, 6)
+        for ffn in range(80, 161, 8)
+        for groups in (1, 2, 3)
+        for precision in ("bfloat16", "W8A8")
+    }
+    feasible = [plan for plan in every if prepared.infeasible(plan) is None]
+    best = max(made.expected(plan).score for plan in feasible)
+    shown = ForecastSampler(made, seed=1).best_plans(10)
+    assert len(shown) == len(set(shown)) == 10
+    scores = [made.expected(plan).score for plan in shown]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] == pytest.approx(best)
+
+
+def searched_best(prepared, truth, trials, seed):
+    """Run a study whose Scores are `truth`, a function of plan and forecast; return the plans in their order."""
+    made = Forecast(prepared, speeds(prepared), damages(prepared.model.identity))
+    study = optuna.create_study(direction="maximize")
+    plans = []
+    for number in range(trials):
+        study.sampler = ForecastSampler(made, seed=100 * seed + number)
+        trial = study.ask()
+        plan = space.suggest(trial, prepared.file.space, prepared.model.identity)
+        plans.append(plan)
+        study.tell(trial, truth(plan, made.expected(plan)))
+    return plans
+
+
+def test_no_plan_is_proposed_twice(prepared):
+    plans = searched_best(prepared, lambda plan, expected: expected.score, 12, seed=1)
+    assert len(set(plans)) == 12
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_sampler_learns_where_the_forecast_is_wrong(prepared, seed):
+    """Every cut of depth costs .2 more than forecast: plans that keep their layers are found all the same."""
+
+    def truth(plan: CompressionPlan, expected: Expected) -> float:
+        return expected.score - 0.2 * (plan.num_hidden_layers < 5) + 0.05 * (plan.intermediate_size == 120)
+
+    plans = searched_best(prepared, truth, 12, seed)
+    made = Forecast(prepared, speeds(prepared), damages(prepared.model.identity))
+    assert plans[0].num_hidden_layers < 5  # as the forecast has it
+    scores = [truth(plan, made.expected(plan)) for plan in plans]
+    assert max(scores) > 0.5
+    assert sum(plan.num_hidden_layers == 5 for plan in plans[6:]) >= 4
+
+
+def test_pruned_trials_teach_the_sampler(prepared):
+    made = Forecast(prepared, speeds(prepared), damages(prepared.model.identity))
+    study = optuna.create_study(direction="maximize", sampler=ForecastSampler(made, 0))
+    trial = study.ask()
+    space.suggest(trial, prepared.file.space, prepared.model.identity)
+    for step, value in enumerate((0.3, 0.4), start=1):
+        trial.report(value, step)
+    study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    (observed,) = ForecastSampler(made, 0).observations(
+        study.trials, space.distributions(prepared.file.space, prepared.model.identity)
+    )
+    assert observed.score == pytest.approx(0.35)
+
+
+def test_probes_are_plans_that_the_engine_serves_and_leave_no_precision_out(prepared):
+    plans = speed_table.probes(prepared)
+    assert all(prepared.infeasible(plan) is None for plan, _ in plans)
+    assert len({speed_table.shape_of(prepared, plan) for plan, _ in plans}) == len(plans)
+    assert {plan.precision for plan, check in plans if not check} == {"bfloat16", "W8A8"}
+    assert {plan.num_hidden_layers for plan, check in plans if not check} == {2, 5}
+    assert any(check for _, check in plans)
+
+
+def test_a_study_with_a_forecast_times_and_scores_single_cuts_and_prunes_by_them(home, cli):
+    ended = cli("run", "--study", "forecast", "--config-dir", home, "--json", "sampler.name=forecast", cwd=home)
+    assert ended.status == 0, ended.err
+    (speed_file,) = (home / "outputs/forecast").glob("speed-*.json")
+    (damage_file,) = (home / "outputs/forecast").glob("damage-*.json")
+    made = SpeedTable.from_dict(json.loads(speed_file.read_text()))
+    assert {probe.shape.precision for probe in made.probes} == {"bfloat16", "W8A8"}
+    assert not list((home / "outputs/forecast").glob("probes-*"))
+    study = optuna.load_study(study_name="forecast", storage=f"sqlite:///{home}/studies.db")
+    forecast = [trial for trial in study.trials if "forecast_score" in trial.user_attrs]
+    assert forecast
+    assert all(math.isfinite(trial.user_attrs["forecast_score"]) for trial in forecast)
+    before = {file: file.stat().st_mtime_ns for file in (speed_file, damage_file)}
+    view = cli("forecast", "--study", "forecast", "--config-dir", home, "--json", cwd=home)
+    assert view.status == 0, view.err
+    assert {file: file.stat().st_mtime_ns for file in before} == before  # nothing is measured twice
+    assert len(view.json["best"]) == 10
+    assert view.json["pays"][0]["precision"] == "bfloat16"
+    table = cli("forecast", "--study", "forecast", "--config-dir", home, cwd=home)
+    assert "what pays" in table.out
+    assert "what it costs" in table.out
+    assert "the best plans" in table.out
+    assert Path(home / "outputs").is_dir()
+    assert damage_table.VERSION == 1
