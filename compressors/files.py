@@ -101,7 +101,8 @@ def alone(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[No
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                lock.unlink()
 
 
 def _is_open_file(path: Path, fd: int) -> bool:
