@@ -16,7 +16,8 @@ from compressors import cached
 from compressors.device import compute_dtype, release
 from compressors.errors import CheckpointError
 from compressors.files import write_json
-from compressors.model import structure
+from compressors.model import config_types, structure
+from compressors.model.model_directory import require_json
 from compressors.plan import DESCRIPTION, CompressionPlan
 from compressors.typed_json import typed
 from evaluator import embedded_texts, measure, quality, score, texts
@@ -121,6 +122,7 @@ def candidate_in(path: Path, setting: Setting) -> Candidate:
     if not path.is_dir():
         raise UsageError(f"evaluate: {path}: no such directory; name a checkpoint, such as submit/model")
     structure.describe_any(path)
+    config_types.require_config(path, require_json(path / "config.json", "name a checkpoint"))
     weights_sha256 = measure.weights_sha256_of(path)
     plan = plan_in(path, weights_sha256, setting)
     if plan is None:

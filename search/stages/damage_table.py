@@ -19,15 +19,14 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from compressors import build
+from compressors import build, cached
 from compressors.choices import PRECISIONS, SCHEMES
 from compressors.errors import CompressionError
-from compressors.files import digest_of_json, write_json
+from compressors.files import digest_of_json
 from compressors.plan import CHOICES, DIMENSIONS, CompressionPlan, canonical
 from evaluator import score
 from evaluator.errors import EvaluationError
 from search.config.study_file import Range
-from search.files import read_json
 from search.say import Say
 from search.setup import keys
 from search.setup.setting import Setting
@@ -178,14 +177,8 @@ def path_of(setting: Setting) -> Path:
 
 def known(setting: Setting) -> DamageTable | None:
     """Return the table if it holds anything."""
-    saved = read_json(path_of(setting))
-    if saved is None:
-        return None
-    try:
-        table = DamageTable.from_dict(saved)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None  # damaged, or of another version: it is made again
-    return table if table.entries else None
+    table = cached.known(path_of(setting), lambda path: DamageTable.from_dict(cached.read_json(path)))
+    return table if table is not None and table.entries else None
 
 
 def wanted(setting: Setting) -> list[CompressionPlan]:
@@ -247,7 +240,7 @@ def damage_table(setting: Setting, screener: Screener, say: Say) -> DamageTable:
             say(f"damage table: left out: {error}")
             continue
         table = dataclasses.replace(table, entries=(*table.entries, Entry(plan, loss)))
-        write_json(path_of(setting), table.to_dict())
+        cached.keep_json(path_of(setting), table.to_dict())
     return table
 
 

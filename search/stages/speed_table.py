@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from compressors import build
+from compressors import build, cached
 from compressors.choices import SCHEMES
 from compressors.files import digest_of_json, write_json
 from compressors.model.family import head_dim
@@ -26,7 +26,6 @@ from evaluator.errors import EvaluationError
 from evaluator.process import EngineProcess
 from evaluator.speed_table import VERSION, Probe, Shape, SpeedTable
 from search.config.study_file import Range
-from search.files import read_json
 from search.say import Say
 from search.setup import keys
 from search.setup.setting import Setting
@@ -41,14 +40,8 @@ WIDTHS = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "hi
 
 def known(setting: Setting) -> SpeedTable | None:
     """Return the table if it holds any probe."""
-    saved = read_json(path_of(setting))
-    if saved is None:
-        return None
-    try:
-        table = SpeedTable.from_dict(saved)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None  # damaged, or of another version: it is made again
-    return table if table.probes else None
+    table = cached.known(path_of(setting), lambda path: SpeedTable.from_dict(cached.read_json(path)))
+    return table if table is not None and table.probes else None
 
 
 def path_of(setting: Setting) -> Path:
@@ -175,7 +168,7 @@ def speed_table(setting: Setting, engines: Engines, say: Say) -> SpeedTable | No
         group = missing[start : start + together]
         say(f"speed table: models {start + 1} to {start + len(group)} of {len(missing)}")
         table = _timed(setting, engines, table, group, say)
-        write_json(path_of(setting), table.to_dict())
+        cached.keep_json(path_of(setting), table.to_dict())
     return table if table.probes else None
 
 
