@@ -37,6 +37,7 @@ PRIMARY = "__study__"  # its defaults name the study file
 FILE = "__file__"  # the study file itself, whatever characters its name has
 COMPOSING = (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError, RecursionError)
 MEMBERS = ("Range", "int")
+LISTS = ("evaluation.perf",)  # keys whose values are lists of sections
 MOST_PROBLEMS = 5  # of a study file that are listed
 
 
@@ -304,6 +305,8 @@ def _plain(override: str, directories: Sequence[Path], config_dir: Path | None, 
     if equals and key.lstrip("+") == EXPERIMENTS:
         choices[EXPERIMENTS] = experiment(value, config_dir)
         return words.word_of(f"+{EXPERIMENTS}", choices[EXPERIMENTS])
+    if key.lstrip("+") in LISTS and value.startswith("{"):  # Hydra refuses an object in place of a list
+        override = f"{key}=[{value}]"
     group = _group_of(override, directories) if equals else None
     if group is None or "@" in key or key[:1] in ("", "+", "~"):
         word = words.readable(override)

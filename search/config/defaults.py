@@ -260,7 +260,7 @@ class Parts:
     def find(self, config_path: str) -> Path | None:
         """Return the file of a config path, such as `model/smollm2-135m`, or None where there is none."""
         candidates = (directory / f"{config_path}.yaml" for directory in self._directories)
-        return next((path for path in candidates if path.is_file()), None)
+        return next((path for path in candidates if path.exists() and not path.is_dir()), None)
 
     def _visit(self, config_path: str, above: list[str]) -> None:
         self._visits += 1

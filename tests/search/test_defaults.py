@@ -90,9 +90,9 @@ WRONG = {
     "an unknown package": ("defaults: [_base, {model@modle: smollm2-135m}]", "'modle' is no section.*mean 'model'"),
     "itself": ("defaults: [_base, mine]", "go round in a circle: mine → mine"),
     "a list key": ("defaults: [_base, {[a]: b}]", "can't be read as YAML|its group is a list|unhashable"),
-    "unclosed": ("defaults: [_base", "mine.yaml: line 2: "),
+    "unclosed": ("defaults: [_base", "mine.yaml: .*line 2"),
     "an interpolation to nothing": ("defaults: [_base, {model: '${nosuch}'}]", "mine"),
-    "a tab": ("defaults:\n\t- _base", "mine.yaml: line"),
+    "a tab": ("defaults:\n\t- _base", "mine.yaml: .*line"),
 }
 
 
@@ -120,12 +120,12 @@ def bad(text):
             {"mine": "defaults: [other, {model: smollm2-135m}]", "other": "defaults: [_base, {model: exaone4-1.2b}]\n"},
             "chooses model too",
         ),
-        (bad("[a]\n"), "space/bad.yaml: must be a mapping"),
-        (bad("a: b: c\n"), "space/bad.yaml: line 1"),
+        (bad("[a]\n"), "space/bad.yaml: holds no KEY: VALUE lines"),
+        (bad("a: b: c\n"), "space/bad.yaml: .*line 1"),
         (bad(b"\xff\xfe\xfd"), "space/bad.yaml: "),
         (bad("# @package spcae\na: 1\n"), "'spcae' is no section"),
-        (bad("1: 2\n"), "space/bad.yaml: must be a mapping"),
-        (bad("a: 1\na: 2\n"), "space/bad.yaml: .*duplicate"),
+        (bad("1: 2\n"), "space/bad.yaml: has the key 1"),
+        (bad("a: 1\na: 2\n"), "space/bad.yaml: .*key 'a' twice"),
         (bad("x: ${nosuch}\n"), "space.x: refers to the key 'nosuch'"),
         (bad("x: ${a:b}\n"), "space.x: refers to something other"),
         (bad("x: ${a\n"), "its reference can't be read"),
