@@ -232,7 +232,7 @@ def _write(path: Path, values: Mapping[str, torch.Tensor], tick: Callable[[], No
 
     lazy = {name: LazyTensor(tuple(value.shape), value.dtype, loader(value)) for name, value in values.items()}
     with written_whole(path) as scratch:
-        return safetensors_file.write(scratch, lazy)
+        return safetensors_file.write(scratch, lazy, finite=False)  # a training that broke is told as such
 
 
 def unreadable(work: Path, name: str, error: BaseException) -> CheckpointError:

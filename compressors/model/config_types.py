@@ -132,6 +132,7 @@ LEFT_TO_VALUES = (
     *("vocab_size", "num_key_value_heads", "head_dim", "max_position_embeddings", "dtype", "torch_dtype"),
     *("layer_types", "no_rope_layers", "text_config", "per_layer_config", "sliding_window_pattern"),
     *("rope_parameters", "rope_scaling", "rope_theta", "rms_norm_eps", "query_pre_attn_scalar"),
+    *("architectures", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
 QUANTIZATION: Rules = {
     **dict.fromkeys(("quant_method", "format"), TEXT),

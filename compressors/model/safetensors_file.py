@@ -88,8 +88,13 @@ def header_of(tensors: Mapping[str, Any]) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
-def write(path: Path, tensors: Mapping[str, Any]) -> str:
+def write(path: Path, tensors: Mapping[str, Any], *, finite: bool = True) -> str:
     """Write `tensors` one at a time and return the file's sha256; each value has `shape`, `dtype` and `load()`.
+
+    Args:
+        path: The file.
+        tensors: The tensors by name.
+        finite: Whether NaN and infinity are refused.
 
     Raises:
         CheckpointError: When a loaded tensor has another shape or dtype than it announced, or is not finite.
@@ -113,7 +118,7 @@ def write(path: Path, tensors: Mapping[str, Any]) -> str:
                     f"{name}: announced as {tuple(lazy.shape)} {lazy.dtype}, but loaded as "
                     f"{tuple(tensor.shape)} {tensor.dtype}"
                 )
-            flaw = flaw_of(tensor)
+            flaw = flaw_of(tensor) if finite else None
             if flaw is not None:
                 raise NotFiniteWeights(f"weights: {name} {flaw}; nothing was written", name)
             put(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))

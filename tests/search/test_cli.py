@@ -199,30 +199,12 @@ def test_export_refuses_to_replace_files_that_are_no_model(cli, finished, tmp_pa
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_tampered_checkpoint_is_not_exported(finished, tmp_path, pico_llama):
-    home, _ = finished
-    copy = tmp_path / "home"
-    shutil.copytree(home, copy)
-    study = (copy / "studies" / "small.yaml").read_text().replace(str(home), str(copy))
-    (copy / "studies" / "small.yaml").write_text(study)
-    checkpoints = list((copy / "outputs" / "checkpoints").iterdir())
-    for path in checkpoints:  # one weight of each is changed
-        weights = path / "model.safetensors"
-        data = bytearray(weights.read_bytes())
-        data[-2:] = b"\x80\x3f"
-        weights.write_bytes(data)
-    result = optuna_search("export", "--study", "small", "--to", tmp_path / "m", cwd=copy)
-    assert result.returncode == 1, result.stderr
-    assert "not those that were measured" in result.stderr
-    assert not (tmp_path / "m").exists()
-
-
 def test_resuming_with_another_space_or_formula_is_refused_with_the_differences(cli, finished):
     home, _ = finished
     for override, said in [
         ("score.weight_perf=0.7", "score.weight_perf is 0.5 there and 0.7 here"),
         ("space.precision=[W8A8]", "space.precision"),
-        ("text.shards=7", "evaluation.text"),
+        ("text.shards=7", "text.shards × windows_per_shard is 6 there and 7 here"),
     ]:
         result = cli("run", "--study", "small", override, cwd=home)
         assert result.status == 2
@@ -327,7 +309,7 @@ def test_a_model_that_yields_nan_fails_trials_until_the_study_stops_after_too_ma
     assert "nan" in result.err.lower()
 
 
-def test_a_full_disk_fails_the_trial_with_its_reason(cli, home, tmp_path):
+def test_a_full_disk_stops_the_study_and_uses_up_no_plan(cli, home, tmp_path):
     """outputs/ is on a file system that is too small for a checkpoint."""
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
@@ -337,10 +319,9 @@ def test_a_full_disk_fails_the_trial_with_its_reason(cli, home, tmp_path):
     if mounted.returncode:
         pytest.skip("no tmpfs here")
     try:
-        result = cli("run", "--study", "small", f"outputs={small}", "--trials", "1", "--json", cwd=home)
-        assert result.status == 0, result.err
-        ended = result.json["ended"]
-        assert [trial["failure"] for trial in ended] == ["CheckpointError"]
-        assert "disk" in ended[0]["reason"]
+        result = cli("run", "--study", "small", f"outputs={small}", "--trials", "2", "--json", cwd=home)
+        assert result.status == 1, result.err
+        assert "nothing is lost: free some space there" in result.err
+        assert "disk" in result.err
     finally:
         subprocess.run(["umount", str(small)], check=True)

@@ -192,5 +192,5 @@ def test_a_byte_order_mark_and_aliases_do_no_harm(tmp_path):
 
 
 def test_an_override_with_a_number_of_thousands_of_digits_is_refused():
-    with pytest.raises(ConfigError, match="exceeded maximum size|Exceeds the limit"):
+    with pytest.raises(ConfigError, match=r"exceeded maximum size|Exceeds the limit"):
         compose.load("demo", ["trials=" + "9" * 5000])

@@ -228,7 +228,7 @@ def other_tokenizer(model):
 
 BROKEN = {
     "missing tensor": (drop_tensor, "weights", "1 are missing, model.layers.1.mlp.up_proj.weight first"),
-    "left-over tensor": (add_tensor, "weights", "model.layers.3.mlp.up_proj.weight first"),
+    "left-over tensor": (add_tensor, "weights", "they hold 4 layers, and config.json has num_hidden_layers: 3"),
     "wrong shape": (cut_tensor, "weights", "model.layers.1.mlp.up_proj.weight is 160 × 90"),
     "another head": (untie, "weights", "lm_head.weight is not the embedding"),
     "truncated": (truncate, "weights", "not a whole safetensors file"),

@@ -200,8 +200,10 @@ def test_what_calibration_or_search_saw_is_left_out_of_the_report_text(prepared,
 
 
 def test_a_model_that_the_server_can_not_read_is_refused_before_the_first_trial(prepared, write_pico_model, tmp_path):
-    two_ropes = write_pico_model(tmp_path / "gemma3", "gemma3_text")
-    with pytest.raises(CheckpointError, match=r"rope_parameters differ by the type of layer"):
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    ropes = {"sliding_attention": scaled, "full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+    two_ropes = write_pico_model(tmp_path / "gemma3", "gemma3_text", rope_parameters=ropes)
+    with pytest.raises(CheckpointError, match=r"4\.57\.3.*--for-transformers"):
         prepared(model=two_ropes, export={"for_transformers": "4.57.3"})
     assert prepared(model=two_ropes, export={"for_transformers": "5.17.0"}).model.family.model_type == "gemma3_text"
 

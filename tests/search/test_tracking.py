@@ -92,13 +92,13 @@ BASE = CompressionPlan(5, 8, 4, 96, 160, "bfloat16")
 
 
 def measured():
-    required = [
-        field.name
+    required = {
+        field.name: {"int": 1, "str": "x"}.get(str(field.type), 1.0)
         for field in dataclasses.fields(Measurement)
         if field.default is field.default_factory is dataclasses.MISSING
-    ]
+    }
     values = {"workload": Workload(), "shard_nll": (1.0,), "model_size_mb": 0.5, "total_parameters": 1000}
-    return Measurement(**{**dict.fromkeys(required, 1.0), **values})
+    return Measurement(**{**required, **values})
 
 
 def add(study, layers, score=None, reason=""):
