@@ -21,7 +21,7 @@ from search.study.forecast_sampler import ForecastSampler
 STUDY = """
 defaults: [_base, _self_]
 study_name: forecast
-trials: 6
+trials: 4
 storage: sqlite:///{home}/studies.db
 outputs: {home}/outputs
 model: {{source: {model}}}
