@@ -55,7 +55,7 @@ def _view(made: Forecast, own_score: float, floor_ms: float | None) -> ForecastV
         pays=_pays(made),
         costs=_costs(made),
         lossless=setting.formula.weight_perf + setting.formula.weight_speed * fastest,
-        best=tuple(Best(plan, **dataclasses.asdict(made.expected(plan))) for plan in plans),
+        best=tuple(Best(**dataclasses.asdict(made.expected(plan)), plan=plan) for plan in plans),
     )
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compressors.plan import CompressionPlan, short
+from evaluator.score import Score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +55,10 @@ class Costs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Best:
-    """A plan of the space and what it is forecast to score; `_se` are standard errors."""
+class Best(Score):
+    """A plan of the space and what it is forecast to score."""
 
     plan: CompressionPlan
-    perf_norm: float
-    perf_norm_se: float
-    speed_norm: float
-    speed_norm_se: float
-    score: float
-    score_se: float
 
 
 @dataclasses.dataclass(frozen=True)

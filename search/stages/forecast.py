@@ -9,24 +9,13 @@ import dataclasses
 import math
 
 from compressors.plan import CompressionPlan
+from evaluator.score import Score
 from evaluator.speed_table import SpeedTable
 from search.setup.setting import Setting
 from search.stages import damage_table, measure, speed_table
 from search.stages.damage_table import DamageTable
 
 BYTES_ERROR = 0.1  # of a time ratio that is predicted from bytes and layers, see evaluator.speed
-
-
-@dataclasses.dataclass(frozen=True)
-class Expected:
-    """What a plan is forecast to score; `_se` are standard errors."""
-
-    perf_norm: float
-    perf_norm_se: float
-    speed_norm: float
-    speed_norm_se: float
-    score: float
-    score_se: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +43,7 @@ class Forecast:
             return measure.predicted_ratio(self.setting, plan), BYTES_ERROR
         return self.speed.time_ratio(speed_table.shape_of(self.setting, plan))
 
-    def expected(self, plan: CompressionPlan) -> Expected:
+    def expected(self, plan: CompressionPlan) -> Score:
         """Return what the plan is forecast to score."""
         loss, loss_se = (0.0, 0.0) if self.damage is None else self.damage.loss(plan)
         ratio, ratio_se = self.time_ratio(plan)
@@ -62,4 +51,4 @@ class Forecast:
         formula = self.setting.formula
         value = formula.weight_perf * perf_norm + formula.weight_speed * (1.0 - ratio)
         error = math.hypot(formula.weight_perf * perf_norm * loss_se, formula.weight_speed * ratio_se)
-        return Expected(perf_norm, perf_norm * loss_se, 1.0 - ratio, ratio_se, max(value, 0.0), error)
+        return Score(perf_norm, perf_norm * loss_se, 1.0 - ratio, ratio_se, max(value, 0.0), error)

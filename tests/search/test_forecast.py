@@ -9,12 +9,13 @@ import optuna
 import pytest
 
 from compressors.plan import CompressionPlan
+from evaluator.score import Score
 from evaluator.speed_table import Probe, SpeedTable
 from search.config import compose
 from search.setup import setting as settings
 from search.stages import damage_table, speed_table
 from search.stages.damage_table import DamageTable, Entry, Loss
-from search.stages.forecast import Expected, Forecast
+from search.stages.forecast import Forecast
 from search.study import space
 from search.study.forecast_sampler import ForecastSampler
 
@@ -182,7 +183,7 @@ def test_no_plan_is_proposed_twice(prepared):
 def test_the_sampler_learns_where_the_forecast_is_wrong(prepared, seed):
     """Every cut of depth costs .2 more than forecast: plans that keep their layers are found all the same."""
 
-    def truth(plan: CompressionPlan, expected: Expected) -> float:
+    def truth(plan: CompressionPlan, expected: Score) -> float:
         return expected.score - 0.2 * (plan.num_hidden_layers < 5) + 0.05 * (plan.intermediate_size == 120)
 
     plans = searched_best(prepared, truth, 12, seed)
