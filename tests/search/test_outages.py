@@ -5,6 +5,7 @@ Real processes on a small model; SQLite and PostgreSQL for real. Minutes of work
 
 import collections
 import ctypes
+import faulthandler
 import functools
 import itertools
 import json
@@ -127,6 +128,7 @@ class Run:
         for stream, number in ((self._out, 1), (self._err, 2)):
             os.dup2(stream.fileno(), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        faulthandler.register(signal.SIGUSR1)
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
         os.chdir(ROOT)
@@ -154,8 +156,10 @@ class Run:
         deadline = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGUSR1)  # it prints where its threads are
+                time.sleep(1)
                 os.killpg(self.pid, signal.SIGKILL)
-                raise AssertionError(f"still running after {timeout} s: {self.err[-2000:]}")
+                raise AssertionError(f"still running after {timeout} s: {self.err[-6000:]}")
             time.sleep(0.05)
         return self.err
 
