@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from search.errors import StudyStopped
+
 HEARTBEAT_S = 10
 
 
@@ -16,11 +18,12 @@ def beating(storage: Any, trial_id: int) -> Iterator[None]:
     ended = threading.Event()
 
     def beat() -> None:
-        while True:
-            storage.record_heartbeat(trial_id)
-            if ended.wait(HEARTBEAT_S):
-                storage.remove_session()  # a session belongs to its thread
-                return
+        with contextlib.suppress(StudyStopped):  # the database is away for too long: the trial's own calls say so
+            while True:
+                storage.record_heartbeat(trial_id)
+                if ended.wait(HEARTBEAT_S):
+                    storage.remove_session()  # a session belongs to its thread
+                    return
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

@@ -186,6 +186,12 @@ def _kill(stage, wanted):
     die_inside(*STAGES[stage][:2])
 
 
+def told(err):
+    """Return the lines that are neither a trial's, nor a stage's, nor of the header a run begins with."""
+    usual = ("trial ", "…", "study ", "model ", "space ", "texts ", "engine ", "device ", "storage ", "dashboard ")
+    return [line for line in err.splitlines() if not line.startswith(usual)]
+
+
 def storage_of(home):
     line = next(line for line in (home / "s.yaml").read_text().splitlines() if line.startswith("storage:"))
     return line.partition(": ")[2]
@@ -281,7 +287,7 @@ def test_four_workers_outlast_a_database_server_that_is_stopped(make_study, post
     time.sleep(away_s)
     postgres.ensure_postgres_running()
     err = run.wait(1800)
-    lines = [line for line in err.splitlines() if not line.startswith(("trial ", "…"))]
+    lines = told(err)
     print(f"stopped for {away_s} s after {began} trials: exit status {run.returncode}, {finished(home)} finished")
     print("\n".join(lines), flush=True)
     assert sum("trying again" in line for line in lines) == 1
@@ -380,7 +386,7 @@ def test_a_full_disk_stops_the_study_in_one_line_and_it_resumes_with_space(make_
         err = run.wait()
         print(spare_kb, finished(home), err)
         assert run.returncode == 1, err
-        lines = [line for line in err.splitlines() if not line.startswith(("trial ", "…"))]
+        lines = told(err)
         assert len(lines) == 1
         assert "nothing is lost" in lines[0]
         assert str(home) in lines[0]
