@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from compressors import cached
+from compressors.device import batch_of
 from compressors.files import alone
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family
@@ -52,7 +53,7 @@ def order(
     device: str = "cpu",
     *,
     look_ahead: bool = False,
-    batch: int = 4,
+    batch: int | None = None,
     say: Say = lambda _: None,
 ) -> tuple[int, ...]:
     """Return the first `count` layers to remove.
@@ -69,7 +70,7 @@ def order(
         directory: The directory of the file.
         device: The device that runs the model.
         look_ahead: Whether to choose by the cheapest next removal.
-        batch: The number of windows that run at once.
+        batch: The number of windows that run at once; None: as many as the device takes well.
         say: A function that is called with what is being done.
 
     Raises:
@@ -84,7 +85,7 @@ def order(
             if len(state.removed) < count:
                 say("leaving out layers: reading the model")
                 windows = [window for some in domains.values() for window in spread(some, WINDOWS)]
-                search = _Search(base, family, windows, device, batch)
+                search = _Search(base, family, windows, device, batch or batch_of(device, max(map(len, windows))))
             while len(state.removed) < count:
                 place = f"leaving out layer {len(state.removed) + 1} of {count}"
                 ahead = look_ahead and len(state.removed) + 1 < count

@@ -29,6 +29,7 @@ from compressors.model.family import Family
 from compressors.statistics.second_moments import Moment, Moments, input_of, mixed
 
 STRENGTHS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # λ over the median of diag H[S, S]
+ROWS = 256  # about the number of outputs that choose the strength
 NO_REPAIR = float("inf")
 
 
@@ -65,10 +66,15 @@ def _lazily(
     whole: LazyTensor, cut: LazyTensor, kept: torch.Tensor, moments: Moments, layer: int, part: str, device: str
 ) -> LazyTensor:
     def load() -> torch.Tensor:
-        by_domain = moments.of(layer, part, device)
         weight, index = whole.load().to(device), kept.to(device)
-        factor = _remembered(moments, layer, part, weight, kept, lambda: strength(weight, index, by_domain))
-        return ridge(weight, index, mixed(by_domain).second, factor).to(whole.dtype).cpu()
+
+        def find() -> float:
+            return strength(weight, index, moments.of(layer, part, device))
+
+        factor = moments.strength
+        if factor is None:
+            factor = _remembered(moments, layer, part, weight, kept, find)
+        return ridge(weight, index, moments.mixed(layer, part, device).second, factor).to(whole.dtype).cpu()
 
     return LazyTensor((whole.shape[0], len(kept)), cut.dtype, load)
 
@@ -104,15 +110,39 @@ def strength(weight: torch.Tensor, kept: torch.Tensor, moments: Mapping[str, Mom
     """
     if len(moments) < 2:
         return STRENGTHS[len(STRENGTHS) // 2]
+    weight = weight[:: max(1, len(weight) // ROWS)]
     unrepaired = weight.double()[:, kept]
-    lost = dict.fromkeys((*STRENGTHS, NO_REPAIR), 0.0)
+    judged = []
     for left_out, moment in moments.items():
         whole = max(loss(weight, unrepaired, kept, moment.second), 1e-30)
-        lost[NO_REPAIR] += 1.0
-        solve = solver(weight, kept, mixed(moments, without=left_out).second)
-        for factor in STRENGTHS:
-            lost[factor] += loss(weight, solve(factor), kept, moment.second) / whole
-    return min(lost, key=lambda factor: lost[factor])
+        judged.append((solver(weight, kept, mixed(moments, without=left_out).second), moment.second, whole))
+
+    def lost(factor: float) -> float:
+        return sum(loss(weight, solve(factor), kept, second) / whole for solve, second, whole in judged)
+
+    factor, least = least_of(STRENGTHS, lost, len(STRENGTHS) // 2)
+    return factor if least < len(moments) else NO_REPAIR
+
+
+def least_of(factors: Sequence[float], lost: Callable[[float], float], start: int) -> tuple[float, float]:
+    """Return (the factor that loses least, its loss), by steps downhill from the factor at `start`.
+
+    A loss on text that was left out falls and then rises as λ grows, so that three or four of the factors are tried.
+    """
+    known: dict[int, float] = {}
+
+    def at(place: int) -> float:
+        if place not in known:
+            known[place] = lost(factors[place])
+        return known[place]
+
+    place = start
+    while True:
+        near = [other for other in (place - 1, place + 1) if 0 <= other < len(factors)]
+        best = min(near, key=at)
+        if not at(best) < at(place):
+            return factors[place], at(place)
+        place = best
 
 
 def ridge(weight: torch.Tensor, kept: torch.Tensor, second: torch.Tensor, factor: float) -> torch.Tensor:
@@ -129,7 +159,8 @@ def solver(weight: torch.Tensor, kept: torch.Tensor, second: torch.Tensor) -> Ca
     unit = float(stay.diagonal().median().clamp_min(1e-30))
 
     def solve(factor: float) -> torch.Tensor:
-        damped = stay + factor * unit * torch.eye(len(kept), dtype=stay.dtype, device=stay.device)
+        damped = stay.clone()
+        damped.diagonal().add_(factor * unit)
         taken: torch.Tensor = torch.cholesky_solve(cross, cholesky(damped)).T
         return weight[:, kept] + taken
 
@@ -142,9 +173,10 @@ def cholesky(matrix: torch.Tensor) -> torch.Tensor:
     Raises:
         CheckpointError: When a damping of 1e-5 of the mean diagonal does not make it positive definite.
     """
-    unit = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device) * matrix.diagonal().mean()
     for damping in (0.0, 1e-9, 1e-7, 1e-5):
-        result = torch.linalg.cholesky_ex(matrix + damping * unit)
+        damped = matrix.clone()
+        damped.diagonal().add_(damping * matrix.diagonal().mean())
+        result = torch.linalg.cholesky_ex(damped)
         if not int(result.info):
             factor: torch.Tensor = result.L
             return factor

@@ -18,7 +18,7 @@ inputs of one projection.
 GPTAQ (https://arxiv.org/abs/2504.02692) makes such closed-form updates for quantization: they see what the compressed
 model really reads, and aim at the base model's output. No bias and no tensor is added.
 
-λ is chosen for each projection on calibration text that the fit did not see: `change`.
+λ is chosen for each projection on calibration text that the fit did not see: `changes`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,9 +36,9 @@ from typing import Any
 import torch
 
 from compressors import cached
-from compressors.device import compute_dtype, release
+from compressors.device import batch_of, compute_dtype, home, release, tensor_cores
 from compressors.errors import CheckpointError
-from compressors.methods.repair import cholesky
+from compressors.methods.repair import cholesky, least_of
 from compressors.model import cached_tensors
 from compressors.model.checkpoint import Checkpoint, LazyTensor
 from compressors.model.family import Family
@@ -46,9 +47,10 @@ from compressors.statistics.residual_streams import Stays, Streams
 from compressors.statistics.second_moments import Moments
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # λ over the median of diag A
-VERSION = 7  # increase it when the same cut would be refit differently
-FILES = 16  # the number of results that are kept
+VERSION = 8  # increase it when the same cut would be refit differently
+FILES = 4  # the number of results that are kept: each can be as large as the model
 ROWS = 128  # about the number of outputs that choose the strength
+EXPLORED = 4  # λ of every so many layers is looked for; those between take it over, if it gains there
 
 
 def take_over(
@@ -175,7 +177,7 @@ def refit(
     parts: Sequence[Sequence[tuple[str, ...]]],
     windows: Mapping[str, Sequence[Sequence[int]]],
     device: str = "cpu",
-    batch: int = 4,
+    batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Strength]]:
     """Refit the projections `parts` of `cut`, layer after layer; both models and the streams of all windows in memory.
@@ -188,7 +190,7 @@ def refit(
         parts: The groups of projections to refit, by layer of `cut`; see `refit_parts`.
         windows: The windows of token ids, by domain.
         device: The device that both models run on.
-        batch: The largest number of windows that run at once.
+        batch: The largest number of windows that run at once; None: as many as the device takes well.
         progress: A function that is called with (layers done, layers in all) after each layer.
 
     Returns:
@@ -197,7 +199,8 @@ def refit(
     Raises:
         CheckpointError: When activations are not finite.
     """
-    models = _load(cut, base, family, stays, windows, device, batch)
+    longest = max(len(window) for some in windows.values() for window in some)
+    models = _load(cut, base, family, stays, windows, device, batch or batch_of(device, longest))
     layers = stays.layers
     following = [*layers[1:], int(base.config["num_hidden_layers"])]
     last = max((new for new, groups in enumerate(parts) if groups), default=-1)
@@ -229,12 +232,14 @@ class _Models:
         family: Its family.
         modules: The modules of the cut model in memory, by name; their weights are replaced as they are refit.
         streams: The streams of both models, an entry per domain.
+        chosen: The strength's factor that each projection had in the layer before; filled as layers are refit.
     """
 
     cut: Checkpoint
     family: Family
     modules: Mapping[str, Any]
     streams: Sequence[Streams]
+    chosen: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def _load(
@@ -251,9 +256,12 @@ def _load(
     called: tuple[Called, Called] = ({}, {})
     batch = max(1, min(batch, min(map(len, windows.values())) // 2))  # two batches at least: one is kept from the fit
     streams = []
+    tokens = sum(len(window) for some in windows.values() for window in some)
+    widths = 5 * int(base.config["hidden_size"]) + int(cut.config["intermediate_size"])  # see Streams
+    kept_at = home(device, tokens * widths * whole.dtype.itemsize)
     for some in windows.values():
         of_base, of_cut = Layers(whole, family, some, batch, called[0]), Layers(small, family, some, batch, called[1])
-        streams.append(Streams(of_base, of_cut, family, stays))
+        streams.append(Streams(of_base, of_cut, family, stays, kept_at))
     return _Models(cut, family, dict(small.named_modules()), streams)
 
 
@@ -265,34 +273,37 @@ def _writes(family: Family, group: Sequence[str]) -> bool:
 def _refit_group(models: _Models, layer: int, group: Sequence[str]) -> dict[str, tuple[torch.Tensor, Strength]]:
     """Refit the projections of one input in the model in memory; return their new weights by name."""
     refitted = {}
-    for part, halves in _sums(models, layer, group).items():
+    halves, rows = _sums(models, layer, group)
+    sums = [tensor for pair in halves for half in pair if half.tokens for tensor in (half.second, half.cross)]
+    if not all(torch.isfinite(tensor).all() for tensor in sums):
+        raise CheckpointError(
+            f"repair: the inputs or outputs of {models.family.in_layer(layer, group[0])}.weight are NaN or infinite; "
+            "the weights are broken, copy them again"
+        )
+    taken = [None if layer % EXPLORED == 0 else models.chosen.get(part) for part in group]
+    for part, (delta, strength) in zip(group, changes(halves, rows, taken), strict=True):
+        if strength.factor in STRENGTHS:
+            models.chosen[part] = strength.factor
         module_name = models.family.in_layer(layer, part)
-        name = f"{module_name}.weight"
-        sums = [tensor for pair in halves for half in pair if half.tokens for tensor in (half.second, half.cross)]
-        if not all(torch.isfinite(tensor).all() for tensor in sums):
-            raise CheckpointError(
-                f"repair: the inputs or outputs of {name} are NaN or infinite; the weights are broken, copy them again"
-            )
-        delta, strength = change(halves)
         module = models.modules[module_name]
-        weight = (module.weight.data.double() + delta).to(models.cut.tensors[name].dtype)
+        weight = (module.weight.data.double() + delta).to(models.cut.tensors[f"{module_name}.weight"].dtype)
         module.weight.data = weight.to(module.weight.dtype)  # later layers are fit to what will be written
-        refitted[name] = weight.cpu(), strength
+        refitted[f"{module_name}.weight"] = weight.cpu(), strength
     return refitted
 
 
-def _sums(models: _Models, layer: int, group: Sequence[str]) -> dict[str, list[tuple[Fit, Fit]]]:
-    """Return, by projection of the group, the sums over the two halves of each domain's batches."""
-    fits: dict[str, list[tuple[Fit, Fit]]] = {part: [] for part in group}
+def _sums(models: _Models, layer: int, group: Sequence[str]) -> tuple[list[tuple[Fit, Fit]], list[int]]:
+    """Return the sums over the two halves of each domain's batches, and how many outputs each projection has."""
+    fits: list[tuple[Fit, Fit]] = []
+    rows: list[int] = []
     for streams in models.streams:
-        halves = [(Fit(), Fit()) for _ in group]
+        pair = Fit(), Fit()
         told = streams.of_writer(layer, group[0]) if _writes(models.family, group) else streams.of_readers(layer, group)
         for place, (x, weight, missing) in enumerate(told):
-            for pair, error in zip(halves, missing, strict=True):
-                pair[2 * place >= len(streams.cut.hidden)].add(x, error, weight)
-        for part, pair in zip(group, halves, strict=True):
-            fits[part].append(pair)
-    return fits
+            rows = [error.shape[-1] for error in missing]
+            pair[2 * place >= len(streams.cut.hidden)].add(x, torch.cat(list(missing), dim=-1), weight)
+        fits.append(pair)
+    return fits, rows
 
 
 class Fit:
@@ -313,8 +324,9 @@ class Fit:
         """Add the inputs x [B, T, K], what is missing t − W x [B, T, N], and the tokens' weights [B, T, 1]."""
         root = weight.float().sqrt()
         x, missing = (x.float() * root).flatten(0, 1), (missing.float() * root).flatten(0, 1)
-        self.second = self.second + x.T @ x
-        self.cross = self.cross + missing.T @ x
+        with tensor_cores(x.device):
+            self.second = self.second + x.T @ x
+            self.cross = self.cross + missing.T @ x
         self.square = self.square + missing.square().sum(0)
         self.tokens += len(x)
 
@@ -346,12 +358,24 @@ class Strength:
 
 
 def change(fits: Sequence[Sequence[Fit]]) -> tuple[torch.Tensor, Strength]:
-    """Return (W' − W [N, K] float64, its strength) from the sums of each domain's two halves.
+    """Return (W' − W [N, K] float64, its strength) of one projection, see `changes`."""
+    return changes(fits, [len(next(half for half in fits[0] if half.tokens).cross)])[0]
 
-    λ is the one of STRENGTHS that loses least on text that the fit did not see. Each domain in turn is left out, and so
-    is the second half of each, with the same weight. So the fit must not lose on another kind of text, nor on more of
-    the same. The change is zero where no λ gains. λ is the middle of STRENGTHS for a single window, where no text is
-    unseen.
+
+def changes(
+    fits: Sequence[Sequence[Fit]], rows: Sequence[int], taken: Sequence[float | None] | None = None
+) -> list[tuple[torch.Tensor, Strength]]:
+    """Return (W' − W [N, K] float64, its strength) of projections with one input, from each domain's two halves.
+
+    λ is the one of STRENGTHS that loses least on text that the fit did not see, for each projection by itself. Each
+    domain in turn is left out, and so is the second half of each, with the same weight. So the fit must not lose on
+    another kind of text, nor on more of the same. The change is zero where no λ gains. λ is the middle of STRENGTHS for
+    a single window, where no text is unseen.
+
+    Args:
+        fits: The sums of each domain's halves, over the outputs of all projections, one after the other.
+        rows: The number of outputs N of each projection.
+        taken: For each projection a factor of λ to take if it gains, None to look for one; None: look for all.
     """
     halves = [[half.means() for half in of_domain if half.tokens] for of_domain in fits]
     whole = [sum(of_domain[1:], of_domain[0]).means() for of_domain in fits]
@@ -362,33 +386,66 @@ def change(fits: Sequence[Sequence[Fit]]) -> tuple[torch.Tensor, Strength]:
             unseen.append((others, whole[place]))
         if len(of_domain) > 1:
             unseen.append(([*others, of_domain[0]], of_domain[1]))
-    if not unseen:
-        middle = STRENGTHS[len(STRENGTHS) // 2]
-        return _solver(whole)(middle), Strength(middle, 1.0)
-    some = slice(None, None, max(1, len(whole[0].cross) // ROWS))
-    lost = dict.fromkeys(STRENGTHS, 0.0)
-    for fitted, judged in unseen:
-        solve = _solver(fitted, some)
-        cross, square = judged.cross[some], max(float(judged.square[some].sum()), 1e-30)
-        for factor in STRENGTHS:
-            delta = solve(factor).float()
-            gained = 2 * (delta * cross).sum() - ((delta @ judged.second) * delta).sum()
-            lost[factor] += (1 - float(gained) / square) / len(unseen)
-    best = min(lost, key=lambda factor: lost[factor])
-    if not lost[best] < 1.0:
-        return torch.zeros_like(whole[0].cross, dtype=torch.float64), Strength(float("inf"), 1.0)
-    return _solver(whole)(best), Strength(best, lost[best])
+    shared = len(rows) > 1
+    folds = [(_Solver(fitted, shared=shared), judged) for fitted, judged in unseen]
+    solve, ends = _Solver(whole, shared=shared), list(itertools.accumulate(rows, initial=0))
+    first = taken or [None] * len(rows)
+    return [_change(folds, solve, slice(*ends[place : place + 2]), first[place]) for place in range(len(rows))]
 
 
-def _solver(sums: Sequence[Fit], rows: slice = slice(None)) -> Callable[[float], torch.Tensor]:
-    """Return a function from λ's factor to B (A + λ I)⁻¹ of these outputs, float64; domains weigh the same."""
-    second = torch.stack([one.second for one in sums]).mean(0).double()
-    cross = torch.stack([one.cross[rows] for one in sums]).mean(0).double()
-    unit = second.diagonal().median().clamp_min(1e-30)
-    eye = torch.eye(len(second), dtype=second.dtype, device=second.device)
+def _change(
+    folds: Sequence[tuple[_Solver, Fit]], solver: _Solver, outputs: slice, taken: float | None
+) -> tuple[torch.Tensor, Strength]:
+    middle = len(STRENGTHS) // 2
+    if not folds:
+        return solver(STRENGTHS[middle], outputs), Strength(STRENGTHS[middle], 1.0)
+    some = slice(outputs.start, outputs.stop, max(1, (outputs.stop - outputs.start) // ROWS))
 
-    def solve(factor: float) -> torch.Tensor:
-        delta: torch.Tensor = torch.cholesky_solve(cross.T, cholesky(second + factor * unit * eye)).T
+    def lost(factor: float) -> float:
+        total = 0.0
+        for solve, judged in folds:
+            square = max(float(judged.square[some].sum()), 1e-30)
+            delta = solve(factor, some).float()
+            gained = 2 * (delta * judged.cross[some]).sum() - ((delta @ judged.second) * delta).sum()
+            total += (1 - float(gained) / square) / len(folds)
+        return total
+
+    best, left = (taken, lost(taken)) if taken is not None else (0.0, 1.0)
+    if not left < 1.0:
+        best, left = least_of(STRENGTHS, lost, middle)
+    if not left < 1.0:
+        return torch.zeros_like(solver.cross(outputs)), Strength(float("inf"), 1.0)
+    return solver(best, outputs), Strength(best, left)
+
+
+class _Solver:
+    """_Solver gives B (A + λ I)⁻¹ of some outputs, float64; domains weigh the same.
+
+    Args:
+        sums: The means of each domain that the fit sees.
+        shared: Whether several projections are fit to A, so that its factors are kept.
+    """
+
+    def __init__(self, sums: Sequence[Fit], *, shared: bool) -> None:
+        self._sums, self._shared = sums, shared
+        self._factors: dict[float, torch.Tensor] = {}
+
+    def __call__(self, factor: float, outputs: slice) -> torch.Tensor:
+        """Return the change for λ = factor × the median of diag A."""
+        delta: torch.Tensor = torch.cholesky_solve(self.cross(outputs).T, self._factored(factor)).T
         return delta
 
-    return solve
+    def cross(self, outputs: slice) -> torch.Tensor:
+        """Return B [N, K] of these outputs."""
+        return torch.stack([one.cross[outputs] for one in self._sums]).mean(0).double()
+
+    def _factored(self, factor: float) -> torch.Tensor:
+        if factor in self._factors:
+            return self._factors[factor]
+        second = torch.stack([one.second for one in self._sums]).mean(0).double()
+        unit = second.diagonal().median().clamp_min(1e-30)
+        second.diagonal().add_(factor * unit)
+        factored = cholesky(second)
+        if self._shared:
+            self._factors[factor] = factored
+        return factored

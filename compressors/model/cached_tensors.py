@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from compressors.cached import DIGEST, reason_of, require_regular
+from compressors.device import on_host
 from compressors.errors import MachineError
 from compressors.files import written_whole
 from compressors.model.safetensors_file import NAMES
@@ -30,11 +31,12 @@ def keep(
     Raises:
         MachineError: When the file can't be written; the message begins with `named`.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: on_host(tensor.detach()).contiguous() for name, tensor in tensors.items()}
     digests = json.dumps({name: _digest(tensor) for name, tensor in tensors.items()})
     try:
         with written_whole(path) as scratch:
             save_file(dict(tensors), scratch, {**(metadata or {}), DIGEST: digests})
+        _verified.update(_stamp(path, name) for name in tensors)
     except (SafetensorError, OSError) as error:
         raise MachineError(f"{named} can't be written ({reason_of(error)}); free some space") from None
 
@@ -78,8 +80,7 @@ def read(path: Path, name: str) -> torch.Tensor:
     Raises:
         OSError, ValueError, SafetensorError: When the file is damaged.
     """
-    status = path.stat()
-    stamp = (str(path), status.st_ino, status.st_size, status.st_mtime_ns, name)
+    stamp = _stamp(path, name)
     with safe_open(path, framework="pt") as stored:
         tensor: torch.Tensor = stored.get_tensor(name)
         if stamp in _verified:
@@ -94,6 +95,11 @@ def read(path: Path, name: str) -> torch.Tensor:
         raise ValueError(f"{name} has NaN or infinite numbers")
     _verified.add(stamp)
     return tensor
+
+
+def _stamp(path: Path, name: str) -> tuple[Any, ...]:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, name
 
 
 def read_all(path: Path, shapes: Shapes) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Run a model's layers one at a time over all windows, as closed-form methods need, in the memory of one layer.
 
-Between two layers the hidden states of all windows stay in main memory. It works on the stock transformers model of any
+Between two layers the hidden states of all windows stay on the GPU where they take a small part of it, else in main
+memory. It works on the stock transformers model of any
 family: the keyword arguments of each layer are recorded from a whole forward pass.
 
 Symbols: B windows of a batch, T tokens of a window, E hidden size, K input width of a Linear.
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from compressors.device import home
 from compressors.errors import CheckpointError
 from compressors.model.family import Family
 
@@ -29,7 +31,8 @@ class Layers:
     """Layers carries windows of one length through the layers of `model`.
 
     Attributes:
-        hidden: The inputs [B, T, E] of the next layer, a tensor per batch, in main memory.
+        hidden: The inputs [B, T, E] of the next layer, a tensor per batch, in the memory of `home`.
+        home: The device that keeps what waits.
     """
 
     def __init__(
@@ -56,6 +59,8 @@ class Layers:
         self.modules = dict(model.named_modules())
         self.count = int(model.config.num_hidden_layers)
         self.called: Called = {} if called is None else called
+        width = int(model.config.hidden_size) * model.dtype.itemsize
+        self.home = home(str(model.device), sum(map(len, windows)) * width)
         self.hidden: list[torch.Tensor] = list(self._embedded())
 
     def layer(self, index: int) -> Any:
@@ -76,7 +81,7 @@ class Layers:
             for part, told in (watch or {}).items():
                 told(seen[part])
             if keep:
-                self.hidden[place] = out.cpu()
+                self.hidden[place] = out.to(self.home)
 
     @torch.inference_mode()
     def run(
@@ -124,7 +129,7 @@ class Layers:
         inputs: list[torch.Tensor] = []
 
         def stop(module: Any, args: Any, kwargs: Any) -> None:
-            inputs.append((args[0] if args else kwargs["hidden_states"]).cpu())
+            inputs.append((args[0] if args else kwargs["hidden_states"]).to(self.home))
             raise _Reached
 
         for windows in self.windows:

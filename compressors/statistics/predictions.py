@@ -10,25 +10,17 @@ from typing import Any
 
 import torch
 
-from compressors.device import compute_dtype
+from compressors.device import compute_dtype, home
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family
 from compressors.statistics.layerwise import Layers
 
-CHUNK = 128  # tokens whose logits are held at a time
+CHUNK, CHUNK_ON_GPU = 128, 1024  # tokens whose logits are held at a time
 
 
 def spread(windows: Sequence[Sequence[int]], count: int) -> Sequence[Sequence[int]]:
     """Return at most `count` of the windows, at equal steps from the first."""
     return windows[:: max(1, len(windows) // count)][:count]
-
-
-def _home(device: str, needed: int) -> str:
-    """Return where to keep `needed` bytes that are read repeatedly: on the GPU, or in main memory.
-
-    They are kept on the GPU if they take less than a quarter of its free memory.
-    """
-    return device if device == "cuda" and needed < torch.cuda.mem_get_info()[0] / 4 else "cpu"
 
 
 class Predictions:
@@ -38,7 +30,7 @@ class Predictions:
         every: The step between compared positions: the last of each `every` tokens counts, since the vocabulary costs
             as much as many layers.
         start: The input [B, T, E] of the first layer, per batch.
-        base: The log-probabilities of the whole model, float16 [≤ CHUNK, V], by batch and chunk.
+        base: The log-probabilities of the whole model, float16 [tokens, V], by batch and chunk.
     """
 
     def __init__(
@@ -57,9 +49,9 @@ class Predictions:
         self.norm, self.head = self.layers.modules[family.final_norm], model.get_output_embeddings()
         self.start = list(self.layers.hidden)
         tokens = sum(map(len, windows)) // every
-        home = _home(device, 2 * tokens * int(model.config.vocab_size))
+        kept_at = home(device, 2 * tokens * int(model.config.vocab_size))
         self.base = [
-            [logits.log_softmax(-1).half().to(home) for logits in self._logits(hidden)]
+            [logits.log_softmax(-1).half().to(kept_at) for logits in self._logits(hidden)]
             for hidden in self.through(range(self.layers.count), self.start)
         ]
 
@@ -70,7 +62,7 @@ class Predictions:
             for layer in those:
                 out, _ = self.layers.run(layer, place)
                 self.layers.hidden[place] = out
-            yield self.layers.hidden[place].cpu()
+            yield self.layers.hidden[place].to(self.layers.home)
 
     def kl(self, hidden: Iterator[torch.Tensor]) -> float:
         """Return the KL divergence of the whole model from predictions on `hidden`, in nats per compared token.
@@ -82,13 +74,13 @@ class Predictions:
         for of_batch, known in zip(hidden, self.base, strict=True):
             for logits, base in zip(self._logits(of_batch), known, strict=True):
                 base = base.to(logits.device).float().log_softmax(-1)
-                total += float((base.exp() * (base - logits.log_softmax(-1))).sum(dtype=torch.float64))
+                total += float((base.exp() * (base - logits.log_softmax(-1))).sum(-1).sum(dtype=torch.float64))
                 tokens += len(base)
         return total / tokens
 
     @torch.inference_mode()
     def _logits(self, hidden: torch.Tensor) -> Iterator[Any]:
-        """Yield the logits float32 [≤ CHUNK, V] of the compared positions."""
+        """Yield the logits float32 [tokens, V] of the compared positions."""
         looked_at = hidden[:, self.every - 1 :: self.every].to(self.layers.model.device)
-        for part in self.norm(looked_at).flatten(0, 1).split(CHUNK):
+        for part in self.norm(looked_at).flatten(0, 1).split(CHUNK_ON_GPU if looked_at.is_cuda else CHUNK):
             yield self.head(part).float()

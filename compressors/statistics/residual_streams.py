@@ -42,9 +42,18 @@ class Stays:
 
 
 class Streams:
-    """Streams carries the windows of one domain through both models; what waits is kept in main memory."""
+    """Streams carries the windows of one domain through both models.
 
-    def __init__(self, base: Layers, cut: Layers, family: Family, stays: Stays) -> None:
+    Args:
+        base: The base model's layers.
+        cut: The cut model's layers.
+        family: The family of both.
+        stays: What the cut keeps of the base model.
+        home: The device that keeps what waits until a layer is refit.
+    """
+
+    def __init__(self, base: Layers, cut: Layers, family: Family, stays: Stays, home: str = "cpu") -> None:
+        self.home = home
         self.base, self.cut, self.family, self.stays = base, cut, family, stays
         self.norm_of = family.output_norms
         self._inputs: list[dict[str, torch.Tensor]] = []  # of the base model's readers, [B, T, E]
@@ -73,9 +82,9 @@ class Streams:
         for place, hidden in enumerate(self.base.hidden if look else ()):
             out, seen = self.base.run(layer, place, (*readers, family.o))
             added = self._added(self.base, layer, family.o, self._linear(self.base, layer, family.o, seen[family.o]))
-            self._middle.append((hidden.to(added.device) + added).cpu())
-            self._inputs.append({part: seen[part].cpu() for part in readers})
-            self.base.hidden[place] = out.cpu()
+            self._middle.append((hidden.to(added.device) + added).to(self.home))
+            self._inputs.append({part: seen[part].to(self.home) for part in readers})
+            self.base.hidden[place] = out.to(self.base.home)
         for dropped in then:
             self.base.forward(dropped)
 
@@ -94,7 +103,7 @@ class Streams:
             if part == family.down:
                 by_o = self._linear(self.cut, layer, family.o, seen[family.o])
                 stream = stream + self._added(self.cut, layer, family.o, by_o)
-                self._last.append((stream.cpu(), x.cpu()))
+                self._last.append((stream.to(self.home), x.to(self.home)))
             target = targets[place].to(x.device)
             weight = 1 / _root_mean_square(target).clamp_min(1e-15)
             put_out = self._linear(self.cut, layer, part, x)
@@ -132,7 +141,7 @@ class Streams:
         for place, (stream, x) in enumerate(self._last):  # kept by of_writer: only down has changed since then
             put_out = self._linear(self.cut, layer, self.family.down, x.to(device))
             added = self._added(self.cut, layer, self.family.down, put_out)
-            self.cut.hidden[place] = (stream.to(device) + added).cpu()
+            self.cut.hidden[place] = (stream.to(device) + added).to(self.cut.home)
         self._inputs, self._middle, self._last = [], [], []
 
     def _kept(self, x: torch.Tensor) -> torch.Tensor:

@@ -16,13 +16,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from compressors import cached
-from compressors.device import compute_dtype
+from compressors.device import batch_of, compute_dtype, home, tensor_cores
 from compressors.errors import CheckpointError, MachineError
 from compressors.files import alone
 from compressors.model import cached_tensors
@@ -34,6 +35,7 @@ from compressors.statistics.layerwise import Called, Layers
 DESCRIBED = "moments.json"
 WINDOWS = "windows.json"
 CLIP = 4.0  # times the median L2 norm of a window's tokens
+WRITERS = 4  # threads that write layers while the next ones are computed
 
 InputMoment = Callable[[str], torch.Tensor]  # a module's name → E[x xᵀ] [K, K] of its input
 
@@ -75,6 +77,8 @@ class Moments:
         layers: The number in the base model of each layer.
         change: (layer of the base model, projection) → T [K, K] where a rotated model reads T x; None where it reads x.
         again: A function that collects a layer of the base model again, whose file is damaged; None: that is an error.
+        strength: Strength of `compressors.methods.repair`, in place of the one that is chosen for each projection,
+            which takes several times as long as the repair; None: it is chosen.
     """
 
     path: Path
@@ -82,6 +86,7 @@ class Moments:
     layers: tuple[int, ...]
     change: Callable[[int, str], torch.Tensor | None] = lambda layer, part: None
     again: Callable[[int], None] | None = dataclasses.field(default=None, compare=False)
+    strength: float | None = None
 
     def of(self, layer: int, part: str, device: str = "cpu") -> dict[str, Moment]:
         """Return the moments of the input of the projection `part` in a layer, by domain.
@@ -111,16 +116,33 @@ class Moments:
         change = change.to(device)
         return {domain: moment.through(change) for domain, moment in moments.items()}
 
+    def mixed(self, layer: int, part: str, device: str = "cpu") -> Moment:
+        """Return the mean of the moments over domains, see `mixed` and `of`.
+
+        On a GPU those of the base model stay in its memory for the next plan, where they take a small part of it.
+        """
+        file = self.path / _file_of(self.layers[layer])
+        if self.change(self.layers[layer], part) is not None or not device.startswith("cuda"):
+            return mixed(self.of(layer, part, device))
+        key = (str(file), file.stat().st_mtime_ns if file.exists() else 0, part, device, self.domains)
+        if key in _on_gpu:
+            return _on_gpu[key]
+        moment = mixed(self.of(layer, part, device))
+        held = sum(each.second.nbytes for each in _on_gpu.values())
+        if home(device, held + moment.second.nbytes) == device:
+            _on_gpu[key] = moment
+        return moment
+
     def _read(self, file: Path, part: str, device: str) -> dict[str, Moment]:
         tokens = json.loads(cached_tensors.metadata(file)["tokens"])
-        return {
-            domain: Moment(
-                cached_tensors.read(file, f"{domain}.{part}.second"),
-                cached_tensors.read(file, f"{domain}.{part}.mean"),
-                int(tokens[domain]),
-            ).to(device)
-            for domain in self.domains
-        }
+
+        def of_domain(domain: str) -> Moment:
+            second = cached_tensors.read(file, f"{domain}.{part}.second")
+            mean = cached_tensors.read(file, f"{domain}.{part}.mean")
+            return Moment(second, mean, int(tokens[domain])).to(device)
+
+        with ThreadPoolExecutor(len(self.domains)) as readers:  # a first reading compares digests
+            return dict(zip(self.domains, readers.map(of_domain, self.domains), strict=True))
 
     def windows(self) -> dict[str, list[list[int]]]:
         """Return the token ids that the moments were collected on, by domain.
@@ -139,6 +161,9 @@ class Moments:
         return dataclasses.replace(self, layers=tuple(self.layers[old] for old in kept))
 
 
+_on_gpu: dict[tuple[Any, ...], Moment] = {}  # means over domains, by file, time, projection, device and domains
+
+
 def mixed(moments: Mapping[str, Moment], without: str | None = None) -> Moment:
     """Return the mean over domains, all with the same weight; `without` names one to leave out."""
     counted = [moment for name, moment in moments.items() if name != without]
@@ -154,7 +179,7 @@ def collect(
     domains: Mapping[str, Sequence[Sequence[int]]],
     path: Path,
     device: str = "cpu",
-    batch: int = 4,
+    batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Moments:
     """Run `base` over the windows of each domain, and write the moments to `path`, whole or not at all.
@@ -167,14 +192,16 @@ def collect(
         domains: The windows of token ids by domain.
         path: The directory to write; what is there is checked and used.
         device: The device that runs the model.
-        batch: The number of windows that run at once.
+        batch: The number of windows that run at once; None: as many as the device takes well.
         progress: A function that is called with (layers done, layers in all) after each layer.
 
     Raises:
         CheckpointError: When activations are not finite.
         MachineError: When the directory can't be written.
     """
-    work = _Work(base, {name: list(map(list, some)) for name, some in domains.items()}, path, device, batch, progress)
+    windows = {name: list(map(list, some)) for name, some in domains.items()}
+    longest = max((len(window) for some in windows.values() for window in some), default=1)
+    work = _Work(base, windows, path, device, batch or batch_of(device, longest), progress)
     if work.damage():
         with alone(path):
             for leftover in path.parent.glob(f".{path.name}.*/"):  # of processes that were killed
@@ -290,26 +317,33 @@ class _Work:
         model = self.base.to_model(self.device, dtype=compute_dtype(self.device))
         called: Called = {}
         streams = {name: Layers(model, family, some, self.batch, called) for name, some in self.domains.items()}
-        for index in range(max(wanted) + 1):
-            tensors: dict[str, torch.Tensor] = {}
-            tokens = {}
-            for name, stream in streams.items():
-                sums = {part: _Sum() for part in inputs(family)}
-                stream.forward(index, {part: of_part.add for part, of_part in sums.items()})
-                for part, of_part in sums.items():
-                    tensors[f"{name}.{part}.second"] = (of_part.second / of_part.tokens).cpu()
-                    tensors[f"{name}.{part}.mean"] = (of_part.mean / of_part.tokens).cpu()
-                    tokens[name] = of_part.tokens
-            if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-                raise CheckpointError(
-                    f"calibration: activations of layer {index} are NaN or infinite; the weights are broken, copy them "
-                    "again"
-                )
-            if index in wanted:
-                counted = {"tokens": json.dumps(tokens)}
-                cached_tensors.keep(written / _file_of(index), tensors, f"moments {self.path}:", counted)
-            if self.progress is not None:
-                self.progress(index + 1, max(wanted) + 1)
+        waiting: list[Future[None]] = []
+        with ThreadPoolExecutor(WRITERS) as writers:
+            for index in range(max(wanted) + 1):
+                tensors: dict[str, torch.Tensor] = {}
+                tokens = {}
+                for name, stream in streams.items():
+                    sums = {part: _Sum() for part in inputs(family)}
+                    stream.forward(index, {part: of_part.add for part, of_part in sums.items()})
+                    for part, of_part in sums.items():
+                        tensors[f"{name}.{part}.second"] = of_part.second / of_part.tokens
+                        tensors[f"{name}.{part}.mean"] = of_part.mean / of_part.tokens
+                        tokens[name] = of_part.tokens
+                if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+                    raise CheckpointError(
+                        f"calibration: activations of layer {index} are NaN or infinite; the weights are broken, copy "
+                        "them again"
+                    )
+                if index in wanted:
+                    counted = {"tokens": json.dumps(tokens)}
+                    file, named = written / _file_of(index), f"moments {self.path}:"
+                    waiting.append(writers.submit(cached_tensors.keep, file, tensors, named, counted))
+                    while len(waiting) > WRITERS:
+                        waiting.pop(0).result()
+                if self.progress is not None:
+                    self.progress(index + 1, max(wanted) + 1)
+            for each in waiting:
+                each.result()
 
 
 def opened(path: Path) -> Moments:
@@ -355,7 +389,8 @@ class _Sum:
 
     def add(self, x: torch.Tensor) -> None:
         x = clipped(x.float()).flatten(0, -2)  # (B·T, K)
-        self.second = self.second + x.T @ x
+        with tensor_cores(x.device):
+            self.second = self.second + x.T @ x
         self.mean = self.mean + x.sum(0)
         self.tokens += len(x)
 

@@ -13,7 +13,7 @@ from compressors.methods import precision, sensitivity, smoothing
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family
 from compressors.plan import CHOICES, CompressionPlan
-from compressors.statistics.second_moments import Moments, input_of, mixed
+from compressors.statistics.second_moments import Moments, input_of
 from compressors.steps import Build
 
 VERSIONS: Mapping[tuple[str, Value], str] = {("smoothing", "smoothquant"): f"smoothing {smoothing.VERSION}"}
@@ -74,7 +74,7 @@ def second_moments(
 
     @functools.lru_cache(maxsize=1)  # q, k and v have one, gate and up another
     def of_input(layer: int, part: str) -> torch.Tensor:
-        moment = mixed(moments.of(layer, part, device))
+        moment = moments.mixed(layer, part, device)
         return (moment.take(inputs[part][layer].to(device)) if part in inputs else moment).second
 
     def second(module: str) -> torch.Tensor:

@@ -23,7 +23,7 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family, head_dim
 from compressors.plan import CHOICES
 from compressors.statistics.activations import Calibration
-from compressors.statistics.second_moments import Moment, Moments, mixed
+from compressors.statistics.second_moments import Moment, Moments
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,7 +151,7 @@ def _readers(
 
     def moment(layer: int) -> Moment:
         assert moments is not None
-        return mixed(moments.of(layer, part, device))
+        return moments.mixed(layer, part, device)
 
     return [
         Reader(
