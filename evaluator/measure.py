@@ -60,7 +60,12 @@ class Request:
 
 
 def measure_base(
-    path: str | Path, engine: EngineProcess, request: Request, *, progress: Progress = None
+    path: str | Path,
+    engine: EngineProcess,
+    request: Request,
+    *,
+    progress: Progress = None,
+    enough: speed.Enough = speed.ALL_TURNS,
 ) -> Measurement:
     """Measure the base model, whose time ratio is 1; its standard error is that of timing one engine against itself.
 
@@ -69,6 +74,7 @@ def measure_base(
         engine: The engine that has loaded it.
         request: What is measured.
         progress: A function that is told what is being done.
+        enough: When fewer turns of the timing are enough.
 
     Raises:
         NotFinite: The model is broken.
@@ -77,7 +83,7 @@ def measure_base(
     seconds = dict(engine.seconds)
     if not request.timed:
         return _measure(path, engine, request, UNTIMED, seconds, None, progress)
-    timing = _time(engine, engine, request, seconds, progress)
+    timing = _time(engine, engine, request, seconds, progress, enough=enough)
     measurement = _measure(path, engine, request, _as_base(timing), seconds, None, progress)
     itself = f"timed against itself: time ratio {timing.time_ratio:.4f} ± {timing.time_ratio_se:.4f}"
     return dataclasses.replace(measurement, notes=(*measurement.notes, itself))

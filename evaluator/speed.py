@@ -195,23 +195,42 @@ def collect_all(
 
 
 def time_all(
-    candidates: Sequence[Timed], baseline: Timed, workload: Workload, time_ratio_se: float
+    candidates: Sequence[Timed],
+    baseline: Timed,
+    workload: Workload,
+    time_ratio_se: float,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[int, Timing]]:
     """Time several candidates in turn with the baseline, and return each one's timing by batch size.
 
-    Turns are taken in rounds of ROUND, until every candidate's time per token, over all batch sizes, has the standard
-    error that is wanted, or the workload's turns are taken.
+    Turns are taken in rounds of ROUND. A candidate takes part until its time per token, over all batch sizes, has the
+    standard error that is wanted, or the workload's turns are taken.
+
+    Args:
+        candidates: The candidates' engines.
+        baseline: The baseline's engine.
+        workload: What is timed.
+        time_ratio_se: The standard error of the time ratio that is small enough.
+        progress: A function that is called with the number of candidates whose timing is done, and of all.
     """
-    engines = [baseline, *candidates]
-    together: list[dict[int, Turns]] | None = None
+    pairs: dict[int, Both] = {}  # by the candidate's number
+    left = list(range(len(candidates)))
     for start in range(0, workload.turns, ROUND):
         part = dataclasses.replace(workload, turns=max(min(ROUND, workload.turns - start), 2))
-        more = collect_all(engines, part, first=start == 0)
-        together = more if together is None else [_joined(*both) for both in zip(together, more, strict=True)]
-        base, *rest = together
-        if all(0 < estimate(turns, base).time_ratio_se <= time_ratio_se for turns in rest):
+        base, *rest = collect_all([baseline, *(candidates[number] for number in left)], part, first=start == 0)
+        for number, turns in zip(left, rest, strict=True):
+            before = pairs.get(number)
+            pairs[number] = (turns, base) if before is None else (_joined(before[0], turns), _joined(before[1], base))
+        exact = Enough(time_ratio_se)
+        left = [number for number in left if not exact.reached_by(estimate(*pairs[number]))]
+        if progress is not None:
+            progress(len(candidates) - len(left), len(candidates))
+        if not left:
             break
-    return [{size: estimate({size: turns[size]}, {size: base[size]}) for size in turns} for turns in rest]
+    return [
+        {size: estimate({size: turns[size]}, {size: base[size]}) for size in turns}
+        for _, (turns, base) in sorted(pairs.items())
+    ]
 
 
 def estimate(candidate: Mapping[int, Turns], baseline: Mapping[int, Turns]) -> Timing:

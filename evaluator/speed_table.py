@@ -2,15 +2,15 @@
 
 Time depends on shapes and kernels, not on the weights' values. A step of batch size b is taken as
 
-    t_b = max(host_b, fixed_p + head · V·d + L · (layer_p + attention_p · A + mlp_p · M))
+    t_b = max(host_b, fixed + head · V·d + L · (layer_p + attention_p · A + mlp_p · M))
 
-for precision p, L layers, hidden size d, vocabulary V, and A and M the parameters of one layer's attention and MLP. An
-engine that schedules the next step while the device computes takes at least the host's time: on an H200, 14 of 28
-layers of a 1.5B model take 69% of the time at batch 1, and 92% at batch 32. The coefficients are 0 or more, and come
-from least squares over the probes (Lawson and Hanson 1974, Solving Least Squares Problems, chapter 23), without those
-that the host holds up. A weak prior ties each precision to the first one, whose reads of weights it scales by their
-bytes. It decides only what the probes leave open. The error is that of probes that were left out of the fit, see
-`Probe.check`.
+for precision p (what is fixed and the head stay in 16 bits), L layers, hidden size d, vocabulary V, and A and M the
+parameters of one layer's attention and MLP. An engine that schedules the next step while the device computes takes at
+least the host's time: on an H200, 14 of 28 layers of a 1.5B model take 69% of the time at batch 1, and 92% at batch 32.
+The coefficients are 0 or more, and come from least squares over the probes (Lawson and Hanson 1974, Solving Least
+Squares Problems, chapter 23), without those that the host holds up. A weak prior ties each precision to the first one,
+whose reads of weights it scales by their bytes. It decides only what the probes leave open. The error is that of probes
+that were left out of the fit, see `Probe.check`.
 
 All times are relative to the baseline's step of the same batch size, with which every probe is timed in turn.
 """
@@ -27,9 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-VERSION = 1
+VERSION = 2
 PRIOR = 0.02  # the weight of the prior next to a probe's
-PRIORS = (1.0, 1.0, 5.0, 5.0)  # fixed, layers, attention, mlp: what is not the reading of weights differs most
+PRIORS = (1.0, 5.0, 5.0)  # layers, attention, mlp: what is not the reading of weights differs most
 WEIGHT_BYTES = {"float32": 4.0, "W8A8": 1.0, "FP8_DYNAMIC": 1.0, "W4A16": 0.5}  # others: 2
 EACH_WAITING = 1.0  # what taking a probe to wait for the host has to gain, in squared standard errors
 NOISE = 0.01  # the least standard error that is believed: engine processes of one model differ by about this
@@ -215,31 +215,32 @@ class SpeedTable:
 
 @dataclasses.dataclass(frozen=True)
 class _Fit:
-    """Coefficients: shares of the baseline's step at the base model's shape; the head's is the same for all."""
+    """Coefficients: shares of the baseline's step at the base model's shape."""
 
     base: Shape
+    fixed: float
     head: float
-    by_precision: Mapping[str, NDArray[np.float64]]  # fixed, layers, attention, mlp
+    by_precision: Mapping[str, NDArray[np.float64]]  # layers, attention, mlp
     host: float = 0.0
 
     def parts(self, shape: Shape) -> Parts:
         own = self.by_precision.get(shape.precision)
         if own is None:
             own = self.by_precision[self.base.precision] * _prior_scale(shape.precision, self.base.precision)
-        fixed, layers, attention, mlp = (own * _features(shape, self.base)).tolist()
-        return Parts(fixed, layers, attention, mlp, self.head * shape.head / self.base.head, self.host)
+        layers, attention, mlp = (own * _features(shape, self.base)).tolist()
+        return Parts(self.fixed, layers, attention, mlp, self.head * shape.head / self.base.head, self.host)
 
 
 def _features(shape: Shape, base: Shape) -> NDArray[np.float64]:
-    """Return what multiplies the coefficients (fixed, layers, attention, mlp): 1 each at the base model's shape."""
+    """Return what multiplies the coefficients (layers, attention, mlp): 1 each at the base model's shape."""
     depth = shape.num_hidden_layers / base.num_hidden_layers
-    return np.array([1.0, depth, depth * shape.attention / base.attention, depth * shape.mlp / base.mlp])
+    return np.array([depth, depth * shape.attention / base.attention, depth * shape.mlp / base.mlp])
 
 
 def _prior_scale(precision: str, first: str) -> NDArray[np.float64]:
     """Return what a precision's coefficients are expected to be, over those of the first precision."""
     share = WEIGHT_BYTES.get(precision, 2.0) / WEIGHT_BYTES.get(first, 2.0)
-    return np.array([1.0, 1.0, share, share])
+    return np.array([1.0, share, share])
 
 
 def _fit(base: Shape, probes: Sequence[Probe], batch_size: int) -> _Fit:
@@ -272,7 +273,7 @@ def _loss(fit: _Fit, probes: Sequence[Probe], batch_size: int) -> float:
 def _device_fit(base: Shape, probes: Sequence[Probe], batch_size: int) -> _Fit:
     """Fit the coefficients to the probes and to the base model itself, whose ratio is 1."""
     names = [base.precision, *sorted({probe.shape.precision for probe in probes} - {base.precision})]
-    unknowns = 1 + 4 * len(names)
+    unknowns = 2 + 3 * len(names)
     rows, values = [], []
 
     def add(row: NDArray[np.float64], value: float, weight: float) -> None:
@@ -284,25 +285,26 @@ def _device_fit(base: Shape, probes: Sequence[Probe], batch_size: int) -> _Fit:
         *((probe.shape, probe.ratio[batch_size], probe.ratio_se[batch_size]) for probe in probes),
     ]:
         row = np.zeros(unknowns)
-        start = 1 + 4 * names.index(shape.precision)
-        row[0] = shape.head / base.head
-        row[start : start + 4] = _features(shape, base)
+        start = 2 + 3 * names.index(shape.precision)
+        row[0], row[1] = 1.0, shape.head / base.head
+        row[start : start + 3] = _features(shape, base)
         add(row, ratio, NOISE / max(error, NOISE))
     read = np.array([base.head, base.num_hidden_layers * base.attention, base.num_hidden_layers * base.mlp])
     shares = 0.5 * read / read.sum()
-    for index, share in zip((0, 3, 4), shares.tolist(), strict=True):  # half of a step is reading weights
+    for index, share in zip((1, 3, 4), shares.tolist(), strict=True):  # half of a step is reading weights
         row = np.zeros(unknowns)
         row[index] = 1.0
         add(row, share, PRIOR)
     for number, name in enumerate(names[1:], start=1):
         scale = _prior_scale(name, base.precision)
-        for part in range(4):
+        for part in range(3):
             row = np.zeros(unknowns)
-            row[1 + 4 * number + part] = 1.0
-            row[1 + part] = -scale[part]
+            row[2 + 3 * number + part] = 1.0
+            row[2 + part] = -scale[part]
             add(row, 0.0, PRIOR * PRIORS[part])
     solved, _ = nnls(np.stack(rows), np.array(values))
-    return _Fit(base, float(solved[0]), {name: solved[1 + 4 * i : 5 + 4 * i] for i, name in enumerate(names)})
+    fixed, head = solved[:2].tolist()
+    return _Fit(base, fixed, head, {name: solved[2 + 3 * i : 5 + 3 * i] for i, name in enumerate(names)})
 
 
 def _left_out_error(base: Shape, probes: Sequence[Probe], batch_size: int) -> float:

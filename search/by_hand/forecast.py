@@ -35,8 +35,8 @@ def forecast(setting: Setting, say: Say) -> ForecastView:
         StudyStopped: The base model can't be measured.
     """
     with Bench.of(setting) as bench:
-        baseline = bench.baseline(say)
-        made = bench.make_forecast(say, damage=True)
+        baseline = bench.begin(say, forecast=True)
+        made = Forecast.known(setting)
         say("forecast: plans of the space")
         return _view(made, score_of(baseline, baseline, setting.formula).score, _floor_ms(setting))
 

@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     help="Number of finished trials that the study is to hold in all [default: the study file's].",
 )
+@click.option(
+    "--time",
+    "limits__time",
+    metavar="TIME",
+    help="Time after which no trial is begun, such as 45s, 30m or 2h; what runs is finished [default: limits.time].",
+)
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, one per GPU.")
 @click.option("--seed", type=click.IntRange(min=0), help="Random seed of the sampler [default: the study file's].")
 @click.option(
@@ -56,6 +62,7 @@ def run_command(
     seed: int | None,
     top: int | None,
     tokens: int | None,
+    limits__time: str | None,
     **where: Any,
 ) -> None:
     """Create a study, or resume it, until it holds N finished trials; distill the best of them.
@@ -72,7 +79,9 @@ def run_command(
 
     if tokens is not None and top is None:
         raise errors.UsageError("--tokens needs --distill-top: it sets the length of the distillation")
-    file = load_file(**where, trials=trials, seed=seed)  # before the imports, which take seconds
+    file = load_file(
+        **where, trials=trials, seed=seed, limits__time=limits__time
+    )  # before the imports, which take seconds
     early.refuse_another_definition(file)
 
     from search import finalists, processes

@@ -6,10 +6,19 @@ This module knows no Optuna and builds nothing.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, PrivateAttr, ValidationError, create_model, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from compressors.choices import PRECISIONS, Choice
 from compressors.plan import CHOICES, DIMENSIONS
@@ -261,11 +270,27 @@ class DistillationSection(Section):
     seed: int = 0
 
 
+def _seconds(value: Any) -> Any:
+    """Return the seconds of a length of time such as 90, 45s, 30m, 2h or 1h30m."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", value.replace(" ", ""))
+    if found is None or not any(found.groups()):
+        raise ValueError(f"{value!r} is no length of time; write it as 90, 45s, 30m, 2h or 1h30m")
+    hours, minutes, seconds = (int(number or 0) for number in found.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]  # a length of time, which may be written as 2h
+
+
 class Limits(Section):
     """Limits holds the limits on models, trials and disk space."""
 
     max_size_mb: Annotated[float, Field(gt=0)] | None = None  # the size of model.safetensors, 1 MB = 1e6 bytes
     max_consecutive_failures: Annotated[int, Field(ge=1)] = 5
+    time: Seconds | None = None  # after which `run` begins no trial; what runs is finished
+    patience: Annotated[int, Field(ge=1)] | None = None  # finished trials without a better one that end the study
     max_zip_mb: Annotated[float, Field(gt=0)] | None = None  # the size of submit.zip
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2  # the number of best trials whose checkpoints stay on disk
 

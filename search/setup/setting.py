@@ -17,7 +17,7 @@ from compressors.errors import CheckpointError
 from compressors.model import checkpoint, family
 from compressors.model.transformers_version import config_for
 from compressors.plan import DIMENSIONS, CompressionPlan
-from evaluator import backends, tasks, texts
+from evaluator import backends, speed, tasks, texts
 from evaluator.backends import EngineSettings
 from evaluator.measurement import Workload
 from evaluator.score import Formula
@@ -78,6 +78,12 @@ class Setting:
             for part in self.file.evaluation.perf
         ]
         return Formula(weight_perf=score.weight_perf, weight_speed=score.weight_speed, perf=tuple(parts))
+
+    @property
+    def enough(self) -> speed.Enough:
+        """When a timing may end before it has taken all of its turns."""
+        wanted, weight = self.file.evaluation.score_se, self.file.score.weight_speed
+        return speed.Enough(wanted / weight) if wanted and weight else speed.ALL_TURNS
 
     @property
     def max_bytes(self) -> int | None:

@@ -92,6 +92,9 @@ class Live:
     def _on_warn(self, event: dict[str, Any]) -> None:
         self._console.print(secrets.masked(f"warning: {event['text']}"), markup=False)
 
+    def _on_early(self, event: dict[str, Any]) -> None:
+        self._console.print(secrets.masked(f"the study ends here: {event['text']}"), markup=False)
+
     def _on_stage(self, event: dict[str, Any]) -> None:
         self._progress.update(self._task, what=f"trial {event['trial']}: {event['stage']}")
 

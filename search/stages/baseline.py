@@ -40,7 +40,11 @@ def baseline(setting: Setting, engines: Engines, say: Say, *, again: bool = Fals
         request = measure.Request(setting.texts.shards, setting.workload, setting.tasks, timed=timed)
         measured = once_more(
             lambda: measure.measure_base(
-                setting.model.path, engines.baseline(), request, progress=lambda what: say(f"baseline: {what}")
+                setting.model.path,
+                engines.baseline(),
+                request,
+                progress=lambda what: say(f"baseline: {what}"),
+                enough=setting.enough,
             ),
             say,
         )

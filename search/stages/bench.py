@@ -16,7 +16,6 @@ from search.say import Say
 from search.setup.setting import Setting
 from search.stages import baseline, build, damage_table, measure, speed_table
 from search.stages.engines import Engines
-from search.stages.forecast import Forecast
 from search.stages.screen import Screen, Screener
 
 
@@ -90,15 +89,22 @@ class Bench:
             self.setting, self.engines, baseline, path, weights_sha256, say, then, enough=enough
         )
 
-    def make_forecast(self, say: Say, *, damage: bool) -> Forecast:
-        """Make the tables that forecast plans, as far as they are missing, and return the forecast.
+    def begin(self, say: Say, *, forecast: bool) -> Measurement:
+        """Return the base model's measurement; make the tables that forecast plans, as far as they are missing.
+
+        The damage table comes first: the base model's engine starts meanwhile.
 
         Args:
             say: Told what is done.
-            damage: Whether the damage table is wanted as well as the speed table.
+            forecast: Whether the tables are wanted.
+
+        Raises:
+            EvaluationError: The base model or its engine is broken.
         """
-        if self.setting.file.evaluation.speed == "measured":
-            speed_table.speed_table(self.setting, self.engines, say)
-        if damage:
+        if forecast:
+            self.engines.begin()
             damage_table.damage_table(self.setting, self.screener, say)
-        return Forecast.known(self.setting)
+        baseline = self.baseline(say)
+        if forecast and self.setting.file.evaluation.speed == "measured":
+            speed_table.speed_table(self.setting, self.engines, say)
+        return baseline

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from search.stages import intact
 BUILDING = ".building-"  # + the worker's mark: where a checkpoint is until it is whole
 
 
-def checkpoint_of(setting: Setting, plan: CompressionPlan, say: Say, *, simulate: bool = False) -> Checkpoint:
+def checkpoint_of(
+    setting: Setting, plan: CompressionPlan, say: Say, *, simulate: bool = False, strength: float | None = None
+) -> Checkpoint:
     """Return the plan's checkpoint; its weights are made when they are used.
 
     Args:
@@ -29,17 +32,21 @@ def checkpoint_of(setting: Setting, plan: CompressionPlan, say: Say, *, simulate
         plan: The plan, in its canonical form.
         say: Told what takes long.
         simulate: Make a quantized plan a model of plain tensors that computes the same.
+        strength: The strength of `repair: ridge` in all projections; None: it is chosen for each.
 
     Raises:
         InfeasiblePlan: The plan can't be built.
         CheckpointError: Statistics can't be collected or read.
     """
+    moments = collect.moments_for(setting, plan, say)
+    if moments is not None:
+        moments = dataclasses.replace(moments, strength=strength)
     return build.apply(
         plan,
         setting.model.checkpoint,
         setting.model.family,
         collect.calibrate(setting, say) if build.needs_activations(plan, setting.model.identity) else None,
-        moments=collect.moments_for(setting, plan, say),
+        moments=moments,
         simulate=simulate,
         device=setting.machine.device,
         say=say,

@@ -23,20 +23,22 @@ from compressors import build, cached
 from compressors.choices import PRECISIONS, SCHEMES
 from compressors.errors import CompressionError
 from compressors.files import digest_of_json
-from compressors.plan import CHOICES, DIMENSIONS, CompressionPlan, canonical
+from compressors.plan import CHOICES, DIMENSIONS, CompressionPlan, canonical, short
 from evaluator import score
-from evaluator.errors import EvaluationError
+from evaluator.errors import EvaluationError, NotFinite
 from search.config.study_file import Range
 from search.say import Say
 from search.setup import keys
 from search.setup.setting import Setting
+from search.stages import screen
 from search.stages.screen import Screener
 
-VERSION = 1
-SHARDS = 4  # of the search text, the first
+VERSION = 2
 LEVELS = (0.0, 0.4, 0.7)  # shares of the way from a dimension's low to its high end
 RELATIVE_ERROR = 0.25  # of a sum of losses, as long as no trial has said more
+LEAST_RELATIVE_ERROR = 0.05
 LEAST_ERROR = 0.003  # nats per token
+LEAST_LOSS = 0.03  # nats per token, below which the absolute error counts and no ratio
 QUERIES = "queries for each key/value head"  # the axis of num_attention_heads once key/value heads are chosen
 
 
@@ -70,12 +72,17 @@ class DamageTable:
     own: CompressionPlan
     entries: tuple[Entry, ...]
 
-    def loss(self, plan: CompressionPlan) -> tuple[float, float]:
-        """Return the forecast increase of the loss in nats per token, and its standard error."""
+    def loss(self, plan: CompressionPlan, relative_error: float = RELATIVE_ERROR) -> tuple[float, float]:
+        """Return the forecast increase of the loss in nats per token, and its standard error.
+
+        Args:
+            plan: The plan.
+            relative_error: The standard error of a sum of losses, over the sum; see `relative_error`.
+        """
         total = math.fsum(self.parts(plan).values())
         own, theirs = axes(self.own), axes(plan)
         errors = [curve.error for name, curve in self._curves.items() if theirs[name] != own[name]]
-        return max(total, 0.0), math.hypot(RELATIVE_ERROR * total, LEAST_ERROR, *errors)
+        return max(total, 0.0), math.hypot(relative_error * total, LEAST_ERROR, *errors)
 
     def parts(self, plan: CompressionPlan) -> dict[str, float]:
         """Return what each axis of the plan is forecast to lose, in nats per token."""
@@ -115,6 +122,10 @@ class DamageTable:
 
         return max(same, key=shared).loss.nll if same else 0.0
 
+    def of_precision(self, plan: CompressionPlan) -> float:
+        """Return what the plan's precision is forecast to lose by itself, in nats per token."""
+        return 0.0 if plan.precision == self.own.precision else self._of_precision(plan)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the table as JSON values."""
         entries = [{"plan": entry.plan.to_dict(), **dataclasses.asdict(entry.loss)} for entry in self.entries]
@@ -134,6 +145,17 @@ class DamageTable:
             for entry in values["entries"]
         ]
         return cls(CompressionPlan.from_dict(values["own"]), tuple(entries))
+
+
+def relative_error(seen: Sequence[tuple[float, float]]) -> float:
+    """Return the relative error of forecast losses that trials show; RELATIVE_ERROR counts as one trial.
+
+    Args:
+        seen: The forecast and the screened loss of each trial, in nats per token.
+    """
+    errors = [(screened - forecast) / max(forecast, LEAST_LOSS) for forecast, screened in seen]
+    total = RELATIVE_ERROR**2 + math.fsum(error * error for error in errors)
+    return max(math.sqrt(total / (1 + len(errors))), LEAST_RELATIVE_ERROR)
 
 
 def axes(plan: CompressionPlan) -> dict[str, float]:
@@ -170,7 +192,7 @@ class _Curve:
 
 def path_of(setting: Setting) -> Path:
     """Return the file that keeps the table."""
-    shards = [list(map(list, shard)) for shard in setting.texts.shards[:SHARDS]]
+    shards = [list(map(list, shard)) for shard in setting.texts.shards[: screen.FEW]]
     key = [VERSION, setting.model.digest, keys.calibration_key(setting), digest_of_json(shards, 16)]
     return setting.outputs / "forecast" / f"damage-{digest_of_json(key, 16)}.json"
 
@@ -249,11 +271,12 @@ def _buildable(setting: Setting, plan: CompressionPlan) -> bool:
 
 
 def _scored(screener: Screener, plan: CompressionPlan, base: Sequence[float], say: Say) -> Loss:
-    shards = list(itertools.islice(screener.shards(plan, say), SHARDS))
-    gains = [shard.nll - own for shard, own in zip(shards, base, strict=False)]
-    kl = [shard.kl for shard in shards if shard.kl is not None]
+    scored = screener.cheap(plan, say)
+    gains = [nll - own for nll, own in zip(scored.nll, base, strict=False)]
+    if not all(map(math.isfinite, gains)):
+        raise NotFinite(f"the loss of {short(plan)} is NaN or infinite")
     return Loss(
         nll=math.fsum(gains) / len(gains),
         nll_se=score.standard_error(gains),
-        kl=math.fsum(kl) / len(kl) if kl else None,
+        kl=screen.mean_known(scored.kl),
     )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from evaluator.errors import EngineCrashed
+from evaluator.errors import EngineCrashed, EvaluationError
 from evaluator.process import EngineProcess
 from search.say import Say
 from search.setup.setting import Setting
 
 T = TypeVar("T")
+LITTLE = 0.02  # share of a GPU that an engine with random weights asks for; it takes what it needs
 
 
 class Engines:
@@ -23,13 +26,27 @@ class Engines:
         self._backend, self._settings = setting.machine.backend, setting.engine_settings
         self._base_path, self._logs = setting.model.path, setting.outputs / "logs"
         self._baseline: EngineProcess | None = None
+        self._starting = threading.Lock()
+
+    def begin(self) -> None:
+        """Start the base model's engine in the background: with the engine's libraries that takes up to 100 s.
+
+        If it can't be started, `baseline` tries again and raises what is wrong.
+        """
+
+        def work() -> None:
+            with contextlib.suppress(EvaluationError):
+                self.baseline()
+
+        threading.Thread(target=work, daemon=True).start()
 
     def baseline(self) -> EngineProcess:
         """Return the base model's engine; it is started when it is first wanted, and again after it died."""
-        if self._baseline is None or not self._baseline.alive:
-            self.close()
-            self._baseline = self.start(self._base_path, "baseline")
-        return self._baseline
+        with self._starting:
+            if self._baseline is None or not self._baseline.alive:
+                self._end()
+                self._baseline = self.start(self._base_path, "baseline")
+            return self._baseline
 
     def start(self, path: Path, name: str, *, random_weights: bool = False) -> EngineProcess:
         """Start an engine on the checkpoint in `path`; its output goes to logs/engine-NAME.log.
@@ -42,11 +59,18 @@ class Engines:
         Raises:
             EvaluationError: It can't be started.
         """
-        settings = dataclasses.replace(self._settings, random_weights=random_weights)
+        settings = self._settings
+        if random_weights:
+            settings = dataclasses.replace(settings, random_weights=True, gpu_memory_utilization=LITTLE)
         return EngineProcess(self._backend, path, settings, log=self._logs / f"engine-{name}.log")
 
     def close(self) -> None:
-        """End the base model's engine."""
+        """End the base model's engine; one that is just being started ends with this process."""
+        if self._starting.acquire(blocking=False):
+            self._end()
+            self._starting.release()
+
+    def _end(self) -> None:
         if self._baseline is not None:
             self._baseline.close()
             self._baseline = None

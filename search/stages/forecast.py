@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from compressors.plan import CompressionPlan
 from evaluator.score import Score
@@ -15,7 +16,14 @@ from search.setup.setting import Setting
 from search.stages import damage_table, measure, speed_table
 from search.stages.damage_table import DamageTable
 
+LEAST_RATIO_ERROR = 0.005
+SURE = 2.0  # standard errors above its forecast that a plan is given a chance of
 BYTES_ERROR = 0.1  # of a time ratio that is predicted from bytes and layers, see evaluator.speed
+
+
+def hoped(expected: Score) -> float:
+    """Return the Score that a plan may reach at best, as far as its forecast tells."""
+    return expected.score + SURE * expected.score_se
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,26 +34,58 @@ class Forecast:
         setting: What the study shares.
         speed: The speed table; None: times are predicted from bytes and layers.
         damage: The damage table; None: nothing is known of PerfNorm, which is then forecast as 1.
+        relative_error: The relative error of the damage table's losses, as far as trials have shown it.
+        ratio_error: The error of the speed table's time ratios, as far as trials have shown it; None: the table's own.
     """
 
     setting: Setting
     speed: SpeedTable | None
     damage: DamageTable | None
+    relative_error: float = damage_table.RELATIVE_ERROR
+    ratio_error: float | None = None
 
     @classmethod
     def known(cls, setting: Setting) -> Forecast:
         """Return the forecast from the tables that are there."""
         return cls(setting, speed_table.known(setting), damage_table.known(setting))
 
+    @property
+    def complete(self) -> bool:
+        """Whether both PerfNorm and SpeedNorm are forecast from measurements, or SpeedNorm is predicted anyway."""
+        return self.damage is not None and (self.speed is not None or not self._is_timed)
+
+    @property
+    def _is_timed(self) -> bool:
+        return self.setting.file.evaluation.speed == "measured"
+
     def time_ratio(self, plan: CompressionPlan) -> tuple[float, float]:
         """Return the time per token over the base model's, and its standard error."""
-        if self.speed is None or self.setting.file.evaluation.speed != "measured":
-            return measure.predicted_ratio(self.setting, plan), BYTES_ERROR
-        return self.speed.time_ratio(speed_table.shape_of(self.setting, plan))
+        if self.speed is None or not self._is_timed:  # a study that times nothing takes the prediction for the result
+            return measure.predicted_ratio(self.setting, plan), BYTES_ERROR if self._is_timed else 0.0
+        ratio, error = self.speed.time_ratio(speed_table.shape_of(self.setting, plan))
+        return ratio, error if self.ratio_error is None else self.ratio_error
 
     def expected(self, plan: CompressionPlan) -> Score:
         """Return what the plan is forecast to score."""
-        loss, loss_se = (0.0, 0.0) if self.damage is None else self.damage.loss(plan)
+        lost = (0.0, 0.0) if self.damage is None else self.damage.loss(plan, self.relative_error)
+        return self.of_loss(plan, *lost)
+
+    def taught(self, losses: Sequence[tuple[float, float]], ratios: Sequence[tuple[float, float]]) -> Forecast:
+        """Return the forecast with the errors that trials show.
+
+        Args:
+            losses: The forecast and the screened loss of each trial, in nats per token.
+            ratios: The forecast and the measured time ratio of each measured trial.
+        """
+        if self.speed is None:
+            return dataclasses.replace(self, relative_error=damage_table.relative_error(losses))
+        own = self.speed.time_ratio(self.speed.base)[1]  # counts as one trial
+        squares = own**2 + math.fsum((measured - forecast) ** 2 for forecast, measured in ratios)
+        error = max(math.sqrt(squares / (1 + len(ratios))), LEAST_RATIO_ERROR)
+        return dataclasses.replace(self, relative_error=damage_table.relative_error(losses), ratio_error=error)
+
+    def of_loss(self, plan: CompressionPlan, loss: float, loss_se: float) -> Score:
+        """Return what the plan is forecast to score if it loses so much, in nats per token."""
         ratio, ratio_se = self.time_ratio(plan)
         perf_norm = math.exp(-loss)
         formula = self.setting.formula

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from search.setup import keys
 from search.setup.machine import require_memory
 from search.setup.setting import Setting
 from search.stages import build
+
+FEW = 4  # shards of a cheap screen
+STRENGTH = 0.1  # of its ridge: choosing one for each projection takes longer than all the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +101,18 @@ class Screener:
             lambda: say("screen: waiting for another process that computes the base model's"),
         )
 
-    def shards(self, plan: CompressionPlan, say: Say) -> Iterator[quality.ShardQuality]:
-        """Return the quality of each shard in turn, from a model of the plan in memory."""
+    def shards(
+        self, plan: CompressionPlan, say: Say, *, strength: float | None = None
+    ) -> Iterator[quality.ShardQuality]:
+        """Return the quality of each shard in turn, from a model of the plan in memory.
+
+        Args:
+            plan: The plan.
+            say: Told what is done.
+            strength: The strength of `repair: ridge` in all projections; None: it is chosen for each.
+        """
         reference = self._base(say)
-        with _model(self._setting, plan, say) as model:
+        with _model(self._setting, plan, say, strength) as model:
             for index, shard in enumerate(self._setting.texts.shards):
                 yield quality.shard_quality(model, shard, reference, index)
 
@@ -111,6 +123,17 @@ class Screener:
         if known is None:
             say("quality in memory")
             known = Screen.of(list(self.shards(plan, say)))
+            known.write(path)
+        return known
+
+    def cheap(self, plan: CompressionPlan, say: Say) -> Screen:
+        """Return the plan's quality on the first FEW shards, with ridge at STRENGTH in all projections; kept too."""
+        shards = min(FEW, len(self._setting.texts.shards))
+        full = path_of(self._setting, plan)
+        path = full.with_name(f"cheap-{full.name}")
+        known = Screen.read(path, shards)
+        if known is None:
+            known = Screen.of(list(itertools.islice(self.shards(plan, say, strength=STRENGTH), shards)))
             known.write(path)
         return known
 
@@ -142,9 +165,9 @@ def with_screen(measured: Measurement, screen: Screen) -> Measurement:
 
 
 @contextlib.contextmanager
-def _model(setting: Setting, plan: CompressionPlan, say: Say) -> Iterator[Any]:
+def _model(setting: Setting, plan: CompressionPlan, say: Say, strength: float | None = None) -> Iterator[Any]:
     device, base = setting.machine.device, setting.model.checkpoint
-    simulated = build.checkpoint_of(setting, plan, say, simulate=True)
+    simulated = build.checkpoint_of(setting, plan, say, simulate=True, strength=strength)
     on_cpu = device == "cpu"
     need = simulated.total_parameters * 4 if on_cpu else simulated.size_bytes
     if plan.repair == "stream":  # for a while the base model and the cut one are in memory too

@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compressors import build, cached
 from compressors.choices import SCHEMES
 from compressors.files import digest_of_json, write_json
@@ -31,8 +33,11 @@ from search.setup import keys
 from search.setup.setting import Setting
 from search.stages.engines import Engines
 
-TOGETHER = 6  # engines that are started and timed together on a GPU
-RATIO_SE = 0.006  # the standard error of each probe's time ratio, where the workload's turns reach it
+TOGETHER = 9  # engines that are started and timed together on a GPU, at most
+ENGINE_BYTES = 3 << 29  # of a GPU's memory that an engine takes beside its weights
+SHARE_OF_FREE = 0.8  # of a GPU's memory that engines which are timed together may take
+TURNS = 24  # of each probe, at most
+RATIO_SE = 0.008  # the standard error of each probe's time ratio that is small enough to end its timing
 DEPTH = 0.75
 TRIED = 200  # plans near one that the engine refuses
 WIDTHS = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_size")
@@ -75,8 +80,8 @@ def _base_shape(setting: Setting) -> Shape:
 def probes(setting: Setting) -> list[tuple[CompressionPlan, bool]]:
     """Return the plans to time, and whether each only checks the forecast.
 
-    Every precision at full depth and at the space's least, and with all searched widths at their low ends; in the base
-    model's own precision each width by itself. The checks lie in the middle of the space. Where the engine refuses a
+    Every precision uncut, and with all searched widths at their low ends; in the base model's own precision also the
+    space's least depth and each width by itself. The checks lie in the middle of the space. Where the engine refuses a
     plan, the nearest that it serves takes its place.
     """
     own, searched = setting.model.identity, setting.file.space
@@ -89,7 +94,7 @@ def probes(setting: Setting) -> list[tuple[CompressionPlan, bool]]:
         wanted.append((dataclasses.replace(own, **{name: getattr(narrow, name) for name in names}), False))
     for precision in precisions:
         if precision != own.precision:
-            wanted += [(dataclasses.replace(plan, precision=precision), False) for plan in (own, shallow, narrow)]
+            wanted += [(dataclasses.replace(plan, precision=precision), False) for plan in (own, narrow)]
         if precision == own.precision or precision in SCHEMES:
             wanted.append((dataclasses.replace(middle, precision=precision), True))
     seen = {_base_shape(setting)}
@@ -163,13 +168,24 @@ def speed_table(setting: Setting, engines: Engines, say: Say) -> SpeedTable | No
     table = known(setting) or SpeedTable(_base_shape(setting), {}, ())
     timed = {probe.shape for probe in table.probes}
     missing = [(plan, check) for plan, check in probes(setting) if shape_of(setting, plan) not in timed]
-    together = TOGETHER if setting.machine.device == "cuda" else 1
+    if not missing:
+        return table if table.probes else None
+    together = _together(setting, engines)
     for start in range(0, len(missing), together):
         group = missing[start : start + together]
         say(f"speed table: models {start + 1} to {start + len(group)} of {len(missing)}")
         table = _timed(setting, engines, table, group, say)
         cached.keep_json(path_of(setting), table.to_dict())
     return table if table.probes else None
+
+
+def _together(setting: Setting, engines: Engines) -> int:
+    """Return how many engines run side by side beside the baseline's: on a GPU what its memory holds."""
+    if setting.machine.device != "cuda":
+        return 1
+    engines.baseline()
+    each = setting.model.checkpoint.size_bytes + ENGINE_BYTES
+    return max(1, min(TOGETHER, int(SHARE_OF_FREE * torch.cuda.mem_get_info()[0]) // each))
 
 
 def _timed(
@@ -180,7 +196,15 @@ def _timed(
         ready = [(pair, engine) for pair, engine in zip(group, running, strict=True) if engine is not None]
         if not ready:
             return table
-        every = speed.time_all([engine for _, engine in ready], baseline, setting.workload, RATIO_SE)
+        say(f"speed table: timing {len(ready)} models")
+        workload = dataclasses.replace(setting.workload, turns=min(setting.workload.turns, TURNS))
+        every = speed.time_all(
+            [engine for _, engine in ready],
+            baseline,
+            workload,
+            RATIO_SE,
+            lambda done, total: say(f"speed table: {done} of {total} models are timed well enough"),
+        )
     for (plan, check), timings in zip([pair for pair, _ in ready], every, strict=True):
         probe = Probe(
             shape_of(setting, plan),

@@ -1,7 +1,7 @@
 """A sampler that starts from the study's forecast and learns where it is wrong.
 
 The error of the forecast is a Gaussian process over the searched values. Trials
-that were measured teach it, and so do those that were pruned at the screen, by what they had until then. The next plan
+that were measured teach it, and so do those that were pruned at a screen, by what they had until then. The next plan
 is the one with the largest expected improvement (Jones, Schonlau and Welch 1998, https://doi.org/10.1023/A:1008306431147)
 among a random sample of the space and the neighbours of its best.
 """
@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,14 +22,15 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import norm
 
 from compressors.plan import CompressionPlan
-from search.stages.forecast import Forecast
-from search.study import space
+from search.stages.forecast import SURE, Forecast
+from search.study import rungs, space
 
 DRAWN = 1000  # plans of the random sample
 ROUNDS, BEST = 3, 10  # of the neighbours of the best: how often, and of how many
 LEARNS_FROM = 3  # trials, before anything but the forecast counts
 UNIT = 0.02  # of Score, in which the forecast's error is about 1
 NOISE = 0.1  # of an observation, in these units
+NOTHING_LEFT = "nothing_left"  # the system attribute of a trial whose plan can't win, as no other can; it says why
 
 Params = dict[str, Any]
 
@@ -72,7 +72,10 @@ class ForecastSampler(optuna.samplers.BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> Params:
-        """Return the values of the next plan; {} for a trial that was enqueued with its own."""
+        """Return the values of the next plan; {} for a trial that was enqueued with its own.
+
+        A plan that can't reach the best trial is proposed only if no other is left; the trial is marked NOTHING_LEFT.
+        """
         if not search_space or "fixed_params" in trial.system_attrs:
             return {}
         trials = study.get_trials(deepcopy=False)
@@ -83,13 +86,27 @@ class ForecastSampler(optuna.samplers.BaseSampler):
         best = max(values, default=0.0)
 
         def worth(candidates: Sequence[Params]) -> NDArray[np.float64]:
-            return self._improvement(candidates, model, best)
+            mean, error = self._beliefs(candidates, model)
+            gain = (mean - best) / error
+            improvement: NDArray[np.float64] = error * (gain * norm.cdf(gain) + norm.pdf(gain))
+            return improvement
 
-        for params in self._candidates(search_space, worth):
-            plan = self._plan(params)
-            if plan not in tried and self._forecast.setting.infeasible(plan) is None:
+        candidates = (params for params in self._candidates(search_space, worth) if self._is_new(params, tried))
+        first = next(candidates, None)
+        for params in () if first is None else itertools.chain([first], candidates):
+            mean, error = self._beliefs([params], model)
+            if mean[0] + SURE * error[0] >= best:
                 return params
-        return {}
+        text = "every plan that was looked at was tried"
+        if first is not None:
+            mean, error = self._beliefs([first], model)
+            text = f"the most promising one is forecast to score {mean[0]:.4f} ± {error[0]:.4f}"
+        study._storage.set_trial_system_attr(trial._trial_id, NOTHING_LEFT, text)
+        return first or {}
+
+    def _is_new(self, params: Params, tried: Collection[CompressionPlan]) -> bool:
+        plan = self._plan(params)
+        return plan not in tried and self._forecast.setting.infeasible(plan) is None
 
     def best_plans(self, count: int) -> list[CompressionPlan]:
         """Return the feasible plans with the highest forecast Score, the best first."""
@@ -114,9 +131,9 @@ class ForecastSampler(optuna.samplers.BaseSampler):
         self, trials: Sequence[FrozenTrial], search_space: Mapping[str, BaseDistribution]
     ) -> list[Observation]:
         """Return what finished trials teach, those pruned at the screen among them."""
-        observed = []
+        observed, shards = [], len(self._forecast.setting.texts.shards)
         for trial in trials:
-            value = _seen(trial, self._running_mean)
+            value = rungs.learnt(trial, shards, running_mean=self._running_mean)
             if value is not None and _complete(trial, search_space):
                 expected = self._forecast.expected(self._plan(trial.params))
                 observed.append(Observation(trial.params, (value - expected.score) / UNIT, value))
@@ -126,18 +143,17 @@ class ForecastSampler(optuna.samplers.BaseSampler):
         setting = self._forecast.setting
         return space.plan_of(params, setting.file.space, setting.model.identity)
 
-    def _improvement(self, candidates: Sequence[Params], model: _Residual | None, best: float) -> NDArray[np.float64]:
-        """Return the expected improvement of each candidate over `best`."""
+    def _beliefs(
+        self, candidates: Sequence[Params], model: _Residual | None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the Score that each candidate is believed to have, and its standard error."""
         expected = [self._forecast.expected(self._plan(params)) for params in candidates]
         mean = np.array([each.score for each in expected])
         error = np.array([each.score_se for each in expected])
         if model is not None:
             residual, spread = model.predict(candidates)
             mean, error = mean + UNIT * residual, UNIT * spread
-        error = np.maximum(error, 1e-6)
-        gain = (mean - best) / error
-        improvement: NDArray[np.float64] = error * (gain * norm.cdf(gain) + norm.pdf(gain))
-        return improvement
+        return mean, np.maximum(error, 1e-6)
 
     def _candidates(
         self, search_space: Mapping[str, BaseDistribution], worth: Callable[[Sequence[Params]], NDArray[np.float64]]
@@ -166,16 +182,6 @@ class ForecastSampler(optuna.samplers.BaseSampler):
 def _complete(trial: FrozenTrial, search_space: Mapping[str, BaseDistribution]) -> bool:
     """Return whether the trial has a value for all that is searched."""
     return all(name in trial.params for name in search_space)
-
-
-def _seen(trial: FrozenTrial, running_mean: bool) -> float | None:
-    """Return the Score of a measured trial, or what a pruned one had at the screen."""
-    if trial.state == TrialState.COMPLETE:
-        return trial.value
-    values = [trial.intermediate_values[step] for step in sorted(trial.intermediate_values)]
-    if trial.state != TrialState.PRUNED or not values:
-        return None
-    return values[-1] if running_mean else math.fsum(values) / len(values)
 
 
 def _neighbours(params: Params, search_space: Mapping[str, BaseDistribution]) -> list[Params]:

@@ -1,4 +1,7 @@
-"""One trial, stage by stage: plan → screen → build → measure → Score.
+"""One trial, rung by rung: plan → forecast → cheap screen → screen → build → measure → Score.
+
+A trial is pruned at the rung that decides, and each rung is reported to Optuna, see `search.study.rungs`. The forecast
+comes from the study's tables, if they are there. The cheap screen is for plans whose own repair takes long.
 
 The screen scores the compressed model in memory, shard by shard, before anything is written or any engine starts. A
 shard's value is w_perf · PerfNorm(shard) + w_speed · SpeedNorm(predicted from weight bytes). Only plans that survive it
@@ -9,6 +12,7 @@ nor measured again.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -26,14 +30,13 @@ from search.errors import StudyStopped, no_space
 from search.say import Say
 from search.setup import keys
 from search.stages import baseline as base_stage
-from search.stages import measurements, screen
+from search.stages import cheap_screen, measurements, screen
 from search.stages.bench import Bench
-from search.stages.forecast import Forecast
+from search.stages.forecast import Forecast, hoped
 from search.stages.screen import Screen, with_screen
-from search.study import dashboard, samplers, space, trials
+from search.study import dashboard, rungs, samplers, space, trials
+from search.study.forecast_sampler import NOTHING_LEFT
 from search.study.record import Record
-
-SURE = 3.0  # standard errors of a forecast, from which on a plan is not tried
 
 
 class TrialFailed(Exception):
@@ -122,8 +125,9 @@ class Objective:
         record.reused = known is not None
         trial.set_user_attr("checkpoint", keys.plan_digest(setting, plan))
         trial.set_user_attr("measurement", path.stem)
+        self._foresee(trial, record, plan, prune=known is None)
         if known is None:
-            self._require_chance(trial, record, plan)
+            self._cheap_screen(trial, record, plan)
         self._enter(trial, record, "screen")
         record.screen = self._screen(trial, record, plan, prune=known is None)
         if known is None:
@@ -133,15 +137,24 @@ class Objective:
             record.measurement = known
             record.reason = "this plan was measured before: its numbers are used again"
         record.score = score.score_of(record.measurement, self.baseline, setting.formula)
+        trial.report(record.score.score, step=rungs.measured(self._shards))
         self._enter(trial, record, "done")
         return record.score.score
+
+    @property
+    def _shards(self) -> int:
+        return len(self.setting.texts.shards)
+
+    @property
+    def _may_prune(self) -> bool:
+        return self.setting.file.pruner.name != "none"
 
     def _base_model(self, trial: optuna.Trial, record: Record) -> float:
         """Return the Score that the base model has by definition.
 
         It is not measured again, or noise would put it above plans that differ. Its shards are reported for pruners.
         """
-        for step in range(1, len(self.setting.texts.shards) + 1):
+        for step in range(1, self._shards + 1):
             trial.report(self.setting.formula.weight_perf, step=step)
         record.predicted_speed_norm = 0.0
         record.measurement = base_stage.as_trial(self.baseline)
@@ -155,31 +168,75 @@ class Objective:
             return trials.may_be_tried_again(trial.storage.get_trial(trial._trial_id))
         return fault is failures.Fault.MACHINE
 
-    def _require_chance(self, trial: optuna.Trial, record: Record, plan: CompressionPlan) -> None:
-        """Prune a plan that is forecast to stay below the best trial by SURE standard errors."""
-        if self.forecast.damage is None or self.forecast.speed is None:
+    def _foresee(self, trial: optuna.Trial, record: Record, plan: CompressionPlan, *, prune: bool) -> None:
+        """Report the forecast Score; prune a plan that is forecast to stay below the best trial."""
+        if not self.forecast.complete:
             return
+        self._enter(trial, record, "forecast")
         expected = self.forecast.expected(plan)
-        trial.set_user_attr("forecast_score", expected.score)
-        trial.set_user_attr("forecast_score_se", expected.score_se)
-        best = _best(trial.study)
-        if best is not None and expected.score + SURE * expected.score_se < (best.value or 0.0):
+        record.forecast = expected
+        trial.report(expected.score, step=rungs.FORECAST)
+        why = trial.storage.get_trial(trial._trial_id).system_attrs.get(NOTHING_LEFT)
+        if why is not None:
+            record.reason = f"forecast: no plan is left that could win: {why}"
+            raise optuna.TrialPruned(record.reason)
+        if prune and not self._is_proposed(trial):
+            self._require_chance(trial, record, "forecast", expected)
+
+    def _is_proposed(self, trial: optuna.Trial) -> bool:
+        """Return whether the forecast's own sampler proposed the plan, which knows what trials have shown of it."""
+        queued = "fixed_params" in trial.storage.get_trial(trial._trial_id).system_attrs
+        return self.setting.file.sampler.name == "forecast" and not queued
+
+    def _cheap_screen(self, trial: optuna.Trial, record: Record, plan: CompressionPlan) -> None:
+        """Look at the cut alone, with a repair that takes no time, before the plan's own repair is paid for."""
+        quick = cheap_screen.cut_alone(plan, self.setting.model.identity)
+        if quick is None or not self._may_prune or _best(trial.study) is None:
+            return
+        self._enter(trial, record, "cheap screen")
+        scored = self.bench.screener.cheap(quick, self.say)
+        gains = [nll - own for nll, own in zip(scored.nll, self.bench.base_nll(self.say), strict=False)]
+        if not all(map(math.isfinite, gains)):
+            raise NotFinite("cheap screen: the loss is NaN or infinite; this plan breaks the model")
+        record.cheap_loss = sum(gains) / len(gains)
+        loss, loss_se = self._gain(trial.study).loss(record.cheap_loss, score.standard_error(gains))
+        expected = self.forecast.of_loss(plan, loss + self._of_precision(plan), loss_se)
+        trial.report(expected.score, step=rungs.cheap(self._shards))
+        self._require_chance(trial, record, "cheap screen", expected)
+
+    def _gain(self, study: optuna.Study) -> cheap_screen.Gain:
+        """Return what the trials so far show of the plans' own repair."""
+        both = []
+        for trial in study.get_trials(deepcopy=False):
+            known = trial.user_attrs
+            if {"cheap_loss", "loss", "plan"} <= known.keys():
+                of_precision = self._of_precision(CompressionPlan.from_dict(known["plan"]))
+                both.append((known["cheap_loss"], known["loss"] - of_precision))
+        return cheap_screen.Gain.learnt(both)
+
+    def _of_precision(self, plan: CompressionPlan) -> float:
+        return 0.0 if self.forecast.damage is None else self.forecast.damage.of_precision(plan)
+
+    def _require_chance(self, trial: optuna.Trial, record: Record, rung: str, expected: score.Score) -> None:
+        """Prune a plan that is expected to stay below the best trial, whatever the error of that."""
+        best = _best(trial.study) if self._may_prune else None
+        if best is not None and hoped(expected) < (best.value or 0.0):
             record.reason = (
-                f"forecast: Score {expected.score:.3f} ± {expected.score_se:.3f} (PerfNorm {expected.perf_norm:.3f}, "
+                f"{rung}: Score {expected.score:.3f} ± {expected.score_se:.3f} (PerfNorm {expected.perf_norm:.3f}, "
                 f"SpeedNorm {expected.speed_norm:.3f}) can't reach trial {best.number}'s {best.value:.3f}"
             )
             raise optuna.TrialPruned(record.reason)
 
     def _enough(self, trial: optuna.Trial, its_screen: Screen, base: tuple[float, ...]) -> speed.Enough:
         """Return when the timing may end: its error is small enough, or the plan has lost to the best trial."""
-        formula, wanted = self.setting.formula, self.setting.file.evaluation.score_se
-        if formula.weight_speed == 0 or wanted == 0:
-            return speed.ALL_TURNS
+        formula, enough = self.setting.formula, self.setting.enough
+        if enough == speed.ALL_TURNS:
+            return enough
         best, lost = _best(trial.study), None
         if best is not None and best.value is not None and not self.setting.tasks:
             perf_norm = math.exp(sum(base) / len(base) - sum(its_screen.nll) / len(its_screen.nll))
             lost = 1.0 - (best.value - formula.weight_perf * perf_norm) / formula.weight_speed
-        return speed.Enough(wanted / formula.weight_speed, lost)
+        return dataclasses.replace(enough, lost_above=lost)
 
     def _measure(self, trial: optuna.Trial, record: Record, plan: CompressionPlan, its_screen: Screen) -> Measurement:
         self._enter(trial, record, "build")
@@ -187,7 +244,6 @@ class Objective:
             path, weights_sha256 = self.bench.build(plan, self.say)
         except InfeasiblePlan as error:  # what stays in 16 bits, and so its size, is known now
             record.reason = f"infeasible: {error}"
-            self._report_mean(trial, record)
             raise optuna.TrialPruned(record.reason) from None
         self._enter(trial, record, "measure")
         enough = self._enough(trial, its_screen, self.bench.base_nll(self.say))
@@ -208,6 +264,7 @@ class Objective:
             if not math.isfinite(shard.nll):
                 raise NotFinite(f"screen: the loss on shard {index} is {shard.nll}; this plan breaks the model")
             scored.append(shard)
+            record.loss = sum(each.nll - own for each, own in zip(scored, base, strict=False)) / len(scored)
             perf_norm = math.exp(base[index] - shard.nll)
             values.append(formula.weight_perf * perf_norm + formula.weight_speed * record.predicted_speed_norm)
             trial.report(sum(values) / len(values) if running_mean else values[-1], step=index + 1)
@@ -223,6 +280,7 @@ class Objective:
         made = Screen.of(scored)
         if known is None:
             made.write(path)
+        self._report_mean(trial, record)
         return made
 
     def _best_of(self, trial: optuna.Trial, shards: int) -> str:
@@ -230,17 +288,17 @@ class Objective:
         best = _best(trial.study)
         if best is None:
             return ""
-        values = [best.intermediate_values[step] for step in range(1, shards + 1) if step in best.intermediate_values]
+        seen = rungs.of_shards(best.intermediate_values, shards)
+        values = [seen[step] for step in sorted(seen)]
         if not values:
             return ""
         mean = values[-1] if samplers.wants_running_mean(self.setting.file.pruner) else sum(values) / len(values)
         return f" against {mean:.3f} of trial {best.number}"
 
     def _report_mean(self, trial: optuna.Trial, record: Record) -> None:
-        """Report the mean over the shards last: Optuna makes the last value that of a pruned trial."""
-        if not samplers.wants_running_mean(self.setting.file.pruner):
-            values = record.shard_values
-            trial.report(sum(values) / len(values), step=len(values) + 1)
+        """Report the mean over the shards: Optuna makes the last value that of a pruned trial."""
+        values = record.shard_values
+        trial.report(sum(values) / len(values), step=rungs.screened(self._shards))
 
     def _constrain(self, trial: optuna.Trial, infeasible: str | None) -> None:
         value = 1.0 if infeasible else 0.0

@@ -13,11 +13,12 @@ from search import processes
 from search.setup.setting import Setting
 from search.stages.bench import Bench
 from search.stages.forecast import Forecast
-from search.study import samplers, trials
+from search.study import rungs, samplers, trials
 from search.study.exclusive import Held
 from search.study.heartbeat import beating
 from search.study.objective import Objective, TrialFailed
 from search.study.record import Record
+from search.study.taught import taught
 
 Event = dict[str, Any]
 Watch = Callable[[Event], None]  # told what happens, for the progress line
@@ -45,7 +46,7 @@ def run_one(
         StudyStopped: The study's database can't be used; the trial is tried again.
     """
     current: Event = {}  # the number of the trial, as soon as it has one
-    forecast = Forecast.known(bench.setting)
+    forecast = taught(Forecast.known(bench.setting), study.get_trials(deepcopy=False))
 
     def say(text: str) -> None:
         stop.check()
@@ -103,7 +104,8 @@ def take(study: optuna.Study, setting: Setting, worker: int, forecast: Forecast)
         if taken >= file.trials:
             return None, True
         study.sampler = samplers.sampler(file.sampler, file.seed, worker, taken, forecast)
-        study.pruner = samplers.pruner(file.pruner, len(setting.texts.shards))
+        shards = len(setting.texts.shards)
+        study.pruner = rungs.ShardsAlone(samplers.pruner(file.pruner, shards), shards)
         trial = study.ask()
         trial.set_user_attr("worker", processes.identify_worker())
         return trial, held.kept()

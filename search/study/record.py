@@ -24,6 +24,9 @@ class Record:
         stage: The stage that the trial has reached.
         reason: Why the trial was pruned or has failed, in one line.
         failure: The kind of failure; "" for none.
+        cheap_loss: What the cut alone loses in the cheap screen, in nats per token.
+        loss: What the plan loses in the full screen, in nats per token, on the shards that were scored.
+        forecast: The Score that was forecast.
         shard_values: The value of each shard of the screen, see `search.study.objective`.
         screen: The result of the screen.
         predicted_speed_norm: The SpeedNorm that is predicted from weight bytes.
@@ -40,6 +43,9 @@ class Record:
     stage: str = "plan"
     reason: str = ""
     failure: str = ""
+    cheap_loss: float | None = None
+    loss: float | None = None
+    forecast: score.Score | None = None
     shard_values: list[float] = dataclasses.field(default_factory=list)
     screen: Screen | None = None
     predicted_speed_norm: float | None = None
@@ -73,6 +79,14 @@ class Record:
             values[trials.AGAIN] = None if self.fault is None else self.fault.value
         if self.reused:
             values["reused"] = True
+        values |= {"cheap_loss": self.cheap_loss, "loss": self.loss}
+        if self.forecast is not None:
+            values |= {
+                "forecast_score": self.forecast.score,
+                "forecast_score_se": self.forecast.score_se,
+                "forecast_perf_norm": self.forecast.perf_norm,
+                "forecast_speed_norm": self.forecast.speed_norm,
+            }
         if self.predicted_speed_norm is not None:
             values["predicted_speed_norm"] = self.predicted_speed_norm
         if self.measurement is not None and self.score is not None:

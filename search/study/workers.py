@@ -27,7 +27,7 @@ from search.setup.setting import Setting, prepare
 from search.show import baseline_text
 from search.stages import build
 from search.stages.bench import Bench
-from search.study import dashboard, header, mlflow_runs, space, storage, time_left, trials
+from search.study import dashboard, ending, header, mlflow_runs, space, storage, time_left, trials
 from search.study.one_trial import Event, Watch
 from search.study.steady import Patience
 from search.study.team import InProcess, Processes, Team
@@ -45,6 +45,7 @@ class _Running:
     watch: Watch
     stop: processes.Stop
     tracker: mlflow_runs.Tracker
+    began: float  # by time.monotonic
 
     def describe(self) -> None:
         dashboard.describe_study(self.study, self.baseline, self.setting.file.score.weight_perf)
@@ -72,6 +73,7 @@ def run_study(
         KeyboardInterrupt: It was stopped; the running trial is recorded and queued again.
     """
     stop = stop or processes.Stop()
+    began = time.monotonic()
 
     def say(text: str) -> None:
         stop.check()
@@ -93,7 +95,7 @@ def run_study(
     _warn_of_noise(load.others(setting.machine.device) if file.evaluation.speed == "measured" else None, watch)
     build.remove_unfinished(setting.outputs / "checkpoints")
     with Bench.of(setting) as bench:
-        baseline = bench.baseline(say)
+        baseline = bench.begin(say, forecast=wants_forecast(setting))
         _warn_of_noise(baseline_text.noisy(baseline.time_ratio_se, "the base model against itself"), watch)
         database = existing or storage.open_storage(file.storage, patience)
         study = database.exclusively(lambda held: _open(database, setting, baseline))
@@ -104,11 +106,9 @@ def run_study(
             file.score.weight_perf,
             warn=warn,
         )
-        running = _Running(study, setting, baseline, watch, stop, tracker)
+        running = _Running(study, setting, baseline, watch, stop, tracker, began)
         running.describe()
         try:
-            if wants_forecast(setting):
-                bench.make_forecast(say, damage=setting.file.sampler.name == "forecast")
             if workers > 1:
                 bench.close()
             team: Team = (
@@ -162,6 +162,7 @@ def _until_finished(running: _Running, team: Team) -> None:
     study, file, watch = running.study, running.setting.file, running.watch
     busy, at_start = 0, -1
     began = datetime.datetime.now()
+    why_early: str | None = None
     for number in trials.retry_dead(study):
         watch({"event": "warn", "text": f"trial {number} was killed: it is tried again"})
     while True:
@@ -176,7 +177,13 @@ def _until_finished(running: _Running, team: Team) -> None:
             _stop_if_hopeless(done[at_start:], file)
             _stop_if_machine_fails(trials.machine_failures(everything, began), file)
         elsewhere = _running_elsewhere(everything, team.pids)
-        while team.idle and len(done) + busy + elsewhere < file.trials:
+        if why_early is None and len(done) < file.trials:
+            why_early = _why_early(running, everything, done, began)
+        if why_early is not None and busy == 0:
+            text = f"{why_early}; {len(done)} of {file.trials} trials are finished"
+            watch({"event": "early", "text": text})
+            return
+        while why_early is None and team.idle and len(done) + busy + elsewhere < file.trials:
             team.go()
             busy += 1
         if busy == 0 and not elsewhere:
@@ -194,6 +201,19 @@ def _until_finished(running: _Running, team: Team) -> None:
             running.describe()
             keep_best_checkpoints(study, running.setting)
             running.tracker.trial_ended()
+
+
+def _why_early(
+    running: _Running, everything: list[FrozenTrial], done: list[FrozenTrial], began: datetime.datetime
+) -> str | None:
+    """Say why no further trial is begun; None where one is."""
+    limits = running.setting.file.limits
+    left_s = math.inf if limits.time is None else limits.time - (time.monotonic() - running.began)
+    return (
+        ending.out_of_time(done, left_s)
+        or ending.out_of_patience(done, limits.patience)
+        or ending.nothing_left(everything, began)
+    )
 
 
 def _running_elsewhere(everything: list[FrozenTrial], pids: set[int]) -> int:

@@ -13,7 +13,7 @@ from evaluator.score import Score
 from evaluator.speed_table import Probe, SpeedTable
 from search.config import compose
 from search.setup import setting as settings
-from search.stages import damage_table, speed_table
+from search.stages import speed_table
 from search.stages.damage_table import DamageTable, Entry, Loss
 from search.stages.forecast import Forecast
 from search.study import space
@@ -240,4 +240,3 @@ def test_a_study_with_a_forecast_times_and_scores_single_cuts_and_prunes_by_them
     assert "what it costs" in table.out
     assert "the best plans" in table.out
     assert Path(home / "outputs").is_dir()
-    assert damage_table.VERSION == 1

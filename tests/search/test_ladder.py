@@ -1,0 +1,247 @@
+"""The ladder of a trial on a real study: each rung is reported, computed once, resumable, and ends what it can."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState, create_trial
+
+from search.config import compose
+from search.errors import ConfigError
+from search.setup import setting as settings
+from search.stages import damage_table
+from search.stages.cheap_screen import Gain, cut_alone
+from search.study import ending, rungs
+from search.study import trials as study_trials
+
+SHARDS = 6
+STUDY = """
+defaults: [_base, _self_]
+study_name: ladder
+trials: 14
+storage: sqlite:///{home}/studies.db
+outputs: {home}/outputs
+model: {{source: {model}}}
+space:
+  num_hidden_layers: {{low: 3, high: 5}}
+  intermediate_size: {{low: 80, high: 160, step: 8}}
+  importance: [energy]
+  repair: [stream]
+  precision: [bfloat16, W8A8]
+text: {{window: 32, shards: 6, calibration_windows: 4, moments_windows: 4, report: null}}
+evaluation: {{backend: transformers, device: cpu, speed: predicted, forecast: true}}
+sampler: {{name: random}}
+tracking: {{mlflow: false}}
+"""
+
+
+@pytest.fixture
+def home(tmp_path, pico_llama):
+    (tmp_path / "ladder.yaml").write_text(STUDY.format(home=tmp_path, model=pico_llama))
+    return tmp_path
+
+
+def run(cli, home, *words):
+    ended = cli("run", "--study", "ladder", "--config-dir", home, "--json", *words, cwd=home)
+    assert ended.status == 0, ended.err
+    return ended
+
+
+def trials_of(home):
+    return optuna.load_study(study_name="ladder", storage=f"sqlite:///{home}/studies.db").trials
+
+
+def test_every_rung_is_reported_and_a_pruned_trial_has_the_value_of_its_last_one(home, cli):
+    ended = run(cli, home)
+    trials = trials_of(home)
+    rung_of = {"forecast": rungs.FORECAST, "cheap screen": rungs.cheap(SHARDS), "screen": rungs.screened(SHARDS)}
+    searched = [trial for trial in trials if not study_trials.is_base_model(trial)]
+    for trial in searched:
+        values = trial.intermediate_values
+        assert values[rungs.FORECAST] == trial.user_attrs["forecast_score"]
+        shards = rungs.of_shards(values, SHARDS)
+        assert list(shards) == list(range(1, len(shards) + 1))
+        if shards:
+            assert values[rungs.screened(SHARDS)] == pytest.approx(sum(shards.values()) / len(shards))
+        if trial.state == TrialState.COMPLETE:
+            assert values[rungs.measured(SHARDS)] == trial.value
+            assert len(shards) == SHARDS
+        else:
+            rung = trial.user_attrs["reason"].split(":")[0]
+            assert max(values) == rung_of[rung]
+            assert trial.value == values[rung_of[rung]]
+            assert trial.user_attrs["seconds"].keys() >= {rung}
+    assert {trial.state for trial in searched} == {TrialState.COMPLETE, TrialState.PRUNED}
+    assert any("cheap_loss" in trial.user_attrs for trial in searched)
+    assert ended.json["finished"] == 14
+
+
+KILLED = """
+    import os, signal
+    from search import cli
+    from search.stages import screen
+    from search.stages.bench import Bench
+    from search.study import objective
+
+    def killed(method, when):
+        calls = []
+        def wrapped(*args, **kwargs):
+            if when == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls.append(method(*args, **kwargs))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return wrapped
+
+    rung = os.environ["KILL_AT"]
+    if rung == "forecast":
+        objective.Objective._require_chance = killed(objective.Objective._require_chance, "before")
+    elif rung == "cheap screen":
+        objective.cheap_screen.Gain.loss = killed(objective.cheap_screen.Gain.loss, "before")
+    elif rung == "screen":
+        objective.Objective._report_mean = killed(objective.Objective._report_mean, "before")
+    elif rung == "build":
+        Bench.build = killed(Bench.build, "after")
+    elif rung == "measure":
+        Bench.measure = killed(Bench.measure, "after")
+    cli.main()
+"""
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(  # test_resume kills within the other stages
+    "rung", ["forecast", "cheap screen", *(pytest.param(name, marks=slow) for name in ("screen", "build", "measure"))]
+)
+def test_a_study_killed_at_a_rung_goes_on_there_and_computes_nothing_twice(home, cli, rung):
+    words = ("run", "--study", "ladder", "--config-dir", str(home), "--trials", "6", "--json")
+    killed = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED), *words],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "KILL_AT": rung},
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kept = [path for name in ("screens", "checkpoints", "forecast") for path in (home / "outputs" / name).glob("*")]
+    assert any(path.name.startswith("damage-") for path in kept)
+    before = {path: path.stat().st_mtime_ns for path in kept if not path.name.startswith(".")}
+    half_done = [trial for trial in trials_of(home) if trial.state == TrialState.RUNNING]
+    assert len(half_done) == 1
+    run(cli, home, "--trials", "6")
+    still = {path: path.stat().st_mtime_ns for path in before if path.exists()}
+    assert still == {path: before[path] for path in still}
+    assert {path.parent.name for path in before.keys() - still.keys()} <= {"checkpoints"}  # of plans that are not best
+    trials = trials_of(home)
+    assert len(study_trials.finished(trials)) == 6
+    again = [trial for trial in trials if half_done[0].number in trial.system_attrs.get("retry_history", [])]
+    assert [trial.params for trial in again] == [half_done[0].params]
+
+
+def test_a_study_ends_when_the_forecast_says_that_nothing_is_left_to_win(home, cli):
+    ended = run(cli, home, "--trials", "300", "sampler.name=forecast")
+    trials = trials_of(home)
+    assert len(trials) < 40
+    assert sum(trial.user_attrs.get("reason", "").startswith("forecast:") for trial in trials) <= 2  # not proposed
+    assert "the study ends here: no plan is left that could beat the best trial" in ended.err
+    best = max(trial.value for trial in trials_of(home) if trial.state == TrialState.COMPLETE)
+    again = run(cli, home, "--trials", "300", "sampler.name=forecast")
+    assert again.json["finished"] == ended.json["finished"] + 1  # it is asked again
+    run(cli, home, "--trials", str(ended.json["finished"] + 13), "sampler.name=random")
+    assert max(trial.value for trial in trials_of(home) if trial.state == TrialState.COMPLETE) <= best + 0.01
+
+
+def test_a_study_ends_in_time_and_without_patience(home, cli):
+    first = run(cli, home, "--time", "1s", "evaluation.forecast=false")
+    assert first.json["finished"] < 5  # the start took most of the time
+    assert "the study ends here: limits.time" in first.err
+    second = run(cli, home, "limits.patience=2", "evaluation.forecast=false", "--trials", "40")
+    assert 3 <= second.json["finished"] < 40
+    assert "limits.patience: 2 trials since trial " in second.err
+    bad = cli("run", "--study", "ladder", "--config-dir", home, "--time", "soon", cwd=home)
+    assert bad.status == 2
+    assert "limits.time" in bad.err
+    assert "write it as 90, 45s, 30m, 2h or 1h30m" in bad.err
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("45s", 45), ("30m", 1800), ("2h", 7200), ("1h30m", 5400), ("1h 5m 2s", 3902)]
+)
+def test_a_length_of_time_is_written_as_people_do(home, text, seconds):
+    assert compose.load("ladder", [f"limits.time={text}"], home).limits.time == seconds
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "2 days", "h", "''", "1.5h", "nan"])
+def test_what_is_no_length_of_time_is_refused(home, text):
+    with pytest.raises(ConfigError, match=r"limits\.time"):
+        compose.load("ladder", [f"limits.time={text}"], home)
+
+
+def finished(number, value, seconds=None):
+    attributes = {} if seconds is None else {"seconds": {"screen": 1.0, "measure": seconds - 1.0}}
+    trial = create_trial(value=value, user_attrs=attributes)
+    trial.number = number
+    return trial
+
+
+def test_no_trial_is_begun_that_would_end_too_late():
+    done = [finished(0, 0.5, 20.0), finished(1, 0.4, 40.0)]
+    assert ending.out_of_time(done, float("inf")) is None
+    assert ending.out_of_time(done, 31.0) is None
+    assert "29 s are left, and a trial that is measured takes 30 s" in ending.out_of_time(done, 29.0)
+    assert ending.out_of_time([], 5.0) is None
+    assert ending.out_of_time([], -1.0) == "limits.time is up"
+
+
+def test_pruners_see_the_shards_alone():
+    seen = {}
+
+    class Spy(optuna.pruners.BasePruner):
+        def prune(self, study, trial):
+            seen.update(trial.intermediate_values)
+            return trial.last_step == SHARDS
+
+    study = optuna.create_study(pruner=rungs.ShardsAlone(Spy(), SHARDS))
+    trial = study.ask()
+    for step, value in enumerate([0.9, 0.1, 0.2, 0.3, 0.4, 0.5]):
+        trial.report(value, step)
+    trial.report(0.8, rungs.cheap(SHARDS))
+    assert not trial.should_prune()
+    assert seen == {1: 0.1, 2: 0.2, 3: 0.3, 4: 0.4, 5: 0.5}
+    trial.report(0.6, SHARDS)
+    assert trial.should_prune()
+
+
+def test_the_gain_of_a_repair_is_learnt_from_trials_that_had_both_screens():
+    assert Gain.learnt([(0.2, 0.1)] * 2) == Gain()  # too few
+    gain = Gain.learnt([(0.2, 0.1), (0.4, 0.2), (0.1, 0.06), (0.001, 5.0)])  # the last says nothing
+    assert gain.share == pytest.approx(0.5)
+    assert gain.loss(0.3, 0.0)[0] == pytest.approx(0.15)
+    assert gain.loss(0.3, 0.1)[1] > gain.loss(0.3, 0.0)[1] > 0
+    assert gain.loss(-0.1, 0.0) == (0.0, 0.0)
+
+
+def test_the_cheap_screen_is_of_the_cut_alone(home):
+    prepared = settings.prepare(compose.load("ladder", config_dir=home))
+    own = prepared.model.identity
+    changed = {"intermediate_size": 120, "precision": "W8A8", "importance": "energy"}
+    plan = own.from_dict({**own.to_dict(), **changed, "repair": "stream"})
+    assert cut_alone(plan, own) == own.from_dict(
+        {**own.to_dict(), **changed, "repair": "ridge", "precision": "bfloat16"}
+    )
+    assert cut_alone(own.from_dict({**plan.to_dict(), "repair": "ridge"}), own) is None
+    only_quantized = own.from_dict({**own.to_dict(), "precision": "W8A8", "repair": "stream"})
+    assert cut_alone(only_quantized, own) is None
+
+
+def test_the_error_of_forecasts_shrinks_or_grows_with_what_trials_show():
+    assert damage_table.relative_error([]) == damage_table.RELATIVE_ERROR
+    good = damage_table.relative_error([(0.1, 0.101)] * 10)
+    bad = damage_table.relative_error([(0.1, 0.2)] * 10)
+    assert damage_table.LEAST_RELATIVE_ERROR <= good < 0.1
+    assert 0.9 < bad < 1.0
