@@ -7,10 +7,12 @@ written to --work and deleted again. "own" is the process's peak main memory abo
 """
 
 import argparse
+import cProfile
 import dataclasses
 import gc
 import json
 import pathlib
+import pstats
 import re
 import shutil
 import time
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("outputs/benchmark"))
     parser.add_argument("--only", nargs="+", help="steps, by the beginning of their names")
     parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--profile", type=pathlib.Path, help="directory for a cProfile of each step")
     arguments = parser.parse_args()
 
     base = Checkpoint.read(arguments.checkpoint)
@@ -50,12 +53,18 @@ def main() -> None:
         if arguments.only and not any(name.startswith(wanted) for wanted in arguments.only):
             return None
         before = start(device)
+        profiler = cProfile.Profile() if arguments.profile else None
         began = time.monotonic()
-        made = function()
+        made = profiler.runcall(function) if profiler else function()
         if device == "cuda":
             torch.cuda.synchronize()
         row = {"step": name, "seconds": time.monotonic() - began, **peaks(device, before)}
         rows.append(row)
+        if profiler:
+            arguments.profile.mkdir(parents=True, exist_ok=True)
+            with (arguments.profile / f"{len(rows)}.txt").open("w") as file:
+                file.write(name)
+                pstats.Stats(profiler, stream=file).sort_stats("tottime").print_stats(30)
         gpu = f"{row['gpu_gb']:>8.2f}" if "gpu_gb" in row else ""
         print(f"{name:<64}{row['seconds']:>8.2f} s{row['host_gb']:>8.2f}{gpu}", flush=True)
         return made

@@ -149,7 +149,11 @@ def hollow(directory: pathlib.Path, config: dict, tokenizer: pathlib.Path, weigh
     size = sum(value.nbytes for value in tensors.values())
     if weights:
         torch.manual_seed(0)
-        drawn = {name: 0.02 * torch.randn(value.shape, dtype=torch.bfloat16) for name, value in tensors.items()}
+        at = "cuda" if torch.cuda.is_available() else "cpu"
+        drawn = {
+            name: (0.02 * torch.randn(value.shape, dtype=torch.bfloat16, device=at)).cpu()
+            for name, value in tensors.items()
+        }
         norms = {name: torch.ones_like(value) for name, value in drawn.items() if "norm" in name}
         save_file({**drawn, **norms}, directory / "model.safetensors")
     else:
@@ -163,16 +167,29 @@ def hollow(directory: pathlib.Path, config: dict, tokenizer: pathlib.Path, weigh
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path)
-    parser.add_argument("--tokenizer", type=pathlib.Path, required=True)
+    parser.add_argument("--tokenizer", type=pathlib.Path, help="of the models without weights")
+    parser.add_argument("--study", help="a study file, in place of models without weights")
+    parser.add_argument("--config-dir", type=pathlib.Path)
     parser.add_argument("--models", nargs="+", default=["qwen2.5-1.5b", "exaone4-1.2b", "llama-8b"])
     parser.add_argument("--plans", type=int, default=12)
     parser.add_argument("--scratch", type=pathlib.Path, default=pathlib.Path("/tmp/forecast-speed"))
     parser.add_argument("--profile", type=pathlib.Path, help="make the damage table too, of random weights, profiled")
-    parser.add_argument("--words", nargs="*", default=["evaluation=vllm"], help="words for the study file")
+    parser.add_argument("--words", nargs="*", default=[], help="KEY=VALUE for the study file")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.study:
+        of_study(arguments)
+        return
     for name in arguments.models:
         one(name, arguments)
+
+
+def of_study(arguments: argparse.Namespace) -> None:
+    """Compare for the model of a study file, whose tables are made if they are missing."""
+    file = compose.load(arguments.study, arguments.words, arguments.config_dir)
+    setting = settings.prepare(file, lambda text: print("…", text, flush=True))
+    with Engines(setting) as engines:
+        compared(file.study_name, setting, engines, arguments)
 
 
 def one(name: str, arguments: argparse.Namespace) -> None:
@@ -190,6 +207,7 @@ def one(name: str, arguments: argparse.Namespace) -> None:
         "tracking.mlflow=false",
         "text.window=64",
         "text.shards=2",
+        "evaluation=vllm",
         *(f"space.{key}={value}" for key, value in SPACES[name].items()),
         *arguments.words,
     ]
@@ -211,11 +229,17 @@ def one(name: str, arguments: argparse.Namespace) -> None:
                 print(f"    {precision:12s}", {part: round(value, 3) for part, value in parts.items()})
         if arguments.profile:
             profile_damage(setting, arguments.profile)
-        rows = compare(setting, engines, table, arguments.plans)
+        compared(name, setting, engines, arguments)
+    shutil.rmtree(arguments.scratch / name, ignore_errors=True)
+
+
+def compared(name: str, setting: settings.Setting, engines: Engines, arguments: argparse.Namespace) -> None:
+    """Print and keep the comparison."""
+    table = speed_table.speed_table(setting, engines, lambda text: print("…", text, flush=True))
+    rows = compare(setting, engines, table, arguments.plans)
     errors = [abs(row["forecast"] - row["measured"]) for row in rows]
     print(f"{name}: {len(rows)} plans, median error {statistics.median(errors):.4f}, largest {max(errors):.4f}")
     (arguments.out / f"{name}.json").write_text(json.dumps({"table": table.to_dict(), "plans": rows}, indent=1))
-    shutil.rmtree(arguments.scratch / name, ignore_errors=True)
 
 
 def profile_damage(setting: settings.Setting, path: pathlib.Path) -> None:
@@ -238,6 +262,7 @@ def compare(setting: settings.Setting, engines: Engines, table, plans: int) -> l
     """Draw plans from the space, each precision in turn, and time them in turn with the base model."""
     drawn = random.Random(0)
     own, space = setting.model.identity, setting.file.space
+    precisions = space.precision
     chosen: list[CompressionPlan] = []
     while len(chosen) < plans:
         values = {
@@ -245,7 +270,7 @@ def compare(setting: settings.Setting, engines: Engines, table, plans: int) -> l
             for key in ("num_hidden_layers", "num_key_value_heads", "num_attention_heads", "hidden_size",
                         "intermediate_size")
         }  # fmt: skip
-        plan = dataclasses.replace(own, **values, precision=PRECISIONS[len(chosen) % len(PRECISIONS)])
+        plan = dataclasses.replace(own, **values, precision=precisions[len(chosen) % len(precisions)])
         plan = dataclasses.replace(
             plan, num_attention_heads=shareable(plan.num_attention_heads, plan.num_key_value_heads, own)
         )
@@ -253,7 +278,7 @@ def compare(setting: settings.Setting, engines: Engines, table, plans: int) -> l
             chosen.append(plan)
     rows = []
     workload = setting.workload
-    together = speed_table.TOGETHER if setting.machine.device == "cuda" else 1
+    together = speed_table._together(setting, engines)
     for start in range(0, len(chosen), together):
         group = chosen[start : start + together]
         with speed_table._started(setting, engines, group, print) as running:
