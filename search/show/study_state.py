@@ -191,6 +191,33 @@ class BestOfAll:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rung:
+    """What a rung took and decided.
+
+    Attributes:
+        name: The rung.
+        trials: The number of trials that reached it.
+        ended: The number that it ended: pruned, or measured at the last.
+        seconds: The time that all of them spent at it.
+        share: That time over the time of all rungs.
+        kendall: Kendall's τ between the Scores that this rung and the next one gave to the same trials; None: too few.
+        both: The number of these trials.
+    """
+
+    name: str
+    trials: int
+    ended: int
+    seconds: float
+    share: float
+    kendall: float | None
+    both: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class Contender:
     """Contender holds the Score of a measured model that is not the base model.
 
@@ -239,6 +266,7 @@ class StudyState:
         stopped: The number of trials that a person stopped, which are tried again.
         base_score: The Score of the base model by definition; None where the storage doesn't hold the formula.
         contenders: All measured models that are not the base model.
+        rungs: The rungs that its trials reached.
     """
 
     study: str
@@ -260,13 +288,14 @@ class StudyState:
     stopped: int = 0
     base_score: float | None = None
     contenders: tuple[Contender, ...] = ()
+    rungs: tuple[Rung, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in ("baseline", "best", "best_of_all"):
             values[name] = None if values[name] is None else values[name].to_dict()
-        for name in ("pareto", "ended", "distilled"):
+        for name in ("pareto", "ended", "distilled", "rungs"):
             values[name] = [one.to_dict() for one in values[name]]
         values["pruned_at"] = dict(self.pruned_at)
         for name in ("base_score", "contenders", *([] if self.stopped else ["stopped"])):

@@ -14,7 +14,7 @@ from evaluator.measurement import METRICS
 from evaluator.metrics import SCORE_COLUMN, UNKNOWN, Shown, short_count, shown
 from search.show import baseline_text, verdict
 from search.show.rows import Result, Row, by_score
-from search.show.study_state import BestOfAll, FinalistRow, StudyState, TrialSummary
+from search.show.study_state import BestOfAll, FinalistRow, Rung, StudyState, TrialSummary
 
 COLUMNS = shown(METRICS, "column")
 FRONT = shown(METRICS, "front")
@@ -47,10 +47,23 @@ def status_table(state: StudyState, *, everything: bool = False, option: str = "
         parts.append(_reasons(shown_last))
         if len(shown_last) < len(state.ended):
             parts.append(Text(f"… and {len(state.ended) - len(shown_last)} more ({option})"))
+    if state.rungs:
+        parts.append(_ladder(state.rungs))
     if state.distilled and state.best_of_all is not None:
         parts += _distilled(state.distilled, state.best_of_all)
     parts += [Text(line) for line in (_noisy(state), verdict.of_study(state)) if line is not None]
     return Group(*parts)
+
+
+def _ladder(rungs: Sequence[Rung]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("rung", "trials", "ended there", "time", "share", "Kendall's τ with the next rung"):
+        table.add_column(name, justify="left" if name == "rung" else "right")
+    for rung in rungs:
+        kendall = "" if rung.kendall is None else f"{rung.kendall:.2f} ({rung.both} trials)"
+        counts = (str(rung.trials), str(rung.ended), f"{rung.seconds:.0f} s", f"{rung.share:.0%}")
+        table.add_row(rung.name, *counts, kendall)
+    return table
 
 
 def _noisy(state: StudyState) -> str | None:

@@ -22,6 +22,7 @@ from search.show.study_state import (
     TrialSummary,
     finalists_by_score,
 )
+from search.study.ladder import ladder
 from search.study.trials import INTERRUPTED, finished, is_base_model
 
 DISTILLED = "distilled"  # the study's attribute that holds the rows of its finalists (`search.finalists`)
@@ -56,6 +57,7 @@ def of(study: optuna.Study) -> StudyState:
         stopped=sum(trial.user_attrs.get("failure") == INTERRUPTED for trial in trials),
         base_score=file.get("score", {}).get("weight_perf"),
         contenders=tuple(_contenders(complete, distilled)),
+        rungs=ladder(done, file.get("text", {}).get("shards", 0)),
     )
 
 

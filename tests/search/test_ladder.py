@@ -18,6 +18,7 @@ from search.stages import damage_table
 from search.stages.cheap_screen import Gain, cut_alone
 from search.study import ending, rungs
 from search.study import trials as study_trials
+from search.study.ladder import ladder
 
 SHARDS = 6
 STUDY = """
@@ -245,3 +246,45 @@ def test_the_error_of_forecasts_shrinks_or_grows_with_what_trials_show():
     bad = damage_table.relative_error([(0.1, 0.2)] * 10)
     assert damage_table.LEAST_RELATIVE_ERROR <= good < 0.1
     assert 0.9 < bad < 1.0
+
+
+def climbed(number, values, state, seconds):
+    steps = {"forecast": 0, "cheap": rungs.cheap(2), "screen": rungs.screened(2), "measured": rungs.measured(2)}
+    trial = create_trial(
+        state=state,
+        value=values.get("measured", 0.0) if state == TrialState.COMPLETE else None,
+        intermediate_values={steps[name]: value for name, value in values.items()},
+        user_attrs={"seconds": seconds},
+    )
+    trial.number = number
+    return trial
+
+
+def test_the_ladder_tells_what_each_rung_took_and_how_well_it_foretold_the_next():
+    complete, pruned = TrialState.COMPLETE, TrialState.PRUNED
+    trials = [
+        climbed(
+            0, {"forecast": 0.1, "screen": 0.1, "measured": 0.3}, complete, {"screen": 2, "build": 1, "measure": 5}
+        ),
+        climbed(
+            1, {"forecast": 0.2, "screen": 0.2, "measured": 0.2}, complete, {"screen": 2, "build": 1, "measure": 5}
+        ),
+        climbed(
+            2, {"forecast": 0.3, "screen": 0.3, "measured": 0.1}, complete, {"screen": 2, "build": 1, "measure": 1}
+        ),
+        climbed(3, {"forecast": 0.4}, pruned, {"forecast": 0.5}),
+        climbed(4, {"forecast": 0.5, "screen": 0.4}, pruned, {"forecast": 0.5, "screen": 3}),
+    ]
+    forecast, screen, measured = ladder(trials, 2)
+    assert (forecast.name, forecast.trials, forecast.ended, forecast.kendall, forecast.both) == (
+        "forecast",
+        5,
+        1,
+        1.0,
+        4,
+    )
+    assert (screen.trials, screen.ended, screen.kendall, screen.both) == (4, 1, -1.0, 3)
+    assert (measured.name, measured.trials, measured.ended, measured.kendall) == ("measure", 3, 3, None)
+    assert [rung.seconds for rung in (forecast, screen, measured)] == [1.0, 9.0, 14.0]
+    assert sum(rung.share for rung in (forecast, screen, measured)) == pytest.approx(1.0)
+    assert ladder([], 2) == ()
