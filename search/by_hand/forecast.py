@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -55,8 +56,13 @@ def _view(made: Forecast, own_score: float, floor_ms: float | None) -> ForecastV
         pays=_pays(made),
         costs=_costs(made),
         lossless=setting.formula.weight_perf + setting.formula.weight_speed * fastest,
-        best=tuple(Best(**dataclasses.asdict(made.expected(plan)), plan=plan) for plan in plans),
+        best=_forecast_of(made, plans),
+        front=_forecast_of(made, ForecastSampler(made, setting.file.seed).front()),
     )
+
+
+def _forecast_of(made: Forecast, plans: Sequence[CompressionPlan]) -> tuple[Best, ...]:
+    return tuple(Best(**dataclasses.asdict(made.expected(plan)), plan=plan) for plan in plans)
 
 
 def _pays(made: Forecast) -> tuple[Pays, ...]:

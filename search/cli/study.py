@@ -120,24 +120,34 @@ def run_command(
 
 @main.command("forecast", cls=StudyCommand)
 @storage_options
+@click.option(
+    "--plot",
+    type=PATH,
+    help="Plot to write: what each change costs and pays, and the front of the best plans; .png or .html.",
+)
 @json_option()
-def forecast_command(as_json: bool, **where: Any) -> None:
+def forecast_command(as_json: bool, plot: Path | None, **where: Any) -> None:
     """Forecast what any plan of the space would score here, before a single trial.
 
     Times a few models with random weights in turn with the base model, and scores each cut by itself in memory. Shows
     which precision, width and depth pays on this machine, what each loses, and the best plans. `run` uses the tables.
 
     \b
-    optuna-search forecast --study exaone4-1.2b
+    optuna-search forecast --study exaone4-1.2b --plot forecast.png
     """
     file = load_file(**where)
 
     from search.by_hand import forecast
     from search.setup import setting
-    from search.show import forecast_view, progress
+    from search.show import forecast_view, plots, progress
+
+    if plot is not None:
+        plots.require_suffix(plot)
 
     with progress.Live(1) as live:
         view = forecast.forecast(setting.prepare(file, live.say), live.say)
+        if plot is not None:
+            plots.plot_forecast(view, plot)
     if as_json:
         click.echo(json.dumps(view.to_dict()))
         return

@@ -76,6 +76,7 @@ class ForecastView:
         costs: Each single loss.
         lossless: The Score of the fastest plan of the space if nothing were lost.
         best: The best plans, the best first.
+        front: The plans that no other is forecast to beat in PerfNorm without losing SpeedNorm, by falling PerfNorm.
     """
 
     study: str
@@ -88,6 +89,7 @@ class ForecastView:
     costs: tuple[Costs, ...]
     lossless: float
     best: tuple[Best, ...]
+    front: tuple[Best, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the view as JSON values."""
@@ -125,6 +127,12 @@ def conclusions(view: ForecastView) -> list[str]:
     return lines
 
 
+def _shares(parts: Mapping[str, float]) -> str:
+    """Return a step's parts in percent; the host's time, beside which they run, is given where a probe shows it."""
+    device = " ".join(f"{100 * share:3.0f}%" for name, share in parts.items() if name != "host")
+    return f"{device}; " + (f"{100 * parts['host']:3.0f}%" if parts["host"] else "   –")
+
+
 def _tables(view: ForecastView) -> list[RenderableType]:
     tables: list[RenderableType] = []
     if view.pays:
@@ -132,9 +140,9 @@ def _tables(view: ForecastView) -> list[RenderableType]:
         for name in ("precision", "SpeedNorm", "a layer"):
             pays.add_column(name, justify="left" if name == "precision" else "right")
         for size in view.base_ms:
-            pays.add_column(f"batch {size}: fixed, layers, attention, MLP, lm_head", justify="right")
+            pays.add_column(f"batch {size}: fixed, layers, attention, MLP, lm_head; host", justify="right")
         for row in view.pays:
-            shares = [" ".join(f"{100 * share:3.0f}%" for share in parts.values()) for parts in row.parts.values()]
+            shares = [_shares(parts) for parts in row.parts.values()]
             norm = f"{1 - row.time_ratio:+.3f} ± {row.time_ratio_se:.3f}"
             pays.add_row(row.precision, norm, f"{100 * row.layer:.2f}%", *shares)
         tables.append(pays)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from search.stages.forecast import SURE, Forecast
 from search.study import rungs, space
 
 DRAWN = 1000  # plans of the random sample
+FRONT_OF = 400  # plans at random, and as many of the best, among which the front is looked for
 ROUNDS, BEST = 3, 10  # of the neighbours of the best: how often, and of how many
 LEARNS_FROM = 3  # trials, before anything but the forecast counts
 UNIT = 0.02  # of Score, in which the forecast's error is about 1
@@ -111,6 +113,18 @@ class ForecastSampler(optuna.samplers.BaseSampler):
     def best_plans(self, count: int) -> list[CompressionPlan]:
         """Return the feasible plans with the highest forecast Score, the best first."""
         return self._feasible(lambda plan: self._forecast.expected(plan).score, count)
+
+    def front(self) -> list[CompressionPlan]:
+        """Return the feasible plans on the forecast Pareto front of PerfNorm and SpeedNorm, by falling PerfNorm."""
+        scored = [(plan, self._forecast.expected(plan)) for plan in self._feasible(lambda plan: 0.0, FRONT_OF)]
+        scored += [(plan, self._forecast.expected(plan)) for plan in self.best_plans(FRONT_OF)]
+        front: list[CompressionPlan] = []
+        fastest = -math.inf
+        for plan, expected in sorted(scored, key=lambda pair: (-pair[1].perf_norm, -pair[1].speed_norm)):
+            if expected.speed_norm > fastest:
+                front.append(plan)
+                fastest = expected.speed_norm
+        return front
 
     def fastest(self) -> float:
         """Return the largest SpeedNorm that a feasible plan is forecast to have."""
