@@ -123,7 +123,7 @@ def run_command(
 @click.option(
     "--plot",
     type=PATH,
-    help="Plot to write: what each change costs and pays, and the front of the best plans; .png or .html.",
+    help="Plot to write, .png or .html: what each change costs and pays, and the best plans [default: none].",
 )
 @json_option()
 def forecast_command(as_json: bool, plot: Path | None, **where: Any) -> None:
