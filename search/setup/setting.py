@@ -58,6 +58,9 @@ class Setting:
     texts: StudyTexts
     machine: Machine
     tasks: tuple[tasks.Task, ...] = ()  # the parts of Perf other than perplexity
+    _reasons: dict[CompressionPlan, str | None] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )  # what `infeasible` has found: a sampler asks for thousands of plans, again and again
 
     @property
     def outputs(self) -> Path:
@@ -116,6 +119,11 @@ class Setting:
 
     def infeasible(self, plan: CompressionPlan) -> str | None:
         """Say why the plan can't be built, served or exported here; None where it can."""
+        if plan not in self._reasons:
+            self._reasons[plan] = self._why_infeasible(plan)
+        return self._reasons[plan]
+
+    def _why_infeasible(self, plan: CompressionPlan) -> str | None:
         model, machine = self.model, self.machine
         reason = backends.cannot_start(machine.backend, plan.precision, machine.capability) or build.check(
             plan, model.checkpoint, model.family, kernels=self.kernels, max_bytes=self.max_bytes

@@ -1,9 +1,9 @@
 """A sampler that starts from the study's forecast and learns where it is wrong.
 
-The error of the forecast is a Gaussian process over the searched values. Trials
-that were measured teach it, and so do those that were pruned at a screen, by what they had until then. The next plan
-is the one with the largest expected improvement (Jones, Schonlau and Welch 1998, https://doi.org/10.1023/A:1008306431147)
-among a random sample of the space and the neighbours of its best.
+The error of the forecast is a Gaussian process over the searched values. Trials that were measured teach it, and so do
+those that were pruned at a screen, by what they had until then. The next plan is the one with the largest expected
+improvement (Jones, Schonlau and Welch 1998, https://doi.org/10.1023/A:1008306431147) among a random sample of the space
+and the neighbours of its best.
 """
 
 from __future__ import annotations
@@ -95,16 +95,20 @@ class ForecastSampler(optuna.samplers.BaseSampler):
 
         candidates = (params for params in self._candidates(search_space, worth) if self._is_new(params, tried))
         first = next(candidates, None)
-        for params in () if first is None else itertools.chain([first], candidates):
+        if first is None:
+            self._mark(study, trial, "every plan that was looked at was tried")
+            return {}
+        for params in itertools.chain([first], candidates):
             mean, error = self._beliefs([params], model)
             if mean[0] + SURE * error[0] >= best:
                 return params
-        text = "every plan that was looked at was tried"
-        if first is not None:
-            mean, error = self._beliefs([first], model)
-            text = f"the most promising one is forecast to score {mean[0]:.4f} ± {error[0]:.4f}"
-        study._storage.set_trial_system_attr(trial._trial_id, NOTHING_LEFT, text)
-        return first or {}
+        mean, error = self._beliefs([first], model)
+        self._mark(study, trial, f"the most promising one is forecast to score {mean[0]:.4f} ± {error[0]:.4f}")
+        return first
+
+    @staticmethod
+    def _mark(study: optuna.Study, trial: FrozenTrial, why: str) -> None:
+        study._storage.set_trial_system_attr(trial._trial_id, NOTHING_LEFT, why)
 
     def _is_new(self, params: Params, tried: Collection[CompressionPlan]) -> bool:
         plan = self._plan(params)

@@ -147,7 +147,8 @@ class Objective:
 
     @property
     def _may_prune(self) -> bool:
-        return self.setting.file.pruner.name != "none"
+        """Whether a plan may end before its screen: not where nobody wants it, nor by text alone where tasks count."""
+        return self.setting.file.pruner.name != "none" and not self.setting.tasks
 
     def _base_model(self, trial: optuna.Trial, record: Record) -> float:
         """Return the Score that the base model has by definition.

@@ -117,7 +117,7 @@ slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(  # test_resume kills within the other stages
-    "rung", ["forecast", "cheap screen", *(pytest.param(name, marks=slow) for name in ("screen", "build", "measure"))]
+    "rung", ["cheap screen", *(pytest.param(name, marks=slow) for name in ("forecast", "screen", "build", "measure"))]
 )
 def test_a_study_killed_at_a_rung_goes_on_there_and_computes_nothing_twice(home, cli, rung):
     words = ("run", "--study", "ladder", "--config-dir", str(home), "--trials", "6", "--json")
