@@ -42,7 +42,7 @@ To complete options, studies, keys and values in a shell, add one line to its fi
 
 ```text
 bash (~/.bashrc)     eval "$(_OPTUNA_SEARCH_COMPLETE=bash_source optuna-search)"
-zsh (~/.zshrc)       eval "$(_OPTUNA_SEARCH_COMPLETE=zsh_source optuna-search)"
+zsh (~/.zshrc)       autoload -Uz compinit; compinit; eval "$(_OPTUNA_SEARCH_COMPLETE=zsh_source optuna-search)"
 fish (config.fish)   _OPTUNA_SEARCH_COMPLETE=fish_source optuna-search | source
 ```
 

@@ -32,7 +32,7 @@ ENVIRONMENT = (
 )
 COMPLETION = (
     ("bash (~/.bashrc)", 'eval "$(_OPTUNA_SEARCH_COMPLETE=bash_source optuna-search)"'),
-    ("zsh (~/.zshrc)", 'eval "$(_OPTUNA_SEARCH_COMPLETE=zsh_source optuna-search)"'),
+    ("zsh (~/.zshrc)", 'autoload -Uz compinit; compinit; eval "$(_OPTUNA_SEARCH_COMPLETE=zsh_source optuna-search)"'),
     ("fish (config.fish)", "_OPTUNA_SEARCH_COMPLETE=fish_source optuna-search | source"),
 )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from evaluator.errors import EvaluationError
 from evaluator.process import EngineProcess
 from evaluator.speed_table import VERSION, Probe, Shape, SpeedTable
 from search.config.study_file import Range
+from search.processes import abandoned, mark
 from search.say import Say
 from search.setup import keys
 from search.setup.setting import Setting
@@ -39,6 +39,7 @@ SHARE_OF_FREE = 0.8  # of a GPU's memory that engines which are timed together m
 TURNS = 24  # of each probe, at most
 RATIO_SE = 0.008  # the standard error of each probe's time ratio that is small enough to end its timing
 DEPTH = 0.75
+PROBES = "probes-"  # + the worker's mark: the directory of the models that are timed
 TRIED = 200  # plans near one that the engine refuses
 WIDTHS = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_size")
 
@@ -173,7 +174,9 @@ def speed_table(setting: Setting, engines: Engines, say: Say) -> SpeedTable | No
     together = _together(setting, engines)
     for start in range(0, len(missing), together):
         group = missing[start : start + together]
-        say(f"speed table: models {start + 1} to {start + len(group)} of {len(missing)}")
+        last = start + len(group)
+        models = f"model {last}" if len(group) == 1 else f"models {start + 1} to {last}"
+        say(f"speed table: {models} of {len(missing)}")
         table = _timed(setting, engines, table, group, say)
         cached.keep_json(path_of(setting), table.to_dict())
     return table if table.probes else None
@@ -196,14 +199,13 @@ def _timed(
         ready = [(pair, engine) for pair, engine in zip(group, running, strict=True) if engine is not None]
         if not ready:
             return table
-        say(f"speed table: timing {len(ready)} models")
         workload = dataclasses.replace(setting.workload, turns=min(setting.workload.turns, TURNS))
         every = speed.time_all(
             [engine for _, engine in ready],
             baseline,
             workload,
             RATIO_SE,
-            lambda done, total: say(f"speed table: {done} of {total} models are timed well enough"),
+            lambda done, total: say(f"speed table: {done} of {total} started models are timed") if total > 1 else None,
         )
     for (plan, check), timings in zip([pair for pair, _ in ready], every, strict=True):
         probe = Probe(
@@ -224,7 +226,11 @@ def _started(
     setting: Setting, engines: Engines, plans: Sequence[CompressionPlan], say: Say
 ) -> Iterator[list[EngineProcess | None]]:
     """Start an engine for each plan; one that can't be started is None, and the reason is told."""
-    root = setting.outputs / "forecast" / f"probes-{os.getpid()}"
+    tables = setting.outputs / "forecast"
+    for left_over in tables.glob(f"{PROBES}*"):  # of a process that was killed
+        if abandoned(left_over, left_over.name.removeprefix(PROBES)):
+            shutil.rmtree(left_over, ignore_errors=True)
+    root = tables / f"{PROBES}{mark()}"
 
     def start(number: int) -> EngineProcess | None:
         path = root / str(number)

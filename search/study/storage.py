@@ -215,7 +215,7 @@ def load(storage: BaseStorage, name: str) -> optuna.Study:
         names = sorted(_names(storage))
         raise UsageError(
             f"study {name!r}: not in this storage, which holds {', '.join(names) or 'none'}; start it "
-            "with `optuna-search run`"
+            "with `optuna-search run` and the same options"
         ) from None
 
 

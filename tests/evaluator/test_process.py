@@ -272,6 +272,7 @@ def test_engines_die_with_the_warm_process(tiny, tmp_path):
 def test_a_fork_that_a_signal_interrupts_leaves_no_engine_and_no_answer_for_the_next_call(tiny, tmp_path):
     more = textwrap.dedent("""
         import os, signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         server = process._servers["transformers"]
         os.kill(server.process.pid, signal.SIGSTOP)  # it does not answer until the signal has come
         threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
