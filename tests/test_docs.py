@@ -1,9 +1,11 @@
 """The documentation: generated pages are fresh, links lead somewhere, and what is shown can be typed."""
 
-import importlib.util
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,11 +51,14 @@ def config_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def generated():
-    pytest.importorskip("compressors.choices", reason="the records that the pages are generated from")
-    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.pages()
+    """Return the pages as a process of its own makes them: click keeps a command's help option from its first use."""
+    program = "import json, generate; print(json.dumps({str(path): text for path, text in generate.pages().items()}))"
+    places = os.pathsep.join([str(DOCS), str(ROOT)])
+    made = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": places}, capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+    return {Path(path): text for path, text in json.loads(made.stdout).items()}
 
 
 @pytest.mark.parametrize(
