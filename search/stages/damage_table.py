@@ -272,7 +272,7 @@ def _buildable(setting: Setting, plan: CompressionPlan) -> bool:
 
 def _scored(screener: Screener, plan: CompressionPlan, base: Sequence[float], say: Say) -> Loss:
     scored = screener.cheap(plan, say)
-    gains = [nll - own for nll, own in zip(scored.nll, base, strict=False)]
+    gains = scored.lost(base)
     if not all(map(math.isfinite, gains)):
         raise NotFinite(f"the loss of {short(plan)} is NaN or infinite")
     return Loss(

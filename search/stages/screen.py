@@ -64,6 +64,10 @@ class Screen:
         """Keep the screen in a JSON file."""
         cached.keep_json(path, dataclasses.asdict(self), digest=False)
 
+    def lost(self, base: Sequence[float]) -> list[float]:
+        """Return what each shard loses against the base model's NLL on it, in nats per token."""
+        return [nll - own for nll, own in zip(self.nll, base, strict=False)]
+
     def shards(self) -> Iterator[quality.ShardQuality]:
         """Return the quality of each shard in turn."""
         for nll, kl, agreement in zip(self.nll, self.kl, self.agreement, strict=True):

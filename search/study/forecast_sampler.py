@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from scipy.stats import norm
 
 from compressors.plan import CompressionPlan
 from search.stages.forecast import SURE, Forecast
-from search.study import rungs, space
+from search.study import front, rungs, space
 
 DRAWN = 1000  # plans of the random sample
 FRONT_OF = 400  # plans at random, and as many of the best, among which the front is looked for
@@ -122,13 +121,8 @@ class ForecastSampler(optuna.samplers.BaseSampler):
         """Return the feasible plans on the forecast Pareto front of PerfNorm and SpeedNorm, by falling PerfNorm."""
         scored = [(plan, self._forecast.expected(plan)) for plan in self._feasible(lambda plan: 0.0, FRONT_OF)]
         scored += [(plan, self._forecast.expected(plan)) for plan in self.best_plans(FRONT_OF)]
-        front: list[CompressionPlan] = []
-        fastest = -math.inf
-        for plan, expected in sorted(scored, key=lambda pair: (-pair[1].perf_norm, -pair[1].speed_norm)):
-            if expected.speed_norm > fastest:
-                front.append(plan)
-                fastest = expected.speed_norm
-        return front
+        found = front.pareto(scored, lambda pair: (pair[1].perf_norm, pair[1].speed_norm))
+        return [plan for plan, _ in found]
 
     def fastest(self) -> float:
         """Return the largest SpeedNorm that a feasible plan is forecast to have."""

@@ -177,17 +177,14 @@ class Objective:
         expected = self.forecast.expected(plan)
         record.forecast = expected
         trial.report(expected.score, step=rungs.FORECAST)
-        why = trial.storage.get_trial(trial._trial_id).system_attrs.get(NOTHING_LEFT)
-        if why is not None:
-            record.reason = f"forecast: no plan is left that could win: {why}"
+        attributes = trial.storage.get_trial(trial._trial_id).system_attrs
+        if NOTHING_LEFT in attributes:
+            record.reason = f"forecast: no plan is left that could win: {attributes[NOTHING_LEFT]}"
             raise optuna.TrialPruned(record.reason)
-        if prune and not self._is_proposed(trial):
+        # the forecast's own sampler knows more of what it proposes: what trials have shown
+        proposed = self.setting.file.sampler.name == "forecast" and "fixed_params" not in attributes
+        if prune and not proposed:
             self._require_chance(trial, record, "forecast", expected)
-
-    def _is_proposed(self, trial: optuna.Trial) -> bool:
-        """Return whether the forecast's own sampler proposed the plan, which knows what trials have shown of it."""
-        queued = "fixed_params" in trial.storage.get_trial(trial._trial_id).system_attrs
-        return self.setting.file.sampler.name == "forecast" and not queued
 
     def _cheap_screen(self, trial: optuna.Trial, record: Record, plan: CompressionPlan) -> None:
         """Look at the cut alone, with a repair that takes no time, before the plan's own repair is paid for."""
@@ -195,8 +192,7 @@ class Objective:
         if quick is None or not self._may_prune or _best(trial.study) is None:
             return
         self._enter(trial, record, "cheap screen")
-        scored = self.bench.screener.cheap(quick, self.say)
-        gains = [nll - own for nll, own in zip(scored.nll, self.bench.base_nll(self.say), strict=False)]
+        gains = self.bench.screener.cheap(quick, self.say).lost(self.bench.base_nll(self.say))
         if not all(map(math.isfinite, gains)):
             raise NotFinite("cheap screen: the loss is NaN or infinite; this plan breaks the model")
         record.cheap_loss = sum(gains) / len(gains)
@@ -255,7 +251,7 @@ class Objective:
         setting, formula = self.setting, self.setting.formula
         record.predicted_speed_norm = 1.0 - self.forecast.time_ratio(plan)[0]
         path = screen.path_of(setting, plan)
-        known = Screen.read(path, len(setting.texts.shards))
+        known = Screen.read(path, self._shards)
         base = self.bench.base_nll(self.say)
         running_mean = samplers.wants_running_mean(setting.file.pruner)
         shards: Iterable[quality.ShardQuality] = self.bench.shards(plan, self.say) if known is None else known.shards()
@@ -274,7 +270,7 @@ class Objective:
                 record.screen = Screen.of(scored)
                 record.reason = (
                     f"screen: {sum(values) / len(values):.3f}{self._best_of(trial, len(values))} "
-                    f"({len(values)} of {len(setting.texts.shards)} shards, {setting.file.pruner.name})"
+                    f"({len(values)} of {self._shards} shards, {setting.file.pruner.name})"
                 )
                 self._report_mean(trial, record)
                 raise optuna.TrialPruned(record.reason)

@@ -22,6 +22,7 @@ from search.show.study_state import (
     TrialSummary,
     finalists_by_score,
 )
+from search.study import front
 from search.study.ladder import ladder
 from search.study.trials import INTERRUPTED, finished, is_base_model
 
@@ -114,8 +115,4 @@ def summary(trial: FrozenTrial) -> TrialSummary:
 
 def pareto(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     """Return the trials on the Pareto front of PerfNorm and SpeedNorm, the highest PerfNorm first."""
-    front: list[FrozenTrial] = []
-    for trial in sorted(trials, key=lambda t: (-t.user_attrs["perf_norm"], -t.user_attrs["speed_norm"])):
-        if not front or trial.user_attrs["speed_norm"] > front[-1].user_attrs["speed_norm"]:
-            front.append(trial)
-    return front
+    return front.pareto(trials, lambda trial: (trial.user_attrs["perf_norm"], trial.user_attrs["speed_norm"]))
