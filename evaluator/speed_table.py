@@ -159,13 +159,25 @@ class SpeedTable:
     def time_ratio(self, shape: Shape) -> tuple[float, float]:
         """Return (time per token over the baseline's, its standard error); over several batch sizes of the mean time.
 
-        Precisions that no probe has are taken as the base model's, with weights of their bytes.
+        Precisions that no probe has are taken as the base model's, with weights of their bytes. The base model's own
+        ratio is 1 by definition.
         """
-        weights = {size: ms / size for size, ms in self.base_ms.items()}
-        total = math.fsum(weights.values())
-        ratio = math.fsum(weights[size] * self.parts(shape, size).total for size in weights) / total
-        error = math.hypot(*(weights[size] * self.error(size) for size in weights)) / total
-        return ratio, error
+        if shape == self.base:
+            return 1.0, 0.0
+        weights = self._weights
+        return math.fsum(weights[size] * self.parts(shape, size).total for size in weights), self.ratio_error
+
+    @functools.cached_property
+    def ratio_error(self) -> float:
+        """The standard error of a forecast time ratio, over all batch sizes."""
+        return math.hypot(*(weight * self.error(size) for size, weight in self._weights.items()))
+
+    @functools.cached_property
+    def _weights(self) -> Mapping[int, float]:
+        """The share of each batch size in the base model's mean time per token."""
+        per_token = {size: ms / size for size, ms in self.base_ms.items()}
+        total = math.fsum(per_token.values())
+        return {size: each / total for size, each in per_token.items()}
 
     def parts(self, shape: Shape, batch_size: int) -> Parts:
         """Return where the time of a step goes, for a shape at one of the batch sizes that were timed."""

@@ -63,7 +63,9 @@ class Forecast:
         if self.speed is None or not self._is_timed:  # a study that times nothing takes the prediction for the result
             return measure.predicted_ratio(self.setting, plan), BYTES_ERROR if self._is_timed else 0.0
         ratio, error = self.speed.time_ratio(speed_table.shape_of(self.setting, plan))
-        return ratio, error if self.ratio_error is None else self.ratio_error
+        if error == 0.0 or self.ratio_error is None:  # the base model's own shape has no error
+            return ratio, error
+        return ratio, self.ratio_error
 
     def expected(self, plan: CompressionPlan) -> Score:
         """Return what the plan is forecast to score."""
@@ -79,7 +81,7 @@ class Forecast:
         """
         if self.speed is None:
             return dataclasses.replace(self, relative_error=damage_table.relative_error(losses))
-        own = self.speed.time_ratio(self.speed.base)[1]  # counts as one trial
+        own = self.speed.ratio_error  # counts as one trial
         squares = own**2 + math.fsum((measured - forecast) ** 2 for forecast, measured in ratios)
         error = max(math.sqrt(squares / (1 + len(ratios))), LEAST_RATIO_ERROR)
         return dataclasses.replace(self, relative_error=damage_table.relative_error(losses), ratio_error=error)
