@@ -22,7 +22,6 @@ import sys
 import time
 from typing import Any
 
-from compressors.plan import CompressionPlan
 from search.config import compose
 from search.setup import setting as settings
 from search.setup.server import require_server
@@ -90,7 +89,8 @@ def main() -> None:
 
 def values_of(asked: Asked, result: Result) -> dict[str, Any]:
     """Return the numbers of one model in one repeat, with every pair."""
-    assert result.ratio is not None and result.faster is not None
+    assert result.ratio is not None
+    assert result.faster is not None
     pairs = confirmed.known(asked, result.model.plan).pairs
     return {
         **dataclasses.asdict(result.score),
@@ -116,7 +116,9 @@ def summary(repeats: list[dict[str, Any]]) -> dict[str, Any]:
         for key in ("score", "speed_norm"):
             values = [run[key] for run in runs]
             found[f"{name}: {key}, mean"] = round(statistics.fmean(values), 5) if values else None
-            found[f"{name}: {key}, standard deviation"] = round(statistics.stdev(values), 5) if len(values) > 1 else None
+            found[f"{name}: {key}, standard deviation"] = (
+                round(statistics.stdev(values), 5) if len(values) > 1 else None
+            )
             if values:
                 told = math.sqrt(statistics.fmean(run[f"{key}_se"] ** 2 for run in runs))
                 found[f"{name}: {key}, standard error as told"] = round(told, 5)

@@ -65,7 +65,7 @@ def run_command(
     limits__time: str | None,
     **where: Any,
 ) -> None:
-    """Create a study, or resume it, until it holds N finished trials; distill the best of them.
+    """Create a study, or resume it, until it holds N finished trials; confirm and distill the best of them.
 
     After a crash or Ctrl-C, the same command finishes what is missing. Trailing KEY=VALUE words override the study
     file. Distilled models are written to submit/model_kd_NAME.
@@ -84,7 +84,7 @@ def run_command(
     )  # before the imports, which take seconds
     early.refuse_another_definition(file)
 
-    from search import finalists, processes
+    from search import confirm, finalists, processes
     from search.show import progress
     from search.study import status
     from search.study.workers import run_study
@@ -101,6 +101,8 @@ def run_command(
         if top is not None:
             wanted = finalists.wanted_of(file, top, tokens or file.distillation.tokens, workers, say)
         the_study = run_study(file, workers, live, stop, _dashboard_command(**where))
+        if file.confirm.top:
+            confirm.confirm_study(file, the_study, say, live.warn, workers_count=workers, required=False)
         if wanted is not None:
             outcome = finalists.distill_finalists(wanted, the_study, say, live.warn, words)
     state = status.of(the_study)
@@ -115,6 +117,55 @@ def run_command(
         for line in finalists.commands(state.best_of_all, words, own):
             click.echo(f"  {line}")
     if any(row.result is None for row in outcome.rows):
+        sys.exit(1)
+
+
+@main.command("confirm", cls=StudyCommand, groups=())
+@storage_options
+@click.option(
+    "--top",
+    "confirm__top",
+    type=click.IntRange(min=1),
+    help="Number of best trials to confirm [default: confirm.top].",
+)
+@click.option(
+    "--pairs",
+    "confirm__pairs",
+    type=click.IntRange(min=1),
+    help="Number of fresh pairs of engine processes for each [default: confirm.pairs].",
+)
+@json_option("Print the confirmed trials as JSON [default: a table].")
+def confirm_command(as_json: bool, confirm__top: int | None, confirm__pairs: int | None, **where: Any) -> None:
+    """Measure the best trials again, in fresh engine processes and on text that no search saw.
+
+    `run` does it by itself at its end. What is confirmed already is not measured again: after a crash or Ctrl-C the
+    same command does what is missing, and --pairs adds pairs to those that there are. `export` takes the best.
+
+    \b
+    optuna-search confirm --study exaone4-1.2b
+    optuna-search confirm --top 5 --pairs 6
+    optuna-search confirm 'confirm.server={max_model_len: 4096, enable_prefix_caching: true}'
+    """
+    file = load_file(**where, confirm__top=confirm__top, confirm__pairs=confirm__pairs)
+
+    from search import confirm, processes
+    from search.show import progress
+    from search.study import status, storage
+
+    the_study = storage.load(_existing(file.storage), file.study_name)
+    study_file = confirm.study_file(the_study, file)
+    with processes.Stop() as stop, progress.Live(1) as live:
+
+        def say(text: str) -> None:
+            stop.check()
+            live.say(text)
+
+        rows = confirm.confirm_study(study_file, the_study, say, live.warn)
+    if as_json:
+        click.echo(json.dumps([row.to_dict() for row in rows]))
+    else:
+        _print_confirmed(status.of(the_study))
+    if any(row.failure is not None for row in rows):
         sys.exit(1)
 
 
@@ -216,6 +267,12 @@ def _print_status(state: StudyState, as_json: bool, *, everything: bool = False,
             click.echo(sentence, err=True)
         return
     print_table(tables.status_table(state, everything=everything, option=option))
+
+
+def _print_confirmed(state: StudyState) -> None:
+    from search.show import tables
+
+    print_table(tables.confirmed_table(state))
 
 
 @main.command("dashboard", cls=StudyCommand, groups=())

@@ -25,4 +25,4 @@ def require_server(file: StudyFile, backend: str, least: int) -> None:
     for name, lowest in (("max_model_len", least), ("max_num_seqs", max(file.evaluation.workload.batch_sizes))):
         value = server.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < lowest):
-            raise UsageError(f"confirm.server: {name} is {value!r}; what is measured needs a number of {lowest} or more")
+            raise UsageError(f"confirm.server: {name} is {value!r}; what is measured needs {lowest} or more")

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,9 +162,8 @@ class _Confirmation:
         """Time a pair of each model that lacks one, and measure the quality of those that lack that."""
         left, killed = dict(paths), set()
         while left := {model: path for model, path in left.items() if self._lacks(model)}:
-            now = left
             try:
-                return once_more(lambda: self._in_fresh_processes(now), self.say)
+                return once_more(partial(self._in_fresh_processes, left), self.say)
             except _OfModel as error:
                 if isinstance(error.cause, EngineCrashed) and error.cause.killed and error.model not in killed:
                     killed.add(error.model)  # perhaps not for what it needs itself: see once_more

@@ -147,6 +147,7 @@ class Result:
         measurement: Its quality on the text, with the mean times of the pairs that count.
         baseline: The base model's quality on the same text.
         ratio: Its time ratio; None where nothing is timed.
+        taken: The number of pairs that were timed, with those that a slow process spoilt.
         score: PerfNorm, SpeedNorm and Score, each with its standard error.
         score_half: Half of the width of the Score's 95% interval.
         better: The verdict on its Score against the base model's.
@@ -158,6 +159,7 @@ class Result:
     measurement: Measurement
     baseline: Measurement
     ratio: TimeRatio | None
+    taken: int
     score: score.Score
     score_half: float
     better: Verdict
@@ -211,6 +213,7 @@ def _result(
         measurement=measured,
         baseline=baseline,
         ratio=ratio,
+        taken=len(record.pairs),
         score=scored,
         score_half=difference.half_width,
         better=confirmed.verdict(difference, margin, pairs=paired, timed=timed),
