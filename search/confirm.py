@@ -15,11 +15,10 @@ from optuna.trial import FrozenTrial
 from compressors.plan import CompressionPlan
 from search.config import compose
 from search.config.study_file import StudyFile
-from search.errors import UsageError
 from search.json_values import measurement_from
 from search.say import Say
 from search.setup.server import require_server
-from search.setup.setting import prepare
+from search.setup.setting import Setting
 from search.show.confirmed_row import ConfirmedRow, confirmed_by_score
 from search.stages import confirm as stage
 from search.stages.confirm import Failed
@@ -45,44 +44,42 @@ def choose(study: optuna.Study, top: int) -> list[FrozenTrial]:
     return list(chosen.values())[:top]
 
 
-def confirm_study(
-    file: StudyFile, study: optuna.Study, say: Say, warn: Say, *, workers_count: int = 1, required: bool = True
-) -> list[ConfirmedRow]:
+def why_nothing(study: optuna.Study, file: StudyFile) -> str | None:
+    """Say why there is nothing to confirm; None where there is."""
+    if file.confirm.top == 0:
+        return "confirm.top is 0: no trial is to be confirmed; name another number with --top"
+    if not choose(study, 1):
+        return (
+            f"study {study.study_name!r} has no measured trial but the base model's, so that there is nothing to "
+            "confirm; run it until another is complete"
+        )
+    if file.evaluation.speed != "measured" and file.text.report is None:
+        return (
+            "confirm: evaluation.speed is predicted and text.report is null, so that every number would be the "
+            "trial's own; name a report text, or set evaluation.speed=measured"
+        )
+    return None
+
+
+def confirm_study(setting: Setting, study: optuna.Study, say: Say, warn: Say) -> list[ConfirmedRow]:
     """Confirm the study's best trials; store the rows with the study and return them, the best first.
 
     What is confirmed already under the same settings is not measured again. KeyboardInterrupt loses no more than the
     pairs in flight; a later call does the rest.
 
     Args:
-        file: The study file.
+        setting: The study's setting.
         study: The study.
         say: Is called with the current step.
         warn: Is called with a warning.
-        workers_count: The number of the study's workers, which decides how it measures.
-        required: Whether a study without anything to confirm is an error.
 
     Raises:
-        UsageError: No trial is there to confirm, or the study file can't be used.
+        UsageError: `confirm.server` names what the engine does not take.
         EvaluationError: The base model's engine failed.
     """
-    wanted = file.confirm
+    wanted = setting.file.confirm
     chosen = choose(study, wanted.top)
-    if not chosen:
-        if required:
-            raise UsageError(
-                f"study {study.study_name!r} has no measured trial but the base model's, so that there is nothing to "
-                "confirm; run it until another is complete"
-            )
-        return []
-    setting = workers.shared(prepare(file, say, search=False), workers_count)
-    if setting.file.evaluation.speed != "measured" and file.text.report is None:
-        if required:
-            raise UsageError(
-                "confirm: evaluation.speed is predicted and text.report is null, so that every number would be the "
-                "trial's own; name a report text, or set evaluation.speed=measured"
-            )
-        return []
-    require_server(file, setting.machine.backend, setting.engine_settings.max_model_len)
+    require_server(setting.file, setting.machine.backend, setting.engine_settings.max_model_len)
     asked = Asked.of(setting)
     models = {
         Model(f"trial {trial.number}", CompressionPlan.from_dict(trial.user_attrs["plan"])): trial for trial in chosen

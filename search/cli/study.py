@@ -24,6 +24,9 @@ from search.cli.options import (
 )
 
 if TYPE_CHECKING:
+    import optuna
+
+    from search.setup.setting import Setting
     from search.show.study_state import StudyState
 
 
@@ -100,9 +103,12 @@ def run_command(
         wanted = None
         if top is not None:
             wanted = finalists.wanted_of(file, top, tokens or file.distillation.tokens, workers, say)
-        the_study = run_study(file, workers, live, stop, _dashboard_command(**where))
-        if file.confirm.top:
-            confirm.confirm_study(file, the_study, say, live.warn, workers_count=workers, required=False)
+
+        def then(setting: Setting, study: optuna.Study) -> None:
+            if confirm.why_nothing(study, setting.file) is None:
+                confirm.confirm_study(setting, study, say, live.warn)
+
+        the_study = run_study(file, workers, live, stop, _dashboard_command(**where), then)
         if wanted is not None:
             outcome = finalists.distill_finalists(wanted, the_study, say, live.warn, words)
     state = status.of(the_study)
@@ -148,19 +154,23 @@ def confirm_command(as_json: bool, confirm__top: int | None, confirm__pairs: int
     """
     file = load_file(**where, confirm__top=confirm__top, confirm__pairs=confirm__pairs)
 
-    from search import confirm, processes
+    from search import confirm, errors, processes
+    from search.setup import setting
     from search.show import progress
     from search.study import status, storage
 
     the_study = storage.load(_existing(file.storage), file.study_name)
     study_file = confirm.study_file(the_study, file)
+    nothing = confirm.why_nothing(the_study, study_file)
+    if nothing is not None:
+        raise errors.UsageError(nothing)
     with processes.Stop() as stop, progress.Live(1) as live:
 
         def say(text: str) -> None:
             stop.check()
             live.say(text)
 
-        rows = confirm.confirm_study(study_file, the_study, say, live.warn)
+        rows = confirm.confirm_study(setting.prepare(study_file, say, search=False), the_study, say, live.warn)
     if as_json:
         click.echo(json.dumps([row.to_dict() for row in rows]))
     else:
@@ -298,7 +308,10 @@ def dashboard_command(host: str, port: int, **where: Any) -> None:
 @main.command("export", cls=StudyCommand, groups=())
 @storage_options
 @click.option(
-    "--trial", "number", type=click.IntRange(min=0), help="Number of the trial to export [default: the best]."
+    "--trial",
+    "number",
+    type=click.IntRange(min=0),
+    help="Number of the trial to export [default: the best confirmed one, else the best].",
 )
 @click.option(
     "--to", type=PATH, default=Path("submit/model"), show_default=True, help="Directory that the model is written to."
@@ -324,22 +337,24 @@ def export_command(number: int | None, to: Path, for_transformers: str | None, a
 
     file = load_file(**where, export__for_transformers=for_transformers)
     the_study = storage.load(_existing(file.storage), file.study_name)
-    trial = export.choose(the_study, number)
+    trial, confirmed = export.choose(the_study, number)
     study_file = compose.restored(the_study.user_attrs["file"], f"study {file.study_name!r}")
     with progress.Live(1) as live:
         prepared = setting.prepare(
             study_file.model_copy(update={"storage": file.storage, "outputs": file.outputs}), live.say
         )
         target = file.export.for_transformers or study_file.export.for_transformers
-        exported = export.export(prepared, trial, to, live.say, target)
+        exported = export.export(prepared, trial, to, live.say, target, confirmed)
     state = status.of(the_study)
     summary = dataclasses.replace(status.summary(trial), score=exported.score, score_se=exported.score_se)
-    sentence = verdict.of_study(state) or verdict.of_trial(summary, state.base_score)
+    sentence = verdict.of_confirmed(confirmed) if confirmed is not None else None
+    sentence = sentence or verdict.of_study(state) or verdict.of_trial(summary, state.base_score)
     if as_json:
         click.echo(json.dumps(exported.to_dict()))
     else:
         score = progress.score_text(exported.score, exported.score_se)
-        click.echo(f"trial {exported.trial}, {score}, perplexity {exported.perplexity:.3f} → {exported.path}")
+        chosen = "" if number is not None or confirmed is None else ", the best of those that are confirmed"
+        click.echo(f"trial {exported.trial}{chosen}, {score}, perplexity {exported.perplexity:.3f} → {exported.path}")
         click.echo(exported.compared)
     if sentence is not None:
         click.echo(sentence, err=as_json)

@@ -41,9 +41,10 @@ def of_confirmed(row: ConfirmedRow) -> str:
     than = {"BETTER": "is BETTER than", "WORSE": "is WORSE than", "SAME": "is the SAME as"}
     numbers = (row.says or "").partition(": ")[2]
     score = f"Score {row.score:.4f} ± {row.score_se:.4f}"
+    how = f"confirmed on the {row.text}" + (f" by {row.pairs} fresh pairs of processes" if row.pairs else "")
     if row.verdict not in than:
-        return f"confirmed: whether trial {row.trial} ({score}) beats the base model is UNDECIDED: {numbers}"
-    return f"confirmed: trial {row.trial} ({score}) {than[row.verdict]} the base model: {numbers}"
+        return f"{how}: whether trial {row.trial} ({score}) beats the base model is UNDECIDED: {numbers}"
+    return f"{how}: trial {row.trial} ({score}) {than[row.verdict]} the base model: {numbers}"
 
 
 def of_trial(trial: TrialSummary, base: float | None) -> str | None:
