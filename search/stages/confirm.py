@@ -195,7 +195,7 @@ class _Confirmation:
         self.say(f"confirm: pair {number}, timing")
         try:
             every = speed.turns_of(
-                [_Told(engine, self.say) for engine in engines.values()],
+                [_Told(engine, self._saying(f"pair {number}, ")) for engine in engines.values()],
                 base,
                 self.setting.workload,
                 self.setting.enough.time_ratio_se,
@@ -266,7 +266,7 @@ class _Told:
     def decode_steps(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> list[float]:
         """Return the seconds of each decode step."""
         self._turns += 1
-        self._say(f"confirm: timing, turn {self._turns}")
+        self._say(f"timing, turn {self._turns}")
         return self._engine.decode_steps(batch_size, prompt_tokens, steps, seed)
 
 
