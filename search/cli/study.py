@@ -87,7 +87,7 @@ def run_command(
     )  # before the imports, which take seconds
     early.refuse_another_definition(file)
 
-    from search import confirm, finalists, processes
+    from search import confirm, failures, finalists, processes
     from search.show import progress
     from search.study import status
     from search.study.workers import run_study
@@ -105,8 +105,12 @@ def run_command(
             wanted = finalists.wanted_of(file, top, tokens or file.distillation.tokens, workers, say)
 
         def then(setting: Setting, study: optuna.Study) -> None:
-            if confirm.why_nothing(study, setting.file) is None:
+            if confirm.why_nothing(study, setting.file) is not None:
+                return
+            try:
                 confirm.confirm_study(setting, study, say, live.warn)
+            except failures.FAILURES as error:  # the study itself has ended well
+                live.warn(f"not confirmed: {failures.why(error)['reason']}; `optuna-search confirm` tries again")
 
         the_study = run_study(file, workers, live, stop, _dashboard_command(**where), then)
         if wanted is not None:

@@ -223,6 +223,8 @@ def _confirmed(rows: Sequence[ConfirmedRow], best: ConfirmedRow | None) -> list[
             Text((row.speed_says if row.speed_verdict == "UNDECIDED" else row.speed_verdict) or ""),
         )
         lines += [Text(f"trial {row.trial}: {note}") for note in row.notes]
+    if table.row_count and best is None:
+        lines.append(Text("the best measured trial is not confirmed yet: `optuna-search confirm` does it"))
     return [*([table] if table.row_count else []), *lines]
 
 
