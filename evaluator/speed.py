@@ -201,7 +201,21 @@ def time_all(
     time_ratio_se: float,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[int, Timing]]:
-    """Time several candidates in turn with the baseline, and return each one's timing by batch size.
+    """Time several candidates in turn with the baseline, and return each one's timing by batch size; see `turns_of`."""
+    return [
+        {size: estimate({size: turns[size]}, {size: base[size]}) for size in turns}
+        for turns, base in turns_of(candidates, baseline, workload, time_ratio_se, progress)
+    ]
+
+
+def turns_of(
+    candidates: Sequence[Timed],
+    baseline: Timed,
+    workload: Workload,
+    time_ratio_se: float,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Both]:
+    """Return the turns of each candidate and of the baseline beside it, for `estimate`.
 
     Turns are taken in rounds of ROUND. A candidate takes part until its time per token, over all batch sizes, has the
     standard error that is wanted, or the workload's turns are taken.
@@ -227,10 +241,7 @@ def time_all(
             progress(len(candidates) - len(left), len(candidates))
         if not left:
             break
-    return [
-        {size: estimate({size: turns[size]}, {size: base[size]}) for size in turns}
-        for _, (turns, base) in sorted(pairs.items())
-    ]
+    return [turns for _, turns in sorted(pairs.items())]
 
 
 def estimate(candidate: Mapping[int, Turns], baseline: Mapping[int, Turns]) -> Timing:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from compressors import build, cached
 from compressors.device import release
@@ -119,7 +119,7 @@ def choose(study: optuna.Study, top: int, base: CompressionPlan) -> tuple[list[F
     chosen: list[Finalist] = []
     passed_over: list[PassedOver] = []
     seen = set()
-    for trial in _ranked(study):
+    for trial in status.ranked(study):
         if len(chosen) == top:
             break
         plan = CompressionPlan.from_dict(trial.user_attrs["plan"])
@@ -133,12 +133,6 @@ def choose(study: optuna.Study, top: int, base: CompressionPlan) -> tuple[list[F
         else:
             chosen.append(Finalist(trial, plan, structure))
     return chosen, passed_over
-
-
-def _ranked(study: optuna.Study) -> list[FrozenTrial]:
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    feasible = [trial for trial in complete if all(value <= 0 for value in trial.constraints.values())]
-    return sorted(feasible, key=lambda trial: (-(trial.value or 0.0), trial.number))
 
 
 def distill_finalists(wanted: Wanted, study: optuna.Study, say: Say, warn: Say, words: Sequence[str] = ()) -> Outcome:

@@ -14,10 +14,11 @@ A new engine is one file here and one test. The file offers these names and impo
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from evaluator.errors import BackendUnavailable
@@ -81,6 +82,8 @@ class Facts:
         casts: The dtype that a checkpoint is served in, by its stored dtype, where the two differ.
         refusals: What the engine cannot start.
         random_weights: Whether it can run a config.json alone, with random weights, for timing.
+        arguments: Returns the names of its server's arguments that people may set, as far as the engine is installed:
+            an empty set where they are not known. None: it takes none.
     """
 
     packages: tuple[str, ...]
@@ -89,6 +92,7 @@ class Facts:
     casts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     refusals: tuple[Refusal, ...] = ()
     random_weights: bool = False
+    arguments: Callable[[], frozenset[str]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +109,8 @@ class EngineSettings:
         call_timeout_s: Seconds that a call may take.
         threads: The number of CPU threads; None means one for each physical core that this process may use.
         random_weights: Whether the weights are random, so that config.json alone is read; see `Facts`.
+        arguments: The arguments of the engine's server by their own names, which replace those that this program sets;
+            None leaves one to the engine's own default.
     """
 
     device: str = "auto"
@@ -116,6 +122,7 @@ class EngineSettings:
     call_timeout_s: float = 300.0
     threads: int | None = None
     random_weights: bool = False
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
@@ -252,6 +259,27 @@ def cannot_start(name: str, scheme: str, capability: tuple[int, int] | None) -> 
         if refusal.scheme == scheme and capability >= refusal.since:
             return f"{scheme}: {refusal.reason} (this GPU has compute capability {capability[0]}.{capability[1]})"
     return None
+
+
+def refused_arguments(name: str, arguments: Mapping[str, Any]) -> str | None:
+    """Return why an engine can't take arguments of its server, in one line, or None.
+
+    Args:
+        name: The engine's name.
+        arguments: The arguments by their own names.
+    """
+    if not arguments:
+        return None
+    ask = module_of(name).FACTS.arguments
+    if ask is None:
+        return f"the engine {name} takes no arguments of a server; leave them out, or take the engine vllm"
+    known = ask()
+    unknown = [argument for argument in arguments if known and argument not in known]
+    if not unknown:
+        return None
+    near = difflib.get_close_matches(unknown[0], known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{', '.join(unknown)}: {name} has no such argument, or this program sets it{hint}"
 
 
 def cuda() -> bool:

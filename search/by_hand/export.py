@@ -24,10 +24,13 @@ from search.files import read_json
 from search.setup import keys
 from search.setup.machine import require_disk
 from search.setup.setting import Setting
+from search.show.confirmed_row import ConfirmedRow
 from search.stages import measurements
 from search.stages.baseline import as_trial
 from search.stages.bench import Bench
 from search.stages.screen import with_screen
+from search.study import status
+from search.study.trials import is_base_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +57,31 @@ class Exported:
         return values
 
 
-def choose(study: optuna.Study, number: int | None) -> FrozenTrial:
-    """Return trial `number`, or the best feasible one for None. Raises UsageError if it was not measured."""
+def choose(study: optuna.Study, number: int | None) -> tuple[FrozenTrial, ConfirmedRow | None]:
+    """Return trial `number`, or the best feasible one for None, with its confirmation where there is one.
+
+    The best is the best confirmed one, where the best measured trial is among the confirmed. The base model itself,
+    whose Score needs no confirmation, stays the best where no confirmed Score is higher.
+
+    Raises:
+        UsageError: It was not measured.
+    """
     if number is None:
         try:
-            return study.best_trial
+            trial = study.best_trial
         except ValueError:
             raise UsageError(
                 f"study {study.study_name!r} has no measured trial yet; run it until one is complete"
             ) from None
+        best = status.confirmed_best(study)
+        if best is None:
+            return trial, None
+        base = next((one for one in status.ranked(study) if is_base_model(one)), None)
+        number = best.trial if base is None or (best.score or 0.0) > (base.value or 0.0) else base.number
+    return _complete(study, number), next((row for row in status.confirmed_of(study) if row.trial == number), None)
+
+
+def _complete(study: optuna.Study, number: int) -> FrozenTrial:
     trials = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
     trial = trials.get(number)
     if trial is None:
@@ -82,6 +101,7 @@ def export(
     to: Path,
     say: Callable[[str], None] = lambda _: None,
     target: str | None = None,
+    confirmed: ConfirmedRow | None = None,
 ) -> Exported:
     """Write the checkpoint of `trial` to the directory `to`, which appears whole or not at all.
 
@@ -94,6 +114,7 @@ def export(
         to: The directory to write.
         say: Is called with the current step.
         target: The version of transformers that is to read the checkpoint; None for the running one.
+        confirmed: The trial's confirmed numbers, which go with the model.
 
     Raises:
         UsageError: `to` holds something that is not a model, or the trial's measurement is gone.
@@ -126,9 +147,11 @@ def export(
             name=f"{setting.file.study_name}-{trial.number}",
             study=setting.file.study_name,
             trial=trial.number,
+            confirmed=None if confirmed is None else confirmed.to_dict(),
         )
         write_json(scratch / RESULT, evaluation.to_dict())
-        write_json(scratch / DESCRIPTION, {**described, "for_transformers": target})
+        numbers = {} if confirmed is None else {"confirmed": confirmed.to_dict()}
+        write_json(scratch / DESCRIPTION, {**described, "for_transformers": target, **numbers})
         if target is not None:
             for change in retarget(scratch, target):
                 say(change)

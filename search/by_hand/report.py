@@ -22,8 +22,9 @@ from search.by_hand.evaluation import RESULT, Evaluation
 from search.config import references
 from search.errors import UsageError
 from search.setup import sources
-from search.show import plots
+from search.show import plots, verdict
 from search.show.baseline_text import PREDICTED, noise_floor
+from search.show.confirmed_row import ConfirmedRow
 from search.show.rows import Row
 
 SHARDS_SHOWN = 3  # shards of the text that are listed, those with the largest loss first
@@ -138,6 +139,7 @@ def text(
         secrets.masked_places(description or evaluation.description or ""),
         "## Result",
         _results(evaluation),
+        *([] if evaluation.confirmed is None else [verdict.of_confirmed(ConfirmedRow.from_dict(evaluation.confirmed))]),
         *(["![PerfNorm against SpeedNorm](scores.png)"] if with_plots else []),
         "## Score",
         _arithmetic(evaluation),

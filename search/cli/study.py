@@ -24,6 +24,9 @@ from search.cli.options import (
 )
 
 if TYPE_CHECKING:
+    import optuna
+
+    from search.setup.setting import Setting
     from search.show.study_state import StudyState
 
 
@@ -65,7 +68,7 @@ def run_command(
     limits__time: str | None,
     **where: Any,
 ) -> None:
-    """Create a study, or resume it, until it holds N finished trials; distill the best of them.
+    """Create a study, or resume it, until it holds N finished trials; confirm and distill the best of them.
 
     After a crash or Ctrl-C, the same command finishes what is missing. Trailing KEY=VALUE words override the study
     file. Distilled models are written to submit/model_kd_NAME.
@@ -84,7 +87,7 @@ def run_command(
     )  # before the imports, which take seconds
     early.refuse_another_definition(file)
 
-    from search import finalists, processes
+    from search import confirm, failures, finalists, processes
     from search.show import progress
     from search.study import status
     from search.study.workers import run_study
@@ -100,7 +103,16 @@ def run_command(
         wanted = None
         if top is not None:
             wanted = finalists.wanted_of(file, top, tokens or file.distillation.tokens, workers, say)
-        the_study = run_study(file, workers, live, stop, _dashboard_command(**where))
+
+        def then(setting: Setting, study: optuna.Study) -> None:
+            if confirm.why_nothing(study, setting.file) is not None:
+                return
+            try:
+                confirm.confirm_study(setting, study, say, live.warn)
+            except failures.FAILURES as error:  # the study itself has ended well
+                live.warn(f"not confirmed: {failures.why(error)['reason']}; `optuna-search confirm` tries again")
+
+        the_study = run_study(file, workers, live, stop, _dashboard_command(**where), then)
         if wanted is not None:
             outcome = finalists.distill_finalists(wanted, the_study, say, live.warn, words)
     state = status.of(the_study)
@@ -115,6 +127,59 @@ def run_command(
         for line in finalists.commands(state.best_of_all, words, own):
             click.echo(f"  {line}")
     if any(row.result is None for row in outcome.rows):
+        sys.exit(1)
+
+
+@main.command("confirm", cls=StudyCommand, groups=())
+@storage_options
+@click.option(
+    "--top",
+    "confirm__top",
+    type=click.IntRange(min=1),
+    help="Number of best trials to confirm [default: confirm.top].",
+)
+@click.option(
+    "--pairs",
+    "confirm__pairs",
+    type=click.IntRange(min=1),
+    help="Number of fresh pairs of engine processes for each [default: confirm.pairs].",
+)
+@json_option("Print the confirmed trials as JSON [default: a table].")
+def confirm_command(as_json: bool, confirm__top: int | None, confirm__pairs: int | None, **where: Any) -> None:
+    """Measure the best trials again, in fresh engine processes and on text that no search saw.
+
+    `run` does it by itself at its end. What is confirmed already is not measured again: after a crash or Ctrl-C the
+    same command does what is missing, and --pairs adds pairs to those that there are. `export` takes the best.
+
+    \b
+    optuna-search confirm --study exaone4-1.2b
+    optuna-search confirm --top 5 --pairs 6
+    optuna-search confirm 'confirm.server={max_model_len: 4096, enable_prefix_caching: true}'
+    """
+    file = load_file(**where, confirm__top=confirm__top, confirm__pairs=confirm__pairs)
+
+    from search import confirm, errors, processes
+    from search.setup import setting
+    from search.show import progress
+    from search.study import status, storage
+
+    the_study = storage.load(_existing(file.storage), file.study_name)
+    study_file = confirm.study_file(the_study, file)
+    nothing = confirm.why_nothing(the_study, study_file)
+    if nothing is not None:
+        raise errors.UsageError(nothing)
+    with processes.Stop() as stop, progress.Live(1) as live:
+
+        def say(text: str) -> None:
+            stop.check()
+            live.say(text)
+
+        rows = confirm.confirm_study(setting.prepare(study_file, say, search=False), the_study, say, live.warn)
+    if as_json:
+        click.echo(json.dumps([row.to_dict() for row in rows]))
+    else:
+        _print_confirmed(status.of(the_study))
+    if any(row.failure is not None for row in rows):
         sys.exit(1)
 
 
@@ -218,6 +283,12 @@ def _print_status(state: StudyState, as_json: bool, *, everything: bool = False,
     print_table(tables.status_table(state, everything=everything, option=option))
 
 
+def _print_confirmed(state: StudyState) -> None:
+    from search.show import tables
+
+    print_table(tables.confirmed_table(state))
+
+
 @main.command("dashboard", cls=StudyCommand, groups=())
 @storage_options
 @click.option(
@@ -241,7 +312,10 @@ def dashboard_command(host: str, port: int, **where: Any) -> None:
 @main.command("export", cls=StudyCommand, groups=())
 @storage_options
 @click.option(
-    "--trial", "number", type=click.IntRange(min=0), help="Number of the trial to export [default: the best]."
+    "--trial",
+    "number",
+    type=click.IntRange(min=0),
+    help="Number of the trial to export [default: the best confirmed one, else the best].",
 )
 @click.option(
     "--to", type=PATH, default=Path("submit/model"), show_default=True, help="Directory that the model is written to."
@@ -267,22 +341,24 @@ def export_command(number: int | None, to: Path, for_transformers: str | None, a
 
     file = load_file(**where, export__for_transformers=for_transformers)
     the_study = storage.load(_existing(file.storage), file.study_name)
-    trial = export.choose(the_study, number)
+    trial, confirmed = export.choose(the_study, number)
     study_file = compose.restored(the_study.user_attrs["file"], f"study {file.study_name!r}")
     with progress.Live(1) as live:
         prepared = setting.prepare(
             study_file.model_copy(update={"storage": file.storage, "outputs": file.outputs}), live.say
         )
         target = file.export.for_transformers or study_file.export.for_transformers
-        exported = export.export(prepared, trial, to, live.say, target)
+        exported = export.export(prepared, trial, to, live.say, target, confirmed)
     state = status.of(the_study)
     summary = dataclasses.replace(status.summary(trial), score=exported.score, score_se=exported.score_se)
-    sentence = verdict.of_study(state) or verdict.of_trial(summary, state.base_score)
+    sentence = verdict.of_confirmed(confirmed) if confirmed is not None else None
+    sentence = sentence or verdict.of_study(state) or verdict.of_trial(summary, state.base_score)
     if as_json:
         click.echo(json.dumps(exported.to_dict()))
     else:
         score = progress.score_text(exported.score, exported.score_se)
-        click.echo(f"trial {exported.trial}, {score}, perplexity {exported.perplexity:.3f} → {exported.path}")
+        chosen = "" if number is not None or confirmed is None else ", the best of those that are confirmed"
+        click.echo(f"trial {exported.trial}{chosen}, {score}, perplexity {exported.perplexity:.3f} → {exported.path}")
         click.echo(exported.compared)
     if sentence is not None:
         click.echo(sentence, err=as_json)

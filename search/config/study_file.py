@@ -295,6 +295,14 @@ class Limits(Section):
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2  # the number of best trials whose checkpoints stay on disk
 
 
+class Confirm(Section):
+    """Confirm holds how a study confirms its best trials; see `search.confirm`."""
+
+    top: Annotated[int, Field(ge=0)] = 3  # trials; 0: `run` confirms none
+    pairs: Annotated[int, Field(ge=1)] = 3  # pairs of fresh engine processes for each
+    server: dict[str, Any] | None = None  # arguments of the engine's server, by their own names
+
+
 class Export(Section):
     """Export names the reader of exported models."""
 
@@ -328,6 +336,7 @@ class StudyFile(Section):
     sampler: Sampler = Sampler()
     pruner: Pruner = Pruner()
     limits: Limits = Limits()
+    confirm: Confirm = Confirm()
     export: Export = Export()
     distillation: DistillationSection = DistillationSection()
     tracking: Tracking = Tracking()

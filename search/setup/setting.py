@@ -27,6 +27,7 @@ from search.files import CACHE
 from search.say import Say, silent
 from search.setup import sources
 from search.setup.machine import Machine, choose_engine, compute_capability, device_name, engine_version, require_memory
+from search.setup.server import require_server
 from search.setup.texts import MomentsText, StudyTexts, read_texts, tokenizer_of
 
 
@@ -173,7 +174,7 @@ def prepare(
     require_memory(base.total_parameters * (4 if wide else 2), device, "the base model")
     tokenizer = tokenizer_of(path)
     domains, shards, windows = read_texts(file, tokenizer, warn)
-    return Setting(
+    setting = Setting(
         file=file,
         model=BaseModel(path, base, checkpoint.digest_of(path, CACHE / "digests"), its_family, identity),
         texts=StudyTexts(
@@ -187,6 +188,9 @@ def prepare(
         ),
         tasks=_tasks(file, tokenizer) if engine else (),
     )
+    if search and engine:
+        require_server(file, backend, setting.engine_settings.max_model_len)
+    return setting
 
 
 def _tasks(file: StudyFile, tokenizer: Any) -> tuple[tasks.Task, ...]:

@@ -12,6 +12,7 @@ from evaluator.measurement import Measurement
 from evaluator.score import Score
 from search import stages
 from search.json_values import known_fields
+from search.show.confirmed_row import ConfirmedRow
 from search.show.rows import Result, Row
 
 
@@ -267,6 +268,8 @@ class StudyState:
         base_score: The Score of the base model by definition; None where the storage doesn't hold the formula.
         contenders: All measured models that are not the base model.
         rungs: The rungs that its trials reached.
+        confirmed: The trials that were measured again in fresh engine processes, the best Score first.
+        confirmed_best: The best of them; None where the best measured trial is not among them.
     """
 
     study: str
@@ -289,16 +292,18 @@ class StudyState:
     base_score: float | None = None
     contenders: tuple[Contender, ...] = ()
     rungs: tuple[Rung, ...] = ()
+    confirmed: tuple[ConfirmedRow, ...] = ()
+    confirmed_best: ConfirmedRow | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in ("baseline", "best", "best_of_all"):
             values[name] = None if values[name] is None else values[name].to_dict()
-        for name in ("pareto", "ended", "distilled", "rungs"):
+        for name in ("pareto", "ended", "distilled", "rungs", "confirmed"):
             values[name] = [one.to_dict() for one in values[name]]
         values["pruned_at"] = dict(self.pruned_at)
-        for name in ("base_score", "contenders", *([] if self.stopped else ["stopped"])):
+        for name in ("base_score", "contenders", "confirmed_best", *([] if self.stopped else ["stopped"])):
             del values[name]
         if self.passed_over is None:
             del values["passed_over"]

@@ -13,6 +13,7 @@ from compressors.plan import short
 from evaluator.measurement import METRICS
 from evaluator.metrics import SCORE_COLUMN, UNKNOWN, Shown, short_count, shown
 from search.show import baseline_text, verdict
+from search.show.confirmed_row import ConfirmedRow
 from search.show.rows import Result, Row, by_score
 from search.show.study_state import BestOfAll, FinalistRow, Rung, StudyState, TrialSummary
 
@@ -49,10 +50,19 @@ def status_table(state: StudyState, *, everything: bool = False, option: str = "
             parts.append(Text(f"… and {len(state.ended) - len(shown_last)} more ({option})"))
     if state.rungs:
         parts.append(_ladder(state.rungs))
+    if state.confirmed:
+        parts += _confirmed(state.confirmed, state.confirmed_best)
     if state.distilled and state.best_of_all is not None:
         parts += _distilled(state.distilled, state.best_of_all)
     parts += [Text(line) for line in (_noisy(state), verdict.of_study(state)) if line is not None]
     return Group(*parts)
+
+
+def confirmed_table(state: StudyState) -> RenderableType:
+    """Return the confirmed trials of a study, and the verdict on the best of them."""
+    sentence = verdict.of_study(state)
+    lines = [] if sentence is None else [Text(sentence)]
+    return Group(*_confirmed(state.confirmed, state.confirmed_best), *lines)
 
 
 def _ladder(rungs: Sequence[Rung]) -> Table:
@@ -182,6 +192,40 @@ def _distilled(rows: Sequence[FinalistRow], best: BestOfAll) -> list[RenderableT
             "as before" if row.reused else "",
         )
     return [*([table] if table.row_count else []), *failed, Text(best_of_all_line(best))]
+
+
+def _confirmed(rows: Sequence[ConfirmedRow], best: ConfirmedRow | None) -> list[RenderableType]:
+    """Return the table of the confirmed trials, and a line for each that failed and for each remark."""
+    texts = sorted({row.text for row in rows if row.text is not None})
+    table = Table(
+        title=f"Confirmed on the {' and '.join(texts)} (★ the best Score; 95% intervals in the verdicts)",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    for name in ("trial", "plan", "pairs", "perplexity", "PerfNorm", "SpeedNorm", "Score", "verdict", "speed"):
+        left = name in ("plan", "verdict", "speed")
+        table.add_column(name, justify="left" if left else "right", no_wrap=not left)
+    lines: list[RenderableType] = []
+    for row in rows:
+        if row.score is None:
+            lines.append(Text(f"trial {row.trial} could not be confirmed: {row.failure}: {row.reason}"))
+            continue
+        table.add_row(
+            f"{'★' if best is not None and row.trial == best.trial else ''}{row.trial}",
+            Text(short(row.plan)),
+            f"{row.pairs}" if row.pairs else "not timed",
+            f"{row.perplexity:.3f}",
+            f"{row.perf_norm:.3f}±{row.perf_norm_se:.3f}",
+            f"{row.speed_norm:.3f}±{row.speed_norm_se:.3f}",
+            _with_se(row.score, row.score_se),
+            Text(row.says or ""),
+            Text((row.speed_says if row.speed_verdict == "UNDECIDED" else row.speed_verdict) or ""),
+        )
+        lines += [Text(f"trial {row.trial}: {note}") for note in row.notes]
+    if table.row_count and best is None:
+        lines.append(Text("the best measured trial is not confirmed yet: `optuna-search confirm` does it"))
+    return [*([table] if table.row_count else []), *lines]
 
 
 def _with_se(score: float | None, error: float | None) -> str:

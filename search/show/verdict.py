@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from search.show.confirmed_row import ConfirmedRow
 from search.show.study_state import Contender, StudyState, TrialSummary
 
 ERRORS = 2.0  # the standard errors by which a Score must exceed the base model's
@@ -10,7 +11,12 @@ PRINTED = 5e-5  # a smaller difference is not seen in four decimals
 
 
 def of_study(state: StudyState) -> str | None:
-    """Return a sentence where the best of a study is no better than the base model, beyond the error; else None."""
+    """Return a sentence where the best of a study is no better than the base model, beyond the error; else None.
+
+    Where the best trials are confirmed, it is the verdict on the best of them.
+    """
+    if state.confirmed_best is not None:
+        return of_confirmed(state.confirmed_best)
     base, others = state.base_score, state.contenders
     if base is None or not (others or state.pruned or state.failed):
         return None
@@ -28,6 +34,17 @@ def of_study(state: StudyState) -> str | None:
             f"{with_error(best)} and {with_error(other)}, the base model's is {base:g} by definition"
         )
     return f"no plan beats the base model{_beyond(best, base)}: the best is {best.name} with {_numbers(best, base)}"
+
+
+def of_confirmed(row: ConfirmedRow) -> str:
+    """Return the verdict on a confirmed trial as a sentence, with its numbers."""
+    than = {"BETTER": "is BETTER than", "WORSE": "is WORSE than", "SAME": "is the SAME as"}
+    numbers = (row.says or "").partition(": ")[2]
+    score = f"Score {row.score:.4f} ± {row.score_se:.4f}"
+    how = f"confirmed on the {row.text}" + (f" by {row.pairs} fresh pairs of processes" if row.pairs else "")
+    if row.verdict not in than:
+        return f"{how}: whether trial {row.trial} ({score}) beats the base model is UNDECIDED: {numbers}"
+    return f"{how}: trial {row.trial} ({score}) {than[row.verdict]} the base model: {numbers}"
 
 
 def of_trial(trial: TrialSummary, base: float | None) -> str | None:

@@ -18,6 +18,7 @@ from optuna_dashboard import save_note
 from evaluator.measurement import METRICS, Measurement
 from evaluator.metrics import shown
 from search.show import baseline_text
+from search.study import status
 from search.study.steady import SteadyStorage
 
 if TYPE_CHECKING:
@@ -126,10 +127,24 @@ def describe_study(study: optuna.Study, baseline: Measurement, baseline_score: f
         )
         lines += ["", "| plan | |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in attrs["plan"].items()]
+    lines += _confirmed(study)
     body = "\n".join(lines)
     if study.user_attrs.get("note") != body:  # saving a note is a transaction: only when it has changed
         save_note(study, body)
         study.set_user_attr("note", body)
+
+
+def _confirmed(study: optuna.Study) -> list[str]:
+    """Return the table of the confirmed trials, where there are any."""
+    rows = status.confirmed_of(study)
+    if not rows:
+        return []
+    lines = ["", "### Confirmed", "", "| trial | Score | verdict | speed |", "|---|---|---|---|"]
+    for row in rows:
+        score = "–" if row.score is None else f"{row.score:.4f} ± {row.score_se:.4f}"
+        why = row.says or f"{row.failure}: {row.reason}"
+        lines.append(f"| {row.trial} | {score} | {why.replace('|', ' ')} | {row.speed_says or 'not timed'} |")
+    return lines
 
 
 def _pm(attributes: Mapping[str, Any], name: str, decimals: int) -> str:

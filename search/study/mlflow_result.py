@@ -17,6 +17,7 @@ import optuna
 
 from compressors.plan import short
 from evaluator import measurement
+from search.show import verdict
 from search.show.study_state import StudyState, TrialSummary
 from search.study import status
 from search.study.trials import finished
@@ -97,6 +98,8 @@ class Result:
         lines += [f"**Best: trial {best.trial}, Score {_with_error(best.score, best.score_se)}**", ""]
         if best.plan is not None:
             lines += [*_markdown(("plan", ""), best.plan.to_dict().items()), ""]
+        if state.confirmed_best is not None:
+            lines += [f"**{verdict.of_confirmed(state.confirmed_best)}**", ""]
         return "\n".join([*lines, "Pareto front:", "", *self.front()])
 
     def front(self) -> list[str]:

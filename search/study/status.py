@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from evaluator.measurement import METRICS
 from search.json_values import known_fields, measurement_from, plan_from
+from search.show.confirmed_row import ConfirmedRow, confirmed_by_score
 from search.show.study_state import (
     BestOfAll,
     Contender,
@@ -26,6 +27,7 @@ from search.study import front
 from search.study.ladder import ladder
 from search.study.trials import INTERRUPTED, finished, is_base_model
 
+CONFIRMED = "confirmed"  # the study's attribute that holds the rows of its confirmed trials (`search.confirm`)
 DISTILLED = "distilled"  # the study's attribute that holds the rows of its finalists (`search.finalists`)
 
 
@@ -59,6 +61,8 @@ def of(study: optuna.Study) -> StudyState:
         base_score=file.get("score", {}).get("weight_perf"),
         contenders=tuple(_contenders(complete, distilled)),
         rungs=ladder(done, file.get("text", {}).get("shards", 0)),
+        confirmed=tuple(confirmed_of(study)),
+        confirmed_best=confirmed_best(study),
     )
 
 
@@ -78,6 +82,31 @@ def _contenders(complete: Iterable[FrozenTrial], distilled: Iterable[FinalistRow
 def distilled_of(study: optuna.Study) -> list[FinalistRow]:
     """Return the rows of the study's distilled finalists, as its storage holds them."""
     return [FinalistRow.from_dict(values) for values in study.user_attrs.get(DISTILLED, [])]
+
+
+def ranked(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the measured feasible trials, the best Score first."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    feasible = [trial for trial in complete if all(value <= 0 for value in trial.constraints.values())]
+    return sorted(feasible, key=lambda trial: (-(trial.value or 0.0), trial.number))
+
+
+def confirmed_of(study: optuna.Study) -> list[ConfirmedRow]:
+    """Return the rows of the study's confirmed trials, as its storage holds them, the best first."""
+    return confirmed_by_score(ConfirmedRow.from_dict(values) for values in study.user_attrs.get(CONFIRMED, []))
+
+
+def confirmed_best(study: optuna.Study) -> ConfirmedRow | None:
+    """Return the best confirmed trial; None where the best measured trial has not been confirmed since it was there.
+
+    Trials of one plan are one: the first of them stands for the others.
+    """
+    rows = confirmed_of(study)
+    best = next((trial for trial in ranked(study) if not is_base_model(trial)), None)
+    if best is None or not rows or rows[0].score is None:
+        return None
+    plan = plan_from(best.user_attrs["plan"])
+    return rows[0] if any(plan == row.plan for row in rows) else None
 
 
 def best_of_all(best: FrozenTrial | None, distilled: Iterable[FinalistRow]) -> BestOfAll | None:

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import optuna
@@ -57,6 +58,7 @@ def run_study(
     watch: Watch = lambda event: None,
     stop: processes.Stop | None = None,
     dashboard_command: str = "optuna-search dashboard",
+    then: Callable[[Setting, optuna.Study], object] | None = None,
 ) -> optuna.Study:
     """Create the study or resume it until it holds `file.trials` finished trials.
 
@@ -66,6 +68,7 @@ def run_study(
         watch: Told what happens.
         stop: Whether the user wants it to stop.
         dashboard_command: The command that shows the study, for the lines with which the run begins.
+        then: Called when the study has ended by itself and its engines are closed, before MLflow has the result.
 
     Raises:
         UsageError: Wrong usage or input, before anything is written.
@@ -116,6 +119,9 @@ def run_study(
             )
             with team:
                 _until_finished(running, team)
+            if then is not None:
+                bench.close()
+                then(setting, study)
         finally:
             tracker.close(files=sys.exception() is None)
     return study

@@ -102,7 +102,8 @@ def test_export_writes_a_model_that_stock_transformers_loads_and_scores_the_same
     from transformers import AutoModelForCausalLM
 
     home, state = finished
-    done = optuna_search("export", "--study", "small", "--to", tmp_path / "out" / "model", "--json", cwd=home)
+    words = ("--study", "small", "--trial", state["best"]["trial"], "--to", tmp_path / "out" / "model", "--json")
+    done = optuna_search("export", *words, cwd=home)
     assert done.returncode == 0, done.stderr
     path = tmp_path / "out" / "model"
     names = {file.name for file in path.iterdir()}
