@@ -26,6 +26,7 @@ from search.errors import UsageError
 from search.files import CACHE
 from search.say import Say, silent
 from search.setup import sources
+from search.setup.goal import Goal
 from search.setup.machine import Machine, choose_engine, compute_capability, device_name, engine_version, require_memory
 from search.setup.texts import MomentsText, StudyTexts, read_texts, tokenizer_of
 
@@ -81,6 +82,11 @@ class Setting:
             for part in self.file.evaluation.perf
         ]
         return Formula(weight_perf=score.weight_perf, weight_speed=score.weight_speed, perf=tuple(parts))
+
+    @property
+    def goal(self) -> Goal:
+        """What the study searches for."""
+        return Goal.of(self.file.goal)
 
     @property
     def enough(self) -> speed.Enough:

@@ -24,6 +24,7 @@ from evaluator.errors import install
 from search import secrets
 from search.config import references
 from search.errors import StorageError, StudyMismatch, UsageError
+from search.setup.definition import filled
 from search.study import exclusive
 from search.study.heartbeat import HEARTBEAT_S
 from search.study.steady import Patience, SteadyStorage
@@ -186,6 +187,7 @@ def require_same(name: str, known: Mapping[str, Any], asked: Mapping[str, Any]) 
     Raises:
         StudyMismatch: They differ; the message lists the differences.
     """
+    known, asked = filled(known), filled(asked)
     if not _same(known, asked):
         differing = "; ".join(_differences(known, asked))
         raise StudyMismatch(
