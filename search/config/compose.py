@@ -340,7 +340,7 @@ def _whole(override: str, section: type[BaseModel]) -> str:
     given = None if read is None or read.is_sweep_override() else read.value()
     if not isinstance(given, dict):
         return override
-    pairs = [f'{name}: {words.quoted(given.get(name))}' for name in {**given, **dict.fromkeys(section.model_fields)}]
+    pairs = [f"{name}: {words.quoted(given.get(name))}" for name in {**given, **dict.fromkeys(section.model_fields)}]
     return f"{key}={{{', '.join(pairs)}}}"
 
 

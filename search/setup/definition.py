@@ -19,7 +19,7 @@ def of_file(file: StudyFile) -> dict[str, Any]:
     `search.setup.keys.definition` adds what depends on the model, the texts and the machine.
     """
     evaluation = file.evaluation
-    values = {
+    values: dict[str, Any] = {
         "model": {"source": file.source_shown},
         "space": searched(file.space),
         "max_size_mb": file.limits.max_size_mb,

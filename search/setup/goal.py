@@ -51,6 +51,11 @@ class Known:
         name = "speed_norm" if quantity == "time_per_token" else quantity
         return getattr(self.score, name), getattr(self.score, f"{name}_se")
 
+    def without_forecast(self) -> Known:
+        """Return the size alone: nothing is known of the rest."""
+        errors = dict.fromkeys(("perf_norm_se", "speed_norm_se", "score_se"), math.inf)
+        return dataclasses.replace(self, score=dataclasses.replace(self.score, **errors))
+
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
@@ -91,6 +96,11 @@ class Goal:
         return self == Goal()
 
     @property
+    def metric(self) -> str:
+        """Return the name of a trial's value in the study's storage."""
+        return {"time_per_token": "speed_norm", "size": "size_saved"}.get(self.objective, self.objective)
+
+    @property
     def by_text(self) -> bool:
         """Whether the screen's shards say which of two plans is better."""
         return self.objective in ("score", "perf_norm")
@@ -110,6 +120,11 @@ class Goal:
     def constraints(self, known: Known) -> dict[str, float]:
         """Return bound − value of each bounded quantity."""
         return {bound.quantity: bound.least - known.of(bound.quantity)[0] for bound in self.bounds}
+
+    def is_told(self, known: Known) -> bool:
+        """Return whether anything is known of what is optimized or bounded."""
+        names = [self.objective, *(bound.quantity for bound in self.bounds)]
+        return any(math.isfinite(known.of(name)[1]) for name in names)
 
     def broken(self, known: Known) -> Bound | None:
         """Return the first bound that the plan surely misses, by SURE standard errors; None where none is."""
@@ -140,7 +155,7 @@ class Goal:
             limits.append(1.0 - least)
         if best is not None and self.objective in ("speed_norm", "time_per_token"):
             limits.append(1.0 - best)
-        if best is not None and self.is_score and perf_norm is not None:
+        if best is not None and self.is_score and perf_norm is not None and weights[1]:
             limits.append(1.0 - (best - weights[0] * perf_norm) / weights[1])
         return min(limits, default=None)
 

@@ -13,7 +13,7 @@ from typing import Any
 from compressors import build
 from compressors.build import Kernels
 from compressors.choices import DTYPES
-from compressors.errors import CheckpointError
+from compressors.errors import CheckpointError, InfeasiblePlan
 from compressors.model import checkpoint, family
 from compressors.model.transformers_version import config_for
 from compressors.plan import DIMENSIONS, CompressionPlan
@@ -62,6 +62,9 @@ class Setting:
     _reasons: dict[CompressionPlan, str | None] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )  # what `infeasible` has found: a sampler asks for thousands of plans, again and again
+    _sizes: dict[CompressionPlan, float] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def outputs(self) -> Path:
@@ -122,6 +125,19 @@ class Setting:
             start_timeout_s=evaluation.start_timeout_s,
             call_timeout_s=evaluation.call_timeout_s,
         )
+
+    def size_ratio(self, plan: CompressionPlan) -> float:
+        """Return the size of a plan's weights over the base model's, from shapes; inf for a plan that can't be built.
+
+        It is exact but for plans with `keep_16_bit`, which turn out larger.
+        """
+        if plan not in self._sizes:
+            base = self.model.checkpoint
+            try:
+                self._sizes[plan] = build.shapes(plan, base, self.model.family).size_bytes / base.size_bytes
+            except InfeasiblePlan:
+                self._sizes[plan] = math.inf
+        return self._sizes[plan]
 
     def infeasible(self, plan: CompressionPlan) -> str | None:
         """Say why the plan can't be built, served or exported here; None where it can."""

@@ -91,6 +91,11 @@ def predicted_ratio_of(setting: Setting, path: Path) -> float:
     )
 
 
+def size_ratio_of(setting: Setting, path: Path) -> float:
+    """Return the size of a checkpoint's weights over the base model's."""
+    return structure.describe_any(path).bytes / setting.model.checkpoint.size_bytes
+
+
 def _served(setting: Setting, stored: int, dtype: str) -> int:
     return backends.served_bytes(setting.machine.backend, stored, dtype)
 
