@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from compressors import build, cached
 from compressors.device import release
@@ -46,7 +46,7 @@ from search.show.study_state import (
 )
 from search.stages import intact
 from search.stages.bench import Bench
-from search.study import status, workers
+from search.study import best, status, workers
 
 SUBMIT = Path("submit")
 
@@ -119,7 +119,7 @@ def choose(study: optuna.Study, top: int, base: CompressionPlan) -> tuple[list[F
     chosen: list[Finalist] = []
     passed_over: list[PassedOver] = []
     seen = set()
-    for trial in _ranked(study):
+    for trial in best.ranked(study.get_trials(deepcopy=False)):
         if len(chosen) == top:
             break
         plan = CompressionPlan.from_dict(trial.user_attrs["plan"])
@@ -133,12 +133,6 @@ def choose(study: optuna.Study, top: int, base: CompressionPlan) -> tuple[list[F
         else:
             chosen.append(Finalist(trial, plan, structure))
     return chosen, passed_over
-
-
-def _ranked(study: optuna.Study) -> list[FrozenTrial]:
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    feasible = [trial for trial in complete if all(value <= 0 for value in trial.constraints.values())]
-    return sorted(feasible, key=lambda trial: (-(trial.value or 0.0), trial.number))
 
 
 def distill_finalists(wanted: Wanted, study: optuna.Study, say: Say, warn: Say, words: Sequence[str] = ()) -> Outcome:
@@ -302,7 +296,7 @@ def _apply_precision(finalist: Finalist, source: Path, path: Path, key: str, wan
 
 def _begun(finalist: Finalist, path: Path) -> FinalistRow:
     trial = finalist.trial
-    before = FinalistScore.from_dict({**trial.user_attrs, "score": trial.value})
+    before = FinalistScore.from_dict({**trial.user_attrs, "score": best.score_of(trial)})
     return FinalistRow(trial.number, path.name, str(path), before)
 
 
@@ -335,16 +329,16 @@ def _measured(study: optuna.Study, number: int) -> FinalistRow | None:
     return None
 
 
-def commands(best: BestOfAll, words: Sequence[str], study_words: Sequence[str]) -> list[str]:
+def commands(winner: BestOfAll, words: Sequence[str], study_words: Sequence[str]) -> list[str]:
     """Return the command lines that pack the best model of all.
 
     Args:
-        best: The best model of all.
+        winner: The best model of all.
         words: The words of the command line that chose the study file.
         study_words: The words that chose the study in the storage.
     """
-    if best.path is not None:
-        return [shlex.join(["optuna-search", "package", *words, "--model", best.path])]
-    exported = ["optuna-search", "export", *words, *study_words, "--trial", str(best.trial)]
+    if winner.path is not None:
+        return [shlex.join(["optuna-search", "package", *words, "--model", winner.path])]
+    exported = ["optuna-search", "export", *words, *study_words, "--trial", str(winner.trial)]
     exported = secrets.masked_words(exported)
     return [shlex.join(exported), shlex.join(["optuna-search", "package", *words])]

@@ -22,12 +22,15 @@ from search.by_hand.evaluation import RESULT, evaluation_of
 from search.errors import SearchError, UsageError
 from search.files import read_json
 from search.setup import keys
+from search.setup.goal import Known
 from search.setup.machine import require_disk
 from search.setup.setting import Setting
+from search.show import goal_text
 from search.stages import measurements
 from search.stages.baseline import as_trial
 from search.stages.bench import Bench
 from search.stages.screen import with_screen
+from search.study import best
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Exported:
     Attributes:
         trial: The number of the trial.
         path: The directory of the checkpoint.
+        result: What it has of what the study's goal asks for; empty where that is the Score.
         compared: How the export was compared with the measured model, in words.
     """
 
@@ -46,23 +50,20 @@ class Exported:
     score_se: float
     perplexity: float
     compared: str
+    result: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         values = {**dataclasses.asdict(self), "path": str(self.path)}
-        del values["score_se"]  # eval_result.json has it
+        for name in ("score_se", *([] if self.result else ["result"])):  # eval_result.json has the error
+            del values[name]
         return values
 
 
 def choose(study: optuna.Study, number: int | None) -> FrozenTrial:
     """Return trial `number`, or the best feasible one for None. Raises UsageError if it was not measured."""
     if number is None:
-        try:
-            return study.best_trial
-        except ValueError:
-            raise UsageError(
-                f"study {study.study_name!r} has no measured trial yet; run it until one is complete"
-            ) from None
+        return _best(study)
     trials = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
     trial = trials.get(number)
     if trial is None:
@@ -74,6 +75,21 @@ def choose(study: optuna.Study, number: int | None) -> FrozenTrial:
             "complete one, see `optuna-search status`"
         )
     return trial
+
+
+def _best(study: optuna.Study) -> FrozenTrial:
+    measured = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    leader, closest = best.best_of(measured), best.closest_of(measured)
+    if leader is not None:
+        return leader
+    if closest is None:
+        raise UsageError(f"study {study.study_name!r} has no measured trial yet; run it until one is complete")
+    goal = best.goal_of(study)
+    raise UsageError(
+        f"study {study.study_name!r} has no trial that reaches its goal ({goal}); the closest is trial "
+        f"{closest.number}: {goal_text.of_known(goal, best.known_of(goal, closest))}. Run it for longer, or export "
+        f"that one with --trial {closest.number}"
+    )
 
 
 def export(
@@ -133,8 +149,10 @@ def export(
             for change in retarget(scratch, target):
                 say(change)
         compared = compare(setting, scratch, measurement, say)
-    score = evaluation.score
-    return Exported(trial.number, to, score.score, score.score_se, measurement.perplexity, compared)
+    score, goal = evaluation.score, setting.goal
+    known = Known(score, measurement.model_size_mb / baseline.model_size_mb)
+    result = "" if goal.is_default else goal_text.of_known(goal, known)
+    return Exported(trial.number, to, score.score, score.score_se, measurement.perplexity, compared, result)
 
 
 def _path_of(trial: FrozenTrial, plan: CompressionPlan, setting: Setting) -> Path:

@@ -138,6 +138,7 @@ def text(
         secrets.masked_places(description or evaluation.description or ""),
         "## Result",
         _results(evaluation),
+        evaluation.of_goal,
         *(["![PerfNorm against SpeedNorm](scores.png)"] if with_plots else []),
         "## Score",
         _arithmetic(evaluation),

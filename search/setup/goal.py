@@ -126,6 +126,10 @@ class Goal:
         names = [self.objective, *(bound.quantity for bound in self.bounds)]
         return any(math.isfinite(known.of(name)[1]) for name in names)
 
+    def reaches(self, known: Known) -> bool:
+        """Return whether all bounds are reached."""
+        return all(value <= 0 for value in self.constraints(known).values())
+
     def broken(self, known: Known) -> Bound | None:
         """Return the first bound that the plan surely misses, by SURE standard errors; None where none is."""
         for bound in self.bounds:

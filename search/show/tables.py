@@ -40,8 +40,13 @@ def status_table(state: StudyState, *, everything: bool = False, option: str = "
         parts.append(Text(f"baseline: {baseline_text.numbers(baseline)} ({baseline.backend}, {baseline.device})"))
         floor = baseline_text.noise_floor(baseline)
         parts += [] if floor is None else [Text(floor)]
+    if not state.goal.is_default:
+        best = state.best
+        parts.append(Text(f"goal: {state.goal}"))
+        parts += [] if best is None else [Text(f"best: trial {best.trial}, {best.result}")]
     if state.pareto:
-        parts.append(_pareto(state.pareto, state.best))
+        title = "the best Score" if state.goal.is_default else "the best trial"
+        parts.append(_pareto(state.pareto, state.best, title))
     if state.ended:
         shown_last = state.ended if everything else state.ended[-MOST_ENDED:]
         parts.append(_reasons(shown_last))
@@ -138,8 +143,8 @@ def outcome_table(outcome: dict[str, Any], base: dict[str, Any]) -> Table:
     return table
 
 
-def _pareto(trials: Sequence[TrialSummary], best: TrialSummary | None) -> Table:
-    table = Table(title="Pareto front (★ the best Score)", title_justify="left", box=None, pad_edge=False)
+def _pareto(trials: Sequence[TrialSummary], best: TrialSummary | None, title: str) -> Table:
+    table = Table(title=f"Pareto front (★ {title})", title_justify="left", box=None, pad_edge=False)
     numbers = _around([one.title for one in FRONT.values()], ["PerfNorm", "SpeedNorm", "Score"], FRONT)
     for name in ("trial", "plan", *numbers):
         table.add_column(name, justify="left" if name == "plan" else "right")
