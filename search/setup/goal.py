@@ -21,7 +21,7 @@ from evaluator.score import Score
 from search.config.goal import MINIMIZED, GoalSection
 
 SURE = 2.0  # standard errors from its forecast that a plan is given a chance of
-SAME_SIZE = 1e-9  # of the base model's size, by which rounding may differ
+SAME_SIZE = 1e-4  # of the base model's size: the headers of two files with the same weights differ by less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Goal:
         return None
 
     def can_beat(self, known: Known, best: float) -> bool:
-        """Return whether the plan may reach a value: within SURE standard errors; a size has to be smaller."""
+        """Return whether the plan may reach a value: within SURE standard errors; a size has to be below it."""
         value, error = known.of(self.objective)
         if self.objective == "size":
             return value > best + SAME_SIZE

@@ -17,7 +17,7 @@ from compressors.errors import CheckpointError, InfeasiblePlan
 from compressors.model import checkpoint, family
 from compressors.model.transformers_version import config_for
 from compressors.plan import DIMENSIONS, CompressionPlan
-from evaluator import backends, speed, tasks, texts
+from evaluator import backends, measure, speed, tasks, texts
 from evaluator.backends import EngineSettings
 from evaluator.measurement import Workload
 from evaluator.score import Formula
@@ -127,14 +127,17 @@ class Setting:
         )
 
     def size_ratio(self, plan: CompressionPlan) -> float:
-        """Return the size of a plan's weights over the base model's, from shapes; inf for a plan that can't be built.
+        """Return the size of a plan's weight file over the base model's, from shapes; inf if it can't be built.
 
         It is exact but for plans with `keep_16_bit`, which turn out larger.
         """
+        if plan == self.model.identity:
+            return 1.0
         if plan not in self._sizes:
-            base = self.model.checkpoint
+            model = self.model
             try:
-                self._sizes[plan] = build.shapes(plan, base, self.model.family).size_bytes / base.size_bytes
+                predicted = build.predicted_bytes(plan, model.checkpoint, model.family)
+                self._sizes[plan] = predicted / measure.describe(model.path).bytes
             except InfeasiblePlan:
                 self._sizes[plan] = math.inf
         return self._sizes[plan]

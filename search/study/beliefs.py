@@ -117,7 +117,10 @@ class Beliefs:
         error = np.array([getattr(each, f"{name}_se") for each in expected])
         if name in self.residuals:
             residual, spread = self.residuals[name].predict(candidates)
-            mean, error = mean + UNITS[name] * residual, UNITS[name] * spread
+            # of PerfNorm and SpeedNorm the forecast's own error is learnt as well (`search.study.taught`): a bound is
+            # not to be ruled out by a process that has seen three trials
+            least = 0.0 if name == "score" else error
+            mean, error = mean + UNITS[name] * residual, np.maximum(UNITS[name] * spread, least)
         return mean, np.maximum(error, LEAST_ERROR)
 
     def worth(self, candidates: Sequence[Params], best: float | None) -> NDArray[np.float64]:
