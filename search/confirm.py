@@ -17,13 +17,15 @@ from search.config import compose
 from search.config.study_file import StudyFile
 from search.json_values import measurement_from
 from search.say import Say
+from search.setup.goal import Known
 from search.setup.server import require_server
 from search.setup.setting import Setting
-from search.show.confirmed_row import ConfirmedRow, confirmed_by_score
+from search.show import goal_text
+from search.show.confirmed_row import ConfirmedRow, confirmed_by_goal
 from search.stages import confirm as stage
 from search.stages.confirm import Failed
 from search.stages.confirmed import Asked, Model, Result
-from search.study import dashboard, status, trials, workers
+from search.study import best, dashboard, status, trials, workers
 
 
 def study_file(study: optuna.Study, given: StudyFile) -> StudyFile:
@@ -37,7 +39,7 @@ def study_file(study: optuna.Study, given: StudyFile) -> StudyFile:
 def choose(study: optuna.Study, top: int) -> list[FrozenTrial]:
     """Return the best measured trials of different plans that are not the base model itself, the best first."""
     chosen: dict[CompressionPlan, FrozenTrial] = {}
-    for trial in status.ranked(study):
+    for trial in best.ranked(study.get_trials(deepcopy=False)):
         if trials.is_base_model(trial):
             continue
         chosen.setdefault(CompressionPlan.from_dict(trial.user_attrs["plan"]), trial)
@@ -91,12 +93,13 @@ def confirm_study(setting: Setting, study: optuna.Study, say: Say, warn: Say) ->
     rows = [_row(asked, models[result.model].number, result) for result in done]
     rows += [_failed(asked, models[one.model].number, one) for one in failed]
     _store(study, asked, rows)
-    return confirmed_by_score(rows)
+    return confirmed_by_goal(rows, best.goal_of(study))
 
 
 def _row(asked: Asked, number: int, result: Result) -> ConfirmedRow:
     measured, ratio = result.measurement, result.ratio
     faster = result.faster
+    goal, size = asked.setting.goal, measured.model_size_mb / result.baseline.model_size_mb
     return ConfirmedRow(
         trial=number,
         plan=result.model.plan,
@@ -104,6 +107,8 @@ def _row(asked: Asked, number: int, result: Result) -> ConfirmedRow:
         text=asked.text,
         perplexity=measured.perplexity,
         base_perplexity=result.baseline.perplexity,
+        size=size,
+        of_goal=None if goal.is_default else goal_text.of_known(goal, Known(result.score, size)),
         pairs=0 if ratio is None else ratio.pairs,
         taken=result.taken,
         time_per_token_ms=None if ratio is None else measured.time_per_token_ms,
@@ -127,7 +132,7 @@ def _store(study: optuna.Study, asked: Asked, rows: Sequence[ConfirmedRow]) -> N
     """Store the rows in place of earlier ones; those of other trials stay if they hold under the same settings."""
     new = {row.trial for row in rows}
     others = [row for row in status.confirmed_of(study) if row.trial not in new and row.key == asked.key]
-    study.set_user_attr(status.CONFIRMED, [row.to_dict() for row in confirmed_by_score([*rows, *others])])
+    study.set_user_attr(status.CONFIRMED, [row.to_dict() for row in [*rows, *others]])
     dashboard.describe_study(
         study, measurement_from(study.user_attrs["baseline"]), asked.setting.file.score.weight_perf
     )

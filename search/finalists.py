@@ -46,7 +46,7 @@ from search.show.study_state import (
 )
 from search.stages import intact
 from search.stages.bench import Bench
-from search.study import status, workers
+from search.study import best, status, workers
 
 SUBMIT = Path("submit")
 
@@ -119,7 +119,7 @@ def choose(study: optuna.Study, top: int, base: CompressionPlan) -> tuple[list[F
     chosen: list[Finalist] = []
     passed_over: list[PassedOver] = []
     seen = set()
-    for trial in status.ranked(study):
+    for trial in best.ranked(study.get_trials(deepcopy=False)):
         if len(chosen) == top:
             break
         plan = CompressionPlan.from_dict(trial.user_attrs["plan"])
@@ -296,7 +296,7 @@ def _apply_precision(finalist: Finalist, source: Path, path: Path, key: str, wan
 
 def _begun(finalist: Finalist, path: Path) -> FinalistRow:
     trial = finalist.trial
-    before = FinalistScore.from_dict({**trial.user_attrs, "score": trial.value})
+    before = FinalistScore.from_dict({**trial.user_attrs, "score": best.score_of(trial)})
     return FinalistRow(trial.number, path.name, str(path), before)
 
 
@@ -329,16 +329,16 @@ def _measured(study: optuna.Study, number: int) -> FinalistRow | None:
     return None
 
 
-def commands(best: BestOfAll, words: Sequence[str], study_words: Sequence[str]) -> list[str]:
+def commands(winner: BestOfAll, words: Sequence[str], study_words: Sequence[str]) -> list[str]:
     """Return the command lines that pack the best model of all.
 
     Args:
-        best: The best model of all.
+        winner: The best model of all.
         words: The words of the command line that chose the study file.
         study_words: The words that chose the study in the storage.
     """
-    if best.path is not None:
-        return [shlex.join(["optuna-search", "package", *words, "--model", best.path])]
-    exported = ["optuna-search", "export", *words, *study_words, "--trial", str(best.trial)]
+    if winner.path is not None:
+        return [shlex.join(["optuna-search", "package", *words, "--model", winner.path])]
+    exported = ["optuna-search", "export", *words, *study_words, "--trial", str(winner.trial)]
     exported = secrets.masked_words(exported)
     return [shlex.join(exported), shlex.join(["optuna-search", "package", *words])]

@@ -17,7 +17,9 @@ from evaluator.score import Formula, Score, score_of
 from search import secrets
 from search.json_values import measurement_from
 from search.setup import keys
+from search.setup.goal import Goal, Known
 from search.setup.setting import Setting
+from search.show import goal_text
 from search.show.rows import COMPARED, Result, Row
 
 RESULT = "eval_result.json"
@@ -87,6 +89,16 @@ class Evaluation:
     study: str | None = None
     trial: int | None = None
     confirmed: Mapping[str, Any] | None = None
+
+    @property
+    def of_goal(self) -> str:
+        """The goal of the study file and what the model has of it, in a line; empty where the Score alone counts."""
+        goal = Goal.stored(self.settings)
+        if goal.is_default:
+            return ""
+        known = Known(self.score, self.measurement.model_size_mb / self.baseline.model_size_mb)
+        verdict = "" if goal.reaches(known) else " It misses a bound."
+        return f"The goal is to {goal}. The model has {goal_text.of_known(goal, known)}.{verdict}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values: the contents of eval_result.json."""

@@ -22,14 +22,16 @@ from search.by_hand.evaluation import RESULT, evaluation_of
 from search.errors import SearchError, UsageError
 from search.files import read_json
 from search.setup import keys
+from search.setup.goal import Known
 from search.setup.machine import require_disk
 from search.setup.setting import Setting
+from search.show import goal_text
 from search.show.confirmed_row import ConfirmedRow
 from search.stages import measurements
 from search.stages.baseline import as_trial
 from search.stages.bench import Bench
 from search.stages.screen import with_screen
-from search.study import status
+from search.study import best, status
 from search.study.trials import is_base_model
 
 
@@ -40,6 +42,7 @@ class Exported:
     Attributes:
         trial: The number of the trial.
         path: The directory of the checkpoint.
+        result: What it has of what the study's goal asks for; empty where that is the Score.
         compared: How the export was compared with the measured model, in words.
     """
 
@@ -49,11 +52,13 @@ class Exported:
     score_se: float
     perplexity: float
     compared: str
+    result: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         values = {**dataclasses.asdict(self), "path": str(self.path)}
-        del values["score_se"]  # eval_result.json has it
+        for name in ("score_se", *([] if self.result else ["result"])):  # eval_result.json has the error
+            del values[name]
         return values
 
 
@@ -67,17 +72,13 @@ def choose(study: optuna.Study, number: int | None) -> tuple[FrozenTrial, Confir
         UsageError: It was not measured.
     """
     if number is None:
-        try:
-            trial = study.best_trial
-        except ValueError:
-            raise UsageError(
-                f"study {study.study_name!r} has no measured trial yet; run it until one is complete"
-            ) from None
-        best = status.confirmed_best(study)
-        if best is None:
-            return trial, None
-        base = next((one for one in status.ranked(study) if is_base_model(one)), None)
-        number = best.trial if base is None or (best.score or 0.0) > (base.value or 0.0) else base.number
+        leading = _best(study)
+        row = status.confirmed_best(study)
+        if row is None:
+            return leading, None
+        goal, measured = best.goal_of(study), best.ranked(study.get_trials(deepcopy=False))
+        base = next((one for one in measured if is_base_model(one)), None)
+        number = row.trial if base is None or goal.value(row.known) > (base.value or 0.0) else base.number
     return _complete(study, number), next((row for row in status.confirmed_of(study) if row.trial == number), None)
 
 
@@ -93,6 +94,21 @@ def _complete(study: optuna.Study, number: int) -> FrozenTrial:
             "complete one, see `optuna-search status`"
         )
     return trial
+
+
+def _best(study: optuna.Study) -> FrozenTrial:
+    measured = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    leader, closest = best.best_of(measured), best.closest_of(measured)
+    if leader is not None:
+        return leader
+    if closest is None:
+        raise UsageError(f"study {study.study_name!r} has no measured trial yet; run it until one is complete")
+    goal = best.goal_of(study)
+    raise UsageError(
+        f"study {study.study_name!r} has no trial that reaches its goal ({goal}); the closest is trial "
+        f"{closest.number}: {goal_text.of_known(goal, best.known_of(goal, closest))}. Run it for longer, or export "
+        f"that one with --trial {closest.number}"
+    )
 
 
 def export(
@@ -156,8 +172,10 @@ def export(
             for change in retarget(scratch, target):
                 say(change)
         compared = compare(setting, scratch, measurement, say)
-    score = evaluation.score
-    return Exported(trial.number, to, score.score, score.score_se, measurement.perplexity, compared)
+    score, goal = evaluation.score, setting.goal
+    known = Known(score, measurement.model_size_mb / baseline.model_size_mb)
+    result = "" if goal.is_default else goal_text.of_known(goal, known)
+    return Exported(trial.number, to, score.score, score.score_se, measurement.perplexity, compared, result)
 
 
 def _path_of(trial: FrozenTrial, plan: CompressionPlan, setting: Setting) -> Path:

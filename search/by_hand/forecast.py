@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 
@@ -46,6 +47,7 @@ def _view(made: Forecast, own_score: float, floor_ms: float | None) -> ForecastV
     setting = made.setting
     plans = ForecastSampler(made, setting.file.seed).best_plans(SHOWN)
     fastest = ForecastSampler(made, setting.file.seed).fastest()
+    by_size = setting.goal.objective == "size"
     return ForecastView(
         study=setting.file.study_name,
         device=setting.machine.device_name,
@@ -58,11 +60,15 @@ def _view(made: Forecast, own_score: float, floor_ms: float | None) -> ForecastV
         lossless=setting.formula.weight_perf + setting.formula.weight_speed * fastest,
         best=_forecast_of(made, plans),
         front=_forecast_of(made, ForecastSampler(made, setting.file.seed).front()),
+        goal=setting.goal,
+        fastest=fastest,
+        smallest=ForecastSampler(made, setting.file.seed).smallest() if by_size else math.nan,
     )
 
 
 def _forecast_of(made: Forecast, plans: Sequence[CompressionPlan]) -> tuple[Best, ...]:
-    return tuple(Best(**dataclasses.asdict(made.expected(plan)), plan=plan) for plan in plans)
+    size_ratio = made.setting.size_ratio
+    return tuple(Best(**dataclasses.asdict(made.expected(plan)), plan=plan, size=size_ratio(plan)) for plan in plans)
 
 
 def _pays(made: Forecast) -> tuple[Pays, ...]:

@@ -140,6 +140,7 @@ def text(
         "## Result",
         _results(evaluation),
         *([] if evaluation.confirmed is None else [verdict.of_confirmed(ConfirmedRow.from_dict(evaluation.confirmed))]),
+        evaluation.of_goal,
         *(["![PerfNorm against SpeedNorm](scores.png)"] if with_plots else []),
         "## Score",
         _arithmetic(evaluation),

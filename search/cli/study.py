@@ -350,13 +350,14 @@ def export_command(number: int | None, to: Path, for_transformers: str | None, a
         target = file.export.for_transformers or study_file.export.for_transformers
         exported = export.export(prepared, trial, to, live.say, target, confirmed)
     state = status.of(the_study)
-    summary = dataclasses.replace(status.summary(trial), score=exported.score, score_se=exported.score_se)
+    summary = status.summary(trial, state.goal)
+    summary = dataclasses.replace(summary, score=exported.score, score_se=exported.score_se)
     sentence = verdict.of_confirmed(confirmed) if confirmed is not None else None
     sentence = sentence or verdict.of_study(state) or verdict.of_trial(summary, state.base_score)
     if as_json:
         click.echo(json.dumps(exported.to_dict()))
     else:
-        score = progress.score_text(exported.score, exported.score_se)
+        score = exported.result or progress.score_text(exported.score, exported.score_se)
         chosen = "" if number is not None or confirmed is None else ", the best of those that are confirmed"
         click.echo(f"trial {exported.trial}{chosen}, {score}, perplexity {exported.perplexity:.3f} → {exported.path}")
         click.echo(exported.compared)

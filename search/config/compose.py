@@ -25,6 +25,7 @@ from pydantic import BaseModel, ValidationError
 from search import secrets
 from search.config import references, words
 from search.config.defaults import EXPERIMENTS, Parts
+from search.config.goal import GoalSection
 from search.config.spelling import nearest
 from search.config.study_file import Dimension, Range, StudyFile
 from search.errors import ConfigError
@@ -38,6 +39,7 @@ FILE = "__file__"  # the study file itself, whatever characters its name has
 COMPOSING = (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError, RecursionError)
 MEMBERS = ("Range", "int")
 LISTS = ("evaluation.perf",)  # keys whose values are lists of sections
+WHOLE = {"goal": GoalSection}  # sections whose keys exclude each other: one that is given replaces what files say
 MOST_PROBLEMS = 5  # of a study file that are listed
 
 
@@ -307,6 +309,8 @@ def _plain(override: str, directories: Sequence[Path], config_dir: Path | None, 
         return words.word_of(f"+{EXPERIMENTS}", choices[EXPERIMENTS])
     if key.lstrip("+") in LISTS and value.startswith("{"):  # Hydra refuses an object in place of a list
         override = f"{key}=[{value}]"
+    if key.lstrip("+") in WHOLE:
+        override = _whole(override, WHOLE[key.lstrip("+")])
     group = _group_of(override, directories) if equals else None
     if group is None or "@" in key or key[:1] in ("", "+", "~"):
         word = words.readable(override)
@@ -327,6 +331,17 @@ def _plain(override: str, directories: Sequence[Path], config_dir: Path | None, 
         return words.word_of(group, chosen) if isinstance(chosen, str) else word
     choices[group] = value
     return words.word_of(group, value)
+
+
+def _whole(override: str, section: type[BaseModel]) -> str:
+    """Return a word that gives a section by its keys, with null for those that it does not name."""
+    key, _, _ = override.partition("=")
+    read = words.parsed(words.readable(override)) if "=" in override else None
+    given = None if read is None or read.is_sweep_override() else read.value()
+    if not isinstance(given, dict):
+        return override
+    pairs = [f"{name}: {words.quoted(given.get(name))}" for name in {**given, **dict.fromkeys(section.model_fields)}]
+    return f"{key}={{{', '.join(pairs)}}}"
 
 
 def _require_one_value(override: str, word: str) -> None:

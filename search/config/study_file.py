@@ -26,6 +26,7 @@ from evaluator import tasks
 from search import secrets
 from search.config import references
 from search.config.compression import Compression
+from search.config.goal import GoalSection
 from search.config.section import Section
 from search.config.spelling import nearest, require_known
 
@@ -333,6 +334,7 @@ class StudyFile(Section):
     text: Text = Text()
     evaluation: Evaluation = Evaluation()
     score: ScoreSection = ScoreSection()
+    goal: GoalSection = GoalSection()
     sampler: Sampler = Sampler()
     pruner: Pruner = Pruner()
     limits: Limits = Limits()
@@ -388,6 +390,16 @@ class StudyFile(Section):
     def _weights(self) -> Self:
         if self.score.weight_perf + self.score.weight_speed <= 0:
             raise ValueError("score: weight_perf and weight_speed are both 0, so that every trial would score 0")
+        return self
+
+    @model_validator(mode="after")
+    def _comparable(self) -> Self:
+        plain = self.goal.objective == "score" and not self.goal.bounds
+        if not plain and self.pruner.name not in ("wilcoxon", "none"):
+            raise ValueError(
+                f"pruner: {self.pruner.name} compares a trial with all others, also with those that miss the goal's "
+                "bounds; choose wilcoxon or none"
+            )
         return self
 
     @model_validator(mode="after")

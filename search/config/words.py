@@ -31,6 +31,13 @@ def word_of(key: str, value: Any) -> str:
     return f"{key}={value if isinstance(value, int) else QuotedString(text=text, quote=Quote.double).with_quotes()}"
 
 
+def quoted(value: Any) -> str:
+    """Return a value as Hydra's grammar reads it within a mapping: a text in quotes."""
+    if isinstance(value, str):
+        return str(QuotedString(text=value, quote=Quote.double).with_quotes())
+    return "null" if value is None else str(value)
+
+
 def readable(word: str) -> str:
     """Return a KEY=VALUE word with its value, or the elements of a list, in quotes where Hydra's grammar wants them.
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from compressors.plan import OPTIONS
 from search.config.study_file import Space, StudyFile
+from search.setup.goal import Goal
+
+OLDER = {"goal": str(Goal())}  # entries that a definition leaves out where they hold this: studies may be older
 
 
 def of_file(file: StudyFile) -> dict[str, Any]:
@@ -15,7 +19,7 @@ def of_file(file: StudyFile) -> dict[str, Any]:
     `search.setup.keys.definition` adds what depends on the model, the texts and the machine.
     """
     evaluation = file.evaluation
-    values = {
+    values: dict[str, Any] = {
         "model": {"source": file.source_shown},
         "space": searched(file.space),
         "max_size_mb": file.limits.max_size_mb,
@@ -27,8 +31,16 @@ def of_file(file: StudyFile) -> dict[str, Any]:
         },
         "pruner": file.pruner.name,  # decides what is reported: raw shards, or running means
     }
+    goal = Goal.of(file.goal)
+    if not goal.is_default:
+        values["goal"] = str(goal)
     plain: dict[str, Any] = json.loads(json.dumps(values))
     return plain
+
+
+def filled(definition: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a definition with the entries that were left out, so that two can be compared."""
+    return {**OLDER, **definition}
 
 
 def searched(space: Space) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from typing import Any
 from compressors import build
 from compressors.build import Kernels
 from compressors.choices import DTYPES
-from compressors.errors import CheckpointError
+from compressors.errors import CheckpointError, InfeasiblePlan
 from compressors.model import checkpoint, family
 from compressors.model.transformers_version import config_for
 from compressors.plan import DIMENSIONS, CompressionPlan
-from evaluator import backends, speed, tasks, texts
+from evaluator import backends, measure, speed, tasks, texts
 from evaluator.backends import EngineSettings
 from evaluator.measurement import Workload
 from evaluator.score import Formula
@@ -26,6 +26,7 @@ from search.errors import UsageError
 from search.files import CACHE
 from search.say import Say, silent
 from search.setup import sources
+from search.setup.goal import Goal
 from search.setup.machine import Machine, choose_engine, compute_capability, device_name, engine_version, require_memory
 from search.setup.server import require_server
 from search.setup.texts import MomentsText, StudyTexts, read_texts, tokenizer_of
@@ -62,6 +63,9 @@ class Setting:
     _reasons: dict[CompressionPlan, str | None] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )  # what `infeasible` has found: a sampler asks for thousands of plans, again and again
+    _sizes: dict[CompressionPlan, float] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def outputs(self) -> Path:
@@ -82,6 +86,11 @@ class Setting:
             for part in self.file.evaluation.perf
         ]
         return Formula(weight_perf=score.weight_perf, weight_speed=score.weight_speed, perf=tuple(parts))
+
+    @property
+    def goal(self) -> Goal:
+        """What the study searches for."""
+        return Goal.of(self.file.goal)
 
     @property
     def enough(self) -> speed.Enough:
@@ -117,6 +126,22 @@ class Setting:
             start_timeout_s=evaluation.start_timeout_s,
             call_timeout_s=evaluation.call_timeout_s,
         )
+
+    def size_ratio(self, plan: CompressionPlan) -> float:
+        """Return the size of a plan's weight file over the base model's, from shapes; inf if it can't be built.
+
+        It is exact but for plans with `keep_16_bit`, which turn out larger.
+        """
+        if plan == self.model.identity:
+            return 1.0
+        if plan not in self._sizes:
+            model = self.model
+            try:
+                predicted = build.predicted_bytes(plan, model.checkpoint, model.family)
+                self._sizes[plan] = predicted / measure.describe(model.path).bytes
+            except InfeasiblePlan:
+                self._sizes[plan] = math.inf
+        return self._sizes[plan]
 
     def infeasible(self, plan: CompressionPlan) -> str | None:
         """Say why the plan can't be built, served or exported here; None where it can."""

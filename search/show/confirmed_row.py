@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from compressors.plan import CompressionPlan
+from evaluator.score import Score
 from search.json_values import known_fields
+from search.setup.goal import Goal, Known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +24,8 @@ class ConfirmedRow:
         pairs: The number of pairs of fresh engine processes that count; 0 where nothing was timed.
         taken: The number of pairs that were timed, with those that a slow process spoilt.
         text: The text that quality is computed on.
+        size: The size of its weights over the base model's.
+        of_goal: What it has of a goal that is not the Score alone, with the bounds.
         score_half: Half of the width of the Score's 95% interval.
         verdict: BETTER, SAME, WORSE or UNDECIDED, of the Score against the base model's.
         says: The verdict with its numbers, and what would decide it.
@@ -40,6 +45,8 @@ class ConfirmedRow:
     text: str | None = None
     perplexity: float | None = None
     base_perplexity: float | None = None
+    size: float | None = None
+    of_goal: str | None = None
     time_per_token_ms: float | None = None
     base_time_per_token_ms: float | None = None
     perf_norm: float | None = None
@@ -58,6 +65,13 @@ class ConfirmedRow:
     failure: str | None = None
     reason: str | None = None
 
+    @property
+    def known(self) -> Known:
+        """What a goal asks of a model; NaN is what is not known."""
+        numbers = {field.name: getattr(self, field.name) for field in dataclasses.fields(Score)}
+        score = Score(**{name: math.nan if value is None else value for name, value in numbers.items()})
+        return Known(score, math.nan if self.size is None else self.size)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values without those that are None."""
         values = {**dataclasses.asdict(self), "plan": self.plan.to_dict(), "notes": list(self.notes)}
@@ -71,6 +85,12 @@ class ConfirmedRow:
         return cls(**{**found, "plan": CompressionPlan.from_dict(values["plan"]), "notes": notes})
 
 
-def confirmed_by_score(rows: Iterable[ConfirmedRow]) -> list[ConfirmedRow]:
-    """Return the rows with the best Score first and those without one last."""
-    return sorted(rows, key=lambda row: (row.score is None, -(row.score or 0.0), row.trial))
+def confirmed_by_goal(rows: Iterable[ConfirmedRow], goal: Goal) -> list[ConfirmedRow]:
+    """Return the rows from the best on: what misses the goal's bounds comes after what reaches them, failures last."""
+
+    def place(row: ConfirmedRow) -> tuple[bool, bool, float, int]:
+        if row.score is None:
+            return True, True, 0.0, row.trial
+        return False, not goal.reaches(row.known), -goal.value(row.known), row.trial
+
+    return sorted(rows, key=place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from rich.text import Text
 
 from compressors.plan import CompressionPlan, short
 from evaluator.score import Score
+from search.setup.goal import Goal, Known
+from search.show import goal_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +59,15 @@ class Costs:
 
 @dataclasses.dataclass(frozen=True)
 class Best(Score):
-    """A plan of the space and what it is forecast to score."""
+    """A plan of the space and what it is forecast to score; `size` is over the base model's."""
 
     plan: CompressionPlan
+    size: float = math.nan
+
+    @property
+    def known(self) -> Known:
+        """What is known of the plan, as goals ask for it."""
+        return Known(self, self.size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +84,11 @@ class ForecastView:
         pays: Each precision's time.
         costs: Each single loss.
         lossless: The Score of the fastest plan of the space if nothing were lost.
-        best: The best plans, the best first.
+        best: The plans that serve the goal best, the best first.
         front: The plans that no other is forecast to beat in PerfNorm without losing SpeedNorm, by falling PerfNorm.
+        goal: What the study searches for.
+        fastest: The largest forecast SpeedNorm of a plan of the space.
+        smallest: The smallest size of one, over the base model's, where the goal is size.
     """
 
     study: str
@@ -90,10 +102,22 @@ class ForecastView:
     lossless: float
     best: tuple[Best, ...]
     front: tuple[Best, ...] = ()
+    goal: Goal = dataclasses.field(default_factory=Goal)
+    fastest: float = math.nan
+    smallest: float = math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the view as JSON values."""
+        """Return the view as JSON values; what only another goal than the Score asks for is left out without one."""
         values = dataclasses.asdict(self)
+        for name in ("goal", "fastest", "smallest"):
+            del values[name]
+        if self.goal.is_default:
+            for row in (*values["best"], *values["front"]):
+                del row["size"]
+        else:
+            values["goal"] = str(self.goal)
+            for row, plan in zip(values["best"], self.best, strict=True):
+                row["feasible"] = self.goal.reaches(plan.known)
         values["base_ms"] = {str(size): ms for size, ms in self.base_ms.items()}
         for row in values["pays"]:
             row["parts"] = {str(size): parts for size, parts in row["parts"].items()}
@@ -112,6 +136,8 @@ def forecast_table(view: ForecastView) -> RenderableType:
 
 def conclusions(view: ForecastView) -> list[str]:
     """Return what follows from the forecast, in sentences."""
+    if not view.goal.is_default:
+        return _of_goal(view)
     lines = [f"If nothing were lost, the fastest plan of the space would score {view.lossless:.3f}."]
     if not view.best:
         return lines
@@ -125,6 +151,24 @@ def conclusions(view: ForecastView) -> list[str]:
             f"best has {best.score:.3f} ± {best.score_se:.3f}."
         )
     return lines
+
+
+def _of_goal(view: ForecastView) -> list[str]:
+    goal, lines = view.goal, [f"The goal is to {view.goal}."]
+    if goal.is_score:
+        lines.append(f"If nothing were lost, the fastest plan of the space would score {view.lossless:.3f}.")
+    if goal.objective == "size":
+        lines.append(f"The smallest plan of the space has {view.smallest:.3f} of the base model's size.")
+    if goal.objective in ("time_per_token", "speed_norm") or goal.bound("speed_norm") is not None:
+        time = f"The fastest plan of the space takes {1.0 - view.fastest:.3f} of the base model's time per token"
+        lines.append(f"{time}, SpeedNorm {view.fastest:.3f}.")
+    if not view.best:
+        return lines
+    best = view.best[0]
+    told = goal_text.of_known(goal, best.known)
+    if goal.reaches(best.known):
+        return [*lines, f"The best plan is forecast to have {told}."]
+    return [*lines, f"No plan that was looked at is forecast to reach the goal; the closest has {told}."]
 
 
 def _shares(parts: Mapping[str, float]) -> str:
@@ -162,7 +206,8 @@ def _tables(view: ForecastView) -> list[RenderableType]:
         tables.append(costs)
     if view.best:
         best = Table(title="the best plans of the space", title_justify="left", box=None, pad_edge=False)
-        for name in ("plan", "PerfNorm", "SpeedNorm", "Score"):
+        own = () if view.goal.is_default else ("size", "reaches the goal")
+        for name in ("plan", "PerfNorm", "SpeedNorm", "Score", *own):
             best.add_column(name, justify="left" if name == "plan" else "right")
         for each in view.best:
             best.add_row(
@@ -170,6 +215,7 @@ def _tables(view: ForecastView) -> list[RenderableType]:
                 f"{each.perf_norm:.3f} ± {each.perf_norm_se:.3f}",
                 f"{each.speed_norm:+.3f} ± {each.speed_norm_se:.3f}",
                 f"{each.score:.3f} ± {each.score_se:.3f}",
+                *((f"{each.size:.3f}", "yes" if view.goal.reaches(each.known) else "no") if own else ()),
             )
         tables.append(best)
     return tables

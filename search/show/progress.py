@@ -102,7 +102,8 @@ class Live:
         finished, trials = event["finished"], event["trials"]
         result = ""
         if "best" in event:
-            result = f"best {score_text(event['best'], event['best_se'])} (trial {event['best_trial']})"
+            text = event.get("best_result") or score_text(event["best"], event["best_se"])
+            result = f"best {text} (trial {event['best_trial']})"
         result += f", {event['pruned']} pruned" if event["pruned"] else ""
         result += f", {event['failed']} failed" if event["failed"] else ""
         left = event["left"] if finished < trials else None
@@ -125,10 +126,11 @@ def line(event: dict[str, Any]) -> str:
     text = f"trial {event['trial']:>3} "
     if event["plan"]:
         text += f"{short(CompressionPlan.from_dict(event['plan'])):<44} "
+    result = event.get("result")  # empty where the Score is all that counts
     if event["score"] is not None and event["by_definition"]:
-        return text + f"Score {event['score']:.4f}  ({event['reason']})"
+        return text + (result or f"Score {event['score']:.4f}") + f"  ({event['reason']})"
     if event["score"] is not None:
-        text += f"{score_text(event['score'], event['score_se'])}  {event['seconds']:.0f} s"
+        text += f"{result or score_text(event['score'], event['score_se'])}  {event['seconds']:.0f} s"
         return text + ("  (measured before)" if "before" in event["reason"] else "")
     if event["stopped"]:
         return text + f"stopped at {event['stage']}  {event['seconds']:.0f} s  (tried again by the next run)"

@@ -12,6 +12,7 @@ from evaluator.measurement import Measurement
 from evaluator.score import Score
 from search import stages
 from search.json_values import known_fields
+from search.setup.goal import Goal
 from search.show.confirmed_row import ConfirmedRow
 from search.show.rows import Result, Row
 
@@ -28,6 +29,10 @@ class TrialSummary:
         reason: Why it was pruned or failed, in one line.
         failure: The kind of error of a failed trial.
         metrics: The metrics of `status`, by name, as far as the storage has them.
+        value: What the goal maximizes; None where that is the Score alone, as are the next three.
+        constraints: bound − value of each quantity that the goal bounds.
+        feasible: Whether a measured trial reaches all bounds.
+        result: What a measured trial has of what the goal asks for, in words.
     """
 
     trial: int
@@ -43,6 +48,10 @@ class TrialSummary:
     reason: str | None = None
     failure: str | None = None
     plan: CompressionPlan | None = None
+    value: float | None = None
+    constraints: Mapping[str, float] | None = None
+    feasible: bool | None = None
+    result: str | None = None
 
     @property
     def is_base(self) -> bool:
@@ -257,7 +266,7 @@ class StudyState:
         study: The study's name.
         trials: The number of finished trials that the last call asked for.
         finished: The number of trials that ended by themselves, whatever their state.
-        best: The measured trial with the best Score.
+        best: The best measured trial that reaches the goal's bounds.
         pareto: The trials that no other beats in PerfNorm without losing SpeedNorm, by falling PerfNorm.
         pruned_at: The number of pruned trials by stage.
         ended: The trials that were pruned or failed.
@@ -270,6 +279,8 @@ class StudyState:
         rungs: The rungs that its trials reached.
         confirmed: The trials that were measured again in fresh engine processes, the best Score first.
         confirmed_best: The best of them; None where the best measured trial is not among them.
+        goal: What the study searches for.
+        closest: Where no measured trial reaches the goal's bounds, the one that misses them by the least.
     """
 
     study: str
@@ -294,16 +305,20 @@ class StudyState:
     rungs: tuple[Rung, ...] = ()
     confirmed: tuple[ConfirmedRow, ...] = ()
     confirmed_best: ConfirmedRow | None = None
+    goal: Goal = dataclasses.field(default_factory=Goal)
+    closest: TrialSummary | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("baseline", "best", "best_of_all"):
+        values["goal"] = str(self.goal)
+        for name in ("baseline", "best", "best_of_all", "closest"):
             values[name] = None if values[name] is None else values[name].to_dict()
         for name in ("pareto", "ended", "distilled", "rungs", "confirmed"):
             values[name] = [one.to_dict() for one in values[name]]
         values["pruned_at"] = dict(self.pruned_at)
-        for name in ("base_score", "contenders", "confirmed_best", *([] if self.stopped else ["stopped"])):
+        absent = [name for name in ("stopped", "closest") if not values[name]]
+        for name in ("base_score", "contenders", "confirmed_best", *absent):
             del values[name]
         if self.passed_over is None:
             del values["passed_over"]

@@ -41,8 +41,13 @@ def status_table(state: StudyState, *, everything: bool = False, option: str = "
         parts.append(Text(f"baseline: {baseline_text.numbers(baseline)} ({baseline.backend}, {baseline.device})"))
         floor = baseline_text.noise_floor(baseline)
         parts += [] if floor is None else [Text(floor)]
+    if not state.goal.is_default:
+        best = state.best
+        parts.append(Text(f"goal: {state.goal}"))
+        parts += [] if best is None else [Text(f"best: trial {best.trial}, {best.result}")]
     if state.pareto:
-        parts.append(_pareto(state.pareto, state.best))
+        title = "the best Score" if state.goal.is_default else "the best trial"
+        parts.append(_pareto(state.pareto, state.best, title))
     if state.ended:
         shown_last = state.ended if everything else state.ended[-MOST_ENDED:]
         parts.append(_reasons(shown_last))
@@ -148,8 +153,8 @@ def outcome_table(outcome: dict[str, Any], base: dict[str, Any]) -> Table:
     return table
 
 
-def _pareto(trials: Sequence[TrialSummary], best: TrialSummary | None) -> Table:
-    table = Table(title="Pareto front (★ the best Score)", title_justify="left", box=None, pad_edge=False)
+def _pareto(trials: Sequence[TrialSummary], best: TrialSummary | None, title: str) -> Table:
+    table = Table(title=f"Pareto front (★ {title})", title_justify="left", box=None, pad_edge=False)
     numbers = _around([one.title for one in FRONT.values()], ["PerfNorm", "SpeedNorm", "Score"], FRONT)
     for name in ("trial", "plan", *numbers):
         table.add_column(name, justify="left" if name == "plan" else "right")
@@ -222,9 +227,12 @@ def _confirmed(rows: Sequence[ConfirmedRow], best: ConfirmedRow | None) -> list[
             Text(row.says or ""),
             Text((row.speed_says if row.speed_verdict == "UNDECIDED" else row.speed_verdict) or ""),
         )
-        lines += [Text(f"trial {row.trial}: {note}") for note in row.notes]
+        remarks = row.notes if row.of_goal is None else (row.of_goal, *row.notes)
+        lines += [Text(f"trial {row.trial}: {remark}") for remark in remarks]
     if table.row_count and best is None:
-        lines.append(Text("the best measured trial is not confirmed yet: `optuna-search confirm` does it"))
+        lines.append(
+            Text("no confirmed trial stands for the best: `optuna-search confirm` confirms what is measured since")
+        )
     return [*([table] if table.row_count else []), *lines]
 
 

@@ -17,6 +17,8 @@ def of_study(state: StudyState) -> str | None:
     """
     if state.confirmed_best is not None:
         return of_confirmed(state.confirmed_best)
+    if not state.goal.is_default:
+        return _of_goal(state)
     base, others = state.base_score, state.contenders
     if base is None or not (others or state.pruned or state.failed):
         return None
@@ -42,6 +44,8 @@ def of_confirmed(row: ConfirmedRow) -> str:
     numbers = (row.says or "").partition(": ")[2]
     score = f"Score {row.score:.4f} ± {row.score_se:.4f}"
     how = f"confirmed on the {row.text}" + (f" by {row.pairs} fresh pairs of processes" if row.pairs else "")
+    if row.of_goal is not None:
+        return f"{how}: trial {row.trial}: {row.of_goal}"
     if row.verdict not in than:
         return f"{how}: whether trial {row.trial} ({score}) beats the base model is UNDECIDED: {numbers}"
     return f"{how}: trial {row.trial} ({score}) {than[row.verdict]} the base model: {numbers}"
@@ -49,12 +53,33 @@ def of_confirmed(row: ConfirmedRow) -> str:
 
 def of_trial(trial: TrialSummary, base: float | None) -> str | None:
     """Return a sentence where a measured trial is no better than the base model, beyond the error; else None."""
+    if trial.feasible is False:
+        return f"trial {trial.trial} misses the goal's bounds: {trial.result}"
+    if trial.result is not None:
+        return None
     if trial.is_base:
         return f"trial {trial.trial} is the base model itself: its Score is {trial.score:g} by definition"
     one = Contender(f"trial {trial.trial}", trial.score or 0.0, trial.score_se)
     if base is None or beats(one, base):
         return None
     return f"{one.name} does not beat the base model{_beyond(one, base)}: it has {_numbers(one, base)}"
+
+
+def _of_goal(state: StudyState) -> str | None:
+    best = state.best
+    if best is None:
+        return no_feasible(state)
+    if best.is_base:
+        return f"no plan does better than the base model ({best.result}): the goal is to {state.goal}"
+    return None
+
+
+def no_feasible(state: StudyState) -> str | None:
+    """Return a sentence where no measured trial reaches the goal's bounds, with the closest one; else None."""
+    closest = state.closest
+    if closest is None:
+        return None
+    return f"no measured trial reaches the goal ({state.goal}); the closest is trial {closest.trial}: {closest.result}"
 
 
 def beats(one: Contender, base: float) -> bool:

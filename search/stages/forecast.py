@@ -12,18 +12,13 @@ from collections.abc import Sequence
 from compressors.plan import CompressionPlan
 from evaluator.score import Score
 from evaluator.speed_table import SpeedTable
+from search.setup.goal import Known
 from search.setup.setting import Setting
 from search.stages import damage_table, measure, speed_table
 from search.stages.damage_table import DamageTable
 
 LEAST_RATIO_ERROR = 0.005
-SURE = 2.0  # standard errors above its forecast that a plan is given a chance of
 BYTES_ERROR = 0.1  # of a time ratio that is predicted from bytes and layers, see evaluator.speed
-
-
-def hoped(expected: Score) -> float:
-    """Return the Score that a plan may reach at best, as far as its forecast tells."""
-    return expected.score + SURE * expected.score_se
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +66,24 @@ class Forecast:
         """Return what the plan is forecast to score."""
         lost = (0.0, 0.0) if self.damage is None else self.damage.loss(plan, self.relative_error)
         return self.of_loss(plan, *lost)
+
+    def known_of(self, plan: CompressionPlan, expected: Score | None = None) -> Known:
+        """Return what is known of a plan before it is measured; the error of what no table tells is inf.
+
+        Args:
+            plan: The plan.
+            expected: What the plan is forecast to score, where its own loss is known; None: as `expected` has it.
+        """
+        of_text = expected is not None or self.damage is not None
+        score = expected or self.expected(plan)
+        errors = {}
+        if not of_text or self.setting.tasks:  # tasks say what no text does
+            errors["perf_norm_se"] = math.inf
+        if self.speed is None and self._is_timed:
+            errors["speed_norm_se"] = math.inf
+        if "perf_norm_se" in errors:
+            errors["score_se"] = math.inf
+        return Known(dataclasses.replace(score, **errors), self.setting.size_ratio(plan))
 
     def taught(self, losses: Sequence[tuple[float, float]], ratios: Sequence[tuple[float, float]]) -> Forecast:
         """Return the forecast with the errors that trials show.

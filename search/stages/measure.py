@@ -91,6 +91,11 @@ def predicted_ratio_of(setting: Setting, path: Path) -> float:
     )
 
 
+def size_ratio_of(setting: Setting, path: Path) -> float:
+    """Return the size of a checkpoint's weight files over the base model's."""
+    return measure.describe(path).bytes / measure.describe(setting.model.path).bytes
+
+
 def _served(setting: Setting, stored: int, dtype: str) -> int:
     return backends.served_bytes(setting.machine.backend, stored, dtype)
 

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
+from optuna.trial import FrozenTrial
 from optuna_dashboard import save_note
 
 from evaluator.measurement import METRICS, Measurement
 from evaluator.metrics import shown
-from search.show import baseline_text
-from search.study import status
+from search.setup.goal import Goal
+from search.show import baseline_text, goal_text
+from search.study import best, status
 from search.study.steady import SteadyStorage
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ def trial_note(record: Record, baseline: Measurement) -> str:
             "|---|---|---|",
             *_metrics(measured, baseline),
             "",
-            f"PerfNorm {score.perf_norm:.3f} ± {score.perf_norm_se:.3f}, SpeedNorm "
+            f"{_score_beside(record)}PerfNorm {score.perf_norm:.3f} ± {score.perf_norm_se:.3f}, SpeedNorm "
             f"{score.speed_norm:.3f} ± {score.speed_norm_se:.3f}",
         ]
         lines += [f"- {note}" for note in measured.notes]
@@ -96,8 +98,15 @@ def _verdict(record: Record) -> str:
     if record.failure:
         return f"failed at {record.stage}: {record.failure}"
     if record.score is not None:
-        return f"Score {record.score.score:.4f} ± {record.score.score_se:.4f}"
+        return record.result or f"Score {record.score.score:.4f} ± {record.score.score_se:.4f}"
     return f"pruned at {record.stage}"
+
+
+def _score_beside(record: Record) -> str:
+    """Return the Score where the goal is another quantity, and the first line says that."""
+    if record.score is None or record.goal.is_score:
+        return ""
+    return f"Score {record.score.score:.4f} ± {record.score.score_se:.4f}, "
 
 
 def describe_study(study: optuna.Study, baseline: Measurement, baseline_score: float) -> None:
@@ -114,14 +123,18 @@ def describe_study(study: optuna.Study, baseline: Measurement, baseline_score: f
         "",
         "### Best feasible trial",
     ]
-    try:
-        best = study.best_trial
-    except ValueError:
-        lines.append("none yet")
+    goal = best.goal_of(study)
+    if not goal.is_default:
+        lines[-1:] = [f"### Goal: {goal}", "", *lines[-1:]]
+    measured = study.get_trials(deepcopy=False)
+    leader = best.best_of(measured)
+    if leader is None:
+        closest = best.closest_of(measured)
+        lines.append("none yet" if closest is None else f"none; the closest is {_told(goal, closest)}")
     else:
-        attrs = best.user_attrs
+        attrs = leader.user_attrs
         lines.append(
-            f"trial {best.number}: **Score {best.value:.4f}{_pm(attrs, 'score_se', 4)}**, "
+            f"trial {leader.number}: **{_value(goal, leader)}**, "
             f"PerfNorm {attrs['perf_norm']:.3f}{_pm(attrs, 'perf_norm_se', 3)}, "
             f"SpeedNorm {attrs['speed_norm']:.3f}{_pm(attrs, 'speed_norm_se', 3)}"
         )
@@ -145,6 +158,16 @@ def _confirmed(study: optuna.Study) -> list[str]:
         why = row.says or f"{row.failure}: {row.reason}"
         lines.append(f"| {row.trial} | {score} | {why.replace('|', ' ')} | {row.speed_says or 'not timed'} |")
     return lines
+
+
+def _value(goal: Goal, trial: FrozenTrial) -> str:
+    if goal.is_default:
+        return f"Score {trial.value:.4f}{_pm(trial.user_attrs, 'score_se', 4)}"
+    return goal_text.of_known(goal, best.known_of(goal, trial))
+
+
+def _told(goal: Goal, trial: FrozenTrial) -> str:
+    return f"trial {trial.number}: {_value(goal, trial)}"
 
 
 def _pm(attributes: Mapping[str, Any], name: str, decimals: int) -> str:

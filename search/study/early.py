@@ -11,7 +11,7 @@ import optuna
 
 from compressors.plan import DIMENSIONS
 from search.config.study_file import StudyFile
-from search.setup.definition import of_file
+from search.setup.definition import filled, of_file
 from search.study import storage
 
 LATER = ("model", "score", "evaluation")  # sections to which model, tasks and machine add entries
@@ -37,7 +37,7 @@ def refuse_another_definition(file: StudyFile) -> None:
     stored = study.user_attrs.get("definition")
     if stored is None:
         return  # another program's, which is refused later
-    asked = of_file(file)
+    asked = filled(of_file(file))
     _leave_to_others(asked, file, study)
     known_later = {name: {**stored.get(name, {}), **asked[name]} for name in LATER if name in asked}
     storage.require_same(

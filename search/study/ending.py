@@ -6,8 +6,11 @@ import datetime
 import math
 from collections.abc import Sequence
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
+from search.setup.goal import Goal
+from search.show import goal_text
+from search.study import best
 from search.study.forecast_sampler import NOTHING_LEFT
 
 
@@ -33,18 +36,21 @@ def _was_measured(trial: FrozenTrial) -> bool:
     return "measure" in trial.user_attrs.get("seconds", {})
 
 
-def out_of_patience(done: Sequence[FrozenTrial], patience: int | None) -> str | None:
-    """Say that the last trials brought no better plan, where there are `limits.patience` of them."""
-    complete = [trial for trial in done if trial.state == TrialState.COMPLETE and trial.value is not None]
-    if patience is None or not complete:
+def out_of_patience(done: Sequence[FrozenTrial], patience: int | None, goal: Goal | None = None) -> str | None:
+    """Say that the last trials brought no better plan, where there are `limits.patience` of them.
+
+    As long as no trial reaches the goal's bounds, one that comes closer is a better one.
+    """
+    leader = next(iter(best.by_nearness(done)), None)
+    if patience is None or leader is None:
         return None
-    best = max(complete, key=lambda trial: (trial.value or 0.0, -trial.number))
-    since = sum(trial.number > best.number for trial in done)
+    since = sum(trial.number > leader.number for trial in done)
     if since < patience:
         return None
-    return (
-        f"limits.patience: {since} trials since trial {best.number} brought no better Score than its {best.value:.4f}"
-    )
+    begun = f"limits.patience: {since} trials since trial {leader.number} brought"
+    if goal is None or goal.is_default:
+        return f"{begun} no better Score than its {leader.value:.4f}"
+    return f"{begun} none that does better than its {goal_text.of_known(goal, best.known_of(goal, leader))}"
 
 
 def nothing_left(everything: Sequence[FrozenTrial], began: datetime.datetime) -> str | None:

@@ -1,16 +1,14 @@
 """A sampler that starts from the study's forecast and learns where it is wrong.
 
-The error of the forecast is a Gaussian process over the searched values. Trials that were measured teach it, and so do
-those that were pruned at a screen, by what they had until then. The next plan is the one with the largest expected
-improvement (Jones, Schonlau and Welch 1998, https://doi.org/10.1023/A:1008306431147) among a random sample of the space
-and the neighbours of its best.
+The error of the forecast is a Gaussian process over the searched values (`search.study.beliefs`). Trials that were
+measured teach it, and so do those that were pruned at a screen, by what they had until then. The next plan is the one
+with the largest expected improvement (Jones, Schonlau and Welch 1998, https://doi.org/10.1023/A:1008306431147), times
+the probability that it reaches the goal's bounds, among a random sample of the space and the neighbours of its best.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -18,35 +16,24 @@ import numpy as np
 import optuna
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
-from optuna.trial import FrozenTrial, TrialState
-from scipy.stats import norm
+from optuna.trial import FrozenTrial
 
 from compressors.plan import CompressionPlan
-from search.stages.forecast import SURE, Forecast
-from search.study import front, rungs, space
+from search.setup.goal import Goal, Known
+from search.show import goal_text
+from search.stages.forecast import Forecast
+from search.study import beliefs, best, front, space
+from search.study.beliefs import Params
 
 DRAWN = 1000  # plans of the random sample
 FRONT_OF = 400  # plans at random, and as many of the best, among which the front is looked for
 ROUNDS, BEST = 3, 10  # of the neighbours of the best: how often, and of how many
-LEARNS_FROM = 3  # trials, before anything but the forecast counts
-UNIT = 0.02  # of Score, in which the forecast's error is about 1
-NOISE = 0.1  # of an observation, in these units
+MISSED = 1e3  # by which missing a bound weighs more than what the goal optimizes
 NOTHING_LEFT = "nothing_left"  # the system attribute of a trial whose plan can't win, as no other can; it says why
-
-Params = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Observation:
-    """What a trial has taught: its parameters, the forecast's error in units of UNIT, its Score."""
-
-    params: Params
-    error: float
-    score: float
 
 
 class ForecastSampler(optuna.samplers.BaseSampler):
-    """Samples the plan of the largest expected improvement over the best trial.
+    """Samples the plan of the largest expected improvement over the best feasible trial.
 
     Args:
         forecast: The study's forecast.
@@ -81,28 +68,22 @@ class ForecastSampler(optuna.samplers.BaseSampler):
             return {}
         trials = study.get_trials(deepcopy=False)
         tried = {self._plan(other.params) for other in trials if _complete(other, search_space)}
-        observed = self.observations(trials, search_space)
-        model = _Residual.fitted(observed, search_space) if len(observed) >= LEARNS_FROM else None
-        values = [other.value for other in trials if other.state == TrialState.COMPLETE and other.value is not None]
-        best = max(values, default=0.0)
-
-        def worth(candidates: Sequence[Params]) -> NDArray[np.float64]:
-            mean, error = self._beliefs(candidates, model)
-            gain = (mean - best) / error
-            improvement: NDArray[np.float64] = error * (gain * norm.cdf(gain) + norm.pdf(gain))
-            return improvement
-
-        candidates = (params for params in self._candidates(search_space, worth) if self._is_new(params, tried))
+        believed = self._beliefs(trials, search_space)
+        leader = best.best_of(trials)
+        value = None if leader is None else leader.value
+        ranked = self._candidates(search_space, lambda candidates: believed.worth(candidates, value))
+        candidates = (params for params in ranked if self._is_new(params, tried))
         first = next(candidates, None)
         if first is None:
             self._mark(study, trial, "every plan that was looked at was tried")
             return {}
+        goal = believed.goal
         for params in itertools.chain([first], candidates):
-            mean, error = self._beliefs([params], model)
-            if mean[0] + SURE * error[0] >= best:
+            known = believed.known(params)
+            if goal.broken(known) is None and (value is None or goal.can_beat(known, value)):
                 return params
-        mean, error = self._beliefs([first], model)
-        self._mark(study, trial, f"the most promising one is forecast to score {mean[0]:.4f} ± {error[0]:.4f}")
+        text = _forecast_text(goal, believed.known(first))
+        self._mark(study, trial, f"the most promising one is forecast to {text}")
         return first
 
     @staticmethod
@@ -114,8 +95,18 @@ class ForecastSampler(optuna.samplers.BaseSampler):
         return plan not in tried and self._forecast.setting.infeasible(plan) is None
 
     def best_plans(self, count: int) -> list[CompressionPlan]:
-        """Return the feasible plans with the highest forecast Score, the best first."""
-        return self._feasible(lambda plan: self._forecast.expected(plan).score, count)
+        """Return the feasible plans that the forecast says serve the goal best, the best first.
+
+        Plans that are forecast to miss a bound come after those that are not, the closest first.
+        """
+        goal, forecast = self._forecast.setting.goal, self._forecast
+
+        def value(plan: CompressionPlan) -> float:
+            known = Known(forecast.expected(plan), forecast.setting.size_ratio(plan))
+            missed = sum(max(each, 0.0) for each in goal.constraints(known).values())
+            return goal.value(known) - MISSED * missed
+
+        return self._feasible(value, count)
 
     def front(self) -> list[CompressionPlan]:
         """Return the feasible plans on the forecast Pareto front of PerfNorm and SpeedNorm, by falling PerfNorm."""
@@ -129,6 +120,11 @@ class ForecastSampler(optuna.samplers.BaseSampler):
         plans = self._feasible(lambda plan: -self._forecast.time_ratio(plan)[0], 1)
         return 1.0 - self._forecast.time_ratio(plans[0])[0] if plans else 0.0
 
+    def smallest(self) -> float:
+        """Return the smallest size that a feasible plan has, over the base model's."""
+        plans = self._feasible(lambda plan: -self._forecast.setting.size_ratio(plan), 1)
+        return self._forecast.setting.size_ratio(plans[0]) if plans else 1.0
+
     def _feasible(self, value: Callable[[CompressionPlan], float], count: int) -> list[CompressionPlan]:
         setting = self._forecast.setting
         search_space = space.distributions(setting.file.space, setting.model.identity)
@@ -140,32 +136,23 @@ class ForecastSampler(optuna.samplers.BaseSampler):
         return list(itertools.islice((plan for plan in plans if setting.infeasible(plan) is None), count))
 
     def observations(
-        self, trials: Sequence[FrozenTrial], search_space: Mapping[str, BaseDistribution]
-    ) -> list[Observation]:
-        """Return what finished trials teach, those pruned at the screen among them."""
-        observed, shards = [], len(self._forecast.setting.texts.shards)
-        for trial in trials:
-            value = rungs.learnt(trial, shards, running_mean=self._running_mean)
-            if value is not None and _complete(trial, search_space):
-                expected = self._forecast.expected(self._plan(trial.params))
-                observed.append(Observation(trial.params, (value - expected.score) / UNIT, value))
-        return observed
+        self, trials: Sequence[FrozenTrial], search_space: Mapping[str, BaseDistribution], quantity: str = "score"
+    ) -> list[beliefs.Observation]:
+        """Return what finished trials teach of a quantity, those pruned at the screen among them."""
+        known = [trial for trial in trials if _complete(trial, search_space)]
+        return beliefs.observed(quantity, known, self._forecast, self._plan, running_mean=self._running_mean)
+
+    def _beliefs(self, trials: Sequence[FrozenTrial], search_space: Mapping[str, BaseDistribution]) -> beliefs.Beliefs:
+        goal, residuals = self._forecast.setting.goal, {}
+        for quantity in beliefs.quantities(goal):
+            observed = self.observations(trials, search_space, quantity)
+            if len(observed) >= beliefs.LEARNS_FROM:
+                residuals[quantity] = beliefs.Residual.fitted(observed, search_space)
+        return beliefs.Beliefs(self._forecast, goal, self._plan, residuals)
 
     def _plan(self, params: Mapping[str, Any]) -> CompressionPlan:
         setting = self._forecast.setting
         return space.plan_of(params, setting.file.space, setting.model.identity)
-
-    def _beliefs(
-        self, candidates: Sequence[Params], model: _Residual | None
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return the Score that each candidate is believed to have, and its standard error."""
-        expected = [self._forecast.expected(self._plan(params)) for params in candidates]
-        mean = np.array([each.score for each in expected])
-        error = np.array([each.score_se for each in expected])
-        if model is not None:
-            residual, spread = model.predict(candidates)
-            mean, error = mean + UNIT * residual, UNIT * spread
-        return mean, np.maximum(error, 1e-6)
 
     def _candidates(
         self, search_space: Mapping[str, BaseDistribution], worth: Callable[[Sequence[Params]], NDArray[np.float64]]
@@ -191,6 +178,12 @@ class ForecastSampler(optuna.samplers.BaseSampler):
         return searched.choices[int(self._random.integers(len(searched.choices)))]
 
 
+def _forecast_text(goal: Goal, known: Known) -> str:
+    if goal.is_default:
+        return f"score {known.score.score:.4f} ± {known.score.score_se:.4f}"
+    return f"have {goal_text.of_known(goal, known)}"
+
+
 def _complete(trial: FrozenTrial, search_space: Mapping[str, BaseDistribution]) -> bool:
     """Return whether the trial has a value for all that is searched."""
     return all(name in trial.params for name in search_space)
@@ -208,43 +201,3 @@ def _neighbours(params: Params, search_space: Mapping[str, BaseDistribution]) ->
             values = [value for value in searched.choices if value != params[name]]
         near += [{**params, name: value} for value in values]
     return near
-
-
-@dataclasses.dataclass(frozen=True)
-class _Residual:
-    """A Gaussian process of the forecast's error over the searched values, scaled to [0, 1]."""
-
-    regressor: Any
-    search_space: Mapping[str, BaseDistribution]
-
-    @classmethod
-    def fitted(cls, observed: Sequence[Observation], search_space: Mapping[str, BaseDistribution]) -> _Residual:
-        from sklearn.gaussian_process import GaussianProcessRegressor
-        from sklearn.gaussian_process.kernels import ConstantKernel, Matern
-
-        kernel = ConstantKernel(1.0, (0.05, 100.0)) + ConstantKernel(1.0, (0.05, 100.0)) * Matern(
-            1.0, (0.3, 5.0), nu=2.5
-        )
-        regressor = GaussianProcessRegressor(kernel, alpha=NOISE**2, random_state=0)
-        points = _points([each.params for each in observed], search_space)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a bound that is reached is no concern of the user's
-            regressor.fit(points, [each.error for each in observed])
-        return cls(regressor, search_space)
-
-    def predict(self, candidates: Sequence[Params]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        mean, spread = self.regressor.predict(_points(candidates, self.search_space), return_std=True)
-        return mean, spread
-
-
-def _points(candidates: Sequence[Params], search_space: Mapping[str, BaseDistribution]) -> NDArray[np.float64]:
-    """Return the candidates as points: a number in [0, 1], a category as one column for each choice."""
-    columns = []
-    for name, searched in search_space.items():
-        values = [params[name] for params in candidates]
-        if isinstance(searched, IntDistribution):
-            span = max(searched.high - searched.low, 1)
-            columns.append([(value - searched.low) / span for value in values])
-        elif isinstance(searched, CategoricalDistribution):
-            columns += [[0.7 * (value == choice) for value in values] for choice in searched.choices]
-    return np.array(columns, dtype=float).T

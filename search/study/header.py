@@ -33,6 +33,7 @@ def lines(setting: Setting, finished: int, dashboard: str) -> list[str]:
         "model": f"{file.source_shown}: {short(model.identity)}, {short_count(base.total_parameters)} parameters, "
         f"{base.size_bytes / 1e6:.1f} MB",
         "space": f"{plans}: {', '.join(dimensions)}" if dimensions else f"{plans}: nothing is searched",
+        **({} if setting.goal.is_default else {"goal": str(setting.goal)}),
         "texts": _texts(file),
         "engine": f"{machine.backend} ({machine.engine_version}), {speed}",
         "device": f"{machine.device}, {machine.device_name}",

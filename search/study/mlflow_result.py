@@ -92,10 +92,12 @@ class Result:
         """Return the result in Markdown: the best trial, its plan, and the Pareto front."""
         state, best = self.state, self.state.best
         counts = ", ".join(f"{getattr(state, name)} {name}" for name in COUNTS[1:] if getattr(state, name))
-        lines = [f"{state.finished} of {state.trials} trials finished ({counts})", ""]
+        goal = [] if state.goal.is_default else [f"Goal: {state.goal}", ""]
+        lines = [*goal, f"{state.finished} of {state.trials} trials finished ({counts})", ""]
         if best is None:
-            return "\n".join([*lines, "No trial is measured yet."])
-        lines += [f"**Best: trial {best.trial}, Score {_with_error(best.score, best.score_se)}**", ""]
+            return "\n".join([*lines, verdict.no_feasible(state) or "No trial is measured yet."])
+        told = best.result or f"Score {_with_error(best.score, best.score_se)}"
+        lines += [f"**Best: trial {best.trial}, {told}**", ""]
         if best.plan is not None:
             lines += [*_markdown(("plan", ""), best.plan.to_dict().items()), ""]
         if state.confirmed_best is not None:

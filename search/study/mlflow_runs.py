@@ -28,6 +28,7 @@ from evaluator.measurement import Measurement
 from search import secrets
 from search.config.study_file import Tracking
 from search.errors import StudyStopped
+from search.study import best
 from search.study.mlflow_result import METRICS, PARAMETERS, SIZES, Result
 from search.study.trials import finished
 
@@ -236,7 +237,7 @@ class _Runs:
                 continue
             attrs = trial.user_attrs
             values: dict[str, Any] = {name: attrs[name] for name in (*PARAMETERS, *METRICS) if name in attrs}
-            values["score"] = trial.value if trial.state == optuna.trial.TrialState.COMPLETE else None
+            values["score"] = best.score_of(trial)
             tags = {
                 "mlflow.parentRunId": self._parent,
                 TRIAL: str(trial.number),

@@ -163,6 +163,7 @@ def _ended(record: Record, worker: int) -> Event:
         "by_definition": bool(record.by_definition),
         "score": record.score.score if record.score else None,
         "score_se": record.score.score_se if record.score else None,
+        "result": "" if record.goal.is_default else record.result,
         "speed_norm_se": record.score.speed_norm_se if record.score else None,
         "plan": record.plan.to_dict() if record.plan else None,
         "seconds": round(sum(record.seconds.values()), 1),

@@ -10,6 +10,8 @@ from evaluator import score
 from evaluator.measurement import METRICS, Measurement
 from search import stages
 from search.failures import Fault
+from search.setup.goal import Goal, Known
+from search.show import goal_text
 from search.stages.screen import Screen
 from search.study import trials
 
@@ -32,6 +34,8 @@ class Record:
         predicted_speed_norm: The SpeedNorm that is predicted from weight bytes.
         measurement: The result of the measurement.
         score: The Score of the measurement.
+        goal: The goal of the study.
+        known: What was measured, as the goal asks for it.
         fault: Whether the plan or the machine failed; None without a failure.
         again: Whether the plan is queued again, since the machine failed and not the plan.
         reused: Whether the results were copied from an earlier trial with the same plan.
@@ -51,6 +55,8 @@ class Record:
     predicted_speed_norm: float | None = None
     measurement: Measurement | None = None
     score: score.Score | None = None
+    goal: Goal = dataclasses.field(default_factory=Goal)
+    known: Known | None = None
     fault: Fault | None = None
     again: bool = False
     reused: bool = False
@@ -66,7 +72,14 @@ class Record:
         """What the trial's Score follows from, if it is the base model itself; else empty."""
         if self.stage != stages.BASE or self.score is None:
             return ""
+        if not self.goal.is_score:
+            return "the base model itself"
         return f"the base model itself: {self.score.score:g} by definition"
+
+    @property
+    def result(self) -> str:
+        """What a measured trial has of what the goal asks for; empty of any other."""
+        return "" if self.known is None else goal_text.of_known(self.goal, self.known)
 
     def attributes(self) -> dict[str, Any]:
         """Return the trial's user attributes: numbers for the dashboard, and what resuming and export need."""
@@ -99,4 +112,6 @@ class Record:
                 "score_se": self.score.score_se,
                 **{name: getattr(measured, name) for name, metric in METRICS.items() if metric.attribute},
             }
+            if not self.goal.is_score:
+                values["score"] = self.score.score  # else it is the trial's value
         return {name: value for name, value in values.items() if value is not None}

@@ -24,6 +24,7 @@ from evaluator.errors import install
 from search import secrets
 from search.config import references
 from search.errors import StorageError, StudyMismatch, UsageError
+from search.setup.definition import filled
 from search.study import exclusive
 from search.study.heartbeat import HEARTBEAT_S
 from search.study.steady import Patience, SteadyStorage
@@ -157,10 +158,13 @@ def find(storage: BaseStorage, name: str, definition: Mapping[str, Any]) -> optu
     return create_or_resume(storage, name, definition)
 
 
-def create_or_resume(storage: BaseStorage, name: str, definition: Mapping[str, Any]) -> optuna.Study:
+def create_or_resume(
+    storage: BaseStorage, name: str, definition: Mapping[str, Any], metric: str = "score"
+) -> optuna.Study:
     """Return the study `name`: create it with `definition` (JSON), or resume the one with the same definition.
 
-    Integer ranges are not part of a definition: they may change when a study is resumed.
+    Integer ranges are not part of a definition: they may change when a study is resumed. `metric` names the values of
+    trials.
 
     Raises:
         StudyMismatch: It was created with another definition; the message lists the differences.
@@ -171,7 +175,7 @@ def create_or_resume(storage: BaseStorage, name: str, definition: Mapping[str, A
     study = optuna.load_study(storage=storage, study_name=name)
     if _is_blank(study):  # created above, or by a run that was killed before it came to the lines below
         study.set_user_attr("definition", dict(definition))
-        study.set_metric_names(["score"])
+        study.set_metric_names([metric])
         return study
     known = study.user_attrs.get("definition")
     if known is None:
@@ -186,6 +190,7 @@ def require_same(name: str, known: Mapping[str, Any], asked: Mapping[str, Any]) 
     Raises:
         StudyMismatch: They differ; the message lists the differences.
     """
+    known, asked = filled(known), filled(asked)
     if not _same(known, asked):
         differing = "; ".join(_differences(known, asked))
         raise StudyMismatch(

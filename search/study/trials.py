@@ -18,6 +18,7 @@ GRACE_S = 60
 MAX_RETRIES = 5
 MACHINE_RETRIES = 2  # of a plan for which memory or the GPU failed: perhaps it is the plan that needs too much
 HISTORY = "retry_history"  # Optuna's system attribute: the numbers of the trials that a trial repeats
+CONSTRAINTS = "constraints"  # Optuna's system attributes, `constraints:NAME`; a trial that is repeated finds its own
 INTERRUPTED = "Interrupted"  # the kind of failure that is tried again
 AGAIN = "again"  # the attribute of a trial whose plan is queued again since the machine failed, or perhaps did:
 MACHINE = "machine"  # its value where the plan is surely not to blame
@@ -61,6 +62,8 @@ def requeue(study: optuna.Study) -> None:
         for trial in _to_retry(study.get_trials(deepcopy=True)):
             if trial.user_attrs.get("failure") == INTERRUPTED or trial.user_attrs.get(AGAIN) == MACHINE:
                 trial.system_attrs = {name: value for name, value in trial.system_attrs.items() if name != HISTORY}
+            attributes = trial.system_attrs.items()
+            trial.system_attrs = {name: value for name, value in attributes if name.partition(":")[0] != CONSTRAINTS}
             trial.user_attrs = {}
             RetryHeartbeatStaleTrialCallback()(study, trial)
 

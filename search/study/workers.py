@@ -24,11 +24,12 @@ from search import processes
 from search.config.study_file import StudyFile
 from search.errors import StudyStopped, UsageError
 from search.setup import keys, load
+from search.setup.goal import Goal
 from search.setup.setting import Setting, prepare
-from search.show import baseline_text
+from search.show import baseline_text, goal_text
 from search.stages import build
 from search.stages.bench import Bench
-from search.study import dashboard, ending, header, mlflow_runs, space, storage, time_left, trials
+from search.study import best, dashboard, ending, header, mlflow_runs, space, storage, time_left, trials
 from search.study.one_trial import Event, Watch
 from search.study.steady import Patience
 from search.study.team import InProcess, Processes, Team
@@ -156,7 +157,7 @@ def _once(watch: Watch, seconds: float) -> Watch:
 def _open(database: Any, setting: Setting, baseline: Measurement) -> optuna.Study:
     """Create or load the study, and store what later commands need of it."""
     file = setting.file
-    study = storage.create_or_resume(database, file.study_name, keys.definition(setting))
+    study = storage.create_or_resume(database, file.study_name, keys.definition(setting), setting.goal.metric)
     study.set_user_attr("file", file.stored())
     if study.user_attrs.get("baseline") != baseline.to_dict():
         study.set_user_attr("baseline", baseline.to_dict())
@@ -176,7 +177,11 @@ def _until_finished(running: _Running, team: Team) -> None:
         everything = study.get_trials(deepcopy=False)
         done = trials.finished(everything)
         left = time_left.estimate(done, file.trials, team.size)
-        known = {"left": None if left is None else left.to_dict(), **_best(study), **_counts(done)}
+        known = {
+            "left": None if left is None else left.to_dict(),
+            **_best(study, running.setting.goal),
+            **_counts(done),
+        }
         watch({"event": "done", "finished": len(done), "trials": file.trials, **known})
         at_start = len(done) if at_start < 0 else at_start
         if len(done) < file.trials:
@@ -217,7 +222,7 @@ def _why_early(
     left_s = math.inf if limits.time is None else limits.time - (time.monotonic() - running.began)
     return (
         ending.out_of_time(done, left_s)
-        or ending.out_of_patience(done, limits.patience)
+        or ending.out_of_patience(done, limits.patience, running.setting.goal)
         or ending.nothing_left(everything, began)
     )
 
@@ -252,10 +257,10 @@ def keep_best_checkpoints(study: optuna.Study, setting: Setting) -> None:
     Those of trials that failed after they were built go too.
     """
     everything = study.get_trials(deepcopy=False)
-    complete = [trial for trial in everything if trial.state == TrialState.COMPLETE and not trials.is_base_model(trial)]
-    best = sorted(complete, key=lambda trial: -(trial.value or 0.0))[: setting.file.limits.keep_checkpoints]
+    complete = [trial for trial in best.by_nearness(everything) if not trials.is_base_model(trial)]
+    kept_trials = complete[: setting.file.limits.keep_checkpoints]
     running = [trial for trial in everything if trial.state == TrialState.RUNNING]
-    kept = {trial.user_attrs.get("checkpoint") for trial in (*best, *running)}
+    kept = {trial.user_attrs.get("checkpoint") for trial in (*kept_trials, *running)}
     failed = [trial for trial in everything if trial.state == TrialState.FAIL]
     for trial in (*complete, *failed):
         name = trial.user_attrs.get("checkpoint")
@@ -263,12 +268,17 @@ def keep_best_checkpoints(study: optuna.Study, setting: Setting) -> None:
             shutil.rmtree(setting.outputs / "checkpoints" / name, ignore_errors=True)
 
 
-def _best(study: optuna.Study) -> Event:
-    try:
-        best = study.best_trial
-    except ValueError:
+def _best(study: optuna.Study, goal: Goal) -> Event:
+    leader = best.best_trial(study)
+    if leader is None:
         return {}
-    return {"best": best.value, "best_se": best.user_attrs.get("score_se"), "best_trial": best.number}
+    result = "" if goal.is_default else goal_text.of_known(goal, best.known_of(goal, leader))
+    return {
+        "best": best.score_of(leader),
+        "best_se": leader.user_attrs.get("score_se"),
+        "best_trial": leader.number,
+        "best_result": result,
+    }
 
 
 def _counts(done: list[FrozenTrial]) -> Event:

@@ -24,6 +24,7 @@ from search.config import compose
 from search.setup import keys, setting
 from search.stages import confirm as stage
 from search.stages import confirmed
+from search.study import best as best_trials
 from search.study import status, storage, workers
 
 STUDY = """
@@ -99,7 +100,7 @@ def pairs_in(home):
 
 def test_run_confirms_its_best_trials(done):
     home, state = done
-    best = [trial.number for trial in status.ranked(study_in(home)) if trial.number][:2]
+    best = [trial.number for trial in best_trials.ranked(study_in(home).get_trials()) if trial.number][:2]
     rows = state["confirmed"]
     assert {row["trial"] for row in rows} == set(best)
     assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
@@ -176,7 +177,7 @@ def test_the_base_model_stays_the_best_where_no_confirmed_score_is_higher(done, 
 def test_a_better_trial_that_is_not_confirmed_yet_makes_the_confirmation_old(done, tmp_path):
     home = Path(shutil.copytree(done[0], tmp_path / "home"))
     study = study_in(home)
-    best = next(trial.number for trial in status.ranked(study) if trial.number)
+    best = next(trial.number for trial in best_trials.ranked(study.get_trials()) if trial.number)
     assert status.confirmed_best(study) is not None
     rest = [row.to_dict() for row in status.confirmed_of(study) if row.trial != best]
     study.set_user_attr(status.CONFIRMED, rest)

@@ -205,7 +205,7 @@ def test_pruned_trials_teach_the_sampler(prepared):
     (observed,) = ForecastSampler(made, 0).observations(
         study.trials, space.distributions(prepared.file.space, prepared.model.identity)
     )
-    assert observed.score == pytest.approx(0.35)
+    assert observed.value == pytest.approx(0.35)
 
 
 def test_probes_are_plans_that_the_engine_serves_and_leave_no_precision_out(prepared):

@@ -104,7 +104,7 @@ KILLED = """
     elif rung == "cheap screen":
         objective.cheap_screen.Gain.loss = killed(objective.cheap_screen.Gain.loss, "before")
     elif rung == "screen":
-        objective.Objective._report_mean = killed(objective.Objective._report_mean, "before")
+        objective.Screening.report_mean = killed(objective.Screening.report_mean, "before")
     elif rung == "build":
         Bench.build = killed(Bench.build, "after")
     elif rung == "measure":

@@ -54,7 +54,7 @@ def _png(view: ForecastView) -> Figure:
         x, y = _at(view.front)
         errors = [each.speed_norm_se for each in view.front], [each.perf_norm_se for each in view.front]
         front.errorbar(x, y, errors[1], errors[0], fmt="o", ms=4, color=BLUE, ecolor=GREY, elinewidth=0.8)
-        best = max(view.front, key=lambda each: each.score)
+        best = max(view.front, key=lambda each: each.score) if view.goal.is_default else view.best[0]
         front.scatter([best.speed_norm], [best.perf_norm], s=60, color=ORANGE, zorder=5, label=short(best.plan))
         _around(front, [0.0, *x], [1.0, *y])
     front.legend(loc="lower left", frameon=False, fontsize=8)
