@@ -17,6 +17,8 @@ from typing import Any
 
 from evaluator import quality, speed, texts
 from evaluator.errors import EvaluationError, NotFinite
+from evaluator.gpu_state import GpuRecord
+from evaluator.gpu_watch import GpuWatch
 from evaluator.measurement import Measurement, TaskResult, Timing, Workload
 from evaluator.process import EngineProcess
 from evaluator.score import PERPLEXITY, standard_error
@@ -83,8 +85,8 @@ def measure_base(
     seconds = dict(engine.seconds)
     if not request.timed:
         return _measure(path, engine, request, UNTIMED, seconds, None, progress)
-    timing = _time(engine, engine, request, seconds, progress, enough=enough)
-    measurement = _measure(path, engine, request, _as_base(timing), seconds, None, progress)
+    timing, gpu = _time(engine, engine, request, seconds, progress, enough=enough)
+    measurement = _watched(_measure(path, engine, request, _as_base(timing), seconds, None, progress), gpu)
     itself = f"timed against itself: time ratio {timing.time_ratio:.4f} ± {timing.time_ratio_se:.4f}"
     return dataclasses.replace(measurement, notes=(*measurement.notes, itself))
 
@@ -118,12 +120,12 @@ def measure_candidate(
         ValueError: The request is timed and there is no baseline.
     """
     seconds = dict(engine.seconds)
-    timing = UNTIMED
+    timing, gpu = UNTIMED, None
     if request.timed:
         if baseline is None:
             raise ValueError("measure: a candidate is timed against the baseline's engine, and none was given")
-        timing = _time(engine, baseline, request, seconds, progress, expected_base_ms, enough)
-    return _measure(path, engine, request, timing, seconds, weights_sha256, progress)
+        timing, gpu = _time(engine, baseline, request, seconds, progress, expected_base_ms, enough)
+    return _watched(_measure(path, engine, request, timing, seconds, weights_sha256, progress), gpu)
 
 
 def with_timing(measurement: Measurement, timing: Timing) -> Measurement:
@@ -142,16 +144,30 @@ def _time(
     progress: Progress,
     expected_base_ms: float | None = None,
     enough: speed.Enough = speed.ALL_TURNS,
-) -> Timing:
+) -> tuple[Timing, GpuRecord | None]:
+    def turned(done: int, total: int) -> None:
+        watch.look()
+        _say(progress, f"timing, turn {done} of {total}")
+
     with _stage("time", seconds):
-        return speed.time_in_turn(
+        watch = GpuWatch.of(engine.facts())
+        timing = speed.time_in_turn(
             engine,
             baseline,
             request.workload,
-            lambda done, total: _say(progress, f"timing, turn {done} of {total}"),
+            turned,
             expected_base_ms=expected_base_ms,
             enough=enough,
+            steady=watch.steady,
         )
+    return timing, watch.record
+
+
+def _watched(measurement: Measurement, gpu: GpuRecord | None) -> Measurement:
+    """Return the measurement with what the GPU did during its timing, and a note where that spoils it."""
+    if gpu is None:
+        return measurement
+    return dataclasses.replace(measurement, gpu=gpu, notes=(*measurement.notes, *gpu.warnings))
 
 
 def _measure(

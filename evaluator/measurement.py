@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from evaluator.gpu_state import GpuRecord
 from evaluator.metrics import COUNT, METRIC, Metric, Shown
 
 VERSION = 1  # raised when the same model would give other numbers, which cannot be compared with older ones
@@ -111,6 +112,7 @@ class Measurement:
         seconds: How long each stage took.
         notes: Remarks, such as which kernel an engine chose.
         tasks: The results of the tasks that were asked, by name.
+        gpu: The GPU's clock, throttling and foreign processes during the timing; None where they are not known.
     """
 
     perplexity: float = dataclasses.field(
@@ -233,6 +235,7 @@ class Measurement:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     tasks: dict[str, TaskResult] = dataclasses.field(default_factory=dict)
+    gpu: GpuRecord | None = None
 
     @property
     def timed(self) -> bool:
@@ -247,6 +250,10 @@ class Measurement:
         for result in values["tasks"].values():
             result["correct"] = list(result["correct"])
         values["workload"]["batch_sizes"] = list(self.workload.batch_sizes)
+        if self.gpu is None:
+            del values["gpu"]
+        else:
+            values["gpu"] = self.gpu.to_dict()
         return values
 
     @classmethod
@@ -264,6 +271,7 @@ class Measurement:
             name: TaskResult(**{**result, "correct": tuple(result["correct"])})
             for name, result in found.get("tasks", {}).items()
         }
+        found["gpu"] = None if found.get("gpu") is None else GpuRecord.from_dict(found["gpu"])
         return cls(**found)
 
 

@@ -45,6 +45,7 @@ SURE = 3.0  # standard errors
 BYTES_SHARE = 0.5  # the share of reading weights in a decode step at batch 1; see predicted_time_ratio
 
 Turns = Sequence[Sequence[float]]  # seconds of each step, one list for each turn
+Both = tuple[Mapping[int, Turns], Mapping[int, Turns]]  # the turns of candidate and baseline, by batch size
 
 
 class Timed(Protocol):
@@ -85,6 +86,7 @@ def time_in_turn(
     *,
     expected_base_ms: float | None = None,
     enough: Enough = ALL_TURNS,
+    steady: Callable[[Callable[[], Both]], Both] = lambda take: take(),
 ) -> Timing:
     """Time both engines on the workload; one engine twice shows how far two timings of one model lie apart.
 
@@ -100,18 +102,21 @@ def time_in_turn(
             all its turns last (one A/A run of ten on an H100: 13%). If the baseline is slower than SLOWER times this,
             all turns are taken again, at most AGAIN times, and count together.
         enough: When fewer turns are enough.
+        steady: A function that calls what it is given, which takes all turns, and calls it again where the machine was
+            not steady meanwhile; see `evaluator.gpu_watch.GpuWatch`.
     """
-    timed = _collect(candidate, baseline, workload, progress, enough)
+
+    def take() -> Both:
+        return _collect(candidate, baseline, workload, progress, enough)
+
+    timed = steady(take)
     for _ in range(AGAIN):
         timing = estimate(*timed)
         if expected_base_ms is None or timing.base_time_per_token_ms <= SLOWER * expected_base_ms:
             return timing
-        again = _collect(candidate, baseline, workload, progress, enough)
+        again = steady(take)
         timed = _joined(timed[0], again[0]), _joined(timed[1], again[1])
     return estimate(*timed)
-
-
-Both = tuple[Mapping[int, Turns], Mapping[int, Turns]]  # the turns of candidate and baseline, by batch size
 
 
 def _collect(

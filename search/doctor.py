@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from evaluator import backends
+from evaluator import backends, nvml
 from search.setup import machine
 from search.study import mlflow_runs
 
@@ -40,12 +41,20 @@ def examine(outputs: Path = Path("outputs")) -> dict[str, Any]:
         "device_name": machine.device_name(device),
         "compute_capability": ".".join(map(str, torch.cuda.get_device_capability())) if device == "cuda" else None,
         "free_memory_gb": None if memory is None else round(memory / 1e9, 1),
+        **({"gpu": _gpu()} if device == "cuda" else {}),
         "free_disk_gb": round(shutil.disk_usage(place).free / 1e9, 1),
         "backends": {name: backends.unavailable(name) or "ready" for name in backends.names()},
         "backend": backends.choose("auto"),
         "versions": {name: _version(name) for name in packages},
         "mlflow": (os.environ.get("MLFLOW_TRACKING_URI") and "set by the environment") or "sqlite:///mlflow.db",
     }
+
+
+def _gpu() -> dict[str, Any] | None:
+    """Return the GPU's clock, what holds it and who else uses it; None where NVML can't be asked."""
+    at = nvml.address()
+    state = None if at is None else nvml.read(at)
+    return None if state is None else dataclasses.asdict(state)
 
 
 def _version(package: str) -> str | None:

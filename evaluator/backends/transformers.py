@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from evaluator import backends, hardware
+from evaluator import backends, hardware, nvml
 from evaluator.backends import EngineSettings, Facts
 from evaluator.errors import install
 
@@ -128,6 +128,9 @@ class Engine:
         }
         if self.device == "cpu":
             found["threads"] = str(torch.get_num_threads())
+        gpu = nvml.address() if self.device == "cuda" else None
+        if gpu is not None:
+            found["gpu"] = gpu
         if getattr(self.model.config, "quantization_config", None) is not None:
             found["quantization_kernel"] = (
                 "none: weights are dequantized, and the time is not that of a quantized kernel"

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluator import backends, hardware
+from evaluator import backends, hardware, nvml
 from evaluator.backends import EngineSettings, Facts, Kernel, Kernels, Refusal
 from evaluator.errors import BackendUnavailable, install
 from readers import json_reader
@@ -218,6 +218,9 @@ class Engine:
         }
         if self.kernel:
             found["quantization_kernel"] = self.kernel
+        gpu = nvml.address() if not self.on_cpu else None
+        if gpu is not None:
+            found["gpu"] = gpu
         return found
 
     def _kernel(self) -> str:

@@ -66,6 +66,8 @@ def baseline(bench: Bench, say: Say, warn: Warn, *, again: bool = False) -> Meas
     measured = bench.baseline(say, again=again)
     if fresh:
         _warn_if(baseline_text.noisy(measured.time_ratio_se, "the base model against itself"), warn)
+        for text in baseline_text.of_gpu(measured, "the base model"):
+            warn(text)
         score = score_of(measured, measured, setting.formula)
         values = {**mlflow_runs.measured(measured), **setting.model.identity.to_dict(), "score": score.score}
         tags = {"baseline": "true", "model": setting.file.source_shown}
@@ -94,6 +96,8 @@ def evaluate(bench: Bench, path: Path, name: str, say: Say, warn: Warn, words: S
     evaluation = evaluate_candidate(bench, candidate, measured, name, say, words, warn)
     score = evaluation.score
     _warn_if(baseline_text.noisy(score.speed_norm_se, name), warn)
+    for text in baseline_text.of_gpu(evaluation.measurement, name):
+        warn(text)
     values = {
         **({} if evaluation.plan is None else evaluation.plan.to_dict()),
         **mlflow_runs.measured(evaluation.measurement),

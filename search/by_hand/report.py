@@ -306,6 +306,7 @@ def _settings(evaluation: Evaluation, path: Path) -> str:
         ["measured", evaluation.date],
         ["engine", engine],
         ["device", m.device],
+        *([] if m.gpu is None else [["GPU during the timing", m.gpu.summary]]),
         ["workload", ", ".join(f"{key} {value}" for key, value in workload.items())],
         ["text", ", ".join(f"{key}: {value}" for key, value in read.items())],
         ["weights", f"sha256 {m.weights_sha256[:16]}…"],

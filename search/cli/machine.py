@@ -41,7 +41,8 @@ def doctor_command(as_json: bool) -> None:
     for name, value in report.items():
         if isinstance(value, dict):
             click.echo(f"{name}:")
-            for key, text in value.items():
+            for key, one in value.items():
+                text = ", ".join(map(str, one)) or "none" if isinstance(one, list | tuple) else one
                 click.echo(f"  {key:<20} {text if text is not None else '–'}")
         else:
             click.echo(f"{name:<22} {value if value is not None else '–'}")

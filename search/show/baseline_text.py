@@ -40,3 +40,8 @@ def noisy(speed_norm_se: float | None, what: str) -> str | None:
         f"{what}: the standard error of SpeedNorm is {speed_norm_se:.3f}, above {NOISY:g}: the machine is busy or the "
         "timing too short; stop other programs, or raise evaluation.workload.turns"
     )
+
+
+def of_gpu(measured: Measurement, what: str) -> list[str]:
+    """Return the warnings about the GPU during a timing: throttled, or shared with others; `what` names the model."""
+    return [] if measured.gpu is None else [f"{what}: {text}" for text in measured.gpu.warnings]

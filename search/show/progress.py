@@ -119,6 +119,8 @@ class Live:
         if noisy is not None and not self._noisy:
             self._noisy = True  # once: the tables show each error
             self.warn(noisy)
+        for text in event.get("warnings", ()):
+            self.warn(f"trial {event['trial']}: {text}")
 
 
 def line(event: dict[str, Any]) -> str:

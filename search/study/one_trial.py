@@ -166,5 +166,13 @@ def _ended(record: Record, worker: int) -> Event:
         "result": "" if record.goal.is_default else record.result,
         "speed_norm_se": record.score.speed_norm_se if record.score else None,
         "plan": record.plan.to_dict() if record.plan else None,
+        "warnings": _warnings(record),
         "seconds": round(sum(record.seconds.values()), 1),
     }
+
+
+def _warnings(record: Record) -> list[str]:
+    """Return what spoils the timing of a trial that was measured now."""
+    measured = record.measurement
+    fresh = measured is not None and not record.reused and not record.by_definition
+    return list(measured.gpu.warnings) if fresh and measured is not None and measured.gpu is not None else []

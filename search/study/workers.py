@@ -101,6 +101,8 @@ def run_study(
     with Bench.of(setting) as bench:
         baseline = bench.begin(say, forecast=wants_forecast(setting))
         _warn_of_noise(baseline_text.noisy(baseline.time_ratio_se, "the base model against itself"), watch)
+        for text in baseline_text.of_gpu(baseline, "the base model"):
+            _warn_of_noise(text, watch)
         database = existing or storage.open_storage(file.storage, patience)
         study = database.exclusively(lambda held: _open(database, setting, baseline))
         tracker = mlflow_runs.Tracker(

@@ -11,6 +11,7 @@ import transformers
 
 from evaluator import embedded_texts, measure, texts
 from evaluator.errors import EvaluationError, NotFinite
+from evaluator.gpu_state import GpuRecord, GpuState, OtherProcess
 from evaluator.measure import Request
 from evaluator.measurement import Measurement, Workload
 from evaluator.score import Formula, score_of
@@ -59,6 +60,22 @@ def test_a_measurement_holds_what_the_checkpoint_and_the_engine_say(tiny, tiny_m
     assert score_of(found, found).score == 0.5
     assert "timing, turn 8 of 8" in said
     assert said[-1] == "digests"
+
+
+def test_the_state_of_the_gpu_is_kept_and_older_files_have_none(tiny, engine, shards):
+    found = measure.measure_base(tiny, engine, untimed(shards))
+    assert found.gpu is None
+    assert "gpu" not in found.to_dict()  # as files were before
+    hot = GpuState(sm_clock_mhz=1200, sm_clock_max_mhz=1980, throttle_reasons=("hw_slowdown",))
+    others = (OtherProcess(7, "python", 12.5),)
+    seen = GpuRecord(GpuState(others=None), hot, 4, 4, ("hw_slowdown",), 1200, others, taken_again=2)
+    watched = measure._watched(found, seen)
+    assert watched.notes == (*found.notes, *seen.warnings)
+    assert len(seen.warnings) == 2
+    values = json.loads(json.dumps(watched.to_dict(), allow_nan=False))
+    assert values == watched.to_dict()  # a study's attribute is compared with it
+    assert Measurement.from_dict(values) == watched
+    assert Measurement.from_dict(found.to_dict()) == found
 
 
 def test_a_candidate_is_timed_against_the_baseline(tiny, engine, start, shards):
