@@ -27,7 +27,8 @@ from scipy.stats import t as student
 from evaluator.measurement import Timing
 
 LEVEL = 0.95
-TAU = 0.005  # expected standard deviation of the time ratio between pairs of processes
+TAU = 0.005  # expected standard deviation of the time ratio between pairs of processes, on a GPU
+TAU_CPU = 0.015  # the same on a CPU: five pairs of a 135M model on two cores, in two runs, scattered by 0.015
 PRIOR = 4.0  # degrees of freedom that the expectation is worth
 SLOW = 1.03  # times the fastest process of the same model: a slow process
 SURE = 3.0  # standard errors by which it must be slower than that process
@@ -63,8 +64,12 @@ class TimeRatio:
     between: float
 
 
-def time_ratios(candidates: Sequence[Sequence[Timing]]) -> list[TimeRatio]:
+def time_ratios(candidates: Sequence[Sequence[Timing]], expected: float = TAU) -> list[TimeRatio]:
     """Return the time ratio of each candidate from the timings of its pairs; see the module's text.
+
+    Args:
+        candidates: The timings of each candidate's pairs.
+        expected: The expected standard deviation between pairs, TAU in the module's text.
 
     Raises:
         ValueError: A candidate has no pair.
@@ -86,7 +91,7 @@ def time_ratios(candidates: Sequence[Sequence[Timing]]) -> list[TimeRatio]:
     between = math.sqrt(max(scatter - expected_within, 0.0))
     found = []
     for pairs, mean, error in zip(candidates, means, within, strict=True):
-        moderated = (degrees * scatter + PRIOR * (TAU**2 + error)) / (degrees + PRIOR)
+        moderated = (degrees * scatter + PRIOR * (expected**2 + error)) / (degrees + PRIOR)
         own = scatter > moderated
         estimate = Estimate(
             mean, math.sqrt((scatter if own else moderated) / len(pairs)), degrees if own else degrees + PRIOR

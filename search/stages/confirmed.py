@@ -173,7 +173,8 @@ def results(asked: Asked, wanted: int, records: Sequence[tuple[Model, Record]], 
     counted = [
         [record.pairs[number] for number in numbers] for (_, record), numbers in zip(records, chosen, strict=True)
     ]
-    ratios = confirmed.time_ratios(counted) if asked.timed and records else [None] * len(records)
+    expected = confirmed.TAU_CPU if asked.setting.machine.device == "cpu" else confirmed.TAU
+    ratios = confirmed.time_ratios(counted, expected) if asked.timed and records else [None] * len(records)
     return [
         _result(asked, model, record, pairs, ratio, baseline)
         for (model, record), pairs, ratio in zip(records, counted, ratios, strict=True)
