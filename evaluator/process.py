@@ -120,6 +120,16 @@ class EngineProcess:
         found: list[float] = self._call("decode_steps", batch_size, prompt_tokens, steps, seed)
         return found
 
+    def busy_ms(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> float | None:
+        """Return the GPU's busy milliseconds of a decode step; see `evaluator.backends.ProfiledEngine`."""
+        found: float | None = self._call("busy_ms", batch_size, prompt_tokens, steps, seed)
+        return found
+
+    def bytes_per_s(self) -> float | None:
+        """Return the bandwidth of the GPU's memory; see `evaluator.backends.ProfiledEngine`."""
+        found: float | None = self._call("bytes_per_s")
+        return found
+
     def logits_sha256(self, tokens: Sequence[int]) -> str:
         """Return the sha256 of what the engine computes on one window; see `evaluator.backends.Engine`."""
         return str(self._call("logits_sha256", list(tokens)))

@@ -167,6 +167,19 @@ class Engine(Protocol):
         """Return backend, engine_version, device and dtype, and more where known, such as quantization_kernel."""
 
 
+class ProfiledEngine(Engine, Protocol):
+    """An engine that also knows what its GPU does; both methods are optional, and None means that it can't be known."""
+
+    def busy_ms(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> float | None:
+        """Return the milliseconds of a decode step in which the GPU is busy, the mean of `steps` steps.
+
+        Profiling may slow down the engine: it is not timed afterwards.
+        """
+
+    def bytes_per_s(self) -> float | None:
+        """Return how many bytes a second the GPU's memory moves."""
+
+
 class Backend(Protocol):
     """What a file of this folder offers; see the package's docstring."""
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from evaluator import backends, hardware, nvml
+from evaluator import backends, gpu_busy, hardware, nvml
 from evaluator.backends import EngineSettings, Facts
 from evaluator.errors import install
 
@@ -87,12 +87,7 @@ class Engine:
 
     def decode_steps(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> list[float]:
         """Time one forward pass for each step; the likeliest token is fed back, and EOS is ignored."""
-        import torch
-
-        generator = torch.Generator().manual_seed(seed)
-        vocabulary = int(self.model.config.vocab_size)
-        ids = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator).to(self.device)
-        ids, cache = self._next(ids, None)
+        ids, cache = self._prefilled(batch_size, prompt_tokens, seed)
         seconds = []
         for _ in range(steps):
             self._synchronize()
@@ -101,6 +96,25 @@ class Engine:
             self._synchronize()
             seconds.append(time.perf_counter() - start)
         return seconds
+
+    def busy_ms(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> float | None:
+        """Return the GPU's busy milliseconds of a decode step; None on another device."""
+        if self.device != "cuda":
+            return None
+        state = self._prefilled(batch_size, prompt_tokens, seed)
+
+        def decode(count: int) -> None:
+            nonlocal state
+            for _ in range(count):
+                state = self._next(*state)
+            self._synchronize()
+
+        decode(gpu_busy.SETTLED)
+        return gpu_busy.busy_ms(lambda: decode(steps), steps)
+
+    def bytes_per_s(self) -> float | None:
+        """Return the bandwidth of the GPU's memory; None on another device."""
+        return gpu_busy.bytes_per_s() if self.device == "cuda" else None
 
     def logits_sha256(self, tokens: Sequence[int]) -> str:
         """Return the sha256 of the raw logits, float32 [T, V]."""
@@ -136,6 +150,15 @@ class Engine:
                 "none: weights are dequantized, and the time is not that of a quantized kernel"
             )
         return found
+
+    def _prefilled(self, batch_size: int, prompt_tokens: int, seed: int) -> tuple[Any, Any]:
+        """Return (the next ids, the cache) after a prompt of random ids."""
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+        vocabulary = int(self.model.config.vocab_size)
+        ids = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator).to(self.device)
+        return self._next(ids, None)
 
     def _next(self, ids: Any, cache: Any) -> tuple[Any, Any]:
         """Return (the likeliest next ids [batch, 1], the cache) after ids [batch, tokens]."""

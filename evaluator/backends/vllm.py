@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluator import backends, hardware, nvml
+from evaluator import backends, gpu_busy, hardware, nvml
 from evaluator.backends import EngineSettings, Facts, Kernel, Kernels, Refusal
 from evaluator.errors import BackendUnavailable, install
 from readers import json_reader
@@ -160,6 +160,56 @@ class Engine:
 
     def decode_steps(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> list[float]:
         """Return the mean of the run for each step: the scheduler runs ahead, so single steps say little."""
+        engine = self._prefilled(batch_size, prompt_tokens, steps, seed)
+        seconds: list[float] = []
+        since = time.perf_counter()
+        while engine.has_unfinished_requests():
+            advanced = len(engine.step())
+            if advanced == 0:
+                continue
+            now = time.perf_counter()
+            if advanced == batch_size and len(seconds) < steps:
+                seconds.append(now - since)
+            since = now
+        if len(seconds) < steps:
+            raise RuntimeError(f"only {len(seconds)} of {steps} decode steps advanced all {batch_size} sequences")
+        settled = seconds[len(seconds) // 8 :]  # graphs and caches are warm again
+        return [sum(settled) / len(settled)] * len(seconds)
+
+    def busy_ms(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> float | None:
+        """Return the GPU's busy milliseconds of a decode step; None on a CPU.
+
+        The scheduler runs ahead by a step all the time: as many steps are launched as come back.
+        """
+        if self.on_cpu:
+            return None
+        import torch
+
+        engine = self._prefilled(batch_size, prompt_tokens, steps + gpu_busy.SETTLED, seed)
+
+        def decode(count: int) -> None:
+            while count and engine.has_unfinished_requests():
+                count -= len(engine.step()) == batch_size
+            if count:
+                raise RuntimeError(f"{count} decode steps are missing")
+            torch.cuda.synchronize()
+
+        decode(gpu_busy.SETTLED)
+        busy = gpu_busy.busy_ms(lambda: decode(steps), steps)
+        while engine.has_unfinished_requests():
+            engine.step()
+        return busy
+
+    def bytes_per_s(self) -> float | None:
+        """Return the bandwidth of the GPU's memory; None on a CPU."""
+        return None if self.on_cpu else gpu_busy.bytes_per_s()
+
+    def _prefilled(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> Any:
+        """Return the engine when all sequences have their first token and at least `steps` are to come.
+
+        Raises:
+            ValueError: The sequences would be too long.
+        """
         import torch
         import vllm
 
@@ -181,20 +231,7 @@ class Engine:
         begun: set[str] = set()
         while len(begun) < batch_size:
             begun |= {output.request_id for output in engine.step()}
-        seconds: list[float] = []
-        since = time.perf_counter()
-        while engine.has_unfinished_requests():
-            advanced = len(engine.step())
-            if advanced == 0:
-                continue
-            now = time.perf_counter()
-            if advanced == batch_size and len(seconds) < steps:
-                seconds.append(now - since)
-            since = now
-        if len(seconds) < steps:
-            raise RuntimeError(f"only {len(seconds)} of {steps} decode steps advanced all {batch_size} sequences")
-        settled = seconds[len(seconds) // 8 :]  # graphs and caches are warm again
-        return [sum(settled) / len(settled)] * len(seconds)
+        return engine
 
     def logits_sha256(self, tokens: Sequence[int]) -> str:
         """Return the sha256 of the window's log-probabilities, float32 [T − 1]; vLLM gives no logits."""

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from compressors.plan import CHOICES, CompressionPlan
+from evaluator import backends
 from evaluator.score import score_of
 from search.say import Say
 from search.setup.setting import Setting
-from search.show.forecast_view import Best, Costs, ForecastView, Pays
+from search.show.forecast_view import Best, Costs, ForecastView, Pays, Step
 from search.stages import damage_table, speed_table
 from search.stages.bench import Bench
 from search.stages.forecast import Forecast
+from search.stages.step_times import StepTimes, step_times
 from search.study.forecast_sampler import ForecastSampler
 
 SHOWN = 10  # plans
-COPIED_BYTES = 1 << 28  # to measure the bandwidth of a GPU
-COPIES = 20
 
 
 def forecast(setting: Setting, say: Say) -> ForecastView:
@@ -39,12 +37,15 @@ def forecast(setting: Setting, say: Say) -> ForecastView:
     with Bench.of(setting) as bench:
         baseline = bench.begin(say, forecast=True)
         made = Forecast.known(setting)
+        times = StepTimes() if made.speed is None else step_times(setting, bench.engines, say)
         say("forecast: plans of the space")
-        return _view(made, score_of(baseline, baseline, setting.formula).score, _floor_ms(setting))
+        return _view(made, score_of(baseline, baseline, setting.formula).score, times)
 
 
-def _view(made: Forecast, own_score: float, floor_ms: float | None) -> ForecastView:
+def _view(made: Forecast, own_score: float, times: StepTimes) -> ForecastView:
     setting = made.setting
+    base_ms = {} if made.speed is None else made.speed.base_ms
+    floor_ms = _floor_ms(setting, times)
     plans = ForecastSampler(made, setting.file.seed).best_plans(SHOWN)
     fastest = ForecastSampler(made, setting.file.seed).fastest()
     by_size = setting.goal.objective == "size"
@@ -52,8 +53,9 @@ def _view(made: Forecast, own_score: float, floor_ms: float | None) -> ForecastV
         study=setting.file.study_name,
         device=setting.machine.device_name,
         engine=setting.machine.backend,
-        base_ms={} if made.speed is None else made.speed.base_ms,
+        base_ms=base_ms,
         floor_ms=floor_ms,
+        steps=tuple(Step(size, wall, times.busy_ms.get(size), floor_ms) for size, wall in base_ms.items()),
         own_score=own_score,
         pays=_pays(made),
         costs=_costs(made),
@@ -117,17 +119,9 @@ def _change(plan: CompressionPlan, own: CompressionPlan) -> str:
     return " ".join(words)
 
 
-def _floor_ms(setting: Setting) -> float | None:
-    """Return the time that the GPU takes to read the base model's weights once; None without a CUDA GPU."""
-    if setting.machine.device != "cuda":
+def _floor_ms(setting: Setting, times: StepTimes) -> float | None:
+    """Return the time that the GPU takes to read the base model's weights once; None where that isn't known."""
+    if times.bytes_per_s is None:
         return None
-    source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    target.copy_(source)
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(COPIES):
-        target.copy_(source)
-    torch.cuda.synchronize()
-    per_byte = (time.perf_counter() - started) / (2 * COPIES * COPIED_BYTES)  # each byte is read and written
-    return 1e3 * per_byte * setting.model.checkpoint.decode_bytes
+    stored, precision = setting.model.checkpoint.decode_bytes, setting.model.identity.precision
+    return 1e3 * backends.served_bytes(setting.machine.backend, stored, precision) / times.bytes_per_s

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -58,6 +58,33 @@ class Costs:
 
 
 @dataclasses.dataclass(frozen=True)
+class Step:
+    """Where the time of a decode step of the base model goes.
+
+    Attributes:
+        batch_size: The number of sequences decoded together.
+        wall_ms: The milliseconds that the step takes.
+        busy_ms: Those in which the GPU runs a kernel or a copy; None where that could not be profiled.
+        floor_ms: Those in which its memory can move the weights once; None where not measured.
+    """
+
+    batch_size: int
+    wall_ms: float
+    busy_ms: float | None = None
+    floor_ms: float | None = None
+
+    @property
+    def host_ms(self) -> float | None:
+        """The milliseconds in which the GPU waits for the host."""
+        return None if self.busy_ms is None else max(self.wall_ms - self.busy_ms, 0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the step as JSON values."""
+        share = None if self.busy_ms is None else self.busy_ms / self.wall_ms
+        return {**dataclasses.asdict(self), "busy_share": share, "host_ms": self.host_ms}
+
+
+@dataclasses.dataclass(frozen=True)
 class Best(Score):
     """A plan of the space and what it is forecast to score; `size` is over the base model's."""
 
@@ -89,6 +116,7 @@ class ForecastView:
         goal: What the study searches for.
         fastest: The largest forecast SpeedNorm of a plan of the space.
         smallest: The smallest size of one, over the base model's, where the goal is size.
+        steps: Where the base model's time goes, for each batch size.
     """
 
     study: str
@@ -105,6 +133,7 @@ class ForecastView:
     goal: Goal = dataclasses.field(default_factory=Goal)
     fastest: float = math.nan
     smallest: float = math.nan
+    steps: tuple[Step, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the view as JSON values; what only another goal than the Score asks for is left out without one."""
@@ -119,6 +148,7 @@ class ForecastView:
             for row, plan in zip(values["best"], self.best, strict=True):
                 row["feasible"] = self.goal.reaches(plan.known)
         values["base_ms"] = {str(size): ms for size, ms in self.base_ms.items()}
+        values["steps"] = [step.to_dict() for step in self.steps]
         for row in values["pays"]:
             row["parts"] = {str(size): parts for size, parts in row["parts"].items()}
         return values
@@ -177,8 +207,21 @@ def _shares(parts: Mapping[str, float]) -> str:
     return f"{device}; " + (f"{100 * parts['host']:3.0f}%" if parts["host"] else "   –")
 
 
+def _steps(steps: Sequence[Step]) -> Table:
+    table = Table(title="a decode step of the base model, in ms", title_justify="left", box=None, pad_edge=False)
+    for name in ("batch", "wall", "GPU busy", "host", "weights read once"):
+        table.add_column(name, justify="right")
+    for step in steps:
+        busy = "–" if step.busy_ms is None else f"{step.busy_ms:.3f} ({100 * step.busy_ms / step.wall_ms:.0f}%)"
+        host, floor = ("–" if ms is None else f"{ms:.3f}" for ms in (step.host_ms, step.floor_ms))
+        table.add_row(str(step.batch_size), f"{step.wall_ms:.3f}", busy, host, floor)
+    return table
+
+
 def _tables(view: ForecastView) -> list[RenderableType]:
     tables: list[RenderableType] = []
+    if any(step.busy_ms is not None or step.floor_ms is not None for step in view.steps):
+        tables.append(_steps(view.steps))
     if view.pays:
         pays = Table(title="what pays, at the base model's sizes", title_justify="left", box=None, pad_edge=False)
         for name in ("precision", "SpeedNorm", "a layer"):

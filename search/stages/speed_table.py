@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import logging
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from compressors.model.family import head_dim
 from compressors.plan import CompressionPlan
 from evaluator import backends, speed
 from evaluator.errors import EvaluationError
+from evaluator.gpu_watch import GpuWatch
 from evaluator.process import EngineProcess
 from evaluator.speed_table import VERSION, Probe, Shape, SpeedTable
 from search.config.study_file import Range
@@ -33,6 +35,7 @@ from search.setup import keys
 from search.setup.setting import Setting
 from search.stages.engines import Engines
 
+LOG = logging.getLogger(__name__)
 TOGETHER = 9  # engines that are started and timed together on a GPU, at most
 ENGINE_BYTES = 3 << 29  # of a GPU's memory that an engine takes beside its weights
 SHARE_OF_FREE = 0.8  # of a GPU's memory that engines which are timed together may take
@@ -200,13 +203,17 @@ def _timed(
         if not ready:
             return table
         workload = dataclasses.replace(setting.workload, turns=min(setting.workload.turns, TURNS))
-        every = speed.time_all(
-            [engine for _, engine in ready],
-            baseline,
-            workload,
-            RATIO_SE,
-            lambda done, total: say(f"speed table: {done} of {total} started models are timed") if total > 1 else None,
-        )
+        watch = GpuWatch.of(baseline.facts())
+
+        def progress(done: int, total: int) -> None:
+            watch.look()
+            if total > 1:
+                say(f"speed table: {done} of {total} started models are timed")
+
+        each = [engine for _, engine in ready]
+        every = watch.steady(lambda: speed.time_all(each, baseline, workload, RATIO_SE, progress))
+        for text in watch.record.warnings if watch.record else ():
+            LOG.warning("speed table: %s", text)
     for (plan, check), timings in zip([pair for pair, _ in ready], every, strict=True):
         probe = Probe(
             shape_of(setting, plan),

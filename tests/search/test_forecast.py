@@ -1,21 +1,26 @@
 """The forecast of a study: its tables, the plans that it prefers, and a sampler that learns where it is wrong."""
 
 import dataclasses
+import io
 import json
 import math
 from pathlib import Path
 
 import optuna
 import pytest
+import rich.console
 
 from compressors.plan import CompressionPlan
 from evaluator.score import Score
 from evaluator.speed_table import Probe, SpeedTable
+from search.by_hand import forecast
 from search.config import compose
 from search.setup import setting as settings
-from search.stages import speed_table
+from search.show import forecast_view
+from search.stages import speed_table, step_times
 from search.stages.damage_table import DamageTable, Entry, Loss
 from search.stages.forecast import Forecast
+from search.stages.step_times import StepTimes
 from search.study import space
 from search.study.forecast_sampler import ForecastSampler
 
@@ -83,6 +88,61 @@ def speeds(prepared):
         shape = speed_table.shape_of(prepared, dataclasses.replace(own, **changes))
         probes.append(Probe(shape, {1: ratio}, {1: 0.002}))
     return SpeedTable(speed_table.shape_of(prepared, own), {1: 2.0}, tuple(probes))
+
+
+def view_of(prepared, times):
+    made = Forecast(prepared, speeds(prepared), damages(prepared.model.identity))
+    return forecast._view(made, 0.5, times)
+
+
+def printed(view):
+    console = rich.console.Console(width=160, record=True, file=io.StringIO())
+    console.print(forecast_view.forecast_table(view))
+    return console.export_text()
+
+
+def test_a_step_is_split_into_the_gpus_time_and_the_hosts(prepared):
+    rate = prepared.model.checkpoint.decode_bytes / 0.4e-3
+    view = view_of(prepared, StepTimes({1: 1.5}, rate))
+    (step,) = json.loads(json.dumps(view.to_dict()))["steps"]
+    assert step == {
+        "batch_size": 1,
+        "wall_ms": 2.0,
+        "busy_ms": 1.5,
+        "busy_share": 0.75,
+        "host_ms": 0.5,
+        "floor_ms": pytest.approx(0.4),
+    }
+    assert view.floor_ms == pytest.approx(0.4)
+    text = printed(view)
+    assert "1.500 (75%)" in text
+    assert "0.500" in text
+    assert "0.400" in text
+
+
+def test_without_a_profile_a_step_has_its_wall_time_alone(prepared):
+    view = view_of(prepared, StepTimes())
+    (step,) = view.to_dict()["steps"]
+    assert (step["wall_ms"], step["busy_ms"], step["host_ms"], step["floor_ms"]) == (2.0, None, None, None)
+    text = printed(view)
+    assert "2.000 ms at batch 1" in text
+    assert "GPU busy" not in text
+    some = printed(view_of(prepared, StepTimes({}, 1e9)))  # the bandwidth alone
+    assert "–" in some
+
+
+def test_step_times_are_kept_and_a_cpu_has_none(prepared):
+    said = []
+    assert step_times.step_times(prepared, None, said.append) == StepTimes()  # no engine is started
+    assert said == []
+    path = step_times.path_of(prepared)
+    path.parent.mkdir(parents=True)
+    kept = StepTimes({1: 1.5, 32: 2.25}, 3e12)
+    path.write_text(json.dumps(kept.to_dict()))
+    assert step_times.step_times(prepared, None, said.append) == kept
+    path.write_text(json.dumps({**kept.to_dict(), "busy_ms": {"1": -1.0}}))
+    assert step_times.step_times(prepared, None, said.append) == StepTimes()
+    assert not path.exists()
 
 
 def test_losses_of_single_cuts_add_up(prepared):
@@ -226,9 +286,9 @@ def test_a_study_with_a_forecast_times_and_scores_single_cuts_and_prunes_by_them
     assert {probe.shape.precision for probe in made.probes} == {"bfloat16", "W8A8"}
     assert not list((home / "outputs/forecast").glob("probes-*"))
     study = optuna.load_study(study_name="forecast", storage=f"sqlite:///{home}/studies.db")
-    forecast = [trial for trial in study.trials if "forecast_score" in trial.user_attrs]
-    assert forecast
-    assert all(math.isfinite(trial.user_attrs["forecast_score"]) for trial in forecast)
+    foreseen = [trial for trial in study.trials if "forecast_score" in trial.user_attrs]
+    assert foreseen
+    assert all(math.isfinite(trial.user_attrs["forecast_score"]) for trial in foreseen)
     before = {file: file.stat().st_mtime_ns for file in (speed_file, damage_file)}
     view = cli("forecast", "--study", "forecast", "--config-dir", home, "--json", cwd=home)
     assert view.status == 0, view.err
