@@ -1,11 +1,11 @@
 """The rungs of a trial, each reported to Optuna as an intermediate value, which dashboards draw.
 
     step            value
-    0               the forecast Score, where both tables are there
-    1 … S           each shard of the full screen
-    S + 1           the Score by the cheap screen, for plans whose own repair or rounding takes long
-    S + 2           the mean over the shards of the full screen
-    S + 3           the measured Score
+    0               the forecast value, where both tables are there or it is known without them
+    1 … S           each shard of the full screen, see `search.study.screening`
+    S + 1           the value by the cheap screen, for plans whose own repair or rounding takes long
+    S + 2           the mean over the shards of the full screen; where the goal is time or size, the predicted value
+    S + 3           the measured value, by default the Score
 
 Pruners see the shards alone. A pruned trial has the value of the last step that it reached.
 """

@@ -146,7 +146,7 @@ def test_a_goal_is_read(words, goal):
         ("{minimize: speed_norm}", "write maximize: speed_norm"),
         ("{maximize: size}", "size is better when it is smaller; write minimize: size"),
         ("{maximize: perplexity}", "goal.maximize: is not one of score, perf_norm, speed_norm"),
-        ("{minimize: sise}", "did you mean 'size'"),
+        ("{minimize: sizes}", "did you mean 'size'"),
         ("{minimise: size}", "goal.minimise: unknown key; did you mean 'minimize'"),
         ('{minimize: size, perf_norm: "> 0.97"}', 'goal.perf_norm: is no bound; write it as ">= 0.97"'),
         ('{minimize: size, perf_norm: "97%"}', "goal.perf_norm: is no bound"),
