@@ -65,17 +65,15 @@ def read(gpu: str) -> GpuState | None:
         handle = _handle(library, gpu)
     except Exception:  # no driver, another GPU than NVML sees, an older library
         return None
-    milliwatts = _asked(lambda: library.nvmlDeviceGetPowerUsage(handle))
-    memory = _asked(lambda: library.nvmlDeviceGetMemoryInfo(handle).used)
     return GpuState(
         sm_clock_mhz=_asked(lambda: int(library.nvmlDeviceGetClockInfo(handle, library.NVML_CLOCK_SM))),
         sm_clock_max_mhz=_asked(lambda: int(library.nvmlDeviceGetMaxClockInfo(handle, library.NVML_CLOCK_SM))),
         memory_clock_mhz=_asked(lambda: int(library.nvmlDeviceGetClockInfo(handle, library.NVML_CLOCK_MEM))),
         throttle_reasons=_asked(lambda: reasons_of(_mask(library, handle))),
         temperature_c=_asked(lambda: int(library.nvmlDeviceGetTemperature(handle, library.NVML_TEMPERATURE_GPU))),
-        power_w=None if milliwatts is None else milliwatts / 1e3,
+        power_w=_asked(lambda: int(library.nvmlDeviceGetPowerUsage(handle)) / 1e3),
         utilization_percent=_asked(lambda: int(library.nvmlDeviceGetUtilizationRates(handle).gpu)),
-        memory_used_mb=None if memory is None else memory / 1e6,
+        memory_used_mb=_asked(lambda: int(library.nvmlDeviceGetMemoryInfo(handle).used) / 1e6),
         others=_asked(lambda: _others(library, handle)),
     )
 

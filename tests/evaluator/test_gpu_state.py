@@ -212,6 +212,18 @@ def test_what_a_gpu_does_not_tell_is_none(monkeypatch):
     assert nvml.read("00000000:17:00.0") is None
 
 
+@pytest.mark.parametrize("answer", [None, "N/A", b"N/A", [], float("nan"), types.SimpleNamespace(used="N/A", gpu=None)])
+def test_an_answer_of_another_kind_is_none_too(monkeypatch, answer):
+    class Odd:
+        NVMLError = RuntimeError
+
+        def __getattr__(self, name):
+            return (lambda *asked: answer) if name.startswith("nvmlDevice") else 0
+
+    monkeypatch.setattr(nvml, "_opened", lambda pid: Odd())
+    assert nvml.read("GPU-1234") == GpuState()
+
+
 def test_the_real_library_without_a_driver_is_no_error():
     pytest.importorskip("pynvml")
     assert nvml.read("GPU-00000000-0000-0000-0000-000000000000") is None
