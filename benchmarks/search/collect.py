@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--drawn", type=int, help="plans drawn at random; without it all plans of the space")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--screen-s", type=float, default=math.inf, help="seconds after which no screen begins")
     parser.add_argument("--no-times", action="store_true")
     arguments = parser.parse_intermixed_args()
     setting = prepared(arguments)
@@ -57,6 +58,7 @@ def main() -> None:
     if arguments.drawn:
         plans = dict(random.Random(arguments.seed).sample(sorted(plans.items(), key=str), arguments.drawn))
     said(f"{len(plans)} of {found} plans")
+    times = {} if arguments.no_times else time_shapes(setting, {speed_table.shape_of(setting, plan) for plan in plans})
     began = time.monotonic()
     screener = Screener(setting)
     base_nll = screener.base_nll(said)
@@ -67,11 +69,10 @@ def main() -> None:
         with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
             screened = pool.starmap(screen_all, parts)
     screens = dict(itertools.chain.from_iterable(part.items() for part in screened))
-    said(f"screened in {time.monotonic() - began:.0f} s")
-    times = {} if arguments.no_times else time_shapes(setting, {speed_table.shape_of(setting, plan) for plan in plans})
+    said(f"{len(screens)} plans screened in {time.monotonic() - began:.0f} s")
     rows = []
-    for plan, params in plans.items():
-        expected = forecast.expected(plan)
+    for plan in filter(screens.__contains__, plans):
+        params, expected = plans[plan], forecast.expected(plan)
         ratio, error = times.get(speed_table.shape_of(setting, plan), (None, None))
         rows.append(
             {"params": params, **screens[plan], "time_ratio": ratio, "time_ratio_se": error,
@@ -126,8 +127,11 @@ def screen_all(arguments: argparse.Namespace, index: int, plans: list[Compressio
     setting = prepared(arguments)
     screener = Screener(setting)
     found = {}
+    began = time.monotonic()
     for number, plan in enumerate(plans):
         started = time.monotonic()
+        if started - began > arguments.screen_s:
+            break
         screen = screener.screen(plan, lambda text: None)
         spent = time.monotonic() - started
         kl = [value for value in screen.kl if value is not None]

@@ -118,8 +118,9 @@ class Beliefs:
         if name in self.residuals:
             residual, spread = self.residuals[name].predict(candidates)
             # of PerfNorm and SpeedNorm the forecast's own error is learnt as well (`search.study.taught`): a bound is
-            # not to be ruled out by a process that has seen three trials
-            least = 0.0 if name == "score" else error
+            # not to be ruled out by a process that has seen three trials, nor a Score by trials that were not timed
+            untimed = self.forecast.setting.formula.weight_speed * np.array([each.speed_norm_se for each in expected])
+            least = untimed if name == "score" else error
             mean, error = mean + UNITS[name] * residual, np.maximum(UNITS[name] * spread, least)
         return mean, np.maximum(error, LEAST_ERROR)
 

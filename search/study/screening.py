@@ -3,7 +3,8 @@
 What is reported of a shard orders plans as the study's goal does, where text can: for the Score it is
 w_perf · PerfNorm(shard) + w_speed · SpeedNorm(predicted), for every other goal PerfNorm(shard). Where the goal is time
 or size, PerfNorm does not say which of two plans is better, and the pruner is not asked. Under a goal that bounds
-PerfNorm, a plan ends as soon as its PerfNorm stays below the bound by two standard errors.
+PerfNorm, a plan ends as soon as its PerfNorm stays below the bound by two standard errors. Where times are forecast with
+an error, a plan does not end as long as that error leaves it a chance.
 """
 
 from __future__ import annotations
@@ -117,13 +118,20 @@ class Screening:
             missed = chance.misses(goal, self._known(plan, losses))
             if missed is not None:
                 return f"{missed} ({len(losses)} of {self._shards} shards)"
-        if goal.by_text and trial.should_prune():
+        if goal.by_text and trial.should_prune() and not self._may_be_faster(trial, plan, losses):
             named = "" if goal.is_score else "PerfNorm "
             return (
                 f"{named}{sum(values) / len(values):.3f}{self._best_of(trial, len(values))} "
                 f"({len(values)} of {self._shards} shards, {pruner.name})"
             )
         return None
+
+    def _may_be_faster(self, trial: optuna.Trial, plan: CompressionPlan, losses: Sequence[float]) -> bool:
+        """Return whether the error of the forecast time alone leaves the plan a chance: the pruner knows none of it."""
+        leader = best.best_trial(trial.study)
+        if leader is None or not self.forecast.complete:
+            return False
+        return self.setting.goal.can_beat(self._known(plan, losses), leader.value or 0.0)
 
     def _best_of(self, trial: optuna.Trial, shards: int) -> str:
         """What the best trial had on the same shards in the same screen; its value itself was measured later."""
