@@ -3,8 +3,8 @@
 What is reported of a shard orders plans as the study's goal does, where text can: for the Score it is
 w_perf · PerfNorm(shard) + w_speed · SpeedNorm(predicted), for every other goal PerfNorm(shard). Where the goal is time
 or size, PerfNorm does not say which of two plans is better, and the pruner is not asked. Under a goal that bounds
-PerfNorm, a plan ends as soon as its PerfNorm stays below the bound by two standard errors. Where times are forecast with
-an error, a plan does not end as long as that error leaves it a chance.
+PerfNorm, a plan ends as soon as its PerfNorm stays below the bound by two standard errors. Where times are forecast
+with an error, a plan does not end as long as that error leaves it a chance.
 """
 
 from __future__ import annotations
