@@ -1,8 +1,8 @@
 """GpuState holds what is known of a GPU at one moment, and GpuRecord what it did while something was timed.
 
-A clock is throttled where NVML, NVIDIA's management library, names a hardware or thermal slowdown, or where the power
-cap holds a busy GPU's clock well below its maximum. An idle GPU's low clock is none of these. See "Clocks Event
-Reasons" in https://docs.nvidia.com/deploy/nvml-api/group__nvmlClocksEventReasons.html.
+A clock is throttled where NVML, NVIDIA's management library, names a hardware or thermal slowdown. A power cap and an
+idle GPU's low clock are none of these: small cards run at their cap all the time. See "Clocks Event Reasons" in
+https://docs.nvidia.com/deploy/nvml-api/group__nvmlClocksEventReasons.html.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 SLOWDOWNS = ("hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown")
-WELL_BELOW = 0.8  # of the highest clock: where a power cap starts to count
 THROTTLED_SHARE = 0.25  # of the reads: the fastest twentieth of the steps leaves out what is shorter
 
 
@@ -61,12 +60,7 @@ class GpuState:
     def throttled_by(self) -> tuple[str, ...]:
         """The reasons that make a timing too long; empty where there is none, or none is known."""
         known = self.throttle_reasons or ()
-        found = tuple(reason for reason in known if reason in SLOWDOWNS)
-        capped = "sw_power_cap" in known and "gpu_idle" not in known
-        if capped and self.sm_clock_mhz is not None and self.sm_clock_max_mhz is not None:
-            slow = self.sm_clock_mhz < WELL_BELOW * self.sm_clock_max_mhz
-            return (*found, "sw_power_cap") if slow else found
-        return found
+        return tuple(reason for reason in known if reason in SLOWDOWNS)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GpuState:

@@ -141,7 +141,7 @@ class TableBench:
         self._built = plan
         return self._table.setting.model.path, "replay"
 
-    def measure(self, path, weights_sha256, baseline: Measurement, say, then=None, enough=None) -> Measurement:
+    def measure(self, path, weights_sha256, baseline: Measurement, say, then=None, **how) -> Measurement:
         self._clock.seconds += self._measured_s
         row = self._table.rows[self._built]
         error = self._table.setting.file.evaluation.score_se / self._table.setting.formula.weight_speed or 0.006

@@ -13,7 +13,7 @@ from typing import Any
 from compressors import build
 from compressors.build import Kernels
 from compressors.choices import DTYPES
-from compressors.errors import CheckpointError, InfeasiblePlan
+from compressors.errors import CheckpointError, CompressionError
 from compressors.model import checkpoint, family
 from compressors.model.transformers_version import config_for
 from compressors.plan import DIMENSIONS, CompressionPlan
@@ -139,7 +139,7 @@ class Setting:
             try:
                 predicted = build.predicted_bytes(plan, model.checkpoint, model.family)
                 self._sizes[plan] = predicted / measure.describe(model.path).bytes
-            except InfeasiblePlan:
+            except CompressionError:  # also a config that transformers refuses
                 self._sizes[plan] = math.inf
         return self._sizes[plan]
 

@@ -83,10 +83,19 @@ class Bench:
         say: Say,
         then: Callable[[EngineProcess], None] = lambda engine: None,
         enough: speed.Enough = speed.ALL_TURNS,
+        suspect_above: float | None = None,
     ) -> Measurement:
         """Measure the checkpoint in `path`, see `search.stages.measure`."""
         return measure.measure_checkpoint(
-            self.setting, self.engines, baseline, path, weights_sha256, say, then, enough=enough
+            self.setting,
+            self.engines,
+            baseline,
+            path,
+            weights_sha256,
+            say,
+            then,
+            enough=enough,
+            suspect_above=suspect_above,
         )
 
     def begin(self, say: Say, *, forecast: bool) -> Measurement:

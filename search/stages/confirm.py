@@ -28,6 +28,7 @@ from search.setup.setting import Setting
 from search.stages import build, confirmed
 from search.stages.confirmed import Asked, Model, Record, Result
 from search.stages.engines import LITTLE, once_more
+from search.stages.engines import started as started_engine
 
 ENGINE_BYTES = 3 << 29  # of a GPU's memory that an engine takes beside its weights
 SERVER_BYTES = 3 << 30  # the same with the server's own settings
@@ -235,7 +236,7 @@ class _Confirmation:
         def start(number: int) -> None:
             log = logs / f"engine-confirm-{number}.log"
             try:
-                engine = EngineProcess(self.setting.machine.backend, places[number], self.settings, log=log)
+                engine = started_engine(self.setting.machine.backend, places[number], self.settings, log)
             except EvaluationError as error:
                 errors[number] = error
             else:

@@ -10,12 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+from evaluator.backends import EngineSettings
 from evaluator.errors import EngineCrashed, EvaluationError
 from evaluator.process import EngineProcess
 from search.say import Say
 from search.setup.setting import Setting
 
 T = TypeVar("T")
+PORT_TAKEN, PORT_TRIES = "EADDRINUSE", 3  # vLLM looks for a free port first and takes it later
 LITTLE = 0.02  # share of a GPU that an engine with random weights asks for; it takes what it needs
 
 
@@ -62,7 +64,7 @@ class Engines:
         settings = self._settings
         if random_weights:
             settings = dataclasses.replace(settings, random_weights=True, gpu_memory_utilization=LITTLE)
-        return EngineProcess(self._backend, path, settings, log=self._logs / f"engine-{name}.log")
+        return started(self._backend, path, settings, self._logs / f"engine-{name}.log")
 
     def close(self) -> None:
         """End the base model's engine; one that is just being started ends with this process."""
@@ -82,6 +84,21 @@ class Engines:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def started(backend: str, path: Path, settings: EngineSettings, log: Path) -> EngineProcess:
+    """Start an engine; again where it chose a port that another engine, started at once, had chosen too.
+
+    Raises:
+        EvaluationError: It can't be started.
+    """
+    for _ in range(PORT_TRIES):
+        try:
+            return EngineProcess(backend, path, settings, log=log)
+        except EngineCrashed as error:
+            if PORT_TAKEN not in str(error):
+                raise
+    return EngineProcess(backend, path, settings, log=log)
 
 
 def once_more(work: Callable[[], T], say: Say) -> T:

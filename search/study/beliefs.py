@@ -152,7 +152,7 @@ class Beliefs:
         for name in quantities(self.goal):
             (mean,), (error,) = self.of(name, [params])
             score = dataclasses.replace(score, **{name: float(mean), f"{name}_se": float(error)})
-        return Known(score, self.forecast.setting.size_ratio(plan))
+        return Known(score, self.forecast.setting.size_ratio(plan) if self.goal.objective == "size" else math.nan)
 
 
 @dataclasses.dataclass(frozen=True)

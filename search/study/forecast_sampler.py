@@ -9,6 +9,7 @@ the probability that it reaches the goal's bounds, among a random sample of the 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -102,7 +103,8 @@ class ForecastSampler(optuna.samplers.BaseSampler):
         goal, forecast = self._forecast.setting.goal, self._forecast
 
         def value(plan: CompressionPlan) -> float:
-            known = Known(forecast.expected(plan), forecast.setting.size_ratio(plan))
+            size = forecast.setting.size_ratio(plan) if goal.objective == "size" else math.nan  # it takes milliseconds
+            known = Known(forecast.expected(plan), size)
             missed = sum(max(each, 0.0) for each in goal.constraints(known).values())
             return goal.value(known) - MISSED * missed
 

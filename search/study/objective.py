@@ -38,6 +38,8 @@ from search.study.forecast_sampler import NOTHING_LEFT
 from search.study.record import Record
 from search.study.screening import Screening
 
+SLOW = 0.03  # of the base model's time: what one process of ten was too slow by at least, on an H100
+
 
 class TrialFailed(Exception):
     """A trial that can't be built or measured; the study continues."""
@@ -251,6 +253,15 @@ class Objective:
         lost = self.goal.lost_above(value, perf_norm, (formula.weight_perf, formula.weight_speed))
         return speed.Enough(wanted, lost)
 
+    def _suspect_above(self, plan: CompressionPlan, enough: speed.Enough) -> float | None:
+        """Return the time ratio that the speed table calls too long to be true; None where that decides nothing."""
+        if self.forecast.speed is None:
+            return None
+        ratio, error = self.forecast.time_ratio(plan)
+        if enough.lost_above is not None and ratio > enough.lost_above:
+            return None  # it loses at the forecast time, too
+        return ratio + max(SLOW, speed.SURE * error)
+
     def _measure(self, trial: optuna.Trial, record: Record, plan: CompressionPlan, its_screen: Screen) -> Measurement:
         self._enter(trial, record, "build")
         try:
@@ -263,7 +274,14 @@ class Objective:
             self._require_chance(trial, record, "build", built.without_forecast())
         self._enter(trial, record, "measure")
         enough = self._enough(trial, its_screen, self.bench.base_nll(self.say))
-        measured = self.bench.measure(path, weights_sha256, self.baseline, self.say, enough=enough)
+        measured = self.bench.measure(
+            path,
+            weights_sha256,
+            self.baseline,
+            self.say,
+            enough=enough,
+            suspect_above=self._suspect_above(plan, enough),
+        )
         return with_screen(measured, its_screen)
 
     def _screen(self, trial: optuna.Trial, record: Record, plan: CompressionPlan, *, prune: bool) -> Screen:

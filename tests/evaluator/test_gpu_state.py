@@ -44,13 +44,10 @@ def test_an_idle_gpu_and_chosen_clocks_are_not_throttled():
     assert GpuState().throttled_by == ()
 
 
-def test_a_power_cap_counts_where_it_holds_the_clock_well_below_its_maximum():
-    def at(mhz):
-        return GpuState(sm_clock_mhz=mhz, sm_clock_max_mhz=1980, throttle_reasons=("sw_power_cap",)).throttled_by
-
-    assert at(1900) == ()
-    assert at(1200) == ("sw_power_cap",)
-    assert GpuState(throttle_reasons=("sw_power_cap",)).throttled_by == ()  # no clock, no verdict
+def test_a_power_cap_is_recorded_and_is_no_fault():  # a card of 70 W runs so all the time, and the server's too
+    capped = GpuState(sm_clock_mhz=1200, sm_clock_max_mhz=1980, throttle_reasons=("sw_power_cap",))
+    assert capped.throttle_reasons == ("sw_power_cap",)
+    assert capped.throttled_by == ()
 
 
 class Steps:
