@@ -167,7 +167,9 @@ def collect_all(
     *,
     first: bool = True,
 ) -> list[dict[int, Turns]]:
-    """Return the raw step times of several engines, taken in turn, there and back: turns of seconds by batch size.
+    """Return the raw step times of several engines, taken in turn: turns of seconds by batch size.
+
+    Every round of turns begins with the next engine: two engines go there and back.
 
     Args:
         engines: The engines; one of them twice is timed as two.
@@ -186,10 +188,13 @@ def collect_all(
         if first:
             for engine in engines:
                 turn(engine)
+        elif len(engines) > 2:
+            turn(engines[-1])  # or the first one might follow itself, which no other does
         turns: list[list[list[float]]] = [[] for _ in engines]
         pairs = list(zip(engines, turns, strict=True))
         for index in range(workload.turns):
-            for engine, samples in pairs if index % 2 == 0 else reversed(pairs):
+            head = index % len(pairs)  # there and back, the outer engines alone would be timed twice in a row, and warm
+            for engine, samples in (*pairs[head:], *pairs[:head]):
                 samples.append(turn(engine))
                 done += 1
                 if progress is not None:

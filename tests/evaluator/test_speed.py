@@ -157,4 +157,23 @@ def test_several_candidates_are_timed_in_turn_with_one_baseline():
         {1: pytest.approx(0.5), 4: pytest.approx(0.5)},
         {1: pytest.approx(1.5), 4: pytest.approx(1.5)},
     ]
-    assert "".join(name for name, *_ in calls) == 2 * ("0ab" + 2 * ("0ab" + "ba0"))
+    assert "".join(name for name, *_ in calls) == 2 * ("0ab" + "0ab" + "ab0" + "b0a" + "0ab")
+
+
+class Warm:
+    """An engine that is 1% faster when the turn before was its own."""
+
+    def __init__(self, last):
+        self.last = last
+
+    def decode_steps(self, batch_size, prompt_tokens, steps, seed):
+        warm, self.last[:] = self.last == [self], [self]
+        return [0.99e-3 if warm else 1e-3] * steps
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 3, 4])
+def test_no_engine_gains_by_its_place_in_the_order(candidates):
+    last = []
+    workload = Workload(batch_sizes=(1,), prompt_tokens=9, decode_steps=5, turns=16)
+    timings = speed.time_all([Warm(last) for _ in range(candidates)], Warm(last), workload, 1e-9)
+    assert [timing[1].time_ratio for timing in timings] == [pytest.approx(1.0, abs=1e-4)] * candidates
