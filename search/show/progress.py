@@ -147,9 +147,12 @@ def score_text(score: float, error: float | None) -> str:
 
 
 def _stages(stages: Mapping[str, tuple[float, float]]) -> str:
-    """Return the stages that take time, each with its mean time and the share of the trials that reach it."""
-    parts = [f"{stage} {mean:.0f} s in {share:.0%}" for stage, (mean, share) in stages.items() if mean * share >= 0.05]
-    return ", ".join(parts) + " of trials" if parts else "no stage takes long"
+    """Return the stages that take a second or more, each with its mean time and the share of the trials that reach it."""
+    long = {stage: (mean, share) for stage, (mean, share) in stages.items() if mean >= 0.5}
+    parts = [
+        f"{stage} {mean:.0f} s" + ("" if share > 0.995 else f" ({share:.0%})") for stage, (mean, share) in long.items()
+    ]
+    return "a trial takes " + " + ".join(parts) if parts else "a trial takes no second"
 
 
 def _left(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ class TimeLeft:
         return dataclasses.asdict(self)
 
 
-def estimate(done: Sequence[FrozenTrial], trials: int, workers: int) -> TimeLeft | None:
+def estimate(done: Sequence[FrozenTrial], trials: int, workers: int, limit_s: float = math.inf) -> TimeLeft | None:
     """Return the time that the missing trials will take; None before a trial has shown how long stages take.
 
     A stage counts with the share of trials that reach it: most end at the screen, and few are measured.
@@ -39,6 +40,7 @@ def estimate(done: Sequence[FrozenTrial], trials: int, workers: int) -> TimeLeft
         done: The finished trials.
         trials: The number of finished trials that the study is to hold.
         workers: The number of trials that run at once.
+        limit_s: The seconds after which no trial begins.
     """
     told = [trial for trial in done if "seconds" in trial.user_attrs and not is_base_model(trial)]
     suggested = [trial for trial in told if "fixed_params" not in trial.system_attrs]
@@ -54,4 +56,4 @@ def estimate(done: Sequence[FrozenTrial], trials: int, workers: int) -> TimeLeft
         share = sum(stage in trial.user_attrs["seconds"] for trial in counted) / len(counted)
         stages[stage] = (sum(seconds) / len(seconds), share)
     each = sum(mean * share for mean, share in stages.values())
-    return TimeLeft(each * max(trials - len(done), 0) / workers, stages)
+    return TimeLeft(min(each * max(trials - len(done), 0) / workers, limit_s), stages)

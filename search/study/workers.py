@@ -178,7 +178,7 @@ def _until_finished(running: _Running, team: Team) -> None:
         running.stop.check()
         everything = study.get_trials(deepcopy=False)
         done = trials.finished(everything)
-        left = time_left.estimate(done, file.trials, team.size)
+        left = time_left.estimate(done, file.trials, team.size, _limit_s(running))
         known = {
             "left": None if left is None else left.to_dict(),
             **_best(study, running.setting.goal),
@@ -221,12 +221,17 @@ def _why_early(
 ) -> str | None:
     """Say why no further trial is begun; None where one is."""
     limits = running.setting.file.limits
-    left_s = math.inf if limits.time is None else limits.time - (time.monotonic() - running.began)
     return (
-        ending.out_of_time(done, left_s)
+        ending.out_of_time(done, _limit_s(running))
         or ending.out_of_patience(done, limits.patience, running.setting.goal)
         or ending.nothing_left(everything, began)
     )
+
+
+def _limit_s(running: _Running) -> float:
+    """Return the seconds that limits.time leaves; inf without a limit."""
+    limit = running.setting.file.limits.time
+    return math.inf if limit is None else max(limit - (time.monotonic() - running.began), 0.0)
 
 
 def _running_elsewhere(everything: list[FrozenTrial], pids: set[int]) -> int:

@@ -179,6 +179,7 @@ def test_the_time_left_counts_each_stage_with_the_share_that_reaches_it():
     assert "baseline" not in left.stages
     assert time_left.estimate([*queued, *suggested], 16, 2).seconds == pytest.approx(left.seconds / 2)
     assert time_left.estimate([*queued, *suggested], 6, 1).seconds == 0
+    assert time_left.estimate([*queued, *suggested], 16, 1, limit_s=1.5).seconds == 1.5
     assert time_left.estimate(queued[:1], 16, 1) is None
     assert time_left.estimate([], 16, 1) is None
     assert time_left.estimate(queued, 4, 1).seconds == pytest.approx(2 * 60)

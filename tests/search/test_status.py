@@ -224,5 +224,5 @@ def test_the_time_left_is_told_by_stage(capsys):
     with progress.Live(20) as live:
         live({"event": "done", **done})
         live({"event": "done", **done})  # within a minute
-    said = "… 5 of 20 trials, about 3 min left: screen 2 s in 100%, measure 38 s in 20% of trials"
+    said = "… 5 of 20 trials, about 3 min left: a trial takes screen 2 s + measure 38 s (20%)"
     assert capsys.readouterr().err.splitlines() == [said]
