@@ -147,7 +147,7 @@ def score_text(score: float, error: float | None) -> str:
 
 
 def _stages(stages: Mapping[str, tuple[float, float]]) -> str:
-    """Return the stages that take a second or more, each with its mean time and the share of the trials that reach it."""
+    """Return the stages of a second or more, each with its mean time and the share of the trials that reach it."""
     long = {stage: (mean, share) for stage, (mean, share) in stages.items() if mean >= 0.5}
     parts = [
         f"{stage} {mean:.0f} s" + ("" if share > 0.995 else f" ({share:.0%})") for stage, (mean, share) in long.items()
