@@ -31,7 +31,7 @@ from search.stages.forecast import Forecast
 from search.stages.screen import Screener
 from search.study import space
 
-RATIO_SE = 0.003
+RATIO_SE, TURNS = 0.006, 16  # hundreds of shapes are timed
 
 
 def main() -> None:
@@ -160,12 +160,13 @@ def time_shapes(setting: settings.Setting, shapes: set) -> dict:
     began = time.monotonic()
     with Engines(setting) as engines:
         baseline = engines.baseline()
+        workload = dataclasses.replace(setting.workload, turns=min(setting.workload.turns, TURNS))
         together = speed_table._together(setting, engines)
         for start in range(0, len(plans), together):
             group = list(plans)[start : start + together]
             with speed_table._started(setting, engines, [plans[shape] for shape in group], said) as running:
                 ready = [(shape, engine) for shape, engine in zip(group, running, strict=True) if engine is not None]
-                timed = speed.time_all([engine for _, engine in ready], baseline, setting.workload, RATIO_SE)
+                timed = speed.time_all([engine for _, engine in ready], baseline, workload, RATIO_SE)
             for (shape, _), timings in zip(ready, timed, strict=True):
                 weights = {size: timing.base_time_per_token_ms for size, timing in timings.items()}
                 total = sum(weights.values())
