@@ -202,8 +202,9 @@ def _distilled(rows: Sequence[FinalistRow], best: BestOfAll) -> list[RenderableT
 def _confirmed(rows: Sequence[ConfirmedRow], best: ConfirmedRow | None) -> list[RenderableType]:
     """Return the table of the confirmed trials, and a line for each that failed and for each remark."""
     texts = sorted({row.text for row in rows if row.text is not None})
+    star = "the best trial" if any(row.of_goal is not None for row in rows) else "the best Score"
     table = Table(
-        title=f"Confirmed on the {' and '.join(texts)} (★ the best Score; 95% intervals in the verdicts)",
+        title=f"Confirmed on the {' and '.join(texts)} (★ {star}; verdicts on the Score, with 95% intervals)",
         title_justify="left",
         box=None,
         pad_edge=False,
