@@ -16,7 +16,6 @@ from compressors.model import model_directory
 from compressors.model.transformers_version import retarget
 from compressors.plan import DESCRIPTION, CompressionPlan
 from evaluator.measurement import Measurement
-from evaluator.process import EngineProcess
 from search import files
 from search.by_hand.evaluation import RESULT, evaluation_of
 from search.errors import SearchError, UsageError
@@ -30,6 +29,7 @@ from search.show.confirmed_row import ConfirmedRow
 from search.stages import measurements
 from search.stages.baseline import as_trial
 from search.stages.bench import Bench
+from search.stages.engines import start_engine
 from search.stages.screen import with_screen
 from search.study import best, status
 from search.study.trials import is_base_model
@@ -226,9 +226,8 @@ def compare(setting: Setting, path: Path, measurement: Measurement, say: Callabl
         SearchError: The logits differ.
     """
     say("loading the export in a fresh engine")
-    with EngineProcess(
-        setting.machine.backend, path, setting.engine_settings, log=setting.outputs / "logs" / "engine-export.log"
-    ) as engine:
+    log = setting.outputs / "logs" / "engine-export.log"
+    with start_engine(setting.machine.backend, path, setting.engine_settings, log) as engine:
         logits_sha256 = engine.logits_sha256(setting.texts.shards[0][0])
     if logits_sha256 != measurement.logits_sha256:
         raise SearchError(

@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from compressors.files import alone
 from evaluator import measure, speed
 from evaluator.backends import EngineSettings
@@ -27,13 +25,10 @@ from search.setup.machine import free_memory
 from search.setup.setting import Setting
 from search.stages import build, confirmed
 from search.stages.confirmed import Asked, Model, Record, Result
-from search.stages.engines import LITTLE, once_more
-from search.stages.engines import started as started_engine
+from search.stages.engines import ENGINE_BYTES, LITTLE, once_more, room_on_gpu, start_engine
 
-ENGINE_BYTES = 3 << 29  # of a GPU's memory that an engine takes beside its weights
-SERVER_BYTES = 3 << 30  # the same with the server's own settings
+SERVER_BYTES = 3 << 30  # of a GPU's memory that an engine with the server's own settings takes beside its weights
 HOST_BYTES = 1 << 29  # of a machine's memory that an engine on the CPU takes beside its weights
-SHARE_OF_FREE = 0.8  # of a GPU's memory that engines which are timed together may take
 SHARE_OF_HOST = 0.5
 SHARE_IN_ALL = 0.95  # of a GPU that engines take which ask for a share of it
 TOGETHER = 8  # models beside the base model, at most
@@ -151,7 +146,7 @@ class _Confirmation:
             if not _fixed_cache(server) or "gpu_memory_utilization" in server:
                 return max(1, int(SHARE_IN_ALL / self.settings.gpu_memory_utilization) - 1)
             each = size + (SERVER_BYTES if server else ENGINE_BYTES)
-            room = int(SHARE_OF_FREE * torch.cuda.mem_get_info()[0]) // each - 1
+            room = room_on_gpu(each) - 1
         else:
             free = free_memory(self.setting.machine.device)
             room = 1 if free is None else int(SHARE_OF_HOST * free) // (size + HOST_BYTES) - 1
@@ -236,7 +231,7 @@ class _Confirmation:
         def start(number: int) -> None:
             log = logs / f"engine-confirm-{number}.log"
             try:
-                engine = started_engine(self.setting.machine.backend, places[number], self.settings, log)
+                engine = start_engine(self.setting.machine.backend, places[number], self.settings, log)
             except EvaluationError as error:
                 errors[number] = error
             else:

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+import torch
+
 from evaluator.backends import EngineSettings
 from evaluator.errors import EngineCrashed, EvaluationError
 from evaluator.process import EngineProcess
@@ -18,6 +20,8 @@ from search.setup.setting import Setting
 
 T = TypeVar("T")
 PORT_TAKEN, PORT_TRIES = "EADDRINUSE", 3  # vLLM looks for a free port first and takes it later
+ENGINE_BYTES = 3 << 29  # of a GPU's memory that an engine takes beside its weights
+SHARE_OF_FREE = 0.8  # of a GPU's free memory that engines side by side may take
 LITTLE = 0.02  # share of a GPU that an engine with random weights asks for; it takes what it needs
 
 
@@ -64,7 +68,7 @@ class Engines:
         settings = self._settings
         if random_weights:
             settings = dataclasses.replace(settings, random_weights=True, gpu_memory_utilization=LITTLE)
-        return started(self._backend, path, settings, self._logs / f"engine-{name}.log")
+        return start_engine(self._backend, path, settings, self._logs / f"engine-{name}.log")
 
     def close(self) -> None:
         """End the base model's engine; one that is just being started ends with this process."""
@@ -86,7 +90,7 @@ class Engines:
         self.close()
 
 
-def started(backend: str, path: Path, settings: EngineSettings, log: Path) -> EngineProcess:
+def start_engine(backend: str, path: Path, settings: EngineSettings, log: Path) -> EngineProcess:
     """Start an engine; again where it chose a port that another engine, started at once, had chosen too.
 
     Raises:
@@ -99,6 +103,11 @@ def started(backend: str, path: Path, settings: EngineSettings, log: Path) -> En
             if PORT_TAKEN not in str(error):
                 raise
     return EngineProcess(backend, path, settings, log=log)
+
+
+def room_on_gpu(each: int) -> int:
+    """Return how many engines that take `each` bytes fit side by side into the free memory of the GPU."""
+    return int(SHARE_OF_FREE * torch.cuda.mem_get_info()[0]) // each
 
 
 def once_more(work: Callable[[], T], say: Say) -> T:

@@ -16,8 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from compressors import build, cached
 from compressors.choices import SCHEMES
 from compressors.files import digest_of_json, write_json
@@ -33,12 +31,10 @@ from search.processes import abandoned, mark
 from search.say import Say
 from search.setup import keys
 from search.setup.setting import Setting
-from search.stages.engines import Engines
+from search.stages.engines import ENGINE_BYTES, Engines, room_on_gpu
 
 LOG = logging.getLogger(__name__)
 TOGETHER = 9  # engines that are started and timed together on a GPU, at most
-ENGINE_BYTES = 3 << 29  # of a GPU's memory that an engine takes beside its weights
-SHARE_OF_FREE = 0.8  # of a GPU's memory that engines which are timed together may take
 TURNS = 24  # of each probe, at most
 RATIO_SE = 0.008  # the standard error of each probe's time ratio that is small enough to end its timing
 DEPTH = 0.75
@@ -190,8 +186,7 @@ def _together(setting: Setting, engines: Engines) -> int:
     if setting.machine.device != "cuda":
         return 1
     engines.baseline()
-    each = setting.model.checkpoint.size_bytes + ENGINE_BYTES
-    return max(1, min(TOGETHER, int(SHARE_OF_FREE * torch.cuda.mem_get_info()[0]) // each))
+    return max(1, min(TOGETHER, room_on_gpu(setting.model.checkpoint.size_bytes + ENGINE_BYTES)))
 
 
 def _timed(

@@ -285,8 +285,8 @@ class Objective:
         return with_screen(measured, its_screen)
 
     def _screen(self, trial: optuna.Trial, record: Record, plan: CompressionPlan, *, prune: bool) -> Screen:
-        climbing = Screening(self.setting, self.bench, self.forecast, self.say, self.on_stage)
-        return climbing.screen(trial, record, plan, prune=prune)
+        screening = Screening(self.setting, self.bench, self.forecast, self.say, self.on_stage)
+        return screening.screen(trial, record, plan, prune=prune)
 
     def _enter(self, trial: optuna.Trial, record: Record, stage: str | None) -> None:
         now = time.monotonic()
