@@ -27,6 +27,7 @@ from search.setup import setting as settings
 from search.stages import damage_table, speed_table
 from search.stages.engines import Engines
 from search.stages.screen import Screener
+from search.stages.side_by_side import SideBySide, fitting
 from search.study.space import shareable
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -245,10 +246,12 @@ def compare(setting: settings.Setting, engines: Engines, table, plans: int) -> l
             chosen.append(plan)
     rows = []
     workload = setting.workload
-    together = speed_table._together(setting, engines)
-    for start in range(0, len(chosen), together):
-        group = chosen[start : start + together]
-        with speed_table._started(setting, engines, group, print) as running:
+    engines.baseline()
+    while chosen:
+        group = chosen[: max(1, fitting(setting, chosen))]
+        chosen = chosen[len(group) :]
+        with SideBySide(setting, engines, group) as side_by_side:
+            running = side_by_side.ready(print)
             assert all(running)
             base, *turns = speed.collect_all([engines.baseline(), *running], workload)
         for plan, own_turns in zip(group, turns, strict=True):

@@ -29,6 +29,7 @@ from search.stages.bench import Bench
 from search.stages.engines import Engines
 from search.stages.forecast import Forecast
 from search.stages.screen import Screener
+from search.stages.side_by_side import SideBySide, fitting
 from search.study import space
 
 RATIO_SE, TURNS = 0.006, 16  # hundreds of shapes are timed
@@ -161,11 +162,12 @@ def time_shapes(setting: settings.Setting, shapes: set) -> dict:
     with Engines(setting) as engines:
         baseline = engines.baseline()
         workload = dataclasses.replace(setting.workload, turns=min(setting.workload.turns, TURNS))
-        together = speed_table._together(setting, engines)
-        for start in range(0, len(plans), together):
-            group = list(plans)[start : start + together]
-            with speed_table._started(setting, engines, [plans[shape] for shape in group], said) as running:
-                ready = [(shape, engine) for shape, engine in zip(group, running, strict=True) if engine is not None]
+        start = 0
+        while left := list(plans)[start:]:
+            group = left[: max(1, fitting(setting, [plans[shape] for shape in left]))]
+            with SideBySide(setting, engines, [plans[shape] for shape in group]) as running:
+                each = zip(group, running.ready(said), strict=True)
+                ready = [(shape, engine) for shape, engine in each if engine is not None]
                 timed = speed.time_all([engine for _, engine in ready], baseline, workload, RATIO_SE)
             for (shape, _), timings in zip(ready, timed, strict=True):
                 weights = {size: timing.base_time_per_token_ms for size, timing in timings.items()}
@@ -173,7 +175,8 @@ def time_shapes(setting: settings.Setting, shapes: set) -> dict:
                 ratio = sum(weights[size] * timing.time_ratio for size, timing in timings.items()) / total
                 error = math.hypot(*(weights[size] * timing.time_ratio_se for size, timing in timings.items())) / total
                 found[shape] = (round(ratio, 5), round(error, 5))
-            said(f"timed {start + len(group)} of {len(plans)} shapes, {time.monotonic() - began:.0f} s")
+            start += len(group)
+            said(f"timed {start} of {len(plans)} shapes, {time.monotonic() - began:.0f} s")
     return found
 
 

@@ -17,6 +17,7 @@ from search.setup.setting import Setting
 from search.stages import baseline, build, damage_table, measure, speed_table
 from search.stages.engines import Engines
 from search.stages.screen import Screen, Screener
+from search.stages.side_by_side import Ahead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Bench:
     def begin(self, say: Say, *, forecast: bool) -> Measurement:
         """Return the base model's measurement; make the tables that forecast plans, as far as they are missing.
 
-        The damage table comes first: the base model's engine starts meanwhile.
+        The damage table comes first: the base model's engine and, on a GPU, those of the speed table start meanwhile.
 
         Args:
             say: Told what is done.
@@ -110,10 +111,13 @@ class Bench:
         Raises:
             EvaluationError: The base model or its engine is broken.
         """
-        if forecast:
-            self.engines.begin()
+        if not forecast:
+            return self.baseline(say)
+        timed = self.setting.file.evaluation.speed == "measured"
+        probes = [plan for plan, _ in speed_table.missing(self.setting)] if timed else []
+        with Ahead(self.setting, self.engines, probes) as ahead:
             damage_table.damage_table(self.setting, self.screener, say)
-        baseline = self.baseline(say)
-        if forecast and self.setting.file.evaluation.speed == "measured":
-            speed_table.speed_table(self.setting, self.engines, say)
+            baseline = self.baseline(say)
+            if timed:
+                speed_table.speed_table(self.setting, self.engines, say, ahead)
         return baseline

@@ -146,7 +146,7 @@ class _Confirmation:
             if not _fixed_cache(server) or "gpu_memory_utilization" in server:
                 return max(1, int(SHARE_IN_ALL / self.settings.gpu_memory_utilization) - 1)
             each = size + (SERVER_BYTES if server else ENGINE_BYTES)
-            room = room_on_gpu(each) - 1
+            room = room_on_gpu() // each - 1
         else:
             free = free_memory(self.setting.machine.device)
             room = 1 if free is None else int(SHARE_OF_HOST * free) // (size + HOST_BYTES) - 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from evaluator.backends import EngineSettings
-from evaluator.errors import EngineCrashed, EvaluationError
+from evaluator.errors import EngineCrashed
 from evaluator.process import EngineProcess
 from search.say import Say
 from search.setup.setting import Setting
@@ -33,18 +32,6 @@ class Engines:
         self._base_path, self._logs = setting.model.path, setting.outputs / "logs"
         self._baseline: EngineProcess | None = None
         self._starting = threading.Lock()
-
-    def begin(self) -> None:
-        """Start the base model's engine in the background: with the engine's libraries that takes up to 100 s.
-
-        If it can't be started, `baseline` tries again and raises what is wrong.
-        """
-
-        def work() -> None:
-            with contextlib.suppress(EvaluationError):
-                self.baseline()
-
-        threading.Thread(target=work, daemon=True).start()
 
     def baseline(self) -> EngineProcess:
         """Return the base model's engine; it is started when it is first wanted, and again after it died."""
@@ -105,9 +92,9 @@ def start_engine(backend: str, path: Path, settings: EngineSettings, log: Path) 
     return EngineProcess(backend, path, settings, log=log)
 
 
-def room_on_gpu(each: int) -> int:
-    """Return how many engines that take `each` bytes fit side by side into the free memory of the GPU."""
-    return int(SHARE_OF_FREE * torch.cuda.mem_get_info()[0]) // each
+def room_on_gpu() -> int:
+    """Return the bytes of the GPU's free memory that engines side by side may take."""
+    return int(SHARE_OF_FREE * torch.cuda.mem_get_info()[0])
 
 
 def once_more(work: Callable[[], T], say: Say) -> T:

@@ -6,39 +6,32 @@ outputs/forecast.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import logging
-import shutil
-from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from compressors import build, cached
 from compressors.choices import SCHEMES
-from compressors.files import digest_of_json, write_json
+from compressors.files import digest_of_json
 from compressors.model.family import head_dim
 from compressors.plan import CompressionPlan
 from evaluator import backends, speed
-from evaluator.errors import EvaluationError
 from evaluator.gpu_watch import GpuWatch
-from evaluator.process import EngineProcess
 from evaluator.speed_table import VERSION, Probe, Shape, SpeedTable
 from search.config.study_file import Range
-from search.processes import abandoned, mark
 from search.say import Say
 from search.setup import keys
 from search.setup.setting import Setting
-from search.stages.engines import ENGINE_BYTES, Engines, room_on_gpu
+from search.stages.engines import Engines
+from search.stages.side_by_side import Ahead, SideBySide, fitting
 
 LOG = logging.getLogger(__name__)
-TOGETHER = 9  # engines that are started and timed together on a GPU, at most
 TURNS = 24  # of each probe, at most
 RATIO_SE = 0.008  # the standard error of each probe's time ratio that is small enough to end its timing
 DEPTH = 0.75
-PROBES = "probes-"  # + the worker's mark: the directory of the models that are timed
 TRIED = 200  # plans near one that the engine refuses
 WIDTHS = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_size")
 
@@ -154,61 +147,68 @@ def _servable(setting: Setting, plan: CompressionPlan) -> bool:
     return (refused or build.check(plan, model.checkpoint, model.family, kernels=setting.kernels)) is None
 
 
-def speed_table(setting: Setting, engines: Engines, say: Say) -> SpeedTable | None:
+def missing(setting: Setting) -> list[tuple[CompressionPlan, bool]]:
+    """Return the probes that the table lacks, as `probes` does."""
+    table = known(setting)
+    timed = set() if table is None else {probe.shape for probe in table.probes}
+    return [(plan, check) for plan, check in probes(setting) if shape_of(setting, plan) not in timed]
+
+
+def speed_table(setting: Setting, engines: Engines, say: Say, ahead: Ahead | None = None) -> SpeedTable | None:
     """Return the table; time what it lacks. None where no probe could be timed.
 
     Args:
         setting: What the study shares.
         engines: The worker's engines; the baseline's is timed in turn with each probe.
         say: Told what is done.
+        ahead: Engines of the first missing probes that are starting already.
 
     Raises:
         EvaluationError: The baseline's engine failed.
     """
     table = known(setting) or SpeedTable(_base_shape(setting), {}, ())
-    timed = {probe.shape for probe in table.probes}
-    missing = [(plan, check) for plan, check in probes(setting) if shape_of(setting, plan) not in timed]
-    if not missing:
-        return table if table.probes else None
-    together = _together(setting, engines)
-    for start in range(0, len(missing), together):
-        group = missing[start : start + together]
-        last = start + len(group)
-        models = f"model {last}" if len(group) == 1 else f"models {start + 1} to {last}"
-        say(f"speed table: {models} of {len(missing)}")
-        table = _timed(setting, engines, table, group, say)
+    left = dict(missing(setting))  # plan → whether it only checks
+    total, done = len(left), 0
+    while left:
+        group = ahead.take() if ahead is not None and not done else None
+        if group is None:
+            engines.baseline()  # its memory is taken before there is counted what fits
+            plans = list(left)
+            group = SideBySide(setting, engines, plans[: max(1, fitting(setting, plans))])
+        last = done + len(group.plans)
+        say(f"speed table: {f'model {last}' if last == done + 1 else f'models {done + 1} to {last}'} of {total}")
+        with group:
+            table = _timed(setting, engines, table, [(plan, left.pop(plan)) for plan in group.plans], group, say)
+        done = last
         cached.keep_json(path_of(setting), table.to_dict())
     return table if table.probes else None
 
 
-def _together(setting: Setting, engines: Engines) -> int:
-    """Return how many engines run side by side beside the baseline's: on a GPU what its memory holds."""
-    if setting.machine.device != "cuda":
-        return 1
-    engines.baseline()
-    return max(1, min(TOGETHER, room_on_gpu(setting.model.checkpoint.size_bytes + ENGINE_BYTES)))
-
-
 def _timed(
-    setting: Setting, engines: Engines, table: SpeedTable, group: Sequence[tuple[CompressionPlan, bool]], say: Say
+    setting: Setting,
+    engines: Engines,
+    table: SpeedTable,
+    pairs: Sequence[tuple[CompressionPlan, bool]],
+    group: SideBySide,
+    say: Say,
 ) -> SpeedTable:
     baseline = engines.baseline()
-    with _started(setting, engines, [plan for plan, _ in group], say) as running:
-        ready = [(pair, engine) for pair, engine in zip(group, running, strict=True) if engine is not None]
-        if not ready:
-            return table
-        workload = dataclasses.replace(setting.workload, turns=min(setting.workload.turns, TURNS))
-        watch = GpuWatch.of(baseline.facts())
+    running = group.ready(say)
+    ready = [(pair, engine) for pair, engine in zip(pairs, running, strict=True) if engine is not None]
+    if not ready:
+        return table
+    workload = dataclasses.replace(setting.workload, turns=min(setting.workload.turns, TURNS))
+    watch = GpuWatch.of(baseline.facts())
 
-        def progress(done: int, total: int) -> None:
-            watch.look()
-            if total > 1:
-                say(f"speed table: {done} of {total} started models are timed")
+    def progress(done: int, total: int) -> None:
+        watch.look()
+        if total > 1:
+            say(f"speed table: {done} of {total} started models are timed")
 
-        each = [engine for _, engine in ready]
-        every = watch.steady(lambda: speed.time_all(each, baseline, workload, RATIO_SE, progress))
-        for text in watch.record.warnings if watch.record else ():
-            LOG.warning("speed table: %s", text)
+    each = [engine for _, engine in ready]
+    every = watch.steady(lambda: speed.time_all(each, baseline, workload, RATIO_SE, progress))
+    for text in watch.record.warnings if watch.record else ():
+        LOG.warning("speed table: %s", text)
     for (plan, check), timings in zip([pair for pair, _ in ready], every, strict=True):
         probe = Probe(
             shape_of(setting, plan),
@@ -221,49 +221,3 @@ def _timed(
             table = dataclasses.replace(table, base_ms=base_ms)
         table = table.with_probe(probe)
     return table
-
-
-@contextlib.contextmanager
-def _started(
-    setting: Setting, engines: Engines, plans: Sequence[CompressionPlan], say: Say
-) -> Iterator[list[EngineProcess | None]]:
-    """Start an engine for each plan; one that can't be started is None, and the reason is told."""
-    tables = setting.outputs / "forecast"
-    for left_over in tables.glob(f"{PROBES}*"):  # of a process that was killed
-        if abandoned(left_over, left_over.name.removeprefix(PROBES)):
-            shutil.rmtree(left_over, ignore_errors=True)
-    root = tables / f"{PROBES}{mark()}"
-
-    def start(number: int) -> EngineProcess | None:
-        path = root / str(number)
-        try:
-            _write(setting, plans[number], path)
-            return engines.start(path, f"probe-{number}", random_weights=_config_alone(setting))
-        except EvaluationError as error:
-            say(f"speed table: {plans[number].precision} is left out: {error}")
-            return None
-
-    running: list[EngineProcess | None] = []
-    try:
-        with ThreadPoolExecutor(len(plans)) as pool:
-            running = list(pool.map(start, range(len(plans))))
-        yield running
-    finally:
-        for engine in running:
-            if engine is not None:
-                engine.close()
-        shutil.rmtree(root, ignore_errors=True)
-
-
-def _config_alone(setting: Setting) -> bool:
-    return backends.module_of(setting.machine.backend).FACTS.random_weights
-
-
-def _write(setting: Setting, plan: CompressionPlan, path: Path) -> None:
-    """Write what the engine needs: config.json, or a whole checkpoint with arbitrary values."""
-    made = build.shapes(plan, setting.model.checkpoint, setting.model.family)
-    if _config_alone(setting):
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(path / "config.json", made.config)
-    else:
-        made.write(path)
