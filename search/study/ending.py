@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial
 from search.setup.goal import Goal
 from search.show import goal_text
 from search.study import best
-from search.study.forecast_sampler import NOTHING_LEFT
+from search.study.forecast_sampler import NOTHING_LEFT, WAITS
 
 
 def out_of_time(done: Sequence[FrozenTrial], left_s: float) -> str | None:
@@ -44,7 +44,7 @@ def out_of_patience(done: Sequence[FrozenTrial], patience: int | None, goal: Goa
     leader = next(iter(best.by_nearness(done)), None)
     if patience is None or leader is None:
         return None
-    since = sum(trial.number > leader.number for trial in done)
+    since = sum(trial.number > leader.number and WAITS not in trial.system_attrs for trial in done)
     if since < patience:
         return None
     begun = f"limits.patience: {since} trials since trial {leader.number} brought"

@@ -4,22 +4,27 @@ The error of the forecast is a Gaussian process over the searched values (`searc
 measured teach it, and so do those that were pruned at a screen, by what they had until then. The next plan is the one
 with the largest expected improvement (Jones, Schonlau and Welch 1998, https://doi.org/10.1023/A:1008306431147), times
 the probability that it reaches the goal's bounds, among a random sample of the space and the neighbours of its best.
+
+A plan whose own repair takes long waits after its cheap screen as long as others promise more (`promises_more`). That
+is successive halving without brackets (Li et al. 2018, https://jmlr.org/papers/v18/16-558.html), decided by expected
+improvement.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import optuna
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
-from compressors.plan import CompressionPlan
+from compressors.plan import CompressionPlan, short
 from search.setup.goal import Goal, Known
 from search.show import goal_text
 from search.stages.forecast import Forecast
@@ -31,6 +36,8 @@ FRONT_OF = 400  # plans at random, and as many of the best, among which the fron
 ROUNDS, BEST = 3, 10  # of the neighbours of the best: how often, and of how many
 MISSED = 1e3  # by which missing a bound weighs more than what the goal optimizes
 NOTHING_LEFT = "nothing_left"  # the system attribute of a trial whose plan can't win, as no other can; it says why
+WAITS = "waits"  # the system attribute of a trial that ended early since another plan promises more; it says which
+WAIT_IN_A_ROW = 4  # trials, at most: then one that waits goes on
 
 
 class ForecastSampler(optuna.samplers.BaseSampler):
@@ -67,13 +74,11 @@ class ForecastSampler(optuna.samplers.BaseSampler):
         """
         if not search_space or "fixed_params" in trial.system_attrs:
             return {}
-        trials = study.get_trials(deepcopy=False)
-        tried = {self._plan(other.params) for other in trials if _complete(other, search_space)}
+        trials = [other for other in study.get_trials(deepcopy=False) if _complete(other, search_space)]
         believed = self._beliefs(trials, search_space)
         leader = best.best_of(trials)
         value = None if leader is None else leader.value
-        ranked = self._candidates(search_space, lambda candidates: believed.worth(candidates, value))
-        candidates = (params for params in ranked if self._is_new(params, tried))
+        candidates = iter(self._ranked(trials, search_space, believed, value))
         first = next(candidates, None)
         if first is None:
             self._mark(study, trial, "every plan that was looked at was tried")
@@ -86,6 +91,59 @@ class ForecastSampler(optuna.samplers.BaseSampler):
         text = _forecast_text(goal, believed.known(first))
         self._mark(study, trial, f"the most promising one is forecast to {text}")
         return first
+
+    def promises_more(self, study: optuna.Study, running: FrozenTrial, least: float = 1.0) -> str | None:
+        """Say which plan promises more than a running trial's, by all that is known of both; None if none does.
+
+        A plan promises the improvement that is expected of it. The repair of one plan takes as long as the cheap
+        screens of many, so the trial may wait. It is proposed again when no other promises more, and after
+        WAIT_IN_A_ROW trials that wait, the most promising of them goes on.
+
+        Args:
+            study: The study.
+            running: The trial as far as it is, with the value of its last rung.
+            least: The factor by which the other has to promise more.
+        """
+        setting = self._forecast.setting
+        search_space = space.distributions(setting.file.space, setting.model.identity)
+        trials = [other for other in study.get_trials(deepcopy=False) if _complete(other, search_space)]
+        others = [other for other in trials if other.number != running.number]
+        plan = self._plan(running.params)
+        if plan in self._waiting(others) or _waits_in_a_row(others) >= WAIT_IN_A_ROW:
+            return None
+        seen = copy.copy(running)
+        seen.state = TrialState.PRUNED  # what a trial that ends here teaches
+        leader = best.best_of(others)
+        value = None if leader is None else leader.value
+        believed = self._beliefs([*others, seen], search_space)
+        ranked = self._ranked([*others, seen], search_space, believed, value)
+        if not ranked:
+            return None
+        own, other = believed.worth([running.params, ranked[0]], value)
+        if other <= least * own:
+            return None
+        named = short(self._plan(ranked[0]))
+        return f"it is expected to gain {own:.4f} over the best trial, and {named} {other:.4f}; it waits"
+
+    def _ranked(
+        self,
+        trials: Sequence[FrozenTrial],
+        search_space: Mapping[str, BaseDistribution],
+        believed: beliefs.Beliefs,
+        value: float | None,
+    ) -> list[Params]:
+        """Return the parameters of plans that may be tried next, the one that promises most first."""
+        waiting = self._waiting(trials)
+        tried = {self._plan(other.params) for other in trials} - waiting.keys()
+        ranked = self._candidates(search_space, lambda candidates: believed.worth(candidates, value), waiting.values())
+        if waiting and _waits_in_a_row(trials) >= WAIT_IN_A_ROW:
+            ranked = [params for params in ranked if self._plan(params) in waiting]
+        return [params for params in ranked if self._is_new(params, tried)]
+
+    def _waiting(self, trials: Sequence[FrozenTrial]) -> dict[CompressionPlan, Params]:
+        """Return the parameters of the plans whose last trial waits."""
+        last = {self._plan(trial.params): trial for trial in trials}
+        return {plan: trial.params for plan, trial in last.items() if WAITS in trial.system_attrs}
 
     @staticmethod
     def _mark(study: optuna.Study, trial: FrozenTrial, why: str) -> None:
@@ -141,7 +199,8 @@ class ForecastSampler(optuna.samplers.BaseSampler):
         self, trials: Sequence[FrozenTrial], search_space: Mapping[str, BaseDistribution], quantity: str = "score"
     ) -> list[beliefs.Observation]:
         """Return what finished trials teach of a quantity, those pruned at the screen among them."""
-        known = [trial for trial in trials if _complete(trial, search_space)]
+        last = {self._plan(trial.params): trial for trial in trials if _complete(trial, search_space)}
+        known = list(last.values())  # of a plan that waited and went on, what its screen said at last
         return beliefs.observed(quantity, known, self._forecast, self._plan, running_mean=self._running_mean)
 
     def _beliefs(self, trials: Sequence[FrozenTrial], search_space: Mapping[str, BaseDistribution]) -> beliefs.Beliefs:
@@ -157,10 +216,14 @@ class ForecastSampler(optuna.samplers.BaseSampler):
         return space.plan_of(params, setting.file.space, setting.model.identity)
 
     def _candidates(
-        self, search_space: Mapping[str, BaseDistribution], worth: Callable[[Sequence[Params]], NDArray[np.float64]]
+        self,
+        search_space: Mapping[str, BaseDistribution],
+        worth: Callable[[Sequence[Params]], NDArray[np.float64]],
+        more: Iterable[Params] = (),
     ) -> list[Params]:
-        """Return candidates, the most promising first."""
-        pool = [{name: self._draw(each) for name, each in search_space.items()} for _ in range(DRAWN)]
+        """Return candidates, `more` among them, the most promising first."""
+        pool = [{name: params[name] for name in search_space} for params in more]
+        pool += [{name: self._draw(each) for name, each in search_space.items()} for _ in range(DRAWN)]
         worths = worth(pool)
         for _ in range(ROUNDS):
             top = [pool[index] for index in np.argsort(-worths)[:BEST]]
@@ -184,6 +247,12 @@ def _forecast_text(goal: Goal, known: Known) -> str:
     if goal.is_default:
         return f"score {known.score.score:.4f} ± {known.score.score_se:.4f}"
     return f"have {goal_text.of_known(goal, known)}"
+
+
+def _waits_in_a_row(trials: Sequence[FrozenTrial]) -> int:
+    """Return how many of the last finished trials wait."""
+    finished = [trial for trial in trials if trial.state.is_finished()]
+    return sum(1 for _ in itertools.takewhile(lambda trial: WAITS in trial.system_attrs, reversed(finished)))
 
 
 def _complete(trial: FrozenTrial, search_space: Mapping[str, BaseDistribution]) -> bool:

@@ -34,7 +34,7 @@ from search.stages.bench import Bench
 from search.stages.forecast import Forecast
 from search.stages.screen import Screen, with_screen
 from search.study import best, chance, constraints, dashboard, rungs, space, trials
-from search.study.forecast_sampler import NOTHING_LEFT
+from search.study.forecast_sampler import NOTHING_LEFT, WAITS, ForecastSampler
 from search.study.record import Record
 from search.study.screening import Screening
 
@@ -216,6 +216,19 @@ class Objective:
         known = self.forecast.known_of(plan, expected)
         trial.report(self.goal.value(known), step=rungs.cheap(self._shards))
         self._require_chance(trial, record, "cheap screen", known)
+        self._may_wait(trial, record)
+
+    def _may_wait(self, trial: optuna.Trial, record: Record) -> None:
+        """End a trial after its cheap screen if another plan promises more: this one may be proposed again."""
+        seen = trial.storage.get_trial(trial._trial_id)
+        by_sampler = self.setting.file.sampler.name == "forecast" and "fixed_params" not in seen.system_attrs
+        if not by_sampler or not self.goal.is_default:
+            return
+        why = ForecastSampler(self.forecast, trial.number).promises_more(trial.study, seen)
+        if why is not None:
+            trial.storage.set_trial_system_attr(trial._trial_id, WAITS, why)
+            record.reason = f"cheap screen: {why}"
+            raise optuna.TrialPruned(record.reason)
 
     def _gain(self, study: optuna.Study) -> cheap_screen.Gain:
         """Return what the trials so far show of the plans' own repair."""

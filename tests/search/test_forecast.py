@@ -2,8 +2,10 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import math
+import random
 from pathlib import Path
 
 import optuna
@@ -21,8 +23,8 @@ from search.stages import speed_table, step_times
 from search.stages.damage_table import DamageTable, Entry, Loss
 from search.stages.forecast import Forecast
 from search.stages.step_times import StepTimes
-from search.study import space
-from search.study.forecast_sampler import ForecastSampler
+from search.study import rungs, space
+from search.study.forecast_sampler import WAIT_IN_A_ROW, WAITS, ForecastSampler
 
 STUDY = """
 defaults: [_base, _self_]
@@ -309,3 +311,62 @@ def test_a_study_with_a_forecast_times_and_scores_single_cuts_and_prunes_by_them
     assert "what it costs" in table.out
     assert "the best plans" in table.out
     assert Path(home / "outputs").is_dir()
+
+
+def climbed(prepared, truth, full, seed, *, waits=True):
+    """Run a study with a cheap screen until `full` plans went through it; return their values and all trials."""
+    made = Forecast(prepared, speeds(prepared), damages(prepared.model.identity))
+    noise = random.Random(seed)
+    study = optuna.create_study(direction="maximize")
+    for params in space.uncut(prepared.file.space, prepared.model.identity)[:1]:
+        study.enqueue_trial(params)
+    values = []
+    while len(values) <= full:
+        sampler = study.sampler = ForecastSampler(made, seed=100 * seed + len(study.trials))
+        trial = study.ask()
+        plan = space.suggest(trial, prepared.file.space, prepared.model.identity)
+        value = truth(plan, made.expected(plan))
+        trial.report(made.expected(plan).score, rungs.FORECAST)
+        trial.report(value + noise.gauss(0.0, 0.003), rungs.cheap(len(prepared.texts.shards)))
+        frozen = trial.storage.get_trial(trial._trial_id)
+        why = sampler.promises_more(study, frozen) if waits and values else None
+        if why is None:
+            study.tell(trial, value)
+            values.append(value)
+        else:
+            trial.storage.set_trial_system_attr(trial._trial_id, WAITS, why)
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    return values[1:], study.trials
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_plans_that_promise_less_wait_so_that_fewer_are_repaired(prepared, seed):
+    def truth(plan: CompressionPlan, expected: Score) -> float:
+        return expected.score - 0.2 * (plan.num_hidden_layers < 5) + 0.05 * (plan.intermediate_size == 120)
+
+    values, trials = climbed(prepared, truth, 5, seed)
+    without, _ = climbed(prepared, truth, 5, seed, waits=False)
+    assert sum(values[:4]) > sum(without[:4])
+    assert max(values) >= max(without) - 0.005
+    waited = [WAITS in trial.system_attrs for trial in trials]
+    assert any(waited)
+    longest = max(len(list(group)) for waits, group in itertools.groupby(waited) if waits)
+    assert longest <= WAIT_IN_A_ROW
+    plans = [tuple(trial.params.items()) for trial, waits in zip(trials, waited, strict=True) if waits]
+    assert len(set(plans)) == len(plans)  # a plan waits once: proposed again, it goes on
+    finished = [tuple(trial.params.items()) for trial, waits in zip(trials, waited, strict=True) if not waits]
+    assert len(set(finished)) == len(finished)
+
+
+def test_a_plan_that_waits_teaches_until_it_goes_on(prepared):
+    def truth(plan: CompressionPlan, expected: Score) -> float:
+        return expected.score - 0.2 * (plan.num_hidden_layers < 5)
+
+    _, trials = climbed(prepared, truth, 3, seed=1)
+    made = Forecast(prepared, speeds(prepared), damages(prepared.model.identity))
+    seen = ForecastSampler(made, 0).observations(
+        trials, space.distributions(prepared.file.space, prepared.model.identity)
+    )
+    plans = [tuple(each.params.items()) for each in seen]
+    assert len(set(plans)) == len(plans)
+    assert len(plans) > 4

@@ -18,6 +18,7 @@ from search.stages import damage_table
 from search.stages.cheap_screen import Gain, cut_alone
 from search.study import ending, rungs
 from search.study import trials as study_trials
+from search.study.forecast_sampler import WAITS
 from search.study.ladder import ladder
 
 SHARDS = 6
@@ -288,3 +289,15 @@ def test_the_ladder_tells_what_each_rung_took_and_how_well_it_foretold_the_next(
     assert [rung.seconds for rung in (forecast, screen, measured)] == [1.0, 9.0, 14.0]
     assert sum(rung.share for rung in (forecast, screen, measured)) == pytest.approx(1.0)
     assert ladder([], 2) == ()
+
+
+def test_a_plan_waits_while_another_promises_more_and_the_reason_names_it(home, cli):
+    run(cli, home, "sampler.name=forecast", "--trials", "8")
+    waiting = [trial for trial in trials_of(home) if WAITS in trial.system_attrs]
+    assert waiting
+    for trial in waiting:
+        assert trial.state == TrialState.PRUNED
+        assert trial.user_attrs["reason"].startswith("cheap screen: it is expected to gain")
+        assert max(trial.intermediate_values) == rungs.cheap(SHARDS)
+        assert "screen" not in trial.user_attrs["seconds"]
+    assert any(trial.state == TrialState.COMPLETE and "cheap_loss" in trial.user_attrs for trial in trials_of(home))
