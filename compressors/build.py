@@ -11,6 +11,7 @@ import transformers
 from compressors.choices import Need
 from compressors.errors import CheckpointError, InfeasiblePlan
 from compressors.methods import heads
+from compressors.methods.quantizers import Rounded
 from compressors.model.checkpoint import Checkpoint, stock_config
 from compressors.model.family import Family, head_dim
 from compressors.plan import DIMENSIONS, CompressionPlan, why_choices_clash
@@ -70,6 +71,7 @@ def apply(
     *,
     moments: Moments | None = None,
     simulate: bool = False,
+    rounded: dict[str, Rounded] | None = None,
     device: str = "cpu",
     say: Say = lambda _: None,
 ) -> Checkpoint:
@@ -83,6 +85,8 @@ def apply(
             values where something is cut.
         moments: Second moments of the base model, for a plan that needs them (`CompressionPlan.needs`).
         simulate: Make quantized plans a model of plain tensors that computes the same, for scoring in memory.
+        rounded: Filled with the rounded weights, a byte each, where `simulate` is set; else taken from, so that none is
+            rounded again. It must be of the same plan, base model and statistics.
         device: Where the arithmetic is done, and where the base model is run if a choice asks for that.
         say: Told what takes long.
 
@@ -101,6 +105,7 @@ def apply(
         moments=moments,
         whole=moments,
         simulate=simulate,
+        rounded=rounded,
         device="cpu" if device == "mps" else device,  # which has no float64
         say=say,
     )

@@ -98,6 +98,7 @@ def quantize(
     kv_cache_fp8: bool = False,
     moments: Moments | None = None,
     device: str = "cpu",
+    known: dict[str, Rounded] | None = None,
 ) -> Checkpoint:
     """Return a compressed-tensors checkpoint that stock vLLM and transformers load.
 
@@ -119,6 +120,7 @@ def quantize(
         kv_cache_fp8: Whether keys and values are cached as float8_e4m3fn with scale 1.
         moments: A function that returns the second moment E[x xᵀ] [K, K] of a module's input in `checkpoint`.
         device: The device on which weights are rounded, one at a time.
+        known: What `simulate` has rounded by the same arguments, by module: it is taken out and not rounded again.
 
     Raises:
         InfeasiblePlan: The sizes, or the modules to keep, don't go with the scheme.
@@ -126,7 +128,7 @@ def quantize(
     parameters = checkpoint.total_parameters
     size = _checked(checkpoint, family, scheme, quantizer, group_size, keep, kv_cache_fp8)
     checkpoint = in_16_bits(checkpoint)
-    rounded = _Rounding(quantizer, moments, device)
+    rounded = _Rounding(quantizer, moments, device, known)
     tensors = _with_linears_stored(checkpoint, family, scheme, size, keep, rounded)
     config = dict(checkpoint.config)
     if lm_head_8bit:
@@ -168,18 +170,19 @@ def simulate(
     kv_cache_fp8: bool = False,
     moments: Moments | None = None,
     device: str = "cpu",
+    known: dict[str, Rounded] | None = None,
 ) -> Checkpoint:
     """Return the quantized model for scoring in memory: dequantized weights, and activations rounded at run time.
 
     An FP8 cache is not simulated: keys and values stay as they are. Rounded weights stay on `device`. The arguments are
-    those of `quantize`.
+    those of `quantize`; into `known` is put what is rounded, for `quantize`.
 
     Raises:
         InfeasiblePlan: The sizes, or the modules to keep, don't go with the scheme.
     """
     size = _checked(checkpoint, family, scheme, quantizer, group_size, keep, kv_cache_fp8)
     checkpoint = in_16_bits(checkpoint)
-    rounded = _Rounding(quantizer, moments, device)
+    rounded = _Rounding(quantizer, moments, device, known)
     tensors = dict(checkpoint.tensors)
     schemes = dict.fromkeys((name for name in linears(checkpoint, family) if name not in keep), scheme)
     config = dict(checkpoint.config)
@@ -291,8 +294,10 @@ def _checked(
 class _Rounding:
     """Rounds one Linear at a time, and keeps the last result: values and scales are loaded one after the other."""
 
-    def __init__(self, quantizer: str, moments: Moments | None, device: str) -> None:
-        self.quantizer, self.moments, self.device = quantizer, moments, device
+    def __init__(
+        self, quantizer: str, moments: Moments | None, device: str, known: dict[str, Rounded] | None = None
+    ) -> None:
+        self.quantizer, self.moments, self.device, self.known = quantizer, moments, device, known
         self.last: dict[str, Rounded] = {}
 
     def round(self, module: str, weight: torch.Tensor, scheme: str, size: int | None) -> Rounded:
@@ -304,11 +309,21 @@ class _Rounding:
     def once(self, module: str, weight: LazyTensor, scheme: str, size: int | None) -> Rounded:
         if module not in self.last:
             self.last = {}  # freed first: two results would double the memory
-            self.last = {module: self.round(module, weight.load(), scheme, size)}
+            before = None if self.known is None else self.known.pop(module, None)
+            if before is None:
+                self.last = {module: self.round(module, weight.load(), scheme, size)}
+            else:
+                self.last = {module: (before[0].float(), before[1])}
         return self.last[module]
 
     def multiplied_out(self, module: str, scheme: str, size: int | None) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda weight: rounding.multiplied_out(*self.round(module, weight, scheme, size))
+        def function(weight: torch.Tensor) -> torch.Tensor:
+            values, scale = self.round(module, weight, scheme, size)
+            if self.known is not None:
+                self.known[module] = values.to(_grid(scheme)), scale
+            return rounding.multiplied_out(values, scale)
+
+        return function
 
 
 def _for_head(rounded: _Rounding) -> _Rounding:
@@ -342,8 +357,13 @@ def _stored(
             f"{module}.weight_scale": scale,
             f"{module}.weight_shape": LazyTensor((2,), torch.int64, lambda: torch.tensor([rows, columns])),
         }
-    dtype = torch.int8 if scheme == "W8A8" else torch.float8_e4m3fn
+    dtype = _grid(scheme)
     return {f"{module}.weight": LazyTensor((rows, columns), dtype, values(dtype)), f"{module}.weight_scale": scale}
+
+
+def _grid(scheme: str) -> torch.dtype:
+    """Return a dtype of one byte that holds the values of a scheme exactly."""
+    return torch.float8_e4m3fn if scheme == "FP8_DYNAMIC" else torch.int8
 
 
 def _packed(values: torch.Tensor, bits: int) -> torch.Tensor:

@@ -56,6 +56,7 @@ def _in_precision(made: Build, checkpoint: Checkpoint, second: precision.Moments
         kv_cache_fp8=plan.kv_cache == "fp8",
         moments=second,
         device=made.device,
+        known=made.rounded,
     )
     return dataclasses.replace(made, checkpoint=rounded)
 

@@ -7,19 +7,23 @@ import shutil
 from pathlib import Path
 
 from compressors import build, cached
+from compressors.choices import SCHEMES
 from compressors.device import release
 from compressors.errors import MachineError
 from compressors.files import write_json
+from compressors.methods.quantizers import Rounded
 from compressors.model.checkpoint import Checkpoint
 from compressors.plan import DESCRIPTION, CompressionPlan
 from search.processes import abandoned, mark
 from search.say import Say
 from search.setup import collect, keys
-from search.setup.machine import require_disk
+from search.setup.machine import free_memory, require_disk
 from search.setup.setting import Setting
 from search.stages import intact
 
 BUILDING = ".building-"  # + the worker's mark: where a checkpoint is until it is whole
+SHARE_OF_FREE = 8  # of the free memory, at most one part in so many holds rounded weights
+_rounded: dict[str, dict[str, Rounded]] = {}  # weights that the last screen rounded, by the plan's digest
 
 
 def checkpoint_of(
@@ -39,6 +43,7 @@ def checkpoint_of(
         CheckpointError: Statistics can't be collected or read.
     """
     moments = collect.moments_for(setting, plan, say)
+    rounded = _rounded_of(setting, plan, fresh=simulate) if strength is None else None
     if moments is not None:
         moments = dataclasses.replace(moments, strength=strength)
     return build.apply(
@@ -48,9 +53,32 @@ def checkpoint_of(
         collect.calibrate(setting, say) if build.needs_activations(plan, setting.model.identity) else None,
         moments=moments,
         simulate=simulate,
+        rounded=rounded,
         device=setting.machine.device,
         say=say,
     )
+
+
+def _rounded_of(setting: Setting, plan: CompressionPlan, *, fresh: bool) -> dict[str, Rounded] | None:
+    """Return what keeps the plan's rounded weights from its screen to its build; None where they take no time.
+
+    Only the last plan's are kept, as many bytes as it has parameters, where that is a small part of what is free.
+
+    Args:
+        setting: What the study shares.
+        plan: The plan.
+        fresh: Whether they are about to be made.
+    """
+    digest = keys.plan_digest(setting, plan)
+    if not fresh:
+        return _rounded.pop(digest, None)
+    _rounded.clear()
+    if plan.quantizer == "nearest" or plan.precision not in SCHEMES:
+        return None
+    free = free_memory(setting.machine.device)
+    if free is None or setting.model.checkpoint.total_parameters > free / SHARE_OF_FREE:
+        return None
+    return _rounded.setdefault(digest, {})
 
 
 def write(setting: Setting, plan: CompressionPlan, say: Say, *, limited: bool = True) -> tuple[Path, str]:

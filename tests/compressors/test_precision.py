@@ -92,6 +92,32 @@ def test_stock_transformers_computes_what_the_simulation_does(name, wide, its_fa
     assert made.total_parameters == wide.total_parameters
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_the_simulation_rounded_is_not_rounded_again(name, wide, its_family, moments, monkeypatch, tmp_path):
+    scheme, options = OPTIONS[name]
+    apart = precision.quantize(wide, its_family, scheme, moments=moments.__getitem__, **options).write(tmp_path / "a")
+    known = {}
+    options = {**options, "moments": moments.__getitem__, "known": known}
+    precision.simulate(wide, its_family, scheme, **options).to_model("cpu", F32)
+    projections = {name for name in precision.linears(wide, its_family) if name not in options.get("keep", ())}
+    assert known.keys() == projections
+    assert {values.element_size() for values, _ in known.values()} == {1}
+    rounded = []
+    by = precision.quantizers.quantizer(options.get("quantizer", "nearest"))
+    round_weight = by.round_weight
+
+    def counted(weight, *others):
+        rounded.append(tuple(weight.shape))
+        return round_weight(weight, *others)
+
+    monkeypatch.setattr(by, "round_weight", counted)
+    assert precision.quantize(wide, its_family, scheme, **options).write(tmp_path / "b") == apart
+    assert set(rounded) <= {tuple(wide.tensors["model.embed_tokens.weight"].shape)}  # lm_head alone
+    assert not known
+    assert precision.quantize(wide, its_family, scheme, **options).write(tmp_path / "c") == apart
+    assert len(rounded) >= len(projections)  # nothing was left
+
+
 @pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC"])
 def test_every_family_loads_with_every_option(pico, scheme, windows, tmp_path):
     base = Checkpoint.read(pico)

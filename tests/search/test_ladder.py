@@ -1,5 +1,6 @@
 """The ladder of a trial on a real study: each rung is reported, computed once, resumable, and ends what it can."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -11,10 +12,13 @@ import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
+from compressors.methods.quantizers import gptq
+from compressors.plan import canonical
 from search.config import compose
 from search.errors import ConfigError
 from search.setup import setting as settings
 from search.stages import damage_table
+from search.stages.bench import Bench
 from search.stages.cheap_screen import Gain, cut_alone
 from search.study import ending, rungs
 from search.study import trials as study_trials
@@ -301,3 +305,22 @@ def test_a_plan_waits_while_another_promises_more_and_the_reason_names_it(home, 
         assert max(trial.intermediate_values) == rungs.cheap(SHARDS)
         assert "screen" not in trial.user_attrs["seconds"]
     assert any(trial.state == TrialState.COMPLETE and "cheap_loss" in trial.user_attrs for trial in trials_of(home))
+
+
+def test_a_build_takes_the_weights_that_the_screen_rounded(home, monkeypatch):
+    def bench(outputs):
+        words = [f"outputs={home}/{outputs}", "space.quantizer=[gptq]"]
+        return Bench.of(settings.prepare(compose.load("ladder", words, home)))
+
+    with bench("apart") as apart, bench("outputs") as screened:
+        own = screened.setting.model.identity
+        plan = canonical(dataclasses.replace(own, precision="W8A8", quantizer="gptq"), own)
+        other = dataclasses.replace(plan, num_hidden_layers=4)
+        _, expected = apart.build(plan, print)
+        screened.screen(other, print)
+        screened.screen(plan, print)
+        monkeypatch.setattr(gptq, "round_weight", lambda *arguments: pytest.fail("rounded again"))
+        _, found = screened.build(plan, print)
+        assert found == expected
+        with pytest.raises(pytest.fail.Exception):  # the last screen's plan alone is kept
+            screened.build(other, print)
