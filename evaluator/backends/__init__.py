@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.util
 import pkgutil
@@ -199,6 +200,7 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
+@functools.cache  # the sampler asks for thousands of plans
 def module_of(name: str) -> Backend:
     """Import and return an engine's file; its library is not imported.
 

@@ -145,14 +145,18 @@ class Beliefs:
             chance = chance * norm.cdf((its_mean - bound.least) / its_error)
         return chance + TIE * improvement if best is None else chance * improvement
 
-    def known(self, params: Params) -> Known:
-        """Return what is believed of a candidate, in place of what is forecast."""
-        plan = self.plan_of(params)
-        score = self.forecast.expected(plan)
+    def known(self, candidates: Sequence[Params]) -> list[Known]:
+        """Return what is believed of each candidate, in place of what is forecast."""
+        plans = [self.plan_of(params) for params in candidates]
+        scores = [self.forecast.expected(plan) for plan in plans]
         for name in quantities(self.goal):
-            (mean,), (error,) = self.of(name, [params])
-            score = dataclasses.replace(score, **{name: float(mean), f"{name}_se": float(error)})
-        return Known(score, self.forecast.setting.size_ratio(plan) if self.goal.objective == "size" else math.nan)
+            means, errors = self.of(name, candidates)
+            scores = [
+                dataclasses.replace(score, **{name: float(mean), f"{name}_se": float(error)})
+                for score, mean, error in zip(scores, means, errors, strict=True)
+            ]
+        sizes = self.forecast.setting.size_ratio if self.goal.objective == "size" else lambda plan: math.nan
+        return [Known(score, sizes(plan)) for score, plan in zip(scores, plans, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

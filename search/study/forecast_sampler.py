@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from search.study.beliefs import Params
 
 DRAWN = 1000  # plans of the random sample
 FRONT_OF = 400  # plans at random, and as many of the best, among which the front is looked for
+AT_ONCE = 32  # plans that are looked at together, from the most promising one down
 ROUNDS, BEST = 3, 10  # of the neighbours of the best: how often, and of how many
 MISSED = 1e3  # by which missing a bound weighs more than what the goal optimizes
 NOTHING_LEFT = "nothing_left"  # the system attribute of a trial whose plan can't win, as no other can; it says why
@@ -78,17 +79,19 @@ class ForecastSampler(optuna.samplers.BaseSampler):
         believed = self._beliefs(trials, search_space)
         leader = best.best_of(trials)
         value = None if leader is None else leader.value
-        candidates = iter(self._ranked(trials, search_space, believed, value))
-        first = next(candidates, None)
+        candidates = self._ranked(trials, search_space, believed, value)
+        first = next(filter(self._is_feasible, candidates), None)
         if first is None:
             self._mark(study, trial, "every plan that was looked at was tried")
             return {}
         goal = believed.goal
-        for params in itertools.chain([first], candidates):
-            known = believed.known(params)
-            if goal.broken(known) is None and (value is None or goal.can_beat(known, value)):
-                return params
-        text = _forecast_text(goal, believed.known(first))
+        for start in range(0, len(candidates), AT_ONCE):
+            some = candidates[start : start + AT_ONCE]
+            for params, known in zip(some, believed.known(some), strict=True):
+                may_win = goal.broken(known) is None and (value is None or goal.can_beat(known, value))
+                if may_win and self._is_feasible(params):
+                    return params
+        text = _forecast_text(goal, believed.known([first])[0])
         self._mark(study, trial, f"the most promising one is forecast to {text}")
         return first
 
@@ -117,12 +120,13 @@ class ForecastSampler(optuna.samplers.BaseSampler):
         value = None if leader is None else leader.value
         believed = self._beliefs([*others, seen], search_space)
         ranked = self._ranked([*others, seen], search_space, believed, value)
-        if not ranked:
+        best_other = next(filter(self._is_feasible, ranked), None)
+        if best_other is None:
             return None
-        own, other = believed.worth([running.params, ranked[0]], value)
+        own, other = believed.worth([running.params, best_other], value)
         if other <= least * own:
             return None
-        named = short(self._plan(ranked[0]))
+        named = short(self._plan(best_other))
         return f"it is expected to gain {own:.4f} over the best trial, and {named} {other:.4f}; it waits"
 
     def _ranked(
@@ -132,13 +136,13 @@ class ForecastSampler(optuna.samplers.BaseSampler):
         believed: beliefs.Beliefs,
         value: float | None,
     ) -> list[Params]:
-        """Return the parameters of plans that may be tried next, the one that promises most first."""
+        """Return the parameters of plans that are still to be tried, the one that promises most first."""
         waiting = self._waiting(trials)
         tried = {self._plan(other.params) for other in trials} - waiting.keys()
         ranked = self._candidates(search_space, lambda candidates: believed.worth(candidates, value), waiting.values())
         if waiting and _waits_in_a_row(trials) >= WAIT_IN_A_ROW:
             ranked = [params for params in ranked if self._plan(params) in waiting]
-        return [params for params in ranked if self._is_new(params, tried)]
+        return [params for params in ranked if self._plan(params) not in tried]
 
     def _waiting(self, trials: Sequence[FrozenTrial]) -> dict[CompressionPlan, Params]:
         """Return the parameters of the plans whose last trial waits."""
@@ -149,9 +153,8 @@ class ForecastSampler(optuna.samplers.BaseSampler):
     def _mark(study: optuna.Study, trial: FrozenTrial, why: str) -> None:
         study._storage.set_trial_system_attr(trial._trial_id, NOTHING_LEFT, why)
 
-    def _is_new(self, params: Params, tried: Collection[CompressionPlan]) -> bool:
-        plan = self._plan(params)
-        return plan not in tried and self._forecast.setting.infeasible(plan) is None
+    def _is_feasible(self, params: Params) -> bool:
+        return self._forecast.setting.infeasible(self._plan(params)) is None
 
     def best_plans(self, count: int) -> list[CompressionPlan]:
         """Return the feasible plans that the forecast says serve the goal best, the best first.
