@@ -24,7 +24,7 @@ from evaluator.process import EngineProcess
 from search.processes import abandoned, mark
 from search.say import Say
 from search.setup.setting import Setting
-from search.stages.engines import ENGINE_BYTES, Engines, room_on_gpu
+from search.stages.engines import Engines, engine_bytes, room_on_gpu
 
 TOGETHER = 15  # engines, at most
 SHARE_MEANWHILE = 0.6  # of the room on the GPU that engines may take which start while other work goes on there
@@ -46,7 +46,7 @@ def fitting(setting: Setting, plans: Sequence[CompressionPlan], *, share: float 
         return min(1, len(plans))
     room, count, taken = share * room_on_gpu(), 0, 0.0
     for plan in plans[:TOGETHER]:
-        taken += setting.model.checkpoint.size_bytes * setting.size_ratio(plan) + ENGINE_BYTES
+        taken += setting.model.checkpoint.size_bytes * setting.size_ratio(plan) + engine_bytes(setting)
         if taken > room:
             break
         count += 1

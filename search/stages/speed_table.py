@@ -18,7 +18,7 @@ from compressors.choices import SCHEMES
 from compressors.files import digest_of_json
 from compressors.model.family import head_dim
 from compressors.plan import CompressionPlan
-from evaluator import backends, speed
+from evaluator import backends, batch, speed
 from evaluator.gpu_watch import GpuWatch
 from evaluator.speed_table import VERSION, Probe, Shape, SpeedTable
 from search.config.study_file import Range
@@ -45,8 +45,9 @@ def known(setting: Setting) -> SpeedTable | None:
 def path_of(setting: Setting) -> Path:
     """Return the file that keeps the table."""
     circumstances = keys.circumstances(setting)
-    depends = ("workload", "backend", "compile", "engine_version", "device", "threads")
-    key = [VERSION, dataclasses.asdict(_base_shape(setting)), {name: circumstances[name] for name in depends}]
+    depends = ("workload", "prompts", "backend", "compile", "engine_version", "device", "threads")
+    known = {name: circumstances[name] for name in depends if name in circumstances}
+    key = [VERSION, dataclasses.asdict(_base_shape(setting)), known]
     return setting.outputs / "forecast" / f"speed-{digest_of_json(key, 16)}.json"
 
 
@@ -198,6 +199,8 @@ def _timed(
     if not ready:
         return table
     workload = dataclasses.replace(setting.workload, turns=min(setting.workload.turns, TURNS))
+    if workload.kind == "batch":
+        workload = batch.of_fixed_lengths(workload)
     watch = GpuWatch.of(baseline.facts())
 
     def progress(done: int, total: int) -> None:

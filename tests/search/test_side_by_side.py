@@ -106,7 +106,7 @@ def test_without_a_gpu_one_runs_at_a_time_and_ahead_starts_the_base_model_alone(
 def test_what_fits_is_counted_by_each_plan_s_own_size(prepared, monkeypatch):
     on_gpu = dataclasses.replace(prepared, machine=dataclasses.replace(prepared.machine, device="cuda"))
     two, three = (prepared.model.checkpoint.size_bytes * prepared.size_ratio(plan) for plan in plans(prepared))
-    engine = side_by_side.ENGINE_BYTES
+    engine = side_by_side.engine_bytes(on_gpu)
     for room, expected in ((engine, 0), (two + engine, 1), (two + three + 2 * engine, 2), (two + three + engine, 1)):
         monkeypatch.setattr(side_by_side, "room_on_gpu", lambda room=room: room)
         assert side_by_side.fitting(on_gpu, plans(prepared)) == expected
