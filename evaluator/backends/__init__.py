@@ -60,17 +60,24 @@ class Kernels:
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """A scheme that an engine cannot run on newer GPUs.
+    """A scheme or dtype that an engine cannot run on some GPUs.
 
     Attributes:
-        scheme: The compressed-tensors scheme.
-        since: The lowest CUDA compute capability that is refused, as (major, minor).
+        scheme: The compressed-tensors scheme, or the dtype.
+        since: The lowest CUDA compute capability that is refused, as (major, minor); None: the lowest there is.
         reason: The reason in one line, with what to choose instead.
+        before: The lowest CUDA compute capability above those that are refused; None: there is none.
     """
 
     scheme: str
-    since: tuple[int, int]
+    since: tuple[int, int] | None
     reason: str
+    before: tuple[int, int] | None = None
+
+    def holds(self, capability: tuple[int, int]) -> bool:
+        """Return whether a GPU of this compute capability is refused."""
+        above = self.since is None or capability >= self.since
+        return above and (self.before is None or capability < self.before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,19 +297,20 @@ def kv_bytes(config: Mapping[str, Any]) -> int:
     return int(config["num_hidden_layers"]) * width * 2 * size
 
 
-def cannot_start(name: str, scheme: str, capability: tuple[int, int] | None) -> str | None:
+def cannot_start(name: str, scheme: str, capability: tuple[int, int] | None, gpu: str = "this GPU") -> str | None:
     """Return why an engine cannot start a checkpoint of this scheme, in one line, or None.
 
     Args:
         name: The engine's name.
         scheme: The checkpoint's scheme, or its dtype.
         capability: The GPU's compute capability as (major, minor); None without a CUDA GPU.
+        gpu: The GPU, for the message.
     """
     if capability is None:
         return None
     for refusal in module_of(name).FACTS.refusals:
-        if refusal.scheme == scheme and capability >= refusal.since:
-            return f"{scheme}: {refusal.reason} (this GPU has compute capability {capability[0]}.{capability[1]})"
+        if refusal.scheme == scheme and refusal.holds(capability):
+            return f"{scheme}: {refusal.reason} ({gpu} has compute capability {capability[0]}.{capability[1]})"
     return None
 
 

@@ -83,6 +83,8 @@ FACTS = Facts(
     refusals=(
         # csrc/quantization/w8a8/cutlass: from SM100 on, the dispatch has no INT8 kernel (vLLM issue 54311)
         Refusal("W8A8", (10, 0), "vLLM has no INT8 kernel from compute capability 10.0 on; choose FP8_DYNAMIC"),
+        # vllm/platforms/cuda.py, check_if_supports_dtype
+        Refusal("bfloat16", None, "vLLM runs bfloat16 from compute capability 8.0 on; choose float16", before=(8, 0)),
     ),
 )
 

@@ -23,7 +23,7 @@ from pydantic import (
 
 from compressors.choices import PRECISIONS, Choice
 from compressors.plan import CHOICES, DIMENSIONS
-from evaluator import tasks
+from evaluator import gpus, tasks
 from evaluator.measurement import KEYS
 from search import secrets
 from search.config import references
@@ -345,6 +345,18 @@ class Export(Section):
     """Export names the reader of exported models."""
 
     for_transformers: str | None = None  # the version that reads what export and compress write; null: this one
+    target_gpu: str | None = None  # the GPU that serves it, by its name in evaluator.gpus; null: the one at hand
+
+    @field_validator("target_gpu")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        names = {name.replace(" ", "").lower(): name for name in gpus.CAPABILITIES}
+        if value is None:
+            return None
+        known = names.get(value.replace(" ", "").lower())
+        if known is None:
+            raise ValueError(f"{value!r} is not one of {', '.join(gpus.CAPABILITIES)}; leave it out for another GPU")
+        return known
 
 
 class Tracking(Section):

@@ -18,7 +18,7 @@ from compressors.errors import CheckpointError, CompressionError
 from compressors.model import checkpoint, family
 from compressors.model.transformers_version import config_for
 from compressors.plan import DIMENSIONS, CompressionPlan
-from evaluator import backends, batch, measure, speed, tasks, texts
+from evaluator import backends, batch, gpus, measure, speed, tasks, texts
 from evaluator.backends import EngineSettings
 from evaluator.measurement import Workload
 from evaluator.score import Formula
@@ -162,8 +162,10 @@ class Setting:
 
     def _why_infeasible(self, plan: CompressionPlan) -> str | None:
         model, machine = self.model, self.machine
-        reason = backends.cannot_start(machine.backend, plan.precision, machine.capability) or build.check(
-            plan, model.checkpoint, model.family, kernels=self.kernels, max_bytes=self.max_bytes
+        reason = (
+            backends.cannot_start(machine.backend, plan.precision, machine.capability)
+            or self._refused_by_target(plan.precision)
+            or build.check(plan, model.checkpoint, model.family, kernels=self.kernels, max_bytes=self.max_bytes)
         )
         version = self.file.export.for_transformers
         if reason is None and version is not None:
@@ -172,6 +174,11 @@ class Setting:
             except CheckpointError as error:  # what is built could not be exported
                 return str(error)
         return reason
+
+    def _refused_by_target(self, precision: str) -> str | None:
+        """Say why the GPU that will serve the model can't run a precision in vLLM; None where it can."""
+        target = self.file.export.target_gpu
+        return None if target is None else backends.cannot_start("vllm", precision, gpus.CAPABILITIES[target], target)
 
 
 def prepare(

@@ -65,8 +65,9 @@ def test_every_backend_limits_a_step_to_a_positive_number_of_tokens_or_not_at_al
 @pytest.mark.parametrize("name", backends.names())
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_backend_starts_16_bits_everywhere_and_gives_its_reasons_in_one_line(name, capability):
-    assert [backends.cannot_start(name, dtype, capability) for dtype in SCHEMES[:3]] == [None] * 3
-    for scheme in SCHEMES[3:]:
+    started = ("float32", "float16") if capability and capability < (8, 0) else SCHEMES[:3]
+    assert [backends.cannot_start(name, dtype, capability) for dtype in started] == [None] * len(started)
+    for scheme in SCHEMES[len(started) :]:
         reason = backends.cannot_start(name, scheme, capability)
         assert reason is None or (reason.startswith(f"{scheme}: ") and "\n" not in reason)
 
@@ -153,6 +154,14 @@ def test_vllm_cannot_start_int8_on_blackwell(capability):
 @pytest.mark.parametrize("capability", [None, (8, 9), (9, 0)])
 def test_vllm_starts_int8_on_older_gpus_and_on_a_cpu(capability):
     assert backends.cannot_start("vllm", "W8A8", capability) is None
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
+def test_vllm_starts_no_bfloat16_before_ampere(capability):
+    assert "choose float16" in backends.cannot_start("vllm", "bfloat16", capability, "a T4")
+    assert "(a T4 has compute capability" in backends.cannot_start("vllm", "bfloat16", capability, "a T4")
+    assert backends.cannot_start("vllm", "float16", capability) is None
+    assert backends.cannot_start("vllm", "bfloat16", (8, 0)) is None
 
 
 # -- choosing one --------------------------------------------------------------------------------------------

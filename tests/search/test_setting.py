@@ -13,7 +13,7 @@ from compressors.steps import stream
 from evaluator import texts
 from search.by_hand import compress
 from search.config import compose
-from search.errors import UsageError
+from search.errors import ConfigError, UsageError
 from search.say import silent
 from search.setup import collect, keys, machine, setting
 from search.setup import texts as setup_texts
@@ -281,3 +281,24 @@ def test_a_scheme_that_the_gpu_can_not_start_is_infeasible(prepared, backend, ca
     assert (reason is not None) is refused
     assert not refused or ("choose FP8_DYNAMIC" in reason and "12.0" in reason)
     assert on_that_gpu.infeasible(its.model.identity) is None
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "refused"),
+    [
+        ("L4", "W8A8", None),
+        ("rtx5090", "W8A8", "RTX 5090 has compute capability 12.0"),
+        ("T4", "bfloat16", "T4 has compute capability 7.5"),
+        ("T4", "float16", None),
+        (None, "W8A8", None),
+    ],
+)
+def test_a_precision_that_the_target_gpu_cannot_run_is_infeasible(prepared, target, precision, refused):
+    setting = prepared(export={"target_gpu": target})
+    reason = setting.infeasible(dataclasses.replace(setting.model.identity, precision=precision))
+    assert (reason is None) if refused is None else (refused in reason)
+
+
+def test_an_unknown_target_gpu_is_refused_with_those_that_are_known(prepared):
+    with pytest.raises(ConfigError, match=r"target_gpu: 'L5' is not one of V100, T4, .*leave it out"):
+        prepared(export={"target_gpu": "L5"})
