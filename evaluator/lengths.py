@@ -23,8 +23,8 @@ LEAST = 24  # tokens that all of its repeats must have together
 def repeats(tokens: Sequence[int], *, period: int = PERIOD, times: int = REPEATS, least: int = LEAST) -> bool:
     """Return whether tokens end in a cycle.
 
-    They do where, for some p from 1 to `period`, the last n tokens repeat every p tokens: n is `times` · p, and at least
-    `least`.
+    They do where, for some p from 1 to `period`, the last n tokens repeat every p tokens. n is `times` · p, and at
+    least `least`.
     """
     for each in range(1, period + 1):
         wanted = max(times * each, least)
@@ -41,8 +41,8 @@ def repeats(tokens: Sequence[int], *, period: int = PERIOD, times: int = REPEATS
 def answers_of(found: Sequence[Answer], questions: Sequence[str], expected: Sequence[str]) -> Answers:
     """Return what is kept of generated answers.
 
-    An answer is cut off where it reached the limit of tokens, and repeats endlessly where it was cut off in a cycle, see
-    `repeats`. It is empty where its text is white space alone.
+    An answer is cut off where it reached the limit of tokens. It repeats endlessly where it was cut off in a cycle,
+    see `repeats`. It is empty where its text is white space alone.
 
     Args:
         found: The answers, at least one.

@@ -20,8 +20,8 @@ class Comparison:
         se: Its standard error, paired: that of the mean of the questions' differences.
         better: The number of questions that the model answers better.
         worse: The number of questions that it answers worse.
-        p: The two-sided p-value, under the hypothesis that neither is better: exact McNemar where all scores are 0 or 1,
-            else Wilcoxon's signed-rank test.
+        p: The two-sided p-value, under the hypothesis that neither is better. It is that of the exact McNemar test
+            where all scores are 0 or 1, else of Wilcoxon's signed-rank test.
     """
 
     difference: float
@@ -68,8 +68,7 @@ def mcnemar(better: int, worse: int) -> float:
 def highest_accuracy(scores: Sequence[float], level: float = 0.99) -> float:
     """Return the highest accuracy that a model may have that answered some questions so: the end of an interval.
 
-    One-sided Clopper and Pearson (1934, https://doi.org/10.1093/biomet/26.4.404), with scores between 0 and 1 rounded up
-    as a sum.
+    One-sided Clopper and Pearson (1934, https://doi.org/10.1093/biomet/26.4.404); the sum of the scores is rounded up.
 
     Args:
         scores: The scores of the questions that were answered, from 0 to 1.

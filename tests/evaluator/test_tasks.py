@@ -342,8 +342,8 @@ def test_a_broken_models_answers_are_refused(tmp_path):
 
 
 def test_a_kind_is_a_file():
-    assert tasks.names() == ["lm_eval", "multiple_choice"]
-    with pytest.raises(EvaluationError, match="'trivia' is not one of lm_eval, multiple_choice"):
+    assert tasks.names() == ["generation", "lm_eval", "multiple_choice"]
+    with pytest.raises(EvaluationError, match="'trivia' is not one of generation, lm_eval, multiple_choice"):
         tasks.module_of("trivia")
 
 
