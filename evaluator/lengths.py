@@ -13,6 +13,7 @@ from evaluator.generation import Answer
 from evaluator.measurement import Answers, Measurement, ShownAnswer, TaskResult
 from evaluator.score import standard_error
 
+TOLERANCE = 0.1  # the difference of a ratio from 1 that makes none where nothing else is asked
 SHOWN = 10  # answers of a task that are kept for a report, from the first
 MOST_SHOWN = 2000  # characters of one of them
 PERIOD = 64  # tokens of the longest cycle that counts as a repetition

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluator import quality, speed, texts
+from evaluator import lengths, quality, speed, texts
 from evaluator.errors import EvaluationError, NotFinite
 from evaluator.gpu_state import GpuRecord
 from evaluator.gpu_watch import GpuWatch
@@ -84,9 +84,11 @@ def measure_base(
     """
     seconds = dict(engine.seconds)
     if not request.timed:
-        return _measure(path, engine, request, UNTIMED, seconds, None, progress)
+        measurement = _measure(path, engine, request, UNTIMED, seconds, None, progress)
+        return lengths.with_ratio(measurement, measurement)
     timing, gpu = _time(engine, engine, request, seconds, progress, enough=enough)
     measurement = _watched(_measure(path, engine, request, _as_base(timing), seconds, None, progress), gpu)
+    measurement = lengths.with_ratio(measurement, measurement)
     itself = f"timed against itself: time ratio {timing.time_ratio:.4f} ± {timing.time_ratio_se:.4f}"
     return dataclasses.replace(measurement, notes=(*measurement.notes, itself))
 
@@ -130,7 +132,7 @@ def measure_candidate(
 
 def with_timing(measurement: Measurement, timing: Timing) -> Measurement:
     """Return the same measurement with another timing."""
-    return dataclasses.replace(measurement, **_timing(timing))
+    return dataclasses.replace(measurement, **_timing(timing, measurement.tokens_per_answer))
 
 
 # -- the stages ----------------------------------------------------------------------------------------------
@@ -269,6 +271,7 @@ class _Found:
 
 def _assembled(request: Request, timing: Timing, found: _Found, seconds: dict[str, float]) -> Measurement:
     loss, described, facts = found.loss, found.described, found.facts
+    tokens_per_answer = lengths.mean_of(found.tasks)
     notes = tuple(f"{name}: {facts[name]}" for name in NOTED if name in facts)
     return Measurement(
         perplexity=loss.perplexity,
@@ -276,7 +279,8 @@ def _assembled(request: Request, timing: Timing, found: _Found, seconds: dict[st
         nll_nats_per_token_se=loss.se,
         tokens=loss.tokens,
         shard_nll=loss.shard_nll,
-        **_timing(timing),
+        **_timing(timing, tokens_per_answer),
+        tokens_per_answer=tokens_per_answer,
         model_size_mb=described.bytes / 1e6,
         total_parameters=described.parameters,
         number_of_layers=described.layers,
@@ -298,8 +302,10 @@ def _assembled(request: Request, timing: Timing, found: _Found, seconds: dict[st
     )
 
 
-def _timing(timing: Timing) -> dict[str, Any]:
+def _timing(timing: Timing, tokens_per_answer: float | None) -> dict[str, Any]:
+    known = tokens_per_answer is not None and timing.samples > 0
     return {
+        "seconds_per_answer": timing.time_per_token_ms / 1e3 * (tokens_per_answer or 0.0) if known else None,
         "time_per_token_ms": timing.time_per_token_ms,
         "time_per_token_ms_se": timing.time_per_token_ms_se,
         "base_time_per_token_ms": timing.base_time_per_token_ms,

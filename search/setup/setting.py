@@ -17,9 +17,9 @@ from compressors.errors import CheckpointError, CompressionError
 from compressors.model import checkpoint, family
 from compressors.model.transformers_version import config_for
 from compressors.plan import DIMENSIONS, CompressionPlan
-from evaluator import backends, measure, speed, tasks, texts
+from evaluator import backends, lengths, measure, speed, tasks, texts
 from evaluator.backends import EngineSettings
-from evaluator.measurement import Workload
+from evaluator.measurement import Measurement, Workload
 from evaluator.score import Formula
 from search.config.study_file import Range, Space, StudyFile
 from search.errors import UsageError
@@ -85,7 +85,13 @@ class Setting:
             ("perplexity" if part.metric == "perplexity" else next(named).name, part.weight)
             for part in self.file.evaluation.perf
         ]
-        return Formula(weight_perf=score.weight_perf, weight_speed=score.weight_speed, perf=tuple(parts))
+        return Formula(**score.weights, perf=tuple(parts), penalise_length=score.length == "penalise")
+
+    def length_warning(self, measured: Measurement, baseline: Measurement) -> str | None:
+        """Say in a line whose answers are too long or too short next to the base model's; None where none are."""
+        if self.file.score.length == "ignore":
+            return None
+        return lengths.warning(measured, baseline, self.file.evaluation.length_tolerance)
 
     @property
     def goal(self) -> Goal:

@@ -9,7 +9,7 @@ from pathlib import Path
 from compressors import build
 from compressors.model import structure
 from compressors.plan import CompressionPlan
-from evaluator import backends, measure, speed
+from evaluator import backends, lengths, measure, speed
 from evaluator.measurement import Measurement, Timing
 from evaluator.process import EngineProcess
 from search.say import Say
@@ -66,7 +66,7 @@ def measure_checkpoint(
                 enough=enough,
             )
             then(engine)
-        return measured
+        return lengths.with_ratio(measured, baseline)
 
     measurement = once_more(in_engine, say)
     if timed:

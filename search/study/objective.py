@@ -20,7 +20,7 @@ import torch
 
 from compressors.errors import CompressionError, InfeasiblePlan, MachineError
 from compressors.plan import CompressionPlan
-from evaluator import score, speed
+from evaluator import lengths, score, speed
 from evaluator.errors import EngineOutOfMemory, EvaluationError, NotFinite
 from evaluator.measurement import Measurement
 from search import failures, processes, secrets, stages
@@ -146,7 +146,9 @@ class Objective:
 
     def _judge(self, trial: optuna.Trial, record: Record, measured: Measurement) -> float:
         """Return the value of a measurement, and store how far it is from the goal's bounds."""
+        measured = lengths.with_ratio(measured, self.baseline)
         record.measurement = measured
+        record.length_flag = self.setting.length_warning(measured, self.baseline)
         record.score = score.score_of(measured, self.baseline, self.setting.formula)
         record.goal = self.goal
         record.known = Known(record.score, measured.model_size_mb / self.baseline.model_size_mb)
