@@ -7,6 +7,7 @@ EvaluationError
 │   ├── DeviceLost       the GPU, its driver or the disk failed, whatever the model
 │   └── EngineTimeout    a start or a call took longer than allowed, and the process was killed
 ├── NotFinite            a number is NaN or infinite: the model is broken
+├── RequestRefused       an answer is asked for that can't be generated, such as one that is too long
 └── TextError            a text cannot be read, or is too short
 """
 
@@ -45,6 +46,10 @@ class EngineTimeout(EngineCrashed):
 
 class NotFinite(EvaluationError):
     """A number of a model is NaN or infinite: the model is broken."""
+
+
+class RequestRefused(EvaluationError):
+    """An answer is asked for that can't be generated: a prompt is empty or too long, or its limits make no sense."""
 
 
 class TextError(EvaluationError):

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import json
 import os
@@ -33,8 +34,8 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from evaluator import backends, errors
-from evaluator.backends import EngineSettings
+from evaluator import answering, backends, errors
+from evaluator.backends import Engine, EngineSettings
 
 PR_SET_PDEATHSIG = 1
 OUT_OF_MEMORY = (  # parts of libraries' messages in lower case; the first is also CUDA's
@@ -238,13 +239,21 @@ def _serve(connection: Connection, backend: str, path: str, settings: EngineSett
     while True:
         call = json.loads(connection.recv_bytes())
         try:
-            answer = {"value": getattr(engine, call["call"])(*call["arguments"])}
+            answer = {"value": _called(engine, call["call"], call["arguments"])}
         except Exception as error:
             traceback.print_exc()
             answer = {**_described(error), "ended": not engine.survives_errors}
         _reply(connection, answer)
         if answer.get("ended"):
             return
+
+
+def _called(engine: Engine, name: str, arguments: list[Any]) -> Any:
+    """Return what a call of the engine returns, as JSON values."""
+    if name != "generate":
+        return getattr(engine, name)(*arguments)
+    prompts, limits = arguments
+    return [dataclasses.asdict(answer) for answer in engine.generate(prompts, [*map(answering.limits_of, limits)])]
 
 
 def _reply(connection: Connection, answer: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -24,9 +25,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from evaluator import backends, errors, forkserver
+from evaluator import answering, backends, errors, forkserver
 from evaluator.backends import EngineSettings
 from evaluator.errors import BackendUnavailable, EngineCrashed, EngineOutOfMemory, EngineTimeout, NotFinite
+from evaluator.generation import Answer, Limits
 
 QUOTED_LINES = 3  # of the log, in an error's text
 ANSWER_S = 30.0  # forking and killing take no time: an answer that takes longer means that the warm process hangs
@@ -119,6 +121,21 @@ class EngineProcess:
         """Return the seconds of each single decode step, after a prefill that is not timed."""
         found: list[float] = self._call("decode_steps", batch_size, prompt_tokens, steps, seed)
         return found
+
+    def generate(self, prompts: Sequence[Sequence[int]], limits: Limits | Sequence[Limits]) -> list[Answer]:
+        """Return the answer to each prompt of token ids; see `evaluator.backends.Engine`.
+
+        What can't be generated is refused before the engine is asked.
+
+        Raises:
+            RequestRefused: A prompt is empty or too long, or limits make no sense.
+        """
+        most = self.settings.arguments.get("max_model_len", self.settings.max_model_len)
+        asked = answering.asked(prompts, limits, most)
+        found: list[dict[str, Any]] = self._call(
+            "generate", [one.prompt for one in asked], [dataclasses.asdict(one.limits) for one in asked]
+        )
+        return [answering.answer_of(values) for values in found]
 
     def busy_ms(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> float | None:
         """Return the GPU's busy milliseconds of a decode step; see `evaluator.backends.ProfiledEngine`."""

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from evaluator.errors import BackendUnavailable
+from evaluator.generation import Answer, Limits
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -111,6 +112,9 @@ class EngineSettings:
         random_weights: Whether the weights are random, so that config.json alone is read; see `Facts`.
         arguments: The arguments of the engine's server by their own names, which replace those that this program sets;
             None leaves one to the engine's own default.
+        max_num_seqs: The most sequences that are generated at once; None: as many as the batch sizes need.
+        kv_tokens: The tokens whose keys and values have to fit at once where max_num_seqs is given; None: those of
+            max_num_seqs sequences of max_model_len.
     """
 
     device: str = "auto"
@@ -123,6 +127,8 @@ class EngineSettings:
     threads: int | None = None
     random_weights: bool = False
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    max_num_seqs: int | None = None
+    kv_tokens: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
@@ -155,6 +161,17 @@ class Engine(Protocol):
         """Return the seconds of each of `steps` decode steps of `batch_size` sequences.
 
         The prefill, of `prompt_tokens` random ids a sequence, is not timed.
+        """
+
+    def generate(self, prompts: Sequence[Sequence[int]], limits: Limits | Sequence[Limits]) -> list[Answer]:
+        """Return the answer to each prompt of token ids; all are given at once.
+
+        Args:
+            prompts: The token ids of each prompt.
+            limits: The limits of all answers, or of each.
+
+        Raises:
+            RequestRefused: A prompt is empty or, with its answer, longer than max_model_len, or limits make no sense.
         """
 
     def logits_sha256(self, tokens: Sequence[int]) -> str:

@@ -11,11 +11,14 @@ import hashlib
 import importlib
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from evaluator import backends, gpu_busy, hardware, nvml
+from evaluator import answering, backends, gpu_busy, hardware, nvml, static_batches
+from evaluator.answering import Growth
 from evaluator.backends import EngineSettings, Facts
 from evaluator.errors import install
+from evaluator.generation import Answer, Limits
 
 FACTS = Facts(packages=("transformers", "torch"))
 ENVIRONMENT = {
@@ -53,7 +56,7 @@ class Engine:
     def __init__(self, path: str, settings: EngineSettings) -> None:
         import torch
 
-        self.path, self.device = path, _device(settings.device)
+        self.path, self.settings, self.device = path, settings, _device(settings.device)
         if self.device == "cpu":
             torch.set_num_threads(settings.threads or hardware.physical_cores())
         self.model = self._load("auto")
@@ -96,6 +99,22 @@ class Engine:
             self._synchronize()
             seconds.append(time.perf_counter() - start)
         return seconds
+
+    def generate(self, prompts: Sequence[Sequence[int]], limits: Limits | Sequence[Limits]) -> list[Answer]:
+        """Generate in static batches, in the dtype that is timed; see `evaluator.static_batches`."""
+        began = time.perf_counter()
+
+        def clock() -> float:
+            return time.perf_counter() - began
+
+        asked = answering.asked(prompts, limits, self.settings.max_model_len)
+        ends, decode = answering.end_ids(Path(self.path)), answering.decoder_of(Path(self.path))
+        growing = [Growth(one.limits, ends, decode, clock()) for one in asked]
+        most = self.settings.max_num_seqs or static_batches.TOGETHER
+        together = static_batches.at_most_together(self.model.config, most)
+        for batch in static_batches.batches(asked, together):
+            static_batches.generate(self.model, [asked[i] for i in batch], [growing[i] for i in batch], clock)
+        return [growth.answer() for growth in growing]
 
     def busy_ms(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> float | None:
         """Return the GPU's busy milliseconds of a decode step; None on another device."""

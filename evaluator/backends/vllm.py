@@ -19,9 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluator import backends, gpu_busy, hardware, nvml
+from evaluator import answering, backends, gpu_busy, hardware, nvml
+from evaluator.answering import Growth
 from evaluator.backends import EngineSettings, Facts, Kernel, Kernels, Refusal
 from evaluator.errors import BackendUnavailable, install
+from evaluator.generation import Answer, Limits
 from readers import json_reader
 
 ENVIRONMENT = {
@@ -131,7 +133,7 @@ class Engine:
         import vllm
         from vllm.platforms import current_platform
 
-        self.settings = settings
+        self.path, self.settings = Path(path), settings
         self.on_cpu = bool(current_platform.is_cpu())
         if settings.device not in ("auto", "cpu" if self.on_cpu else "cuda"):
             raise BackendUnavailable(
@@ -140,7 +142,7 @@ class Engine:
             )
         if self.on_cpu:
             torch.set_num_threads(settings.threads or hardware.physical_cores())
-        config = json_reader.read(Path(path) / "config.json", finite=False)
+        config = json_reader.read(self.path / "config.json", finite=False)
         self.vocabulary = int(config["vocab_size"])
         self.requests = 0
         self.llm: Any = vllm.LLM(path, **_arguments(config, settings, on_cpu=self.on_cpu))
@@ -175,6 +177,48 @@ class Engine:
             raise RuntimeError(f"only {len(seconds)} of {steps} decode steps advanced all {batch_size} sequences")
         settled = seconds[len(seconds) // 8 :]  # graphs and caches are warm again
         return [sum(settled) / len(settled)] * len(seconds)
+
+    def generate(self, prompts: Sequence[Sequence[int]], limits: Limits | Sequence[Limits]) -> list[Answer]:
+        """Give all prompts to vLLM's scheduler at once, and take the tokens of each step as they come.
+
+        vLLM holds no tokenizer here: stop texts are looked for in what is decoded here, and end their request.
+        """
+        import vllm
+        from vllm.sampling_params import RequestOutputKind
+
+        began = time.perf_counter()
+        engine = self.llm.llm_engine
+        asked = answering.asked(prompts, limits, int(engine.model_config.max_model_len))
+        ends = frozenset(each for each in answering.end_ids(self.path) if 0 <= each < self.vocabulary)
+        decode = answering.decoder_of(self.path)
+        growing: dict[str, Growth] = {}
+        for one in asked:
+            self.requests += 1
+            name, its = f"answer-{self.requests}", one.limits
+            growing[name] = Growth(its, ends, decode, time.perf_counter() - began)
+            sampling = vllm.SamplingParams(
+                max_tokens=its.max_tokens,
+                temperature=its.temperature,
+                seed=its.seed if its.temperature > 0.0 else None,
+                ignore_eos=its.ignore_eos,
+                stop_token_ids=[] if its.ignore_eos else sorted(ends),
+                detokenize=False,
+                output_kind=RequestOutputKind.DELTA,
+            )
+            engine.add_request(name, {"prompt_token_ids": list(one.prompt)}, sampling)
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+            now = time.perf_counter() - began
+            stopped = []
+            for output in outputs:
+                growth = growing[output.request_id]
+                for token in output.outputs[0].token_ids:
+                    growth.take(int(token), now)
+                if growth.finish and not output.finished:
+                    stopped.append(output.request_id)
+            if stopped:
+                engine.abort_request(stopped)
+        return [growth.answer() for growth in growing.values()]
 
     def busy_ms(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> float | None:
         """Return the GPU's busy milliseconds of a decode step; None on a CPU.
@@ -289,8 +333,8 @@ def _arguments(config: dict[str, Any], settings: EngineSettings, *, on_cpu: bool
         "trust_remote_code": False,
         "skip_tokenizer_init": True,  # token ids in, numbers out
         "max_model_len": settings.max_model_len,
-        "max_num_seqs": max(*settings.batch_sizes, WINDOWS),
-        "max_num_batched_tokens": max(BATCHED_TOKENS, max(settings.batch_sizes)),
+        "max_num_seqs": max(*settings.batch_sizes, WINDOWS, settings.max_num_seqs or 0),
+        "max_num_batched_tokens": max(BATCHED_TOKENS, *settings.batch_sizes, settings.max_num_seqs or 0),
         "enable_prefix_caching": False,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         # Set, so that vLLM neither takes that whole share (of a CPU's memory too), nor measures what is free of it,
@@ -299,7 +343,7 @@ def _arguments(config: dict[str, Any], settings: EngineSettings, *, on_cpu: bool
         "seed": 0,
         "compilation_config": {
             "cudagraph_mode": "FULL_DECODE_ONLY",
-            "cudagraph_capture_sizes": sorted(set(settings.batch_sizes)),
+            "cudagraph_capture_sizes": _captured(settings),
             **({} if settings.compile else {"mode": 0}),
         },
     }
@@ -309,13 +353,23 @@ def _arguments(config: dict[str, Any], settings: EngineSettings, *, on_cpu: bool
     return {name: value for name, value in given.items() if name not in settings.arguments or value is not None}
 
 
+def _captured(settings: EngineSettings) -> list[int]:
+    """Return the batch sizes that CUDA graphs are captured for: those that are timed, and vLLM's own up to the most."""
+    most = settings.max_num_seqs or 0
+    own = [size for size in (1, 2, 4, *range(8, 256, 8), *range(256, most + 16, 16)) if size < most]
+    return sorted({*settings.batch_sizes, *own, *([most] if most else [])})
+
+
 def _kv_cache_bytes(config: dict[str, Any], settings: EngineSettings) -> int:
-    """Return the bytes for the timed sequences or WINDOWS windows of text, whichever is more."""
+    """Return the bytes for the timed sequences, WINDOWS windows of text or what is generated, whichever is most."""
     heads = int(config["num_attention_heads"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
     width = int(config.get("num_key_value_heads") or heads) * head_dim
     sequences = max(*settings.batch_sizes, WINDOWS)
     longest = settings.arguments.get("max_model_len", settings.max_model_len) or config["max_position_embeddings"]
     tokens = max(sequences * (settings.max_model_len + 128), int(longest) + 128)  # in blocks of 128 tokens
+    if settings.max_num_seqs is not None:
+        generated = settings.kv_tokens or settings.max_num_seqs * settings.max_model_len
+        tokens = max(tokens, generated + settings.max_num_seqs * 128)
     size = 4 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2
     return tokens * int(config["num_hidden_layers"]) * width * 2 * size + SPARE_BYTES  # keys and values

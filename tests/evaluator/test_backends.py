@@ -27,7 +27,7 @@ def test_every_backend_can_be_started_by_the_warm_process(name):
     reason = module.unavailable()
     assert reason is None or (reason and "\n" not in reason)
     assert isinstance(module.Engine.survives_errors, bool)
-    for method in ("nll", "decode_steps", "logits_sha256", "facts"):
+    for method in ("nll", "decode_steps", "generate", "logits_sha256", "facts"):
         assert callable(getattr(module.Engine, method))
 
 
@@ -177,5 +177,5 @@ def test_a_missing_engine_says_what_to_install(monkeypatch):
 
 
 def test_settings_survive_json():
-    settings = EngineSettings(batch_sizes=(1, 8), threads=2)
+    settings = EngineSettings(batch_sizes=(1, 8), threads=2, max_num_seqs=16, kv_tokens=5000)
     assert EngineSettings.from_dict({**settings.to_dict(), "batch_sizes": [1, 8]}) == settings

@@ -1,6 +1,7 @@
 """The vLLM engine for real: `make test-vllm` on a CPU."""
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 import transformers
 
 from evaluator import backends, embedded_texts, measure, quality, texts
-from evaluator.errors import EngineCrashed
+from evaluator.errors import EngineCrashed, RequestRefused
+from evaluator.generation import Limits
 from evaluator.measurement import Workload
 
 pytestmark = [
@@ -71,3 +73,34 @@ def test_vllm_agrees_with_transformers(checkpoint, windows, start):
     # how fast is not judged here: on a CPU vLLM's threads spin, and other work on the same cores slows it manyfold
     assert measured.timing_samples == 2 * 2 * 8
     assert measured.time_ratio > 0
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's kernels don't compute in exact float32")
+def test_vllm_generates_what_transformers_does(write_pico_model, tmp_path, start):
+    """In float32: more prompts than run at once, stop texts, ends of sequence, and timing as before afterwards."""
+    path = write_pico_model(tmp_path / "model", "llama", dtype="float32", head_dim=32)
+    draw = random.Random(0)
+    prompts = [[draw.randrange(3, 320) for _ in range(draw.randrange(1, 60))] for _ in range(32)]
+    settings = {"device": DEVICE, "max_model_len": 128, "threads": None}
+    served = {"max_num_seqs": 12, "kv_tokens": 700, "arguments": {"dtype": "float32"}}
+    ours = start(path, backend="vllm", **settings, **served)
+    exact = start(path, **settings)
+    limits = [Limits(max_tokens=draw.randrange(1, 24), ignore_eos=True) for _ in prompts]
+    answers, expected = ours.generate(prompts, limits), exact.generate(prompts, limits)
+    assert [(a.tokens, a.text, a.finish) for a in answers] == [(a.tokens, a.text, a.finish) for a in expected]
+    assert [len(answer.tokens) for answer in answers] == [its.max_tokens for its in limits]
+    assert all(0 <= a.submitted_s <= a.first_token_s <= a.last_token_s for a in answers)
+    assert max(a.first_token_s for a in answers) > min(a.last_token_s for a in answers)  # 12 at once
+
+    text = next(a.text for a in answers if len(a.text) > 6 and "\ufffd" not in a.text[3:6])
+    stopping = Limits(max_tokens=20, stop=(text[3:6],))
+    answers, expected = ours.generate(prompts, stopping), exact.generate(prompts, stopping)
+    assert [(a.tokens, a.text, a.finish) for a in answers] == [(a.tokens, a.text, a.finish) for a in expected]
+    assert "stop" in {answer.finish for answer in answers}
+
+    drawn = Limits(max_tokens=8, temperature=1.0, seed=5)
+    assert [a.tokens for a in ours.generate(prompts, drawn)] == [a.tokens for a in ours.generate(prompts, drawn)]
+    assert len(ours.decode_steps(1, 16, 8, 0)) == 8
+    with pytest.raises(RequestRefused, match="takes 160 tokens, and max_model_len is 128"):
+        ours.generate([[5] * 100], Limits(max_tokens=60))
+    assert ours.alive
