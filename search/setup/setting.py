@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -217,19 +218,26 @@ def prepare(
         machine=Machine(
             backend, device, device_name(device), engine_version(backend), capability=compute_capability(device)
         ),
-        tasks=_tasks(file, tokenizer) if engine else (),
+        tasks=_tasks(file, tokenizer, base.config) if engine else (),
     )
     if search and engine:
         require_server(file, backend, setting.engine_settings.max_model_len)
     return setting
 
 
-def _tasks(file: StudyFile, tokenizer: Any) -> tuple[tasks.Task, ...]:
+def _tasks(file: StudyFile, tokenizer: Any, config: Mapping[str, Any]) -> tuple[tasks.Task, ...]:
     sections = [(part.metric, part.task_section()) for part in file.evaluation.perf]
     found = [tasks.load(kind, section, tokenizer) for kind, section in sections if section is not None]
     names = [task.name for task in found]
     if len({*names, "perplexity"}) <= len(names):
         raise UsageError(f"evaluation.perf: two parts are called {', '.join(names)}; give each a name of its own")
+    most = config.get("max_position_embeddings")
+    for (kind, _), task in zip((one for one in sections if one[1] is not None), found, strict=True):
+        if kind == "generation" and isinstance(most, int) and task.longest > most:
+            raise UsageError(
+                f"evaluation.perf: task {task.name}: a prompt and its answer have up to {task.longest} tokens, and the "
+                f"model reads at most {most} (max_position_embeddings); lower max_tokens, or shorten the prompts"
+            )
     return tuple(found)
 
 
