@@ -22,8 +22,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from evaluator import lengths, matching, tasks, text_files
-from evaluator.errors import EvaluationError, TextError
+from evaluator import chat, lengths, matching, tasks, text_files
+from evaluator.errors import TextError
 from evaluator.generation import Answer, Limits
 from evaluator.measurement import TaskResult
 from evaluator.tasks import GeneratingEngine, Look, Progress, digest_of, result_of
@@ -246,23 +246,8 @@ def _text_of(value: Any, key: str) -> str:
 
 def _ids(messages: Sequence[dict[str, str]], is_chat: bool, section: Section, tokenizer: Any) -> list[int]:
     """Return the token ids of a chat, or of plain text where the tokenizer has no chat template or none is wanted."""
-    templated = section.template is not False and getattr(tokenizer, "chat_template", None)
-    if templated:
-        return _rendered(messages, dict(section.template or {}), tokenizer)
-    if is_chat:
-        why = "template is false" if section.template is False else "the tokenizer has no chat template"
-        raise TextError(f"has messages, and {why}; write prompt, which is continued as it is")
-    plain = "\n\n".join(message["content"] for message in messages)
-    return list(tokenizer.encode(plain, verbose=False))
-
-
-def _rendered(messages: Sequence[dict[str, str]], arguments: dict[str, Any], tokenizer: Any) -> list[int]:
-    """Return the token ids of a chat as the tokenizer's own template writes it, which brings its special tokens."""
-    try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **arguments)
-    except EvaluationError:
-        raise
-    except Exception as error:  # a template is a program from outside
-        first = (" ".join(str(error).split()) or type(error).__name__)[:160]
-        raise TextError(f"the chat template refuses it ({first}); mend its messages, or set template: false") from None
-    return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    if section.template is False and is_chat:
+        raise TextError("has messages, and template is false; write prompt, which is continued as it is")
+    if section.template is not False and (is_chat or chat.has_template(tokenizer)):
+        return chat.chat_ids(tokenizer, messages, section.template or {})
+    return chat.prompt_ids(tokenizer, "\n\n".join(message["content"] for message in messages))

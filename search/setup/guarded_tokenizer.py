@@ -14,13 +14,14 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from compressors.errors import CheckpointError
 from readers import regular
 from readers.errors import ReadError
+from search.setup.guarded_chat import ChatTemplate
 
 MOST_BYTES = 256_000_000  # of a tokenizer.json
 LOAD_S = 60.0
@@ -64,12 +65,18 @@ MOST_ADDED = 100_000
 class GuardedTokenizer:
     """GuardedTokenizer is a tokenizer whose `encode` tries each text in a child process first.
 
-    Everything else is the tokenizer's own.
+    Its chat template runs in a child process too. Everything else is the tokenizer's own.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        trial: What tries a text; None where all steps of the tokenizer are known to be quick.
+        template: The chat template; None where there is none.
     """
 
-    def __init__(self, tokenizer: Any, trial: Trial) -> None:
+    def __init__(self, tokenizer: Any, trial: Trial | None, template: ChatTemplate | None = None) -> None:
         self._tokenizer = tokenizer
         self._trial = trial
+        self._template = template
 
     def encode(self, text: str, **options: Any) -> list[int]:
         """Return the token ids of a text.
@@ -77,8 +84,28 @@ class GuardedTokenizer:
         Raises:
             CheckpointError: The tokenizer takes too long for it, or too much memory.
         """
-        self._trial.encode(text)
+        if self._trial is not None:
+            self._trial.encode(text)
         return list(self._tokenizer.encode(text, **options))
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, tokenize: bool = True, **arguments: Any
+    ) -> str | list[int]:
+        """Return the text of a chat, or its token ids.
+
+        Args:
+            messages: The messages of one chat, each with role and content.
+            tokenize: Whether to return token ids.
+            arguments: The template's other variables, such as add_generation_prompt and enable_thinking.
+
+        Raises:
+            CheckpointError: The template or the tokenizer takes too long or too much memory.
+            ValueError: There is no template, or it refuses the chat.
+        """
+        if self._template is None:
+            raise ValueError("the tokenizer has no chat template")
+        text = self._template.render(messages, arguments)
+        return self.encode(text, add_special_tokens=False) if tokenize else text
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)

@@ -29,6 +29,7 @@ from search.config.study_file import StudyFile
 from search.errors import UsageError
 from search.files import CACHE
 from search.say import Say, silent
+from search.setup.guarded_chat import chat_template_of
 from search.setup.guarded_tokenizer import GuardedTokenizer, Trial, doubt_of
 
 Shard = list[list[int]]  # windows of token ids
@@ -92,7 +93,7 @@ class StudyTexts:
 
 
 def tokenizer_of(path: Path) -> Any:
-    """Load the tokenizer of the model in `path`; one with steps that may run for long encodes within limits.
+    """Load the tokenizer of the model in `path`; what may run for long in it runs within limits.
 
     Raises:
         CheckpointError: Its tokenizer files can't be read, a link leads out of the directory, or it takes too long or
@@ -105,7 +106,8 @@ def tokenizer_of(path: Path) -> Any:
     trial = None if file is None or doubt is None else Trial(path, file, doubt)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        return tokenizer if trial is None else GuardedTokenizer(tokenizer, trial)
+        template = chat_template_of(path, tokenizer)
+        return tokenizer if trial is None and template is None else GuardedTokenizer(tokenizer, trial, template)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # readers of damaged files raise many types, and a panic of Rust code no Exception

@@ -1,4 +1,4 @@
-"""Studies that judge by generated answers, end to end: accuracy, lengths, and models made to ramble or to say nothing."""
+"""Studies that judge by generated answers, end to end; also of models that are made to ramble or to say nothing."""
 
 import json
 import shutil
@@ -66,7 +66,7 @@ def model(tmp_path_factory, write_pico_model):
 def home(tmp_path_factory, model):
     """A home with a quiz that the base model answers right: the answers are its own."""
     home = tmp_path_factory.mktemp("home")
-    words = "statement class module value object function string name list import number line".split()
+    words = ["statement", "class", "module", "value", "object", "function", "string", "name", "list", "number"]
     prompts = [f"The {one} of a {other} is" for one in words[:6] for other in words]
     found = [(prompt, answer) for prompt, answer in zip(prompts, answers_of(model, prompts), strict=True)]
     usable = [(prompt, answer.text) for prompt, answer in found if answer.text.strip() and len(answer.tokens) < 40]
@@ -116,14 +116,14 @@ def test_a_model_that_rambles_is_flagged_and_slower_where_length_counts(cli, hom
     assert found["baseline"]["length_ratio"] == 1.0
     assert f"{ratio:.2f} ± " in done.err  # a warning
     assert "times the base model's tokens, 100% cut off" in done.err
-    row = cli("report", "--model", rambling, "--compare", "--json", cwd=home)
-    listed = cli("report", "--model", rambling, "--compare", cwd=home)
-    assert "length" in listed.out + listed.err
-    assert row.status == 0
+    base_row, row = cli("report", "--model", rambling, "--json", cwd=home).json
+    assert (base_row["length_ratio"], row["length_ratio"]) == (1.0, ratio)
+    assert "lengths of answers differ" in row["remark"]
+    assert "length" in cli("report", "--model", rambling, cwd=home).out.splitlines()[0]
 
-    told, _ = evaluated(cli, home, rambling, "score.length=ignore")
-    assert "lengths of answers differ" not in Evaluation.from_dict(told).to_dict().get("remark", "")
-    assert Evaluation.from_dict(told).length_warning is None
+    _, silenced = evaluated(cli, home, rambling, "score.length=ignore")
+    assert "lengths of answers differ" not in silenced.err
+    assert "remark" not in cli("report", "--model", rambling, "--json", cwd=home).json[1]
 
     slower, _ = evaluated(cli, home, rambling, "score.length=penalise")
     assert slower["formula"]["penalise_length"] is True
@@ -156,9 +156,10 @@ def test_a_study_asks_flags_and_confirms(cli, home):
     flagged = [trial for trial in others if "length_flag" in trial.user_attrs]
     assert flagged  # a random model with fewer layers is another one
     status = cli("status", "--study", "answers", cwd=home)
+    attributes = study._storage.get_study_system_attrs(study._study_id)
+    notes = " ".join(str(value) for name, value in attributes.items() if "note" in name)
     for trial in flagged:
-        note = study.system_attrs.get(f"dashboard:{trial.number}:note") or str(study._storage.get_study_system_attrs(0))
-        assert trial.user_attrs["length_flag"].partition(";")[0].partition(":")[0] in note or note
+        assert trial.user_attrs["length_flag"] in notes
     shown = json.loads(cli("status", "--study", "answers", "--json", cwd=home).out)
     by_number = {one["trial"]: one for one in shown["pareto"]}
     for trial in flagged:
@@ -201,7 +202,7 @@ def test_a_report_shows_answers_side_by_side_and_escapes_them(cli, home, ramblin
     assert all(row.replace("\\|", "").count("|") == 5 for row in rows)
     assert "| quiz | model | 40.0 | 40.0 | 40.0 | 40.0 |" in text
     assert "lengths of answers differ" in text
-    written = cli("report", "--model", rambling, "--print-only", cwd=home)
+    written = cli("report", "-e", "x", "--model", rambling, "--print-only", cwd=home)
     assert "## Generated answers" in written.out
 
 
