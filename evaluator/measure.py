@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,28 @@ class Request:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class Partial:
+    """What is known of a model when the first answers to a task are there.
+
+    Attributes:
+        loss: Its loss on the text.
+        timing: Its timing; `UNTIMED` where nothing is timed.
+        tasks: The results of the tasks that were asked before.
+        task: The name of the task.
+        correct: How correct the first answers are.
+    """
+
+    loss: Loss
+    timing: Timing
+    tasks: Mapping[str, TaskResult]
+    task: str
+    correct: tuple[float, ...] = ()
+
+
+FirstAnswers = Callable[[Partial], None] | None
+
+
 def measure_base(
     path: str | Path,
     engine: EngineProcess,
@@ -103,6 +125,7 @@ def measure_candidate(
     expected_base_ms: float | None = None,
     progress: Progress = None,
     enough: speed.Enough = speed.ALL_TURNS,
+    first_answers: FirstAnswers = None,
 ) -> Measurement:
     """Measure a candidate, timed in turn with the base model.
 
@@ -115,6 +138,7 @@ def measure_candidate(
         expected_base_ms: The baseline's time per token when it was timed alone; see `speed.time_in_turn`.
         progress: A function that is told what is being done.
         enough: When fewer turns of the timing are enough.
+        first_answers: A function that sees what is known when the first answers to a task are there, and may raise.
 
     Raises:
         NotFinite: The model is broken.
@@ -127,7 +151,7 @@ def measure_candidate(
         if baseline is None:
             raise ValueError("measure: a candidate is timed against the baseline's engine, and none was given")
         timing, gpu = _time(engine, baseline, request, seconds, progress, expected_base_ms, enough)
-    return _watched(_measure(path, engine, request, timing, seconds, weights_sha256, progress), gpu)
+    return _watched(_measure(path, engine, request, timing, seconds, weights_sha256, progress, first_answers), gpu)
 
 
 def with_timing(measurement: Measurement, timing: Timing) -> Measurement:
@@ -180,6 +204,7 @@ def _measure(
     seconds: dict[str, float],
     weights_sha256: str | None,
     progress: Progress,
+    first_answers: FirstAnswers = None,
 ) -> Measurement:
     """Measure all that is not timing; `seconds` gains an entry for each stage."""
     nll: list[list[float]] = []  # of each token, one list for each shard
@@ -197,7 +222,10 @@ def _measure(
         with _stage("tasks", seconds):
             for task in request.tasks:
                 _say(progress, f"task {task.name}")
-                results[task.name] = task.run(engine, lambda what: _say(progress, what))
+                look = None
+                if first_answers is not None:
+                    look = _look(first_answers, Partial(loss, timing, dict(results), task.name))
+                results[task.name] = task.run(engine, lambda what: _say(progress, what), look)
     with _stage("digest", seconds):
         _say(progress, "digests")
         logits_sha256 = engine.logits_sha256(request.shards[0][0])
@@ -205,6 +233,11 @@ def _measure(
         weights = weights_sha256 or weights_sha256_of(Path(path))
     found = _Found(loss, results, described, engine.facts(), logits_sha256, weights)
     return _assembled(request, timing, found, seconds)
+
+
+def _look(first_answers: Callable[[Partial], None], known: Partial) -> Callable[[Sequence[float]], None]:
+    """Return the function that a task shows its first scores."""
+    return lambda correct: first_answers(dataclasses.replace(known, correct=tuple(correct)))
 
 
 @contextlib.contextmanager

@@ -228,3 +228,28 @@ def test_a_bad_file_is_one_line(refused, home, tmp_path, content, says):
     line = refused("run", "--study", "answers", perf, "--study-name", "bad", cwd=home)
     assert says in line
     assert "bad.jsonl" in line
+
+
+def test_a_plan_that_can_not_answer_any_more_ends_after_sixteen_questions(cli, home):
+    """A random model without one of its layers answers nothing as the base model does."""
+    words = [
+        "space.num_hidden_layers=2..5",
+        "--study-name",
+        "short",
+        "outputs=short",
+        "pruner={name: wilcoxon, p_threshold: 0.0001}",
+    ]
+    words += ["score.weight_perf=0.9", "score.weight_speed=0.1", "--trials", 3, "confirm.top=0"]
+    done = cli("run", "--study", "answers", *words, cwd=home)
+    assert done.status in (0, 1), done.err
+    study = optuna.load_study(storage=f"sqlite:///{home}/outputs/studies.db", study_name="short")
+    ended = [trial for trial in study.trials if trial.user_attrs.get("stage") == "measure"]
+    assert ended
+    for trial in ended:
+        assert trial.state.name == "PRUNED"
+        reason = trial.user_attrs["reason"]
+        assert reason.startswith("answers: task quiz: 0 of the first 16 answers are right and the base model's 16")
+        assert "exact McNemar, p = 3.1e-05" in reason
+        assert "at best, Score" in reason
+        assert "trial 0's 0.900" in reason
+        assert "perf_norm" not in trial.user_attrs
