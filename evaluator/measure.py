@@ -325,7 +325,7 @@ def _assembled(request: Request, timing: Timing, found: _Found, seconds: dict[st
         torch_version=facts["torch_version"],
         device=facts["device"],
         dtype=facts["dtype"],
-        workload=request.workload,
+        workload=dataclasses.replace(request.workload, asked=()),
         text_digest=texts.text_digest([window for shard in request.shards for window in shard]),
         logits_sha256=found.logits_sha256,
         weights_sha256=found.weights_sha256,

@@ -6,25 +6,47 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from evaluator.answering import Asked
 from evaluator.gpu_state import GpuRecord
 from evaluator.metrics import COUNT, METRIC, Metric, Shown
 
 VERSION = 1  # raised when the same model would give other numbers, which cannot be compared with older ones
 
 
+KEYS = {  # of a workload, by its kind
+    "decode": ("batch_sizes", "prompt_tokens", "decode_steps", "turns", "seed"),
+    "batch": (
+        *("kind", "requests", "input_tokens", "output_tokens", "ignore_eos", "max_num_seqs"),
+        *("turns", "seed"),
+    ),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is timed: single decode steps of each engine in turn, after a prompt of random ids.
+    """What is timed, of each engine in turn.
+
+    Of kind decode, single decode steps are timed, after a prompt of random ids. Of kind batch, whole requests are
+    timed, which are given at once: the time per token is the time until the last answer is complete, prefill included,
+    over the number of generated tokens; see `evaluator.batch`.
 
     Attributes:
-        batch_sizes: The numbers of sequences decoded together; the time per token is the mean over them.
-        prompt_tokens: The length of each sequence's prompt; its prefill is not timed.
-        decode_steps: The number of single decode steps in a turn.
+        batch_sizes: decode: the numbers of sequences decoded together; the time per token is the mean over them.
+        prompt_tokens: decode: the length of each sequence's prompt; its prefill is not timed.
+        decode_steps: decode: the number of single decode steps in a turn.
         turns: The number of turns of each engine.
-        seed: The random seed of the prompts.
+        seed: The random seed of the prompts, and of lengths that are drawn.
+        kind: "decode" or "batch".
+        requests: batch: the number of requests.
+        input_tokens: batch: the least and the most tokens of a prompt of random ids.
+        output_tokens: batch: the least and the most tokens of an answer whose length is drawn.
+        ignore_eos: batch: whether answers have the lengths that are drawn; else they end by themselves, after the most
+            tokens at the latest.
+        max_num_seqs: batch: the most requests that run at once.
+        asked: batch: the requests themselves, which are not kept.
 
     Raises:
-        ValueError: A number is too small.
+        ValueError: A number is too small, or a kind is unknown.
     """
 
     batch_sizes: tuple[int, ...] = (1,)
@@ -32,14 +54,50 @@ class Workload:
     decode_steps: int = 16
     turns: int = 12
     seed: int = 0
+    kind: str = "decode"
+    requests: int = 64
+    input_tokens: tuple[int, int] = (64, 256)
+    output_tokens: tuple[int, int] = (64, 128)
+    ignore_eos: bool = True
+    max_num_seqs: int = 256
+    asked: tuple[Asked, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "batch_sizes", tuple(self.batch_sizes))
+        for name in ("batch_sizes", "input_tokens", "output_tokens"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.kind not in KEYS:
+            raise ValueError(f"workload: kind is {self.kind!r}; there are {', '.join(KEYS)}")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(f"workload: batch_sizes are positive integers, not {self.batch_sizes}")
-        for name, least in (("prompt_tokens", 1), ("decode_steps", 1), ("turns", 2)):
+        for name, least in (
+            *(("prompt_tokens", 1), ("decode_steps", 1), ("turns", 2)),
+            *(("requests", 1), ("max_num_seqs", 1)),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"workload: {name} is {getattr(self, name)}; {least} is the least")
+        for name in ("input_tokens", "output_tokens"):
+            low, high = getattr(self, name)
+            if not 1 <= low <= high:
+                raise ValueError(f"workload: {name} is {low} to {high}; it has to begin at 1 or more and not to fall")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The numbers of sequences that run at once, each of which is timed by itself."""
+        return self.batch_sizes if self.kind == "decode" else (min(self.requests, self.max_num_seqs),)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a time of this kind depends on, as JSON values; decode, the older kind, is not named."""
+        values = {name: getattr(self, name) for name in KEYS[self.kind]}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Workload:
+        """Return the workload that `to_dict` wrote, without its requests.
+
+        Raises:
+            TypeError: A name is unknown.
+        """
+        return cls(**values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +111,7 @@ class Timing:
         base_time_per_token_ms_se: Its standard error.
         time_ratio: The candidate's time over the baseline's.
         time_ratio_se: Its standard error.
-        samples: The number of the candidate's decode steps; 0 means that nothing was timed.
+        samples: The number of the candidate's decode steps, or runs of all requests; 0: nothing was timed.
     """
 
     time_per_token_ms: float
@@ -150,10 +208,10 @@ class Measurement:
         nll_nats_per_token: The mean negative log-likelihood over all tokens.
         tokens: The number of tokens that were predicted.
         shard_nll: The mean negative log-likelihood of each shard, in the order of the shards.
-        time_per_token_ms: The time of a decode step, for each token.
+        time_per_token_ms: The time of a decode step, or of all requests, for each generated token.
         base_time_per_token_ms: The same of the baseline, timed in turn with it.
         time_ratio: The time per token over the baseline's; the baseline's own is 1.
-        timing_samples: The number of decode steps that were timed.
+        timing_samples: The number of decode steps, or of runs of all requests, that were timed.
         tokens_per_sec: 1000 / time_per_token_ms.
         model_size_mb: The size of the weight files.
         total_parameters: The parameters of the dequantized model.
@@ -354,7 +412,7 @@ class Measurement:
         for name in (*OF_ANSWERS, "length_ratio_se"):
             if values[name] is None:
                 del values[name]
-        values["workload"]["batch_sizes"] = list(self.workload.batch_sizes)
+        values["workload"] = self.workload.to_dict()
         if self.gpu is None:
             del values["gpu"]
         else:
@@ -371,7 +429,7 @@ class Measurement:
         found = dict(values)
         found["shard_nll"] = tuple(found["shard_nll"])
         found["notes"] = tuple(found.get("notes", ()))
-        found["workload"] = Workload(**found["workload"])
+        found["workload"] = Workload.from_dict(found["workload"])
         found["tasks"] = {name: TaskResult.from_dict(result) for name, result in found.get("tasks", {}).items()}
         found["gpu"] = None if found.get("gpu") is None else GpuRecord.from_dict(found["gpu"])
         return cls(**found)

@@ -20,9 +20,13 @@ On the H100 these are ten runs of 40 turns of 24 steps, host-bound at 2 ms a ste
 12 turns of 16 steps in float32, while other work ran.
 
 The scheduler of vLLM runs a step ahead, so that the time between two steps says little. The vLLM engine therefore
-reports the mean of a turn for each of its steps. Half-samples are used because the bootstrap and the delete-one
-jackknife underestimate the error of a statistic so near a minimum (Politis and Romano 1994,
-https://doi.org/10.1214/aos/1176325770).
+reports the mean of a turn for each of its steps.
+
+Half-samples are used because the bootstrap and the delete-one jackknife underestimate the error of a statistic so near
+a minimum (Politis and Romano 1994, https://doi.org/10.1214/aos/1176325770).
+
+A turn of a workload of kind batch is a run of all its requests, and one sample. A run averages over its own steps, so
+that more of the runs count, the fastest FASTEST_RUNS.
 """
 
 from __future__ import annotations
@@ -34,10 +38,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluator import batch
+from evaluator.generation import Answer, Limits
 from evaluator.measurement import Timing, Workload
 
 DISCARDED = 3  # the first steps after a switch, when caches are cold and threads asleep
 FASTEST = 0.05  # the share of the steps that counts
+FASTEST_RUNS = 0.25  # the share of the runs of all requests that counts
 RESAMPLES = 400
 SLOWER, AGAIN = 1.03, 2  # see time_in_turn
 ROUND = 8  # turns of each engine and batch size, after which a timing may end
@@ -53,6 +60,9 @@ class Timed(Protocol):
 
     def decode_steps(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> list[float]:
         """Return the seconds of each of `steps` decode steps; see `evaluator.backends.Engine`."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], limits: Limits | Sequence[Limits]) -> list[Answer]:
+        """Return the answer to each prompt, with its times; see `evaluator.backends.Engine`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +121,12 @@ def time_in_turn(
 
     timed = steady(take)
     for _ in range(AGAIN):
-        timing = estimate(*timed)
+        timing = estimate(*timed, share_of(workload))
         if expected_base_ms is None or timing.base_time_per_token_ms <= SLOWER * expected_base_ms:
             return timing
         again = steady(take)
         timed = _joined(timed[0], again[0]), _joined(timed[1], again[1])
-    return estimate(*timed)
+    return estimate(*timed, share_of(workload))
 
 
 def _collect(
@@ -129,10 +139,10 @@ def _collect(
     if enough == ALL_TURNS:
         return collect(candidate, baseline, workload, progress)
     timed: Both | None = None
-    total = len(workload.batch_sizes) * workload.turns * 2
+    total = len(workload.sizes) * workload.turns * 2
     for start in range(0, workload.turns, ROUND):
         part = dataclasses.replace(workload, turns=max(min(ROUND, workload.turns - start), 2))
-        before = len(workload.batch_sizes) * start * 2
+        before = len(workload.sizes) * start * 2
 
         def counted(done: int, of_part: int, before: int = before) -> None:
             if progress is not None:
@@ -142,7 +152,7 @@ def _collect(
         if timed is not None:
             of_candidate, of_baseline = _joined(timed[0], of_candidate), _joined(timed[1], of_baseline)
         timed = of_candidate, of_baseline
-        if enough.reached_by(estimate(*timed)):
+        if enough.reached_by(estimate(*timed, share_of(workload))):
             break
     assert timed is not None
     return timed
@@ -178,12 +188,11 @@ def collect_all(
         first: Whether the engines are new: buffers are allocated and kernels chosen before anything counts.
     """
     timed: list[dict[int, Turns]] = [{} for _ in engines]
-    total, done = len(workload.batch_sizes) * workload.turns * len(engines), 0
-    for batch_size in workload.batch_sizes:
-        steps = workload.decode_steps + DISCARDED
+    total, done = len(workload.sizes) * workload.turns * len(engines), 0
+    for batch_size in workload.sizes:
 
-        def turn(engine: Timed, batch_size: int = batch_size, steps: int = steps) -> list[float]:
-            return engine.decode_steps(batch_size, workload.prompt_tokens, steps, workload.seed)[DISCARDED:]
+        def turn(engine: Timed, batch_size: int = batch_size) -> list[float]:
+            return _turn(engine, workload, batch_size)
 
         if first:
             for engine in engines:
@@ -204,6 +213,23 @@ def collect_all(
     return timed
 
 
+def _turn(engine: Timed, workload: Workload, batch_size: int) -> list[float]:
+    """Return the seconds of each step of a turn, in which `batch_size` tokens are generated.
+
+    A run of all requests is one such step: its mean over all tokens.
+    """
+    if workload.kind == "batch":
+        answers = engine.generate([one.prompt for one in workload.asked], [one.limits for one in workload.asked])
+        return [batch_size * batch.seconds_per_token(answers)]
+    steps = workload.decode_steps + DISCARDED
+    return engine.decode_steps(batch_size, workload.prompt_tokens, steps, workload.seed)[DISCARDED:]
+
+
+def share_of(workload: Workload) -> float:
+    """Return the share of a workload's samples that counts, the fastest ones."""
+    return FASTEST if workload.kind == "decode" else FASTEST_RUNS
+
+
 def time_all(
     candidates: Sequence[Timed],
     baseline: Timed,
@@ -213,7 +239,7 @@ def time_all(
 ) -> list[dict[int, Timing]]:
     """Time several candidates in turn with the baseline, and return each one's timing by batch size; see `turns_of`."""
     return [
-        {size: estimate({size: turns[size]}, {size: base[size]}) for size in turns}
+        {size: estimate({size: turns[size]}, {size: base[size]}, share_of(workload)) for size in turns}
         for turns, base in turns_of(candidates, baseline, workload, time_ratio_se, progress)
     ]
 
@@ -238,7 +264,7 @@ def turns_of(
         progress: A function that is called with the number of candidates whose timing is done, and of all.
     """
     pairs: dict[int, Both] = {}  # by the candidate's number
-    left = list(range(len(candidates)))
+    left, share = list(range(len(candidates))), share_of(workload)
     for start in range(0, workload.turns, ROUND):
         part = dataclasses.replace(workload, turns=max(min(ROUND, workload.turns - start), 2))
         base, *rest = collect_all([baseline, *(candidates[number] for number in left)], part, first=start == 0)
@@ -246,7 +272,7 @@ def turns_of(
             before = pairs.get(number)
             pairs[number] = (turns, base) if before is None else (_joined(before[0], turns), _joined(before[1], base))
         exact = Enough(time_ratio_se)
-        left = [number for number in left if not exact.reached_by(estimate(*pairs[number]))]
+        left = [number for number in left if not exact.reached_by(estimate(*pairs[number], share))]
         if progress is not None:
             progress(len(candidates) - len(left), len(candidates))
         if not left:
@@ -254,11 +280,11 @@ def turns_of(
     return [turns for _, turns in sorted(pairs.items())]
 
 
-def estimate(candidate: Mapping[int, Turns], baseline: Mapping[int, Turns]) -> Timing:
+def estimate(candidate: Mapping[int, Turns], baseline: Mapping[int, Turns], share: float = FASTEST) -> Timing:
     """Return the timing of step times in seconds, given as turns by batch size; see the module's text.
 
     Turn i of both engines are neighbours. A step of batch size b generates b tokens; over several batch sizes the time
-    per token is the mean.
+    per token is the mean. `share` is the share of the steps that counts, the fastest ones; see `share_of`.
     """
     random = np.random.default_rng(0)
     point = np.zeros((2, 1))  # (engine, ·) seconds per token
@@ -268,8 +294,8 @@ def estimate(candidate: Mapping[int, Turns], baseline: Mapping[int, Turns]) -> T
         pairs = np.stack([np.asarray(turns, float), np.asarray(baseline[batch_size], float)])  # (engine, turn, step)
         n = pairs.shape[1]
         weight = 1.0 / batch_size / len(candidate)
-        point += weight * _fastest(pairs[:, None])
-        resampled += weight * _fastest(pairs[:, _halves(random, n)])
+        point += weight * _fastest(pairs[:, None], share)
+        resampled += weight * _fastest(pairs[:, _halves(random, n)], share)
         count += pairs[0].size
     (time,), (base_time,) = point.tolist()
     errors = resampled.std(axis=1, ddof=1)
@@ -293,10 +319,10 @@ def _halves(random: np.random.Generator, n: int) -> NDArray[np.int64]:
     return halves
 
 
-def _fastest(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+def _fastest(seconds: NDArray[np.float64], share: float) -> NDArray[np.float64]:
     """Return the mean of the fastest share of all steps: (engine, sample, turn, step) → (engine, sample)."""
     flat = np.sort(seconds.reshape(*seconds.shape[:2], -1), axis=-1)
-    kept = max(round(FASTEST * flat.shape[-1]), 1)
+    kept = max(round(share * flat.shape[-1]), 1)
     mean: NDArray[np.float64] = flat[..., :kept].mean(axis=-1)
     return mean
 

@@ -275,6 +275,19 @@ def served_bytes(name: str, stored: int, dtype: str) -> int:
     return stored if served == dtype else stored * DTYPE_BYTES[served] // DTYPE_BYTES[dtype]
 
 
+def kv_bytes(config: Mapping[str, Any]) -> int:
+    """Return the bytes of the keys and values of one token, in all layers.
+
+    Args:
+        config: The values of config.json.
+    """
+    heads = int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    width = int(config.get("num_key_value_heads") or heads) * head_dim
+    size = 4 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2
+    return int(config["num_hidden_layers"]) * width * 2 * size
+
+
 def cannot_start(name: str, scheme: str, capability: tuple[int, int] | None) -> str | None:
     """Return why an engine cannot start a checkpoint of this scheme, in one line, or None.
 

@@ -362,14 +362,10 @@ def _captured(settings: EngineSettings) -> list[int]:
 
 def _kv_cache_bytes(config: dict[str, Any], settings: EngineSettings) -> int:
     """Return the bytes for the timed sequences, WINDOWS windows of text or what is generated, whichever is most."""
-    heads = int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
-    width = int(config.get("num_key_value_heads") or heads) * head_dim
     sequences = max(*settings.batch_sizes, WINDOWS)
     longest = settings.arguments.get("max_model_len", settings.max_model_len) or config["max_position_embeddings"]
     tokens = max(sequences * (settings.max_model_len + 128), int(longest) + 128)  # in blocks of 128 tokens
     if settings.max_num_seqs is not None:
         generated = settings.kv_tokens or settings.max_num_seqs * settings.max_model_len
         tokens = max(tokens, generated + settings.max_num_seqs * 128)
-    size = 4 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2
-    return tokens * int(config["num_hidden_layers"]) * width * 2 * size + SPARE_BYTES  # keys and values
+    return tokens * backends.kv_bytes(config) + SPARE_BYTES

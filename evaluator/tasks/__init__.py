@@ -100,6 +100,10 @@ class Task(Protocol):
     def longest(self) -> int:
         """The most tokens of one of its windows, or of a prompt with its answer."""
 
+    @property
+    def writes(self) -> bool:
+        """Whether a model writes answers to it: it needs `generate`, and its result has `answers`."""
+
     def run(self, engine: AskedEngine, progress: Progress = None, look: Look = None) -> TaskResult:
         """Ask an engine all items.
 

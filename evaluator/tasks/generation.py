@@ -98,6 +98,7 @@ class Generation:
     limits: Limits
     digest: str
     longest: int
+    writes: bool = True
 
     def run(self, engine: GeneratingEngine, progress: Progress = None, look: Look = None) -> TaskResult:
         """Ask an engine all questions; `look` sees the scores of the first FIRST."""

@@ -76,6 +76,11 @@ class HarnessTask:
     tokenizer: Any
     max_tokens: int | None
 
+    @property
+    def writes(self) -> bool:
+        """Whether a model writes answers to it."""
+        return bool(self.task.OUTPUT_TYPE == "generate_until")
+
     def run(self, engine: AskedEngine, progress: Progress = None, look: Look = None) -> TaskResult:
         """Ask an engine all items; an item's accuracy is what the harness logs for the sample.
 
@@ -83,8 +88,7 @@ class HarnessTask:
         """
         model = language_model(engine, self.tokenizer, max_tokens=self.max_tokens, progress=progress, name=self.name)
         instances = list(self.task.instances)
-        writes = self.task.OUTPUT_TYPE == "generate_until"
-        given = model.generate_until(instances) if writes else model.loglikelihood(instances)
+        given = model.generate_until(instances) if self.writes else model.loglikelihood(instances)
         of_item: dict[int, list[Any]] = {}
         for instance, answer in zip(instances, given, strict=True):
             instance.resps = [answer] * instance.repeats
@@ -96,7 +100,7 @@ class HarnessTask:
             asked.sort(key=lambda instance: instance.idx)
             answers = [next(iter(instance.filtered_resps.values())) for instance in asked]
             correct.append(self._score(self.task.process_results(asked[0].doc, answers).get(self.metric)))
-        if not writes:
+        if not self.writes:
             return result_of(correct, self.digest)
         questions = [str(instance.args[0]) for instance in instances]
         expected = [str(self.task.doc_to_target(instance.doc)) for instance in instances]

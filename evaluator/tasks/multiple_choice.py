@@ -65,6 +65,7 @@ class MultipleChoice:
     items: tuple[Item, ...]
     digest: str
     longest: int
+    writes: bool = False
 
     def run(self, engine: NllEngine, progress: Progress = None, look: Look = None) -> TaskResult:
         """Ask an engine all questions; an item is correct, 1.0, or not, 0.0."""

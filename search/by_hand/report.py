@@ -223,11 +223,15 @@ def _changes(evaluation: Evaluation) -> str:
 
 def _time(evaluation: Evaluation, path: Path) -> str:
     m, b = evaluation.measurement, evaluation.baseline
-    sizes = ", ".join(map(str, m.workload.batch_sizes))
+    workload = m.workload
+    if workload.kind == "decode":
+        what = f"{m.timing_samples} decode steps, batch sizes {', '.join(map(str, workload.batch_sizes))}"
+    else:
+        what = f"{m.timing_samples} runs of {workload.requests} requests, at most {workload.sizes[0]} at once"
     timed = (
         f"A token takes {m.time_per_token_ms:.4f} ms, and {m.base_time_per_token_ms:.4f} ms with the baseline, which "
         f"was timed in turn with the model: the ratio is {m.time_ratio:.4f} ± {m.time_ratio_se:.4f} "
-        f"({m.timing_samples} decode steps, batch sizes {sizes}; {m.engine_version} on {m.device})."
+        f"({what}; {m.engine_version} on {m.device})."
     )
     predicted = (
         f"Nothing was timed. A token is predicted to take {m.time_ratio:.4f} of the baseline's time, from the weights "

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     PrivateAttr,
@@ -23,6 +24,7 @@ from pydantic import (
 from compressors.choices import PRECISIONS, Choice
 from compressors.plan import CHOICES, DIMENSIONS
 from evaluator import tasks
+from evaluator.measurement import KEYS
 from search import secrets
 from search.config import references
 from search.config.compression import Compression
@@ -187,6 +189,8 @@ class Text(Section):
     moments_windows: Annotated[int, Field(ge=1)] = 32  # for each domain, where `build.needs_moments`
     shards: Annotated[int, Field(ge=2)] = 16
     windows_per_shard: Annotated[int, Field(ge=1)] = 1
+    prompts: str | None = None  # a file of requests that a workload of kind batch times; null: random ids
+    chat_template_kwargs: dict[str, Any] = {}  # arguments of the chat template for those of them that are chats
 
     @field_validator("calibration", "search", "report", mode="before")
     @classmethod
@@ -194,19 +198,52 @@ class Text(Section):
         return value if value == "embedded" else _list_of_one(value)
 
 
-class WorkloadSection(Section):
-    """WorkloadSection holds the decoding that is timed; see `evaluator.speed`."""
+def _lengths_of_text(value: Any) -> Any:
+    """Read `64..256` as [64, 256], and one number as both ends."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value, value]
+    low, dots, high = value.partition("..") if isinstance(value, str) else ("", "", "")
+    return [low, high] if dots else value
 
+
+def _rising(value: list[int]) -> list[int]:
+    if value[0] > value[1]:
+        raise ValueError(f"{value[0]}..{value[1]} must not fall")
+    return value
+
+
+Lengths = Annotated[  # the least and the most tokens
+    list[Annotated[int, Field(ge=1)]],
+    Field(min_length=2, max_length=2),
+    BeforeValidator(_lengths_of_text),
+    AfterValidator(_rising),
+]
+
+
+class WorkloadSection(Section):
+    """WorkloadSection holds what is timed: decode steps, or whole requests; see `evaluator.speed`."""
+
+    kind: Literal["decode", "batch"] = "decode"
     batch_sizes: list[Annotated[int, Field(ge=1)]] = [1]
     prompt_tokens: Annotated[int, Field(ge=1)] = 64
     decode_steps: Annotated[int, Field(ge=4)] = 16
     turns: Annotated[int, Field(ge=4)] = 12
     seed: int = 0
+    requests: Annotated[int, Field(ge=1)] = 64
+    input_tokens: Lengths = [64, 256]
+    output_tokens: Lengths = [64, 128]
+    ignore_eos: bool = True
+    max_num_seqs: Annotated[int, Field(ge=1)] = 256
 
     @field_validator("batch_sizes", mode="before")
     @classmethod
     def _lists(cls, value: Any) -> Any:
         return _list_of_one(value)
+
+    @property
+    def of_kind(self) -> dict[str, Any]:
+        """The keys that a time of this kind depends on; `kind` only where it is not decode, which is older."""
+        return {name: getattr(self, name) for name in KEYS[self.kind]}
 
 
 class Evaluation(Section):

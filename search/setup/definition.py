@@ -25,7 +25,7 @@ def of_file(file: StudyFile) -> dict[str, Any]:
         "max_size_mb": file.limits.max_size_mb,
         "score": {**file.score.weights, **({"length": "penalise"} if file.score.length == "penalise" else {})},
         "evaluation": {
-            "workload": evaluation.workload.model_dump(),
+            "workload": evaluation.workload.of_kind,
             "speed": evaluation.speed,
             "compile": evaluation.compile,
         },
@@ -40,7 +40,11 @@ def of_file(file: StudyFile) -> dict[str, Any]:
 
 def filled(definition: Mapping[str, Any]) -> dict[str, Any]:
     """Return a definition with the entries that were left out, so that two can be compared."""
-    return {**OLDER, **definition}
+    whole = {**OLDER, **definition}
+    evaluation = whole.get("evaluation", {})
+    if "workload" in evaluation:
+        whole["evaluation"] = {**evaluation, "workload": {"kind": "decode", **evaluation["workload"]}}
+    return whole
 
 
 def searched(space: Space) -> dict[str, Any]:

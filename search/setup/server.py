@@ -22,7 +22,9 @@ def require_server(file: StudyFile, backend: str, least: int) -> None:
     refused = backends.refused_arguments(backend, server)
     if refused is not None:
         raise UsageError(f"confirm.server: {refused}")
-    for name, lowest in (("max_model_len", least), ("max_num_seqs", max(file.evaluation.workload.batch_sizes))):
+    workload = file.evaluation.workload
+    together = max(workload.batch_sizes) if workload.kind == "decode" else 1  # requests wait for their turn
+    for name, lowest in (("max_model_len", least), ("max_num_seqs", together)):
         value = server.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < lowest):
             raise UsageError(f"confirm.server: {name} is {value!r}; what is measured needs {lowest} or more")

@@ -6,6 +6,7 @@ It is prepared once, and checked before anything is written. Knows no Optuna.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from compressors.errors import CheckpointError, CompressionError
 from compressors.model import checkpoint, family
 from compressors.model.transformers_version import config_for
 from compressors.plan import DIMENSIONS, CompressionPlan
-from evaluator import backends, lengths, measure, speed, tasks, texts
+from evaluator import backends, batch, lengths, measure, speed, tasks, texts
 from evaluator.backends import EngineSettings
 from evaluator.measurement import Measurement, Workload
 from evaluator.score import Formula
@@ -29,8 +30,11 @@ from search.say import Say, silent
 from search.setup import sources
 from search.setup.goal import Goal
 from search.setup.machine import Machine, choose_engine, compute_capability, device_name, engine_version, require_memory
+from search.setup.requests import Prompts, read_prompts, require_room
 from search.setup.server import require_server
 from search.setup.texts import MomentsText, StudyTexts, read_texts, tokenizer_of
+
+WRITTEN_TOGETHER = 64  # answers of tasks that an engine writes at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Setting:
     texts: StudyTexts
     machine: Machine
     tasks: tuple[tasks.Task, ...] = ()  # the parts of Perf other than perplexity
+    prompts: Prompts = ()  # of a workload of kind batch that reads a file
     _reasons: dict[CompressionPlan, str | None] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )  # what `infeasible` has found: a sampler asks for thousands of plans, again and again
@@ -73,10 +78,13 @@ class Setting:
         """The directory of checkpoints, measurements and caches."""
         return self.file.outputs
 
-    @property
+    @functools.cached_property
     def workload(self) -> Workload:
         """What is timed."""
-        return Workload(**self.file.evaluation.workload.model_dump())
+        workload = Workload.from_dict(self.file.evaluation.workload.of_kind)
+        if workload.kind == "decode":
+            return workload
+        return batch.with_requests(workload, int(self.model.checkpoint.config["vocab_size"]), self.prompts)
 
     @property
     def formula(self) -> Formula:
@@ -120,18 +128,25 @@ class Setting:
     def engine_settings(self) -> EngineSettings:
         """How engines are run."""
         evaluation, workload = self.file.evaluation, self.workload
-        batch = backends.batched_tokens(self.machine.backend) or 2048
-        prefills = math.ceil(max(workload.batch_sizes) * workload.prompt_tokens / batch)
-        steps = workload.prompt_tokens + workload.decode_steps + prefills + 16
+        if workload.kind == "batch":
+            timed, together, kv_tokens = batch.longest(workload), workload.sizes[0], batch.kv_tokens(workload)
+        else:
+            step = backends.batched_tokens(self.machine.backend) or 2048
+            prefills = math.ceil(max(workload.batch_sizes) * workload.prompt_tokens / step)
+            timed, together, kv_tokens = workload.prompt_tokens + workload.decode_steps + prefills + 16, None, None
+            if any(task.writes for task in self.tasks):
+                together = max(WRITTEN_TOGETHER, *workload.batch_sizes)
         return EngineSettings(
             device=self.machine.device,
-            max_model_len=max(self.file.text.window + 8, steps, *(task.longest + 8 for task in self.tasks)),
+            max_model_len=max(self.file.text.window + 8, timed, *(task.longest + 8 for task in self.tasks)),
             batch_sizes=workload.batch_sizes,
             gpu_memory_utilization=evaluation.gpu_memory_utilization,
             compile=evaluation.compile,
             threads=self.machine.threads,
             start_timeout_s=evaluation.start_timeout_s,
             call_timeout_s=evaluation.call_timeout_s,
+            max_num_seqs=together,
+            kv_tokens=kv_tokens,
         )
 
     def size_ratio(self, plan: CompressionPlan) -> float:
@@ -219,7 +234,10 @@ def prepare(
             backend, device, device_name(device), engine_version(backend), capability=compute_capability(device)
         ),
         tasks=_tasks(file, tokenizer, base.config) if engine else (),
+        prompts=read_prompts(file, tokenizer) if engine else (),
     )
+    if engine and setting.workload.kind == "batch":
+        require_room(setting.workload, base.config.get("max_position_embeddings"))
     if search and engine:
         require_server(file, backend, setting.engine_settings.max_model_len)
     return setting
@@ -232,8 +250,8 @@ def _tasks(file: StudyFile, tokenizer: Any, config: Mapping[str, Any]) -> tuple[
     if len({*names, "perplexity"}) <= len(names):
         raise UsageError(f"evaluation.perf: two parts are called {', '.join(names)}; give each a name of its own")
     most = config.get("max_position_embeddings")
-    for (kind, _), task in zip((one for one in sections if one[1] is not None), found, strict=True):
-        if kind == "generation" and isinstance(most, int) and task.longest > most:
+    for task in found:
+        if task.writes and isinstance(most, int) and task.longest > most:
             raise UsageError(
                 f"evaluation.perf: task {task.name}: a prompt and its answer have up to {task.longest} tokens, and the "
                 f"model reads at most {most} (max_position_embeddings); lower max_tokens, or shorten the prompts"

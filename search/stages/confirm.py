@@ -18,6 +18,7 @@ from compressors.files import alone
 from evaluator import measure, speed
 from evaluator.backends import EngineSettings
 from evaluator.errors import EngineCrashed, EvaluationError
+from evaluator.generation import Answer, Limits
 from evaluator.process import EngineProcess
 from search.failures import FAILURES, why
 from search.say import Say, silent
@@ -25,7 +26,7 @@ from search.setup.machine import free_memory
 from search.setup.setting import Setting
 from search.stages import build, confirmed
 from search.stages.confirmed import Asked, Model, Record, Result
-from search.stages.engines import ENGINE_BYTES, LITTLE, once_more, room_on_gpu, start_engine
+from search.stages.engines import LITTLE, engine_bytes, once_more, room_on_gpu, start_engine
 
 SERVER_BYTES = 3 << 30  # of a GPU's memory that an engine with the server's own settings takes beside its weights
 HOST_BYTES = 1 << 29  # of a machine's memory that an engine on the CPU takes beside its weights
@@ -145,7 +146,7 @@ class _Confirmation:
         if self.setting.machine.device == "cuda":
             if not _fixed_cache(server) or "gpu_memory_utilization" in server:
                 return max(1, int(SHARE_IN_ALL / self.settings.gpu_memory_utilization) - 1)
-            each = size + (SERVER_BYTES if server else ENGINE_BYTES)
+            each = size + max(SERVER_BYTES if server else 0, engine_bytes(self.setting))
             room = room_on_gpu(each) - 1
         else:
             free = free_memory(self.setting.machine.device)
@@ -203,7 +204,7 @@ class _Confirmation:
                     raise _OfModel(model, error) from error
             raise
         for model, (turns, of_base) in zip(engines, every, strict=True):
-            self._add(model, pair=speed.estimate(turns, of_base))
+            self._add(model, pair=speed.estimate(turns, of_base, speed.share_of(self.setting.workload)))
 
     def _quality(self, path: Path, engine: EngineProcess, name: str) -> Any:
         return measure.measure_candidate(
@@ -261,9 +262,17 @@ class _Told:
 
     def decode_steps(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> list[float]:
         """Return the seconds of each decode step."""
+        self._tell()
+        return self._engine.decode_steps(batch_size, prompt_tokens, steps, seed)
+
+    def generate(self, prompts: Sequence[Sequence[int]], limits: Limits | Sequence[Limits]) -> list[Answer]:
+        """Return the answer to each prompt."""
+        self._tell()
+        return self._engine.generate(prompts, limits)
+
+    def _tell(self) -> None:
         self._turns += 1
         self._say(f"timing, turn {self._turns}")
-        return self._engine.decode_steps(batch_size, prompt_tokens, steps, seed)
 
 
 class _OfModel(Exception):

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 
+from evaluator import backends
 from evaluator.backends import EngineSettings
 from evaluator.errors import EngineCrashed, EvaluationError
 from evaluator.process import EngineProcess
@@ -20,7 +21,7 @@ from search.setup.setting import Setting
 
 T = TypeVar("T")
 PORT_TAKEN, PORT_TRIES = "EADDRINUSE", 3  # vLLM looks for a free port first and takes it later
-ENGINE_BYTES = 3 << 29  # of a GPU's memory that an engine takes beside its weights
+ENGINE_BYTES = 3 << 29  # of a GPU's memory that an engine takes beside its weights and what `engine_bytes` adds
 SHARE_OF_FREE = 0.8  # of a GPU's free memory that engines side by side may take
 LITTLE = 0.02  # share of a GPU that an engine with random weights asks for; it takes what it needs
 
@@ -103,6 +104,12 @@ def start_engine(backend: str, path: Path, settings: EngineSettings, log: Path) 
             if PORT_TAKEN not in str(error):
                 raise
     return EngineProcess(backend, path, settings, log=log)
+
+
+def engine_bytes(setting: Setting) -> int:
+    """Return the bytes of a GPU's memory that an engine takes beside its weights."""
+    tokens = setting.engine_settings.kv_tokens or 0
+    return ENGINE_BYTES + tokens * backends.kv_bytes(setting.model.checkpoint.config)
 
 
 def room_on_gpu(each: int) -> int:

@@ -21,7 +21,7 @@ from compressors.choices import SCHEMES
 from compressors.files import digest_of_json, write_json
 from compressors.model.family import head_dim
 from compressors.plan import CompressionPlan
-from evaluator import backends, speed
+from evaluator import backends, batch, speed
 from evaluator.errors import EvaluationError
 from evaluator.gpu_watch import GpuWatch
 from evaluator.process import EngineProcess
@@ -31,7 +31,7 @@ from search.processes import abandoned, mark
 from search.say import Say
 from search.setup import keys
 from search.setup.setting import Setting
-from search.stages.engines import ENGINE_BYTES, Engines, room_on_gpu
+from search.stages.engines import Engines, engine_bytes, room_on_gpu
 
 LOG = logging.getLogger(__name__)
 TOGETHER = 9  # engines that are started and timed together on a GPU, at most
@@ -52,8 +52,9 @@ def known(setting: Setting) -> SpeedTable | None:
 def path_of(setting: Setting) -> Path:
     """Return the file that keeps the table."""
     circumstances = keys.circumstances(setting)
-    depends = ("workload", "backend", "compile", "engine_version", "device", "threads")
-    key = [VERSION, dataclasses.asdict(_base_shape(setting)), {name: circumstances[name] for name in depends}]
+    depends = ("workload", "prompts", "backend", "compile", "engine_version", "device", "threads")
+    known = {name: circumstances[name] for name in depends if name in circumstances}
+    key = [VERSION, dataclasses.asdict(_base_shape(setting)), known]
     return setting.outputs / "forecast" / f"speed-{digest_of_json(key, 16)}.json"
 
 
@@ -186,7 +187,7 @@ def _together(setting: Setting, engines: Engines) -> int:
     if setting.machine.device != "cuda":
         return 1
     engines.baseline()
-    return max(1, min(TOGETHER, room_on_gpu(setting.model.checkpoint.size_bytes + ENGINE_BYTES)))
+    return max(1, min(TOGETHER, room_on_gpu(setting.model.checkpoint.size_bytes + engine_bytes(setting))))
 
 
 def _timed(
@@ -198,6 +199,8 @@ def _timed(
         if not ready:
             return table
         workload = dataclasses.replace(setting.workload, turns=min(setting.workload.turns, TURNS))
+        if workload.kind == "batch":
+            workload = batch.of_fixed_lengths(workload)
         watch = GpuWatch.of(baseline.facts())
 
         def progress(done: int, total: int) -> None:

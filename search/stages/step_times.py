@@ -64,7 +64,9 @@ def path_of(setting: Setting) -> Path:
 
 
 def step_times(setting: Setting, engines: Engines, say: Say) -> StepTimes:
-    """Return the times; measure them if they are not known. On a CPU, or where that fails, they are empty.
+    """Return the times; measure them if they are not known.
+
+    On a CPU, for a workload of whole requests, or where measuring fails, they are empty.
 
     Args:
         setting: What the study shares.
@@ -76,7 +78,7 @@ def step_times(setting: Setting, engines: Engines, say: Say) -> StepTimes:
     if known is not None:
         return known
     backend = backends.module_of(setting.machine.backend)
-    if setting.machine.device != "cuda" or not hasattr(backend.Engine, "busy_ms"):
+    if setting.machine.device != "cuda" or not hasattr(backend.Engine, "busy_ms") or setting.workload.kind != "decode":
         return StepTimes()
     say("forecast: profiling decode steps of the base model")
     busy: dict[int, float] = {}
