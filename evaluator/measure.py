@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import time
@@ -222,10 +223,12 @@ def _measure(
         with _stage("tasks", seconds):
             for task in request.tasks:
                 _say(progress, f"task {task.name}")
-                look = None
-                if first_answers is not None:
+                told = functools.partial(_say, progress)
+                if first_answers is not None and task.writes:
                     look = _look(first_answers, Partial(loss, timing, dict(results), task.name))
-                results[task.name] = task.run(engine, lambda what: _say(progress, what), look)
+                    results[task.name] = task.run(engine, told, look)
+                else:
+                    results[task.name] = task.run(engine, told)
     with _stage("digest", seconds):
         _say(progress, "digests")
         logits_sha256 = engine.logits_sha256(request.shards[0][0])
