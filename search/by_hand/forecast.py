@@ -55,6 +55,7 @@ def _view(made: Forecast, own_score: float, times: StepTimes) -> ForecastView:
         engine=setting.machine.backend,
         base_ms=base_ms,
         floor_ms=floor_ms,
+        whole_requests=setting.workload.kind == "batch",
         steps=tuple(Step(size, wall, times.busy_ms.get(size), floor_ms) for size, wall in base_ms.items()),
         own_score=own_score,
         pays=_pays(made),

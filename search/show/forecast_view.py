@@ -105,7 +105,8 @@ class ForecastView:
         study: The study's name.
         device: The device's name.
         engine: The engine's name.
-        base_ms: The base model's milliseconds for a decode step, by batch size.
+        base_ms: The base model's milliseconds for a decode step, by batch size; where whole requests are timed, for as
+            many tokens as run at once.
         floor_ms: The milliseconds in which the device reads the base model's weights once; None where not measured.
         own_score: The base model's Score.
         pays: Each precision's time.
@@ -117,6 +118,7 @@ class ForecastView:
         fastest: The largest forecast SpeedNorm of a plan of the space.
         smallest: The smallest size of one, over the base model's, where the goal is size.
         steps: Where the base model's time goes, for each batch size.
+        whole_requests: Whether whole requests are timed, of the workload's kind batch.
     """
 
     study: str
@@ -134,11 +136,12 @@ class ForecastView:
     fastest: float = math.nan
     smallest: float = math.nan
     steps: tuple[Step, ...] = ()
+    whole_requests: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the view as JSON values; what only another goal than the Score asks for is left out without one."""
         values = dataclasses.asdict(self)
-        for name in ("goal", "fastest", "smallest"):
+        for name in ("goal", "fastest", "smallest", *([] if self.whole_requests else ["whole_requests"])):
             del values[name]
         if self.goal.is_default:
             for row in (*values["best"], *values["front"]):
@@ -158,7 +161,10 @@ def forecast_table(view: ForecastView) -> RenderableType:
     """Return the forecast as tables: what pays, what it costs, and the best plans."""
     steps = ", ".join(f"{ms:.3f} ms at batch {size}" for size, ms in view.base_ms.items())
     lines = [Text(f"forecast of study {view.study} on {view.device} with {view.engine}")]
-    if view.base_ms:
+    if view.whole_requests and view.base_ms:
+        tokens = ", ".join(f"{ms / size:.4f} ms with {size} at once" for size, ms in view.base_ms.items())
+        lines.append(Text(f"a token of the base model in whole requests: {tokens}"))
+    elif view.base_ms:
         floor = f"; reading its weights once takes {view.floor_ms:.3f} ms" if view.floor_ms else ""
         lines.append(Text(f"one decode step of the base model: {steps}{floor}"))
     return Group(*lines, *_tables(view), *map(Text, conclusions(view)))

@@ -37,6 +37,11 @@ def write_tiny(path: Path, *, seed: int = 0, layers: int = 2) -> Path:
 
 
 @pytest.fixture(scope="session")
+def write_tiny_model() -> Callable[..., Path]:
+    return write_tiny
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("tiny") / "model")
 

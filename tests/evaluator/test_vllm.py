@@ -2,13 +2,14 @@
 
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from evaluator import backends, embedded_texts, measure, quality, texts
+from evaluator import backends, batch, embedded_texts, measure, quality, speed, texts
 from evaluator.errors import EngineCrashed, RequestRefused
 from evaluator.generation import Limits
 from evaluator.measurement import Workload
@@ -104,3 +105,21 @@ def test_vllm_generates_what_transformers_does(write_pico_model, tmp_path, start
     with pytest.raises(RequestRefused, match="takes 160 tokens, and max_model_len is 128"):
         ours.generate([[5] * 100], Limits(max_tokens=60))
     assert ours.alive
+
+
+def test_vllm_times_whole_requests_of_a_config_alone(write_pico_model, tmp_path, start):
+    """Random weights and no tokenizer, as for a speed table, in turn with a model that is whole."""
+    path = write_pico_model(tmp_path / "model", "llama", head_dim=32)
+    (tmp_path / "config").mkdir()
+    shutil.copy(path / "config.json", tmp_path / "config")
+    workload = Workload(kind="batch", requests=12, input_tokens=(5, 60), output_tokens=(4, 20), max_num_seqs=8, turns=4)
+    workload = batch.with_requests(workload, 320)
+    settings = {"device": DEVICE, "backend": "vllm", "max_model_len": 80, "threads": None}
+    needs = {"max_num_seqs": 8, "kv_tokens": batch.kv_tokens(workload)}
+    whole = start(path, **settings, **needs)
+    hollow = start(tmp_path / "config", random_weights=True, **settings, **needs)
+    (timings,) = speed.time_all([hollow], whole, workload, 0.01)
+    assert timings[8].samples == 4
+    assert timings[8].time_ratio > 0  # how fast is not judged here, see above
+    answers = hollow.generate([[5, 6]], Limits(max_tokens=7, ignore_eos=True))
+    assert (len(answers[0].tokens), answers[0].text) == (7, "")

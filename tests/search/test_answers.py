@@ -5,12 +5,15 @@ import shutil
 
 import optuna
 import pytest
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 from evaluator.backends import EngineSettings
 from evaluator.backends.transformers import Engine
 from evaluator.generation import Limits
+from evaluator.score import Formula, score_of
+from evaluator.tasks import generation
 from search.by_hand import report_answers
 from search.by_hand.evaluation import Evaluation
 
@@ -253,3 +256,34 @@ def test_a_plan_that_can_not_answer_any_more_ends_after_sixteen_questions(cli, h
         assert "at best, Score" in reason
         assert "trial 0's 0.900" in reason
         assert "perf_norm" not in trial.user_attrs
+
+
+@pytest.mark.slow
+def test_a_real_model_that_rambles_ranks_below_itself(cli, tmp_path, smollm2):
+    """SmolLM2-135M answers eight questions of the example; its copy never writes the end of an answer."""
+    rambling = tmp_path / "rambling"
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2)
+    head = model.get_input_embeddings().weight.detach().clone()
+    head[model.generation_config.eos_token_id] = 0.0
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(head)
+    model.save_pretrained(rambling)
+    transformers.AutoTokenizer.from_pretrained(smollm2).save_pretrained(rambling)
+
+    lines = generation.EXAMPLE_FILE.read_text().splitlines()[15:23]
+    (tmp_path / "reading.jsonl").write_text("\n".join(lines))
+    (tmp_path / "studies").mkdir()
+    study = STUDY.format(model=smollm2, quiz=tmp_path / "reading.jsonl").replace("match: exact", "match: contains")
+    (tmp_path / "studies" / "answers.yaml").write_text(study)
+    found, done = evaluated(cli, tmp_path, rambling, "text.report=null", "score.length=penalise")
+    base, task = found["baseline"]["tasks"]["quiz"], found["measurement"]["tasks"]["quiz"]
+    assert base["value"] >= 0.5
+    assert base["answers"]["cut"] < 0.5
+    assert task["answers"]["cut"] == 1.0
+    assert task["value"] >= 0.5  # it answers as the base model does, and then goes on
+    assert "lengths of answers differ" in done.err
+    evaluation = Evaluation.from_dict(found)
+    flagged = score_of(evaluation.measurement, evaluation.baseline, Formula(perf=evaluation.formula.perf))
+    assert found["measurement"]["length_ratio"] > 1.3
+    assert found["score"] < flagged.score - 0.1
+    assert found["score"] < 0.5  # the base model's
