@@ -117,7 +117,7 @@ ASKED = {"role": "user", "content": "q"}
     [
         ("{", "not a JSON object"),
         ("[1]", "not a JSON object"),
-        (json.dumps({**GOOD, "anwser": "a"}), "'anwser' is no key of a question; there are messages, prompt"),
+        (json.dumps({**GOOD, "reply": "a"}), "'reply' is no key of a question; there are messages, prompt"),
         (json.dumps({**GOOD, "messages": [ASKED]}), "has both prompt and messages; keep one of the two"),
         (json.dumps({"answer": "a"}), "has neither prompt nor messages"),
         (json.dumps({"prompt": "q"}), "has neither answer nor answers"),

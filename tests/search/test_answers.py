@@ -219,7 +219,7 @@ def test_the_example_is_refused_where_the_model_answers_none_of_it(refused, home
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b'{"prompt": "q", "answer": "a"}\n{"promt": "q", "answer": "a"}\n', "line 2: 'promt' is no key"),
+        (b'{"prompt": "q", "answer": "a"}\n{"prompts": "q", "answer": "a"}\n', "line 2: 'prompts' is no key"),
         (b'{"prompt": "q", "messages": [], "answer": "a"}\n', "line 1: has both prompt and messages"),
         (b'{"prompt": "q", "answers": []}\n', "line 1: answers is []"),
         (b'{"prompt": "\xe9", "answer": "a"}\n', "not UTF-8"),
