@@ -76,12 +76,16 @@ Each is a key of `compression`, with one value, and of `space`, with a list of v
 default. A choice that makes no difference to a plan is set to its default, so that equal models are built once.
 """
 
+WRITTEN = {"evaluation.perf": "[{metric: perplexity}]"}  # defaults without the keys of kinds that they are not of
 SAYS = {  # keys that the packaged defaults do not hold, or that need more than a line there
     "study_name": "Name of the study in the storage.",
     "model.source": "Directory, hub id, or `smollm2-135m`, the embedded model.",
     "text": "`embedded` is prose that every CPython ships. Otherwise a list of .txt and .jsonl files and of datasets "
     "(`hub:ORGANISATION/NAME`). What they share is left out of one of them, up to 1%.",
-    "evaluation.perf": "Parts of Perf with their weights, see [your own metric](../how-to/your-own-metric.md).",
+    "evaluation.perf": (
+        "Parts of Perf with their weights, see [your own metric](../how-to/your-own-metric.md) and "
+        "[judge by answers](../how-to/judge-by-answers.md)."
+    ),
 }
 
 BASE_INTRO = """\
@@ -211,7 +215,8 @@ def _rows(
             yield from _rows(below, schema, f"{prefix}{key}.", comments)
             continue
         path = f"{prefix}{key}"
-        default = "required" if key in section.get("required", ()) else f"`{_yaml(field.get('default'))}`"
+        written = WRITTEN.get(path) or _yaml(field.get("default"))
+        default = "required" if key in section.get("required", ()) else f"`{written}`"
         name = path.rpartition(".")[2]
         help_text = CHOICES[name].help if name in CHOICES else comments.get(path, "")
         yield f"`{path}`", _kind(field, schema), default, help_text

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluator import quality, speed, texts
+from evaluator import lengths, quality, speed, texts
 from evaluator.errors import EvaluationError, NotFinite
 from evaluator.gpu_state import GpuRecord
 from evaluator.gpu_watch import GpuWatch
@@ -61,6 +62,28 @@ class Request:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class Partial:
+    """What is known of a model when the first answers to a task are there.
+
+    Attributes:
+        loss: Its loss on the text.
+        timing: Its timing; `UNTIMED` where nothing is timed.
+        tasks: The results of the tasks that were asked before.
+        task: The name of the task.
+        correct: How correct the first answers are.
+    """
+
+    loss: Loss
+    timing: Timing
+    tasks: Mapping[str, TaskResult]
+    task: str
+    correct: tuple[float, ...] = ()
+
+
+FirstAnswers = Callable[[Partial], None] | None
+
+
 def measure_base(
     path: str | Path,
     engine: EngineProcess,
@@ -84,9 +107,11 @@ def measure_base(
     """
     seconds = dict(engine.seconds)
     if not request.timed:
-        return _measure(path, engine, request, UNTIMED, seconds, None, progress)
+        measurement = _measure(path, engine, request, UNTIMED, seconds, None, progress)
+        return lengths.with_ratio(measurement, measurement)
     timing, gpu = _time(engine, engine, request, seconds, progress, enough=enough)
     measurement = _watched(_measure(path, engine, request, _as_base(timing), seconds, None, progress), gpu)
+    measurement = lengths.with_ratio(measurement, measurement)
     itself = f"timed against itself: time ratio {timing.time_ratio:.4f} ± {timing.time_ratio_se:.4f}"
     return dataclasses.replace(measurement, notes=(*measurement.notes, itself))
 
@@ -101,6 +126,7 @@ def measure_candidate(
     expected_base_ms: float | None = None,
     progress: Progress = None,
     enough: speed.Enough = speed.ALL_TURNS,
+    first_answers: FirstAnswers = None,
 ) -> Measurement:
     """Measure a candidate, timed in turn with the base model.
 
@@ -113,6 +139,7 @@ def measure_candidate(
         expected_base_ms: The baseline's time per token when it was timed alone; see `speed.time_in_turn`.
         progress: A function that is told what is being done.
         enough: When fewer turns of the timing are enough.
+        first_answers: A function that sees what is known when the first answers to a task are there, and may raise.
 
     Raises:
         NotFinite: The model is broken.
@@ -125,12 +152,12 @@ def measure_candidate(
         if baseline is None:
             raise ValueError("measure: a candidate is timed against the baseline's engine, and none was given")
         timing, gpu = _time(engine, baseline, request, seconds, progress, expected_base_ms, enough)
-    return _watched(_measure(path, engine, request, timing, seconds, weights_sha256, progress), gpu)
+    return _watched(_measure(path, engine, request, timing, seconds, weights_sha256, progress, first_answers), gpu)
 
 
 def with_timing(measurement: Measurement, timing: Timing) -> Measurement:
     """Return the same measurement with another timing."""
-    return dataclasses.replace(measurement, **_timing(timing))
+    return dataclasses.replace(measurement, **_timing(timing, measurement.tokens_per_answer))
 
 
 # -- the stages ----------------------------------------------------------------------------------------------
@@ -178,6 +205,7 @@ def _measure(
     seconds: dict[str, float],
     weights_sha256: str | None,
     progress: Progress,
+    first_answers: FirstAnswers = None,
 ) -> Measurement:
     """Measure all that is not timing; `seconds` gains an entry for each stage."""
     nll: list[list[float]] = []  # of each token, one list for each shard
@@ -195,7 +223,12 @@ def _measure(
         with _stage("tasks", seconds):
             for task in request.tasks:
                 _say(progress, f"task {task.name}")
-                results[task.name] = task.run(engine, lambda what: _say(progress, what))
+                told = functools.partial(_say, progress)
+                if first_answers is not None and task.writes:
+                    look = _look(first_answers, Partial(loss, timing, dict(results), task.name))
+                    results[task.name] = task.run(engine, told, look)
+                else:
+                    results[task.name] = task.run(engine, told)
     with _stage("digest", seconds):
         _say(progress, "digests")
         logits_sha256 = engine.logits_sha256(request.shards[0][0])
@@ -203,6 +236,11 @@ def _measure(
         weights = weights_sha256 or weights_sha256_of(Path(path))
     found = _Found(loss, results, described, engine.facts(), logits_sha256, weights)
     return _assembled(request, timing, found, seconds)
+
+
+def _look(first_answers: Callable[[Partial], None], known: Partial) -> Callable[[Sequence[float]], None]:
+    """Return the function that a task shows its first scores."""
+    return lambda correct: first_answers(dataclasses.replace(known, correct=tuple(correct)))
 
 
 @contextlib.contextmanager
@@ -269,6 +307,7 @@ class _Found:
 
 def _assembled(request: Request, timing: Timing, found: _Found, seconds: dict[str, float]) -> Measurement:
     loss, described, facts = found.loss, found.described, found.facts
+    tokens_per_answer = lengths.mean_of(found.tasks)
     notes = tuple(f"{name}: {facts[name]}" for name in NOTED if name in facts)
     return Measurement(
         perplexity=loss.perplexity,
@@ -276,7 +315,8 @@ def _assembled(request: Request, timing: Timing, found: _Found, seconds: dict[st
         nll_nats_per_token_se=loss.se,
         tokens=loss.tokens,
         shard_nll=loss.shard_nll,
-        **_timing(timing),
+        **_timing(timing, tokens_per_answer),
+        tokens_per_answer=tokens_per_answer,
         model_size_mb=described.bytes / 1e6,
         total_parameters=described.parameters,
         number_of_layers=described.layers,
@@ -298,8 +338,10 @@ def _assembled(request: Request, timing: Timing, found: _Found, seconds: dict[st
     )
 
 
-def _timing(timing: Timing) -> dict[str, Any]:
+def _timing(timing: Timing, tokens_per_answer: float | None) -> dict[str, Any]:
+    known = tokens_per_answer is not None and timing.samples > 0
     return {
+        "seconds_per_answer": timing.time_per_token_ms / 1e3 * (tokens_per_answer or 0.0) if known else None,
         "time_per_token_ms": timing.time_per_token_ms,
         "time_per_token_ms_se": timing.time_per_token_ms_se,
         "base_time_per_token_ms": timing.base_time_per_token_ms,

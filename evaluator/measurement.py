@@ -124,6 +124,40 @@ class Timing:
 
 
 @dataclasses.dataclass(frozen=True)
+class ShownAnswer:
+    """An answer that a report can show: the question, what was expected, and what the model wrote."""
+
+    question: str
+    expected: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What is kept of generated answers; `evaluator.lengths` says what each share counts.
+
+    Attributes:
+        tokens: The number of generated tokens of each answer, in the task's order.
+        cut: The share of answers that reached the limit of tokens.
+        empty: The share without any text.
+        repeating: The share that ends in an endless cycle.
+        shown: The first answers.
+    """
+
+    tokens: tuple[int, ...]
+    cut: float
+    empty: float
+    repeating: float
+    shown: tuple[ShownAnswer, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Answers:
+        """Return the answers in JSON values."""
+        shown = tuple(ShownAnswer(**one) for one in values["shown"])
+        return cls(**{**values, "tokens": tuple(values["tokens"]), "shown": shown})
+
+
+@dataclasses.dataclass(frozen=True)
 class TaskResult:
     """The accuracy on a task.
 
@@ -133,6 +167,7 @@ class TaskResult:
         items: The number of items.
         correct: How correct each item was, from 0 to 1, in the task's order: two models' errors can be paired.
         digest: The digest of the items as the model read them.
+        answers: The generated answers; None where the task lets a model generate nothing.
     """
 
     value: float
@@ -140,6 +175,23 @@ class TaskResult:
     items: int
     correct: tuple[float, ...]
     digest: str = ""
+    answers: Answers | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values; `answers` only where there are any."""
+        values = {**dataclasses.asdict(self), "correct": list(self.correct)}
+        if self.answers is None:
+            del values["answers"]
+        else:
+            values["answers"] = {**values["answers"], "tokens": list(self.answers.tokens)}
+            values["answers"]["shown"] = list(values["answers"]["shown"])
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TaskResult:
+        """Return the result that `to_dict` wrote."""
+        answers = None if values.get("answers") is None else Answers.from_dict(values["answers"])
+        return cls(**{**values, "correct": tuple(values["correct"]), "answers": answers})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,6 +223,10 @@ class Measurement:
         notes: Remarks, such as which kernel an engine chose.
         tasks: The results of the tasks that were asked, by name.
         gpu: The GPU's clock, throttling and foreign processes during the timing; None where they are not known.
+        tokens_per_answer: The mean number of generated tokens of an answer, over all tasks that let the model generate;
+            None where none does, as for the next two.
+        length_ratio: The same over the base model's on the same prompts; the base model's own is 1.
+        seconds_per_answer: tokens_per_answer times the time per token; None also where nothing was timed.
     """
 
     perplexity: float = dataclasses.field(
@@ -294,6 +350,53 @@ class Measurement:
     notes: tuple[str, ...] = ()
     tasks: dict[str, TaskResult] = dataclasses.field(default_factory=dict)
     gpu: GpuRecord | None = None
+    tokens_per_answer: float | None = dataclasses.field(
+        default=None,
+        metadata={
+            METRIC: Metric(
+                optional=True,
+                attribute=True,
+                status=True,
+                mlflow="metric",
+                row=Shown("tokens per answer", 42, ",.1f"),
+                note=Shown("tokens per answer", 22, ",.1f"),
+            )
+        },
+    )
+    length_ratio: float | None = dataclasses.field(
+        default=None,
+        metadata={
+            METRIC: Metric(
+                base=1.0,
+                optional=True,
+                attribute=True,
+                status=True,
+                mlflow="metric",
+                column=Shown("length", 42, ".2f"),
+                front=Shown("length", 70, ".2f"),
+                row=Shown("length of answers, over the baseline's", 43, ".3f", with_error=True),
+                note=Shown("length of answers, over the baseline's", 23, ".3f", with_error=True),
+            )
+        },
+    )
+    length_ratio_se: float | None = None
+    seconds_per_answer: float | None = dataclasses.field(
+        default=None,
+        metadata={
+            METRIC: Metric(
+                unit="s",
+                timed=True,
+                better="lower",
+                optional=True,
+                attribute=True,
+                status=True,
+                mlflow="metric",
+                column=Shown("s/answer", 41, ".3f"),
+                row=Shown("seconds_per_answer", 41, ".4f"),
+                note=Shown("time per answer", 21, ".3f"),
+            )
+        },
+    )
 
     @property
     def timed(self) -> bool:
@@ -305,8 +408,10 @@ class Measurement:
         values = dataclasses.asdict(self)
         values["shard_nll"] = list(self.shard_nll)
         values["notes"] = list(self.notes)
-        for result in values["tasks"].values():
-            result["correct"] = list(result["correct"])
+        values["tasks"] = {name: result.to_dict() for name, result in self.tasks.items()}
+        for name in (*OF_ANSWERS, "length_ratio_se"):
+            if values[name] is None:
+                del values[name]
         values["workload"] = self.workload.to_dict()
         if self.gpu is None:
             del values["gpu"]
@@ -325,10 +430,7 @@ class Measurement:
         found["shard_nll"] = tuple(found["shard_nll"])
         found["notes"] = tuple(found.get("notes", ()))
         found["workload"] = Workload.from_dict(found["workload"])
-        found["tasks"] = {
-            name: TaskResult(**{**result, "correct": tuple(result["correct"])})
-            for name, result in found.get("tasks", {}).items()
-        }
+        found["tasks"] = {name: TaskResult.from_dict(result) for name, result in found.get("tasks", {}).items()}
         found["gpu"] = None if found.get("gpu") is None else GpuRecord.from_dict(found["gpu"])
         return cls(**found)
 
@@ -336,3 +438,4 @@ class Measurement:
 METRICS: Mapping[str, Metric] = {  # by field, in the order of a trial's attributes
     field.name: field.metadata[METRIC] for field in dataclasses.fields(Measurement) if METRIC in field.metadata
 }
+OF_ANSWERS = tuple(name for name, metric in METRICS.items() if metric.optional)  # None where nothing was generated

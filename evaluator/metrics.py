@@ -63,6 +63,7 @@ class Metric:
         row: The row in the report of a model, or None.
         note: The row in the note of a trial in optuna-dashboard, or None. The unit follows the value.
         timed: Whether it comes from the timing: where nothing was timed, people read "predicted" in its place.
+        optional: Whether it is left out everywhere where it is None: what nobody asked for is not shown.
 
     Raises:
         ValueError: It is to be shown where it can't be read from.
@@ -79,6 +80,7 @@ class Metric:
     row: Shown | None = None
     note: Shown | None = None
     timed: bool = False
+    optional: bool = False
 
     def __post_init__(self) -> None:
         if (self.status and not self.attribute) or (self.front is not None and not self.status):

@@ -4,6 +4,9 @@ PerfNorm  = Σ wᵢ · Perfᵢ / Perfᵢ_base / Σ wᵢ                  1 for t
             Perf is 1 / perplexity of the text, or the accuracy on a task
 SpeedNorm = 1 − time per token / time per token of the base   0 for the base model
 Score     = max(w_perf · PerfNorm + w_speed · SpeedNorm, 0)
+
+Where longer answers are to count against a model, its time per token is multiplied by the ratio of generated tokens, if
+that is above 1: shorter answers earn nothing, or an empty answer would be the fastest.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from evaluator.errors import NotFinite
 from evaluator.measurement import Measurement
@@ -26,6 +30,7 @@ class Formula:
         weight_perf: The weight of PerfNorm.
         weight_speed: The weight of SpeedNorm.
         perf: The parts of Perf with their weights: "perplexity", or the name of a task of the measurement.
+        penalise_length: Whether longer answers make a model slower, see `length_factor`.
 
     Raises:
         ValueError: The weights of the parts are not positive, or a name comes twice.
@@ -34,6 +39,7 @@ class Formula:
     weight_perf: float = 0.5
     weight_speed: float = 0.5
     perf: tuple[tuple[str, float], ...] = ((PERPLEXITY, 1.0),)
+    penalise_length: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "perf", tuple((str(name), float(weight)) for name, weight in self.perf))
@@ -44,6 +50,11 @@ class Formula:
             )
         if len({name for name, _ in self.perf}) < len(self.perf):
             raise ValueError(f"score: perf names {', '.join(name for name, _ in self.perf)}; name each once")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values; `penalise_length` only where it holds."""
+        values = dataclasses.asdict(self)
+        return values if self.penalise_length else {k: v for k, v in values.items() if k != "penalise_length"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +85,35 @@ def score_of(measurement: Measurement, baseline: Measurement, formula: Formula =
     parts = [(weight, *perf_ratio(name, measurement, baseline)) for name, weight in formula.perf]
     perf_norm = math.fsum(weight * ratio for weight, ratio, _ in parts) / total
     perf_norm_se = math.hypot(*(weight * error for weight, _, error in parts)) / total
-    speed_norm = 1.0 - measurement.time_ratio
+    time_ratio, time_ratio_se = time_ratio_of(measurement, formula)
+    speed_norm = 1.0 - time_ratio
     score = max(formula.weight_perf * perf_norm + formula.weight_speed * speed_norm, 0.0)
-    score_se = math.hypot(formula.weight_perf * perf_norm_se, formula.weight_speed * measurement.time_ratio_se)
+    score_se = math.hypot(formula.weight_perf * perf_norm_se, formula.weight_speed * time_ratio_se)
     if not all(map(math.isfinite, (perf_norm, perf_norm_se, speed_norm, score, score_se))):
         raise NotFinite(
             f"score: PerfNorm {perf_norm}, SpeedNorm {speed_norm} (NLL {measurement.nll_nats_per_token}, base "
-            f"{baseline.nll_nats_per_token}, time ratio {measurement.time_ratio}): the model is broken or was not timed"
+            f"{baseline.nll_nats_per_token}, time ratio {time_ratio}): the model is broken or was not timed"
         )
-    return Score(perf_norm, perf_norm_se, speed_norm, measurement.time_ratio_se, score, score_se)
+    return Score(perf_norm, perf_norm_se, speed_norm, time_ratio_se, score, score_se)
+
+
+def length_factor(ratio: float | None, se: float | None) -> tuple[float, float]:
+    """Return (the factor of a time per token, its standard error) for answers of `ratio` times the base's length.
+
+    The factor is max(ratio, 1). It is 1 without error where nothing was generated.
+    """
+    if ratio is None or ratio <= 1.0:
+        return 1.0, 0.0
+    return ratio, se or 0.0
+
+
+def time_ratio_of(measurement: Measurement, formula: Formula) -> tuple[float, float]:
+    """Return (time per token over the base model's as the formula counts it, its standard error)."""
+    ratio, se = measurement.time_ratio, measurement.time_ratio_se
+    if not formula.penalise_length:
+        return ratio, se
+    factor, factor_se = length_factor(measurement.length_ratio, measurement.length_ratio_se)
+    return ratio * factor, math.hypot(se * factor, ratio * factor_se)
 
 
 def perf_ratio(name: str, measurement: Measurement, baseline: Measurement) -> tuple[float, float]:

@@ -44,6 +44,14 @@ def content_of(path: Path, what: str, kinds: str) -> str:
     return content
 
 
+def json_lines(path: Path, what: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a JSONL file that hold something, with their numbers from 1; see `content_of`."""
+    content = content_of(path, what, "JSONL")
+    for number, line in enumerate(content.split("\n"), start=1):  # splitlines would break a string at U+2028
+        if line.strip():
+            yield number, line
+
+
 def pieces(paragraph: str) -> Iterator[str]:
     """Yield a paragraph, or one that is too long for a document in parts that end with a line."""
     begin = 0

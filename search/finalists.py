@@ -310,6 +310,7 @@ def _row(finalist: Finalist, path: Path, evaluation: Evaluation) -> FinalistRow:
         held_out_kl=(how["kl_before"], how["kl_best"]),
         stopped=how["stopped"],
         weights_sha256=measured.weights_sha256,
+        length_flag=evaluation.length_warning,
     )
     return dataclasses.replace(_begun(finalist, path), result=result)
 

@@ -7,8 +7,8 @@ level, because reading a study file imports it:
     load(section, tokenizer) -> Task  reads local files, checks them and tokenizes them
 
 Every key has a default, and kinds that share a key give it one type: together they are the keys of `evaluation.perf`.
-`Kind` is this list as a protocol. A task knows no model: it hands windows of token ids to whatever has `nll`, and
-decides by the likelihoods.
+`Kind` is this list as a protocol. A task knows no model: it hands windows of token ids to whatever has `nll` and
+decides by the likelihoods, or hands prompts to whatever has `generate` and judges the answers.
 """
 
 from __future__ import annotations
@@ -24,12 +24,28 @@ from typing import Annotated, Any, Protocol, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from evaluator.errors import EvaluationError
-from evaluator.measurement import TaskResult
+from evaluator.generation import Answer, Limits
+from evaluator.measurement import Answers, TaskResult
 from evaluator.score import standard_error
 
-__all__ = ["Kind", "NllEngine", "Section", "Task", "TaskResult", "digest_of", "load", "module_of", "names", "result_of"]
+__all__ = [
+    "AskedEngine",
+    "GeneratingEngine",
+    "Kind",
+    "Look",
+    "NllEngine",
+    "Section",
+    "Task",
+    "TaskResult",
+    "digest_of",
+    "load",
+    "module_of",
+    "names",
+    "result_of",
+]
 
 Progress = Callable[[str], None] | None  # told what is being done
+Look = Callable[[Sequence[float]], None] | None  # sees how correct the first items were, and may raise to end the task
 
 
 class Section(BaseModel):
@@ -58,6 +74,17 @@ class NllEngine(Protocol):
         """
 
 
+class GeneratingEngine(Protocol):
+    """What a task needs of an engine that is to write answers: `EngineProcess`, or a model in memory behind it."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], limits: Limits | Sequence[Limits]) -> list[Answer]:
+        """Return the answer to each prompt of token ids, see `evaluator.backends.Engine`."""
+
+
+class AskedEngine(NllEngine, GeneratingEngine, Protocol):
+    """An engine that any task can ask."""
+
+
 class Task(Protocol):
     """Items with one right answer each."""
 
@@ -71,10 +98,19 @@ class Task(Protocol):
 
     @property
     def longest(self) -> int:
-        """The most tokens of one of its windows."""
+        """The most tokens of one of its windows, or of a prompt with its answer."""
 
-    def run(self, engine: NllEngine, progress: Progress = None) -> TaskResult:
+    @property
+    def writes(self) -> bool:
+        """Whether a model writes answers to it: it needs `generate`, and its result has `answers`."""
+
+    def run(self, engine: AskedEngine, progress: Progress = None, look: Look = None) -> TaskResult:
         """Ask an engine all items.
+
+        Args:
+            engine: The engine.
+            progress: A function that is told what is being done.
+            look: A function that sees the first items' correctness before the others are asked, where asking is slow.
 
         Raises:
             NotFinite: The model is broken.
@@ -121,7 +157,7 @@ def load(kind: str, section: Section, tokenizer: Any) -> Task:
     return module_of(kind).load(section, tokenizer)
 
 
-def result_of(correct: Sequence[float], digest: str) -> TaskResult:
+def result_of(correct: Sequence[float], digest: str, answers: Answers | None = None) -> TaskResult:
     """Return the result of a task whose items were answered correctly from 0 to 1 each."""
     values = tuple(float(value) for value in correct)
     return TaskResult(
@@ -130,6 +166,7 @@ def result_of(correct: Sequence[float], digest: str) -> TaskResult:
         items=len(values),
         correct=values,
         digest=digest,
+        answers=answers,
     )
 
 

@@ -1,10 +1,11 @@
 """A task of lm-evaluation-harness, as its YAML file describes it.
 
 The harness (https://github.com/EleutherAI/lm-evaluation-harness) writes the prompts and judges the answers; our engine
-computes the likelihoods. The accuracy is acc_norm where the task has it, else acc. An engine gives likelihoods alone,
-so tasks must have output_type multiple_choice. Nothing is generated, and whether a text is the likeliest one
-(is_greedy) is not known. A task's YAML file may name Python functions, and the harness runs them: use folders that you
-trust.
+computes the likelihoods, or writes the answers. Tasks have one of two output types. Of multiple_choice the accuracy is
+acc_norm where the task has it, else acc. Of generate_until it is the first metric of the task's list, after the first
+of its filters, and must be a number from 0 to 1 for each item; the prompts are plain text as the harness writes it.
+Whether a text is the likeliest one (is_greedy) is not known. A task's YAML file may name Python functions, and the
+harness runs them: use folders that you trust. Tasks whose metric runs code that a model wrote are refused.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from typing import Any, Self
 
 from pydantic import model_validator
 
-from evaluator import backends, tasks
+from evaluator import backends, lengths, tasks
 from evaluator.errors import BackendUnavailable, EvaluationError, TextError, install
+from evaluator.generation import Answer
 from evaluator.measurement import TaskResult
-from evaluator.tasks import NllEngine, Progress, _continuations, digest_of, result_of
+from evaluator.tasks import AskedEngine, Look, Progress, _continuations, _prompts, digest_of, result_of
 from evaluator.tasks._continuations import Continuation
 
-METRICS = ("acc_norm", "acc")  # the first that a task has
+METRICS = ("acc_norm", "acc")  # of choices: the first that a task has
+RUN_CODE = ("code_eval", "pass_at_k", "pass@1")  # metrics that run what a model wrote
 SEED = 1234  # of the few-shot examples: the harness's own
 WINDOW = 1024  # tokens of a rolling window where max_tokens is not given
 
@@ -58,8 +61,8 @@ class HarnessTask:
     Attributes:
         name: The name of the task.
         digest: The digest of its items.
-        longest: The most tokens of a window.
-        metric: acc_norm or acc.
+        longest: The most tokens of a window, or of a prompt with its answer.
+        metric: The metric that says how correct an item is.
         task: The harness's own object.
         tokenizer: A transformers tokenizer.
         max_tokens: The most tokens of a prompt with an answer, or None.
@@ -73,12 +76,21 @@ class HarnessTask:
     tokenizer: Any
     max_tokens: int | None
 
-    def run(self, engine: NllEngine, progress: Progress = None) -> TaskResult:
-        """Ask an engine all items; an item's accuracy is what the harness logs for the sample."""
+    @property
+    def writes(self) -> bool:
+        """Whether a model writes answers to it."""
+        return bool(self.task.OUTPUT_TYPE == "generate_until")
+
+    def run(self, engine: AskedEngine, progress: Progress = None, look: Look = None) -> TaskResult:
+        """Ask an engine all items; an item's accuracy is what the harness logs for the sample.
+
+        The harness filters all answers together: `look` is never called.
+        """
         model = language_model(engine, self.tokenizer, max_tokens=self.max_tokens, progress=progress, name=self.name)
         instances = list(self.task.instances)
+        given = model.generate_until(instances) if self.writes else model.loglikelihood(instances)
         of_item: dict[int, list[Any]] = {}
-        for instance, answer in zip(instances, model.loglikelihood(instances), strict=True):
+        for instance, answer in zip(instances, given, strict=True):
             instance.resps = [answer] * instance.repeats
             instance.filtered_resps = {}
             of_item.setdefault(instance.doc_id, []).append(instance)
@@ -87,8 +99,24 @@ class HarnessTask:
         for asked in of_item.values():
             asked.sort(key=lambda instance: instance.idx)
             answers = [next(iter(instance.filtered_resps.values())) for instance in asked]
-            correct.append(float(self.task.process_results(asked[0].doc, answers)[self.metric]))
-        return result_of(correct, self.digest)
+            correct.append(self._score(self.task.process_results(asked[0].doc, answers).get(self.metric)))
+        if not self.writes:
+            return result_of(correct, self.digest)
+        questions = [str(instance.args[0]) for instance in instances]
+        expected = [str(self.task.doc_to_target(instance.doc)) for instance in instances]
+        return result_of(correct, self.digest, lengths.answers_of(model.written, questions, expected))
+
+    def _score(self, value: Any) -> float:
+        try:
+            score = float(value)
+        except (TypeError, ValueError):
+            score = math.nan
+        if not 0.0 <= score <= 1.0:
+            raise EvaluationError(
+                f"task {self.name}: its metric {self.metric} gives {value!r:.60} for an item, and no number from 0 "
+                "to 1; put another metric first in its metric_list"
+            )
+        return score
 
 
 def load(section: Section, tokenizer: Any, *, max_tokens: int | None = None) -> HarnessTask:
@@ -109,27 +137,31 @@ def load(section: Section, tokenizer: Any, *, max_tokens: int | None = None) -> 
         raise _unavailable(task, "is not installed")
     found = _read(task, None if section.include_path is None else Path(section.include_path))
     kind = found.OUTPUT_TYPE
-    if kind != "multiple_choice":
+    if kind not in ("multiple_choice", "generate_until"):
         lacks = {
-            "generate_until": "generates text, and an engine is asked for likelihoods alone",
             "loglikelihood": "asks whether an answer is the likeliest text, and its likelihood alone doesn't say that",
         }.get(kind, "gives no accuracy")
-        raise EvaluationError(f"task {task}: its output_type {kind} {lacks}; take one of multiple_choice")
-    metric = next((metric for metric in METRICS if metric in found.aggregation()), None)
-    if metric is None:
         raise EvaluationError(
-            f"task {task}: its metrics {', '.join(found.aggregation())} hold neither acc_norm nor acc; add one to its "
-            "metric_list"
+            f"task {task}: its output_type {kind} {lacks}; take one of multiple_choice or generate_until"
         )
+    writes = kind == "generate_until"
+    metric = _metric_of_answers(task, found) if writes else _metric_of_choices(task, found)
     gold = _build(task, found, section.limit)
     try:
-        asked = _encode(tokenizer, found.instances, max_tokens)
+        if writes:
+            prompts = _prompts.encode(tokenizer, found.instances, max_tokens)
+            digest = digest_of([metric, [[each.ids, dataclasses.asdict(each.limits)] for each in prompts], gold])
+            longest = max(len(each.ids) + each.limits.max_tokens for each in prompts)
+        else:
+            asked = _encode(tokenizer, found.instances, max_tokens)
+            digest = digest_of([metric, [[each.ids, each.start] for each in asked], gold])
+            longest = max(len(each.ids) for each in asked)
     except TextError as error:
         raise TextError(f"task {task}: {error}") from None
     return HarnessTask(
         name=section.name or task,
-        digest=digest_of([metric, [[each.ids, each.start] for each in asked], gold]),
-        longest=max(len(each.ids) for each in asked),
+        digest=digest,
+        longest=longest,
         metric=metric,
         task=found,
         tokenizer=tokenizer,
@@ -137,8 +169,30 @@ def load(section: Section, tokenizer: Any, *, max_tokens: int | None = None) -> 
     )
 
 
+def _metric_of_choices(name: str, task: Any) -> str:
+    metric = next((metric for metric in METRICS if metric in task.aggregation()), None)
+    if metric is None:
+        raise EvaluationError(
+            f"task {name}: its metrics {', '.join(task.aggregation())} hold neither acc_norm nor acc; add one to its "
+            "metric_list"
+        )
+    return metric
+
+
+def _metric_of_answers(name: str, task: Any) -> str:
+    """Return the first metric of a task that has a model write; one that would run what it writes is refused."""
+    metrics = list(task.aggregation())
+    if getattr(task, "UNSAFE_CODE", False) or any(metric in RUN_CODE for metric in metrics):
+        raise EvaluationError(
+            f"task {name}: its metric runs code that a model wrote, which this program never does; take another task"
+        )
+    if not metrics:
+        raise EvaluationError(f"task {name}: has no metric; add one to its metric_list, such as exact_match")
+    return str(metrics[0])
+
+
 def language_model(
-    engine: NllEngine,
+    engine: AskedEngine,
     tokenizer: Any,
     *,
     max_tokens: int | None = None,
@@ -148,7 +202,7 @@ def language_model(
     """Return an engine as an `lm_eval.api.model.LM`, for whatever the harness does with one; is_greedy is always False.
 
     Args:
-        engine: The engine that computes likelihoods.
+        engine: The engine that computes likelihoods and writes answers.
         tokenizer: A transformers tokenizer.
         max_tokens: The most tokens of a window.
         progress: A function that is told what is being done.
@@ -157,6 +211,8 @@ def language_model(
     api: Any = importlib.import_module("lm_eval.api.model")
 
     class EngineModel(api.LM):  # type: ignore[misc]  # types are checked without the library
+        written: list[Answer]  # what the last generate_until got
+
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
             asked = _encode(tokenizer, requests, max_tokens)
             found = _continuations.log_likelihoods(engine, asked, progress, name)
@@ -172,7 +228,9 @@ def language_model(
             return totals
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
-            raise EvaluationError(f"task {name}: generates text, and an engine is asked for likelihoods alone")
+            asked = _prompts.encode(tokenizer, requests, max_tokens)
+            self.written = _prompts.answers(engine, asked, progress, name)
+            return [answer.text for answer in self.written]
 
     return EngineModel()
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +19,7 @@ from pydantic import Field, model_validator
 from evaluator import tasks, text_files
 from evaluator.errors import TextError
 from evaluator.measurement import TaskResult
-from evaluator.tasks import NllEngine, Progress, _continuations, digest_of, result_of
+from evaluator.tasks import Look, NllEngine, Progress, _continuations, digest_of, result_of
 from evaluator.tasks._continuations import Continuation
 from readers import json_reader
 from readers.errors import ReadError
@@ -66,8 +65,9 @@ class MultipleChoice:
     items: tuple[Item, ...]
     digest: str
     longest: int
+    writes: bool = False
 
-    def run(self, engine: NllEngine, progress: Progress = None) -> TaskResult:
+    def run(self, engine: NllEngine, progress: Progress = None, look: Look = None) -> TaskResult:
         """Ask an engine all questions; an item is correct, 1.0, or not, 0.0."""
         asked = [choice for item in self.items for choice in item.choices]
         likelihoods = iter(_continuations.log_likelihoods(engine, asked, progress, self.name))
@@ -94,7 +94,7 @@ def load(section: Section, tokenizer: Any, *, max_tokens: int | None = None) -> 
     title = section.name or Path(section.files[0]).stem
     items: list[Item] = []
     for path in map(Path, section.files):
-        for number, line in _lines(path):
+        for number, line in text_files.json_lines(path, "task"):
             if len(items) == section.limit:
                 break
             try:
@@ -115,13 +115,6 @@ def load(section: Section, tokenizer: Any, *, max_tokens: int | None = None) -> 
         digest=digest_of(["mean log-likelihood per token", read]),
         longest=max(len(choice.ids) for item in items for choice in item.choices),
     )
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    content = text_files.content_of(path, "task", "JSONL")
-    for number, line in enumerate(content.split("\n"), start=1):  # splitlines would break a string at U+2028
-        if line.strip():
-            yield number, line
 
 
 def _parse(line: str) -> tuple[str, list[str], int]:

@@ -12,7 +12,9 @@ from typing import Any
 from compressors import cached
 from compressors.plan import CompressionPlan
 from compressors.typed_json import typed
-from evaluator.measurement import METRICS, Measurement
+from evaluator import lengths
+from evaluator.lengths import TOLERANCE
+from evaluator.measurement import METRICS, OF_ANSWERS, Measurement
 from evaluator.score import Formula, Score, score_of
 from search import secrets
 from search.json_values import measurement_from
@@ -91,6 +93,14 @@ class Evaluation:
     confirmed: Mapping[str, Any] | None = None
 
     @property
+    def length_warning(self) -> str | None:
+        """What is wrong with the lengths of the model's answers, in a line, by the settings; None where nothing is."""
+        if self.settings.get("score", {}).get("length") == "ignore":
+            return None
+        tolerance = self.settings.get("evaluation", {}).get("length_tolerance", TOLERANCE)
+        return lengths.warning(self.measurement, self.baseline, tolerance)
+
+    @property
     def of_goal(self) -> str:
         """The goal of the study file and what the model has of it, in a line; empty where the Score alone counts."""
         goal = Goal.stored(self.settings)
@@ -115,7 +125,7 @@ class Evaluation:
             "description": self.description,
             "plan": None if self.plan is None else self.plan.to_dict(),
             "base_plan": self.base_plan.to_dict(),
-            "formula": plain(dataclasses.asdict(self.formula)),
+            "formula": plain(self.formula.to_dict()),
             "circumstances": dict(self.circumstances),
             "measurement": self.measurement.to_dict(),
             "baseline": self.baseline.to_dict(),
@@ -158,13 +168,14 @@ class Evaluation:
             str(path),
             Result(self.plan, metrics, self.score, self.measurement.timed),
             before=before,
-            remark=remark,
+            remark=remark or self.length_warning,
         )
 
     def baseline_row(self) -> Row:
         """Return the row of the base model, which the others are compared with."""
         score = Score(1.0, 0.0, 0.0, 0.0, self.formula.weight_perf, 0.0)
-        known = {name: METRICS[name].base for name in COMPARED}
+        absent = [name for name in OF_ANSWERS if getattr(self.baseline, name) is None]
+        known = {name: None if name in absent else METRICS[name].base for name in COMPARED}
         metrics = {name: getattr(self.baseline, name) if base is None else base for name, base in known.items()}
         return Row("baseline", self.model.source, Result(self.base_plan, metrics, score, self.baseline.timed))
 

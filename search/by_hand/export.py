@@ -43,6 +43,7 @@ class Exported:
         trial: The number of the trial.
         path: The directory of the checkpoint.
         result: What it has of what the study's goal asks for; empty where that is the Score.
+        length_flag: What is wrong with the lengths of its answers; None where nothing is.
         compared: How the export was compared with the measured model, in words.
     """
 
@@ -53,11 +54,13 @@ class Exported:
     perplexity: float
     compared: str
     result: str = ""
+    length_flag: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         values = {**dataclasses.asdict(self), "path": str(self.path)}
-        for name in ("score_se", *([] if self.result else ["result"])):  # eval_result.json has the error
+        absent = [name for name in ("result", "length_flag") if not values[name]]
+        for name in ("score_se", *absent):  # eval_result.json has the error
             del values[name]
         return values
 
@@ -175,7 +178,16 @@ def export(
     score, goal = evaluation.score, setting.goal
     known = Known(score, measurement.model_size_mb / baseline.model_size_mb)
     result = "" if goal.is_default else goal_text.of_known(goal, known)
-    return Exported(trial.number, to, score.score, score.score_se, measurement.perplexity, compared, result)
+    return Exported(
+        trial=trial.number,
+        path=to,
+        score=score.score,
+        score_se=score.score_se,
+        perplexity=measurement.perplexity,
+        compared=compared,
+        result=result,
+        length_flag=evaluation.length_warning,
+    )
 
 
 def _path_of(trial: FrozenTrial, plan: CompressionPlan, setting: Setting) -> Path:

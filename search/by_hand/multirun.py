@@ -98,6 +98,7 @@ def evaluate(bench: Bench, path: Path, name: str, say: Say, warn: Warn, words: S
     _warn_if(baseline_text.noisy(score.speed_norm_se, name), warn)
     for text in baseline_text.of_gpu(evaluation.measurement, name):
         warn(text)
+    _warn_if(evaluation.length_warning, lambda text: warn(f"{name}: {text}"))
     values = {
         **({} if evaluation.plan is None else evaluation.plan.to_dict()),
         **mlflow_runs.measured(evaluation.measurement),

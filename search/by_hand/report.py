@@ -13,11 +13,11 @@ from compressors.errors import CompressionError
 from compressors.files import written_whole
 from compressors.model import model_directory, structure
 from evaluator.measure import UNTIMED_NOTE
-from evaluator.measurement import METRICS, Measurement
+from evaluator.measurement import METRICS, OF_ANSWERS, Measurement
 from evaluator.metrics import UNKNOWN, Shown, shown
 from evaluator.score import Formula
 from search import files, secrets
-from search.by_hand import compress
+from search.by_hand import compress, report_answers
 from search.by_hand.evaluation import RESULT, Evaluation
 from search.config import references
 from search.errors import UsageError
@@ -151,6 +151,7 @@ def text(
         "## Where the loss comes from",
         _loss(evaluation),
         *(["![Loss of each shard](shards.png)"] if with_plots else []),
+        *report_answers.parts(evaluation),
         "## Settings",
         _settings(evaluation, path),
         "## To reproduce it",
@@ -165,6 +166,7 @@ def _results(evaluation: Evaluation) -> str:
         *(
             [row.title, METRICS[name].base_text or _cell(row, b, name), _cell(row, m, name)]
             for name, row in shown(METRICS, "row").items()
+            if name not in OF_ANSWERS or getattr(m, name) is not None
         ),
         *([f"accuracy, {task}", _task(b, task), _task(m, task)] for task in m.tasks),
         ["PerfNorm", "1", _pm(score.perf_norm, score.perf_norm_se)],

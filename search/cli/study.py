@@ -245,7 +245,7 @@ def status_command(plot: Path | None, everything: bool, as_json: bool, **where: 
         plots.require_suffix(plot)
     state = status.of(storage.load(_existing(file.storage), file.study_name))
     if plot is not None:
-        plots.plot_scores([trial.row() for trial in state.pareto], plot, **file.score.model_dump())
+        plots.plot_scores([trial.row() for trial in state.pareto], plot, **file.score.weights)
     _print_status(state, as_json, everything=everything)
 
 
@@ -361,5 +361,7 @@ def export_command(number: int | None, to: Path, for_transformers: str | None, a
         chosen = "" if number is not None or confirmed is None else ", the best of those that are confirmed"
         click.echo(f"trial {exported.trial}{chosen}, {score}, perplexity {exported.perplexity:.3f} → {exported.path}")
         click.echo(exported.compared)
+        if exported.length_flag is not None:
+            click.echo(exported.length_flag)
     if sentence is not None:
         click.echo(sentence, err=as_json)

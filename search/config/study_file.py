@@ -263,6 +263,8 @@ class Evaluation(Section):
     call_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     kl_max_mb: Annotated[float, Field(ge=0)] = 1024.0  # for the base model's log-probabilities, kept to compute KL
     perf: Annotated[list[PerfPart], Field(min_length=1)] = [PerfPart()]
+    # the difference of an answer's length from the base model's that makes none, as a share, beyond its standard error
+    length_tolerance: Annotated[float, Field(ge=0)] = 0.1
 
     @field_validator("perf", mode="before")
     @classmethod
@@ -271,10 +273,16 @@ class Evaluation(Section):
 
 
 class ScoreSection(Section):
-    """ScoreSection holds the weights of the Score."""
+    """ScoreSection holds the weights of the Score, and what longer answers of a model do to it."""
 
     weight_perf: Annotated[float, Field(ge=0)] = 0.5
     weight_speed: Annotated[float, Field(ge=0)] = 0.5
+    length: Literal["ignore", "flag", "penalise"] = "flag"
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights alone, as the arguments of `search.show.plots.plot_scores`."""
+        return {"weight_perf": self.weight_perf, "weight_speed": self.weight_speed}
 
 
 class Sampler(Section):

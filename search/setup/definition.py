@@ -23,7 +23,7 @@ def of_file(file: StudyFile) -> dict[str, Any]:
         "model": {"source": file.source_shown},
         "space": searched(file.space),
         "max_size_mb": file.limits.max_size_mb,
-        "score": file.score.model_dump(),
+        "score": {**file.score.weights, **({"length": "penalise"} if file.score.length == "penalise" else {})},
         "evaluation": {
             "workload": evaluation.workload.of_kind,
             "speed": evaluation.speed,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from compressors.errors import CheckpointError, CompressionError
 from compressors.model import checkpoint, family
 from compressors.model.transformers_version import config_for
 from compressors.plan import DIMENSIONS, CompressionPlan
-from evaluator import backends, batch, gpus, measure, speed, tasks, texts
+from evaluator import backends, batch, gpus, lengths, measure, speed, tasks, texts
 from evaluator.backends import EngineSettings
-from evaluator.measurement import Workload
+from evaluator.measurement import Measurement, Workload
 from evaluator.score import Formula
 from search.config.study_file import Range, Space, StudyFile
 from search.errors import UsageError
@@ -32,6 +33,8 @@ from search.setup.machine import Machine, choose_engine, compute_capability, dev
 from search.setup.requests import Prompts, read_prompts, require_room
 from search.setup.server import require_server
 from search.setup.texts import MomentsText, StudyTexts, read_texts, tokenizer_of
+
+WRITTEN_TOGETHER = 64  # answers of tasks that an engine writes at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +94,13 @@ class Setting:
             ("perplexity" if part.metric == "perplexity" else next(named).name, part.weight)
             for part in self.file.evaluation.perf
         ]
-        return Formula(weight_perf=score.weight_perf, weight_speed=score.weight_speed, perf=tuple(parts))
+        return Formula(**score.weights, perf=tuple(parts), penalise_length=score.length == "penalise")
+
+    def length_warning(self, measured: Measurement, baseline: Measurement) -> str | None:
+        """Say in a line whose answers are too long or too short next to the base model's; None where none are."""
+        if self.file.score.length == "ignore":
+            return None
+        return lengths.warning(measured, baseline, self.file.evaluation.length_tolerance)
 
     @property
     def goal(self) -> Goal:
@@ -125,6 +134,8 @@ class Setting:
             step = backends.batched_tokens(self.machine.backend) or 2048
             prefills = math.ceil(max(workload.batch_sizes) * workload.prompt_tokens / step)
             timed, together, kv_tokens = workload.prompt_tokens + workload.decode_steps + prefills + 16, None, None
+            if any(task.writes for task in self.tasks):
+                together = max(WRITTEN_TOGETHER, *workload.batch_sizes)
         return EngineSettings(
             device=self.machine.device,
             max_model_len=max(self.file.text.window + 8, timed, *(task.longest + 8 for task in self.tasks)),
@@ -229,7 +240,7 @@ def prepare(
         machine=Machine(
             backend, device, device_name(device), engine_version(backend), capability=compute_capability(device)
         ),
-        tasks=_tasks(file, tokenizer) if engine else (),
+        tasks=_tasks(file, tokenizer, base.config) if engine else (),
         prompts=read_prompts(file, tokenizer) if engine else (),
     )
     if engine and setting.workload.kind == "batch":
@@ -239,12 +250,19 @@ def prepare(
     return setting
 
 
-def _tasks(file: StudyFile, tokenizer: Any) -> tuple[tasks.Task, ...]:
+def _tasks(file: StudyFile, tokenizer: Any, config: Mapping[str, Any]) -> tuple[tasks.Task, ...]:
     sections = [(part.metric, part.task_section()) for part in file.evaluation.perf]
     found = [tasks.load(kind, section, tokenizer) for kind, section in sections if section is not None]
     names = [task.name for task in found]
     if len({*names, "perplexity"}) <= len(names):
         raise UsageError(f"evaluation.perf: two parts are called {', '.join(names)}; give each a name of its own")
+    most = config.get("max_position_embeddings")
+    for task in found:
+        if task.writes and isinstance(most, int) and task.longest > most:
+            raise UsageError(
+                f"evaluation.perf: task {task.name}: a prompt and its answer have up to {task.longest} tokens, and the "
+                f"model reads at most {most} (max_position_embeddings); lower max_tokens, or shorten the prompts"
+            )
     return tuple(found)
 
 

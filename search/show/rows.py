@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from compressors.plan import CompressionPlan
-from evaluator.measurement import METRICS
+from evaluator.measurement import METRICS, OF_ANSWERS
 from evaluator.score import Score
 
 FIRST = ("total_parameters", "model_size_mb")  # whose keys come first in JSON: they are older than the records
@@ -32,9 +32,10 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; the metrics and the numbers of the score stand next to the plan."""
+        metrics = {name: value for name, value in self.metrics.items() if value is not None or name not in OF_ANSWERS}
         return {
             "plan": None if self.plan is None else self.plan.to_dict(),
-            **self.metrics,
+            **metrics,
             **dataclasses.asdict(self.score),
         }
 

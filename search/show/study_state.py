@@ -33,6 +33,7 @@ class TrialSummary:
         constraints: bound − value of each quantity that the goal bounds.
         feasible: Whether a measured trial reaches all bounds.
         result: What a measured trial has of what the goal asks for, in words.
+        length_flag: What is wrong with the lengths of its answers; None where nothing is.
     """
 
     trial: int
@@ -52,6 +53,7 @@ class TrialSummary:
     constraints: Mapping[str, float] | None = None
     feasible: bool | None = None
     result: str | None = None
+    length_flag: str | None = None
 
     @property
     def is_base(self) -> bool:
@@ -109,6 +111,7 @@ class FinalistResult:
         held_out_kl: The KL divergence to the base model on held-out text, before and at its best.
         stopped: Why the distillation ended.
         weights_sha256: The digest of the model that was measured; None in a row of an older version.
+        length_flag: What is wrong with the lengths of its answers; None where nothing is.
     """
 
     after: FinalistScore
@@ -117,6 +120,7 @@ class FinalistResult:
     held_out_kl: tuple[float, float]
     stopped: str
     weights_sha256: str | None = None
+    length_flag: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -127,6 +131,7 @@ class FinalistResult:
             "seconds": self.seconds,
             "held_out_kl": list(self.held_out_kl),
             "stopped": self.stopped,
+            **({} if self.length_flag is None else {"length_flag": self.length_flag}),
         }
 
     @classmethod

@@ -19,6 +19,7 @@ from search.show.study_state import BestOfAll, FinalistRow, Rung, StudyState, Tr
 
 COLUMNS = shown(METRICS, "column")
 FRONT = shown(METRICS, "front")
+FLAG = "!"  # behind a length that is flagged; a line below the table says why
 MOST_ENDED = 12  # pruned and failed trials that are listed
 NOISE_FLOOR = "the base model itself: noise floor"
 
@@ -48,6 +49,7 @@ def status_table(state: StudyState, *, everything: bool = False, option: str = "
     if state.pareto:
         title = "the best Score" if state.goal.is_default else "the best trial"
         parts.append(_pareto(state.pareto, state.best, title))
+        parts += _flags(state.pareto)
     if state.ended:
         shown_last = state.ended if everything else state.ended[-MOST_ENDED:]
         parts.append(_reasons(shown_last))
@@ -100,7 +102,8 @@ def comparison(rows: Iterable[Row]) -> Table:
     rows = by_score(rows)
     base = next((row.result.plan for row in rows if row.name == "baseline" and row.result is not None), None)
     table = Table(box=None, pad_edge=False)
-    numbers = _around([one.title for one in COLUMNS.values()], ["PerfNorm", "SpeedNorm", "Score"], COLUMNS)
+    columns = _asked(COLUMNS, [row.result.metrics for row in rows if row.result is not None])
+    numbers = _around([one.title for one in columns.values()], ["PerfNorm", "SpeedNorm", "Score"], columns)
     for name in ("experiment", *numbers, "remark"):
         table.add_column(name, justify="left" if name in ("experiment", "remark") else "right")
     for row in rows:
@@ -109,12 +112,20 @@ def comparison(rows: Iterable[Row]) -> Table:
             continue
         itself = base is not None and row.result.plan == base and row.name != "baseline"
         remarks = [row.remark, NOISE_FLOOR if itself else None, "measured before" if row.before else None]
-        table.add_row(Text(row.name), *cells(row.result), Text(next((remark for remark in remarks if remark), "")))
+        table.add_row(
+            Text(row.name), *cells(row.result, columns), Text(next((remark for remark in remarks if remark), ""))
+        )
     return table
 
 
-def cells(result: Result) -> list[str]:
-    """Return the cells of a row of the comparison, without its name and its remark."""
+def _asked(columns: Mapping[str, Shown], rows: Iterable[Mapping[str, float | None]]) -> dict[str, Shown]:
+    """Return the columns without optional ones that no row has."""
+    known = {name for metrics in rows for name, value in metrics.items() if value is not None}
+    return {name: one for name, one in columns.items() if name in known or not METRICS[name].optional}
+
+
+def cells(result: Result, columns: Mapping[str, Shown] = COLUMNS) -> list[str]:
+    """Return the cells of a row of the comparison in these columns, without its name and its remark."""
     score = result.score
     scored = [
         f"{score.perf_norm:.3f}±{score.perf_norm_se:.3f}",
@@ -122,10 +133,10 @@ def cells(result: Result) -> list[str]:
         f"{score.score:.4f}±{score.score_se:.4f}",
     ]
     metrics = [
-        column.text(result.metrics[name]) if result.timed or not METRICS[name].timed else baseline_text.PREDICTED
-        for name, column in COLUMNS.items()
+        column.text(result.metrics.get(name)) if result.timed or not METRICS[name].timed else baseline_text.PREDICTED
+        for name, column in columns.items()
     ]
-    return _around(metrics, scored, COLUMNS)
+    return _around(metrics, scored, columns)
 
 
 def _around(cells: Sequence[str], scored: Sequence[str], columns: Mapping[str, Shown]) -> list[str]:
@@ -155,7 +166,8 @@ def outcome_table(outcome: dict[str, Any], base: dict[str, Any]) -> Table:
 
 def _pareto(trials: Sequence[TrialSummary], best: TrialSummary | None, title: str) -> Table:
     table = Table(title=f"Pareto front (★ {title})", title_justify="left", box=None, pad_edge=False)
-    numbers = _around([one.title for one in FRONT.values()], ["PerfNorm", "SpeedNorm", "Score"], FRONT)
+    columns = _asked(FRONT, [trial.metrics for trial in trials])
+    numbers = _around([one.title for one in columns.values()], ["PerfNorm", "SpeedNorm", "Score"], columns)
     for name in ("trial", "plan", *numbers):
         table.add_column(name, justify="left" if name == "plan" else "right")
     for trial in trials:
@@ -169,9 +181,19 @@ def _pareto(trials: Sequence[TrialSummary], best: TrialSummary | None, title: st
         table.add_row(
             f"{star}{trial.trial}",
             f"{plan} (the base model)" if trial.is_base else plan,
-            *_around([column.text(trial.metrics.get(name)) for name, column in FRONT.items()], scored, FRONT),
+            *_around([_front_cell(trial, name, column) for name, column in columns.items()], scored, columns),
         )
     return table
+
+
+def _front_cell(trial: TrialSummary, name: str, column: Shown) -> str:
+    flagged = name == "length_ratio" and trial.length_flag is not None
+    return column.text(trial.metrics.get(name)) + (FLAG if flagged else "")
+
+
+def _flags(trials: Iterable[TrialSummary]) -> list[RenderableType]:
+    """Return a line for each trial whose answers are too long or too short."""
+    return [Text(f"trial {one.trial}: {one.length_flag}") for one in trials if one.length_flag is not None]
 
 
 def _distilled(rows: Sequence[FinalistRow], best: BestOfAll) -> list[RenderableType]:
@@ -196,6 +218,8 @@ def _distilled(rows: Sequence[FinalistRow], best: BestOfAll) -> list[RenderableT
             f"{row.result.seconds:.0f}",
             "as before" if row.reused else "",
         )
+        if row.result.length_flag is not None:
+            failed.append(Text(f"trial {row.trial}, {row.name}: {row.result.length_flag}"))
     return [*([table] if table.row_count else []), *failed, Text(best_of_all_line(best))]
 
 

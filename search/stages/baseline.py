@@ -76,5 +76,9 @@ def baseline(setting: Setting, engines: Engines, say: Say, *, again: bool = Fals
 
 def as_trial(baseline: Measurement) -> Measurement:
     """Return the measurement that the base model has as a trial: what it is compared with is itself."""
-    known = {name: metric.base for name, metric in METRICS.items() if metric.base is not None}
+    known = {
+        name: metric.base
+        for name, metric in METRICS.items()
+        if metric.base is not None and not (metric.optional and getattr(baseline, name) is None)
+    }
     return dataclasses.replace(baseline, time_ratio=1.0, time_ratio_se=0.0, **known)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from typing import Any
 
 from compressors.plan import CompressionPlan
 from evaluator import quality, speed
+from evaluator.measure import FirstAnswers
 from evaluator.measurement import Measurement
 from evaluator.process import EngineProcess
 from search.say import Say
@@ -85,6 +86,7 @@ class Bench:
         then: Callable[[EngineProcess], None] = lambda engine: None,
         enough: speed.Enough = speed.ALL_TURNS,
         suspect_above: float | None = None,
+        first_answers: FirstAnswers = None,
     ) -> Measurement:
         """Measure the checkpoint in `path`, see `search.stages.measure`."""
         return measure.measure_checkpoint(
@@ -97,6 +99,7 @@ class Bench:
             then,
             enough=enough,
             suspect_above=suspect_above,
+            first_answers=first_answers,
         )
 
     def begin(self, say: Say, *, forecast: bool) -> Measurement:

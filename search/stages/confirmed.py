@@ -11,7 +11,7 @@ from compressors import cached
 from compressors.files import digest_of_json
 from compressors.plan import CompressionPlan
 from compressors.typed_json import typed
-from evaluator import confirmed, measure, score
+from evaluator import confirmed, lengths, measure, score
 from evaluator.confirmed import Estimate, TimeRatio, Verdict
 from evaluator.measurement import Measurement, Timing
 from search.json_values import measurement_from
@@ -193,11 +193,12 @@ def _result(
     assert record.measurement is not None
     if ratio is None:
         measured = stage.with_predicted_time(record.measurement, stage.predicted_ratio(setting, model.plan))
-        speed = Estimate(1 - measured.time_ratio, 0.0, 1.0)
     else:
         measured = measure.with_timing(record.measurement, _mean(pairs, ratio))
-        speed = dataclasses.replace(ratio.estimate, value=1 - ratio.estimate.value)
+    measured = lengths.with_ratio(measured, baseline)
     scored = score.score_of(measured, baseline, formula)
+    degrees = 1.0 if ratio is None else ratio.estimate.degrees
+    speed = Estimate(scored.speed_norm, scored.speed_norm_se, degrees)
     perf = Estimate(scored.perf_norm, scored.perf_norm_se, len(asked.shards) - 1)
     parts = [
         (formula.weight_perf, dataclasses.replace(perf, value=perf.value - 1)),
@@ -219,7 +220,7 @@ def _result(
         score_half=difference.half_width,
         better=confirmed.verdict(difference, margin, pairs=paired, timed=timed),
         faster=faster,
-        notes=tuple(_notes(record, pairs)),
+        notes=tuple(_notes(record, pairs, setting.length_warning(measured, baseline))),
     )
 
 
@@ -238,12 +239,13 @@ def _mean(pairs: Sequence[Timing], ratio: TimeRatio) -> Timing:
     )
 
 
-def _notes(record: Record, counted: Sequence[Timing]) -> list[str]:
+def _notes(record: Record, counted: Sequence[Timing], of_lengths: str | None) -> list[str]:
+    notes = [] if of_lengths is None else [of_lengths]
     slow = confirmed.slow(record.pairs)
     if not slow:
-        return []
+        return notes
     left_out = len(record.pairs) - len(counted)
     stay = len([number for number in slow if record.pairs[number] in counted])
     found = f"{len(slow)} of {len(record.pairs)} pairs had a process that was slow for its whole life"
     told = [f"{left_out} replaced by fresh ones" if left_out else "", f"{stay} left, and counted" if stay else ""]
-    return [f"{found}: {', '.join(part for part in told if part)}"]
+    return [*notes, f"{found}: {', '.join(part for part in told if part)}"]

@@ -9,7 +9,8 @@ from pathlib import Path
 from compressors import build
 from compressors.model import structure
 from compressors.plan import CompressionPlan
-from evaluator import backends, measure, speed
+from evaluator import backends, lengths, measure, speed
+from evaluator.measure import FirstAnswers
 from evaluator.measurement import Measurement, Timing
 from evaluator.process import EngineProcess
 from search.say import Say
@@ -28,6 +29,7 @@ def measure_checkpoint(
     *,
     enough: speed.Enough = speed.ALL_TURNS,
     suspect_above: float | None = None,
+    first_answers: FirstAnswers = None,
 ) -> Measurement:
     """Measure the checkpoint in `path`.
 
@@ -44,6 +46,7 @@ def measure_checkpoint(
         then: Called with the candidate's engine before it is closed, and again where an engine was killed.
         enough: When fewer turns of the timing are enough.
         suspect_above: The time ratio above which the process is suspected; None: none is.
+        first_answers: Sees what is known when the first answers to a task are there, and may raise.
 
     Raises:
         EvaluationError: The model is broken, or the engine failed.
@@ -64,9 +67,10 @@ def measure_checkpoint(
                 expected_base_ms=baseline.time_per_token_ms,
                 progress=say,
                 enough=enough,
+                first_answers=first_answers,
             )
             then(engine)
-        return measured
+        return lengths.with_ratio(measured, baseline)
 
     measurement = once_more(in_engine, say)
     if timed:

@@ -64,7 +64,8 @@ def trial_note(record: Record, baseline: Measurement) -> str:
             f"{_score_beside(record)}PerfNorm {score.perf_norm:.3f} ± {score.perf_norm_se:.3f}, SpeedNorm "
             f"{score.speed_norm:.3f} ± {score.speed_norm_se:.3f}",
         ]
-        lines += [f"- {note}" for note in measured.notes]
+        flagged = [] if record.length_flag is None else [f"**{record.length_flag}**"]
+        lines += [f"- {note}" for note in (*flagged, *measured.notes)]
     elif record.predicted_speed_norm is not None:
         lines += ["", f"SpeedNorm predicted from weight bytes: {record.predicted_speed_norm:.3f}"]
     took = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in record.seconds.items() if seconds >= 0.05)
@@ -140,6 +141,8 @@ def describe_study(study: optuna.Study, baseline: Measurement, baseline_score: f
         )
         lines += ["", "| plan | |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in attrs["plan"].items()]
+        if attrs.get("length_flag"):
+            lines += ["", f"**{attrs['length_flag']}**"]
     lines += _confirmed(study)
     body = "\n".join(lines)
     if study.user_attrs.get("note") != body:  # saving a note is a transaction: only when it has changed

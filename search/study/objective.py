@@ -3,6 +3,7 @@
 A trial is pruned at the rung that decides, and each rung is reported to Optuna, see `search.study.rungs`. The forecast
 comes from the study's tables, if they are there. The cheap screen is for plans whose own repair takes long. The screen
 scores the compressed model in memory, see `search.study.screening`. Only plans that survive it are built and measured.
+A measured plan answers a few questions before the others, see `search.study.first_answers`.
 A plan that was measured before under the same circumstances, in any study, is neither built nor measured again.
 
 What a trial's value is, and what it must reach, is the study's goal (`search.setup.goal`).
@@ -14,14 +15,16 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import optuna
 import torch
 
 from compressors.errors import CompressionError, InfeasiblePlan, MachineError
 from compressors.plan import CompressionPlan
-from evaluator import score, speed
+from evaluator import lengths, score, speed
 from evaluator.errors import EngineOutOfMemory, EvaluationError, NotFinite
+from evaluator.measure import Partial
 from evaluator.measurement import Measurement
 from search import failures, processes, secrets, stages
 from search.errors import StudyStopped, no_space
@@ -33,7 +36,7 @@ from search.stages import cheap_screen, measure, measurements
 from search.stages.bench import Bench
 from search.stages.forecast import Forecast
 from search.stages.screen import Screen, with_screen
-from search.study import best, chance, constraints, dashboard, rungs, space, trials
+from search.study import best, chance, constraints, dashboard, first_answers, rungs, space, trials
 from search.study.forecast_sampler import NOTHING_LEFT, WAITS, ForecastSampler
 from search.study.record import Record
 from search.study.screening import Screening
@@ -146,7 +149,9 @@ class Objective:
 
     def _judge(self, trial: optuna.Trial, record: Record, measured: Measurement) -> float:
         """Return the value of a measurement, and store how far it is from the goal's bounds."""
+        measured = lengths.with_ratio(measured, self.baseline)
         record.measurement = measured
+        record.length_flag = self.setting.length_warning(measured, self.baseline)
         record.score = score.score_of(measured, self.baseline, self.setting.formula)
         record.goal = self.goal
         record.known = Known(record.score, measured.model_size_mb / self.baseline.model_size_mb)
@@ -294,8 +299,26 @@ class Objective:
             self.say,
             enough=enough,
             suspect_above=self._suspect_above(plan, enough),
+            first_answers=lambda known: self._require_answers(trial, record, path, known),
         )
         return with_screen(measured, its_screen)
+
+    def _require_answers(self, trial: optuna.Trial, record: Record, path: Path, known: Partial) -> None:
+        """Prune a plan that can't answer any more, and can't win without; see `search.study.first_answers`."""
+        lost = first_answers.lost(known, self.baseline) if self._may_prune else None
+        if lost is None:
+            return
+        best_case = first_answers.at_best(known, self.baseline)
+        if self.setting.file.evaluation.speed == "predicted":
+            best_case = measure.with_predicted_time(best_case, measure.predicted_ratio_of(self.setting, path))
+        scored = score.score_of(best_case, self.baseline, self.setting.formula)
+        possible = Known(scored, measure.size_ratio_of(self.setting, path))
+        why = chance.why_none(self.goal, possible, best.best_trial(trial.study))
+        if why is not None:
+            record.reason = f"answers: {lost}; at best, {why}"
+            constraints.of_goal(trial, self.goal, possible)
+            trial.report(self.goal.value(possible), step=rungs.measured(self._shards))
+            raise optuna.TrialPruned(record.reason)
 
     def _screen(self, trial: optuna.Trial, record: Record, plan: CompressionPlan, *, prune: bool) -> Screen:
         screening = Screening(self.setting, self.bench, self.forecast, self.say, self.on_stage)

@@ -172,7 +172,8 @@ def _ended(record: Record, worker: int) -> Event:
 
 
 def _warnings(record: Record) -> list[str]:
-    """Return what spoils the timing of a trial that was measured now."""
+    """Return what spoils the timing of a trial that was measured now, and what is wrong with its answers' lengths."""
     measured = record.measurement
     fresh = measured is not None and not record.reused and not record.by_definition
-    return list(measured.gpu.warnings) if fresh and measured is not None and measured.gpu is not None else []
+    spoilt = list(measured.gpu.warnings) if fresh and measured is not None and measured.gpu is not None else []
+    return spoilt if record.length_flag is None else [*spoilt, record.length_flag]

@@ -34,6 +34,7 @@ class Record:
         predicted_speed_norm: The SpeedNorm that is predicted from weight bytes.
         measurement: The result of the measurement.
         score: The Score of the measurement.
+        length_flag: What is wrong with the lengths of its answers, in one line; None where nothing is.
         goal: The goal of the study.
         known: What was measured, as the goal asks for it.
         fault: Whether the plan or the machine failed; None without a failure.
@@ -55,6 +56,7 @@ class Record:
     predicted_speed_norm: float | None = None
     measurement: Measurement | None = None
     score: score.Score | None = None
+    length_flag: str | None = None
     goal: Goal = dataclasses.field(default_factory=Goal)
     known: Known | None = None
     fault: Fault | None = None
@@ -112,6 +114,7 @@ class Record:
                 "score_se": self.score.score_se,
                 **{name: getattr(measured, name) for name, metric in METRICS.items() if metric.attribute},
             }
+            values["length_flag"] = self.length_flag
             if not self.goal.is_score:
                 values["score"] = self.score.score  # else it is the trial's value
         return {name: value for name, value in values.items() if value is not None}

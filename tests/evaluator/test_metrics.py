@@ -2,7 +2,7 @@
 
 import pytest
 
-from evaluator.measurement import METRICS
+from evaluator.measurement import METRICS, OF_ANSWERS
 from evaluator.metrics import COUNT, SCORE_COLUMN, Metric, Shown, shown
 
 NUMBERS = {
@@ -17,7 +17,7 @@ NUMBERS = {
 
 
 def in_place(kind):
-    found = [(each, name) for name, each in shown(METRICS, kind).items()]
+    found = [(each, name) for name, each in shown(METRICS, kind).items() if name not in OF_ANSWERS]
     assert len({each.place for each, _ in found}) == len(found)
     return found
 
@@ -31,6 +31,9 @@ def test_a_trial_has_these_attributes_in_this_order():
         "tokens_per_sec",
         "model_size_mb",
         "total_parameters",
+        "tokens_per_answer",
+        "length_ratio",
+        "seconds_per_answer",
     ]
 
 
@@ -41,6 +44,9 @@ def test_status_has_these_numbers_in_this_order():
         "time_per_token_ms",
         "model_size_mb",
         "total_parameters",
+        "tokens_per_answer",
+        "length_ratio",
+        "seconds_per_answer",
     ]
 
 
@@ -49,7 +55,7 @@ def test_mlflow_has_the_manuals_names():
         kind: {name for name, metric in METRICS.items() if metric.mlflow == kind} for kind in ("metric", "parameter")
     }
     assert by_kind == {
-        "metric": {"tokens_per_sec", "time_per_token_ms", "perplexity"},
+        "metric": {"tokens_per_sec", "time_per_token_ms", "perplexity", *OF_ANSWERS},
         "parameter": {"number_of_layers", "number_of_heads", "hidden_dim", "total_parameters", "model_size_mb"},
     }
 
@@ -77,7 +83,20 @@ def test_a_report_has_these_rows():
     assert {name: metric.base_text for name, metric in METRICS.items() if metric.base is not None} == {
         "kl_nats_per_token": "0",
         "top1_agreement": "1",
+        "length_ratio": "1",
     }
+
+
+def test_what_is_known_of_answers_alone_stands_beside_the_time():
+    assert OF_ANSWERS == ("tokens_per_answer", "length_ratio", "seconds_per_answer")
+    for kind, titles in [
+        ("column", ["ms/token", "s/answer", "length"]),
+        ("front", ["length"]),
+        ("note", ["time per token", "time per answer", "tokens per answer", "length of answers, over the baseline's"]),
+    ]:
+        known = shown(METRICS, kind)
+        assert [one.title for name, one in known.items() if name in (*OF_ANSWERS, "time_per_token_ms")] == titles
+        assert len({one.place for one in known.values()}) == len(known)
 
 
 def test_a_pareto_front_has_these_columns():

@@ -5,8 +5,9 @@ import random
 
 import pytest
 
+from evaluator import lengths
 from evaluator.errors import NotFinite
-from evaluator.measurement import Measurement, TaskResult, Workload
+from evaluator.measurement import Answers, Measurement, TaskResult, Workload
 from evaluator.score import Formula, perf_ratio, score_of, standard_error
 
 BASELINE = Measurement(
@@ -212,3 +213,61 @@ def test_formulas_that_make_no_sense_are_refused(perf):
 
 def test_a_formula_can_come_from_json():
     assert Formula(perf=[["quiz", 1]]) == Formula(perf=(("quiz", 1.0),))
+
+
+# -- lengths of answers --------------------------------------------------------------------------------------
+
+
+def with_lengths(tokens, base, ratio=1.0, gain=0.0):
+    """A candidate and its baseline, whose answers have so many tokens."""
+
+    def answering(measurement, lengths):
+        answered = dataclasses.replace(result([1] * len(lengths)), answers=Answers(tuple(lengths), 0.0, 0.0, 0.0))
+        return dataclasses.replace(measurement, tasks={"quiz": answered})
+
+    baseline = answering(BASELINE, base)
+    return lengths.with_ratio(answering(measured(gain=gain, ratio=ratio), tokens), baseline), baseline
+
+
+def test_longer_answers_make_a_model_slower_only_where_they_are_to():
+    candidate, baseline = with_lengths([30, 45], [10, 15], ratio=0.25)
+    assert (candidate.length_ratio, candidate.length_ratio_se) == (3.0, 0.0)
+    assert score_of(candidate, baseline).speed_norm == 0.75
+    found = score_of(candidate, baseline, Formula(penalise_length=True))
+    assert (found.speed_norm, found.score) == (0.25, 0.625)
+    assert found.speed_norm_se == pytest.approx(3 * candidate.time_ratio_se)
+
+
+def test_the_error_of_the_lengths_goes_into_that_of_the_speed():
+    candidate, baseline = with_lengths([10, 50], [20, 20], ratio=0.5)
+    se = candidate.length_ratio_se
+    assert se == pytest.approx(1.0)
+    found = score_of(candidate, baseline, Formula(penalise_length=True))
+    assert found.speed_norm == pytest.approx(1 - 0.5 * 1.5)
+    assert found.speed_norm_se == pytest.approx(math.hypot(1.5 * candidate.time_ratio_se, 0.5 * se))
+
+
+@pytest.mark.parametrize("tokens", [[0, 0], [5, 5], [10, 15]])
+def test_shorter_answers_earn_nothing(tokens):
+    """Else a model that ends every answer at once would be the fastest of all."""
+    candidate, baseline = with_lengths(tokens, [10, 15], ratio=0.8)
+    assert score_of(candidate, baseline, Formula(penalise_length=True)) == score_of(candidate, baseline)
+
+
+def test_lengths_count_for_nothing_where_nothing_is_generated():
+    assert lengths.with_ratio(measured(), BASELINE) == measured()
+    assert score_of(measured(ratio=0.5), BASELINE, Formula(penalise_length=True)).speed_norm == 0.5
+    assert "penalise_length" not in Formula().to_dict()
+    assert Formula(penalise_length=True).to_dict()["penalise_length"] is True
+    assert not {"length_ratio", "tokens_per_answer", "seconds_per_answer"} & BASELINE.to_dict().keys()
+
+
+def test_a_warning_names_the_task_and_why():
+    candidate, baseline = with_lengths([30, 45], [10, 15])
+    assert lengths.warning(candidate, baseline, 0.1) == (
+        "lengths of answers differ (quiz: 3.00 ± 0.00 times the base model's tokens): "
+        "the time per token does not show that"
+    )
+    assert lengths.warning(candidate, baseline, 2.0) is None
+    assert lengths.warning(baseline, baseline, 0.0) is None
+    assert lengths.warning(measured(), BASELINE, 0.0) is None

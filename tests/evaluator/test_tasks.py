@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from evaluator import quality, tasks
 from evaluator.errors import BackendUnavailable, EvaluationError, NotFinite, TextError
-from evaluator.tasks import TaskResult, _continuations, multiple_choice
+from evaluator.generation import Answer, Limits
+from evaluator.tasks import TaskResult, _continuations, _prompts, multiple_choice
 from evaluator.tasks import lm_eval as ours
 
 
@@ -342,8 +343,8 @@ def test_a_broken_models_answers_are_refused(tmp_path):
 
 
 def test_a_kind_is_a_file():
-    assert tasks.names() == ["lm_eval", "multiple_choice"]
-    with pytest.raises(EvaluationError, match="'trivia' is not one of lm_eval, multiple_choice"):
+    assert tasks.names() == ["generation", "lm_eval", "multiple_choice"]
+    with pytest.raises(EvaluationError, match="'trivia' is not one of generation, lm_eval, multiple_choice"):
         tasks.module_of("trivia")
 
 
@@ -455,19 +456,114 @@ def test_rolling_likelihood_predicts_each_token_once(harness, tiny_model):
 
 
 def test_tasks_that_need_more_than_likelihoods_are_refused(harness):
-    folder = harness("writes", kind="generate_until", metrics=["exact_match"])
+    folder = harness("graded", kind="generate_until", metrics=["code_eval"])
     harness("greedy", kind="loglikelihood", metrics=["acc"])
     harness("other", metrics=["brier_score"])
     for name, says in [
-        ("writes", "generates text"),
         ("greedy", "is the likeliest text"),
         ("other", "neither acc_norm"),
     ]:
         with pytest.raises(EvaluationError, match=says) as raised:
             asked_of(name, folder)
         assert "\n" not in str(raised.value)
-    with pytest.raises(EvaluationError, match="generates text"):
-        ours.language_model(Table(), Letters()).generate_until([])
+
+
+WRITES = """\
+task: writes
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "Q: {{{{question}}}} A:"
+doc_to_target: "{{{{choices[answer]}}}}"
+generation_kwargs: {kwargs}
+num_fewshot: 0
+filter_list:
+  - name: last
+    filter: [{{function: regex, regex_pattern: "=> ([a-z ]+)"}}, {{function: take_first}}]
+  - name: other
+    filter: [{{function: regex, regex_pattern: "(nothing at all)"}}, {{function: take_first}}]
+metric_list:
+  - {{metric: {metric}, aggregation: mean, higher_is_better: true{more}}}
+"""
+
+
+class Writer(Table):
+    """Writes fixed texts, and notes what it was asked."""
+
+    def __init__(self, *texts):
+        super().__init__()
+        self.texts, self.asked = texts, []
+
+    def generate(self, prompts, limits):
+        self.asked += list(zip(prompts, limits, strict=True))
+        return [Answer(tuple(range(len(text))), text, "stop", 0.0, 0.1, 0.2) for text in self.texts]
+
+
+@pytest.fixture
+def writing(harness, tmp_path):
+    """Write a task of the harness over QUESTIONS whose answers are generated."""
+    folder = harness()
+
+    def make(kwargs='{until: ["\\n", Q], do_sample: false, max_gen_toks: 12}', metric="exact_match", more=""):
+        text = WRITES.format(data=tmp_path / "data.jsonl", kwargs=kwargs, metric=metric, more=more)
+        (folder / "writes.yaml").write_text(text)
+        return folder
+
+    return make
+
+
+TEXTS = ("so => a rose", "=> snow", "snow", "I say => five", "=> may be")
+
+
+def test_answers_that_the_harness_judges_are_written_by_the_engine(writing):
+    """The accuracy is what its own `evaluate` finds with its own filters, the first of which counts."""
+    import lm_eval.evaluator
+    import lm_eval.tasks
+
+    folder = writing()
+    task, engine = asked_of("writes", folder), Writer(*TEXTS)
+    found = task.run(engine)
+    assert found.correct == (1.0, 0.0, 0.0, 1.0, 0.0)
+    assert [limits for _, limits in engine.asked] == [Limits(12, ("\n", "Q"))] * 5
+    assert spelled(engine.asked[0][0]) == "Q: What is red? A:"
+    assert found.answers.tokens == tuple(map(len, TEXTS))
+    assert (found.answers.shown[1].question, found.answers.shown[1].expected) == ("Q: What is blue? A:", "the sea")
+    assert task.longest == len("Q: What is white?\n A:") + 12
+
+    of_the_harness = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False).load(["writes"])
+    logged = lm_eval.evaluator.evaluate(
+        ours.language_model(Writer(*TEXTS), Letters()), of_the_harness, bootstrap_iters=0, log_samples=True
+    )
+    assert logged["results"]["writes"]["exact_match,last"] == found.value
+    assert logged["results"]["writes"]["exact_match,other"] == 0.0
+
+
+def test_what_can_not_be_judged_or_must_not_run_is_refused(writing):
+    with pytest.raises(EvaluationError, match="task writes: its metric runs code that a model wrote"):
+        asked_of("writes", writing(metric="code_eval"))
+    with pytest.raises(TextError, match=r"task writes: its generation_kwargs are .* make no sense"):
+        asked_of("writes", writing("{until: ['x'], max_gen_toks: 0}"))
+    with pytest.raises(TextError, match="its answers of 12 tokens leave no room for a prompt in 12"):
+        asked_of("writes", writing(), max_tokens=12)
+    short = asked_of("writes", writing(), max_tokens=15)
+    engine = Writer(*TEXTS)
+    short.run(engine)
+    assert {spelled(prompt) for prompt, _ in engine.asked} == {" A:"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "limits"),
+    [
+        ({}, Limits(256)),
+        ({"until": "\n", "max_new_tokens": 7}, Limits(7, ("\n",))),
+        ({"until": ["a", ""], "max_tokens": 7, "max_gen_toks": "9"}, Limits(9, ("a",))),
+        ({"until": None, "do_sample": False, "temperature": 0.7}, Limits(256)),
+        ({"do_sample": True, "temperature": 0.7}, Limits(256, (), 0.7)),
+    ],
+)
+def test_the_harness_names_limits_in_several_ways(arguments, limits):
+    assert _prompts.limits_of(arguments) == limits
 
 
 def test_tasks_that_do_not_exist_are_refused(harness, tmp_path):

@@ -20,6 +20,10 @@ def test_a_part_has_the_keys_of_every_kind():
         "name": None,
         "limit": None,
         "files": [],
+        "match": "contains",
+        "max_tokens": 256,
+        "stop": [],
+        "template": {},
         "task": None,
         "include_path": None,
     }
@@ -32,7 +36,12 @@ def test_the_perplexity_has_no_section_and_a_task_has_its_own():
 
 
 @pytest.mark.parametrize(
-    ("metric", "says"), [("lm_eval", "lm_eval needs task: a task's name"), ("multiple_choice", "needs files: JSONL")]
+    ("metric", "says"),
+    [
+        ("lm_eval", "lm_eval needs task: a task's name"),
+        ("multiple_choice", "needs files: JSONL"),
+        ("generation", "needs files: JSONL with prompt or messages"),
+    ],
 )
 def test_a_part_that_lacks_what_its_kind_needs_is_refused(metric, says):
     with pytest.raises(ValidationError, match=says):
