@@ -25,6 +25,8 @@ from readers import json_reader
 from readers.errors import ReadError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+EXAMPLE = "example"  # among files: the questions that come with this program
+EXAMPLE_FILE = Path(__file__).with_name("example_choices.jsonl")
 SHAPE = '{"question": "…", "choices": ["…", "…"], "answer": 0}'
 
 
@@ -32,7 +34,7 @@ class Section(tasks.Section):
     """Keys of this kind in a study file.
 
     Attributes:
-        files: The paths of JSONL files in UTF-8.
+        files: The paths of JSONL files in UTF-8; `example` names the questions that come with this program.
     """
 
     files: list[str] = Field(default_factory=list)
@@ -40,7 +42,7 @@ class Section(tasks.Section):
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if not self.files:
-            raise ValueError("multiple_choice needs files: JSONL with question, choices and answer")
+            raise ValueError("multiple_choice needs files: JSONL with question, choices and answer; or [example]")
         return self
 
 
@@ -93,7 +95,7 @@ def load(section: Section, tokenizer: Any, *, max_tokens: int | None = None) -> 
     """
     title = section.name or Path(section.files[0]).stem
     items: list[Item] = []
-    for path in map(Path, section.files):
+    for path in (EXAMPLE_FILE if file == EXAMPLE else Path(file) for file in section.files):
         for number, line in text_files.json_lines(path, "task"):
             if len(items) == section.limit:
                 break

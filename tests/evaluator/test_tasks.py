@@ -610,3 +610,12 @@ def test_a_missing_harness_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(BackendUnavailable, match=r"pip install '\.\[lm-eval\]'"):
         asked_of("mine", tmp_path)
+
+
+def test_the_bundled_choices_have_one_right_answer_each():
+    lines = [json.loads(line) for line in multiple_choice.EXAMPLE_FILE.read_text().splitlines()]
+    assert len(lines) == 20
+    for line in lines:
+        assert len(set(line["choices"])) == 4
+        assert 0 <= line["answer"] < 4
+    assert len({line["answer"] for line in lines}) >= 3  # a model that always takes the first fails
