@@ -22,15 +22,20 @@ from evaluator.generation import Answer, Limits
 from evaluator.process import EngineProcess
 from search.failures import FAILURES, why
 from search.say import Say, silent
-from search.setup.machine import free_memory
 from search.setup.setting import Setting
 from search.stages import build, confirmed
 from search.stages.confirmed import Asked, Model, Record, Result
-from search.stages.engines import LITTLE, engine_bytes, once_more, room_on_gpu, start_engine
+from search.stages.engines import (
+    HOST_BYTES,
+    LITTLE,
+    engine_bytes,
+    once_more,
+    room_on_gpu,
+    room_on_host,
+    start_engine,
+)
 
 SERVER_BYTES = 3 << 30  # of a GPU's memory that an engine with the server's own settings takes beside its weights
-HOST_BYTES = 1 << 29  # of a machine's memory that an engine on the CPU takes beside its weights
-SHARE_OF_HOST = 0.5
 SHARE_IN_ALL = 0.95  # of a GPU that engines take which ask for a share of it
 TOGETHER = 8  # models beside the base model, at most
 
@@ -149,8 +154,7 @@ class _Confirmation:
             each = size + max(SERVER_BYTES if server else 0, engine_bytes(self.setting))
             room = room_on_gpu() // each - 1
         else:
-            free = free_memory(self.setting.machine.device)
-            room = 1 if free is None else int(SHARE_OF_HOST * free) // (size + HOST_BYTES) - 1
+            room = room_on_host(self.setting.machine.device) // (size + HOST_BYTES) - 1
         return max(1, min(TOGETHER, room))
 
     # -- a round ---------------------------------------------------------------------------------------------

@@ -16,11 +16,14 @@ from evaluator.backends import EngineSettings
 from evaluator.errors import EngineCrashed
 from evaluator.process import EngineProcess
 from search.say import Say
+from search.setup.machine import free_memory
 from search.setup.setting import Setting
 
 T = TypeVar("T")
 PORT_TAKEN, PORT_TRIES = "EADDRINUSE", 3  # vLLM looks for a free port first and takes it later
 ENGINE_BYTES = 3 << 29  # of a GPU's memory that an engine takes beside its weights and what `engine_bytes` adds
+HOST_BYTES = 1 << 29  # of a machine's memory that an engine on the CPU takes beside its weights
+SHARE_OF_HOST = 0.5  # of a machine's free memory that engines on the CPU may take
 SHARE_OF_FREE = 0.8  # of a GPU's free memory that engines side by side may take
 LITTLE = 0.02  # share of a GPU that an engine with random weights asks for; it takes what it needs
 
@@ -102,6 +105,11 @@ def engine_bytes(setting: Setting) -> int:
 def room_on_gpu() -> int:
     """Return the bytes of the GPU's free memory that engines side by side may take."""
     return int(SHARE_OF_FREE * torch.cuda.mem_get_info()[0])
+
+
+def room_on_host(device: str) -> int:
+    """Return the bytes of the machine's free memory that engines side by side may take; 0 where that is not known."""
+    return int(SHARE_OF_HOST * (free_memory(device) or 0))
 
 
 def once_more(work: Callable[[], T], say: Say) -> T:

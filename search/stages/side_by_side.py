@@ -24,7 +24,7 @@ from evaluator.process import EngineProcess
 from search.processes import abandoned, mark
 from search.say import Say
 from search.setup.setting import Setting
-from search.stages.engines import Engines, engine_bytes, room_on_gpu
+from search.stages.engines import HOST_BYTES, Engines, engine_bytes, room_on_gpu, room_on_host
 
 TOGETHER = 15  # engines, at most
 SHARE_MEANWHILE = 0.6  # of the room on the GPU that engines may take which start while other work goes on there
@@ -35,22 +35,23 @@ _count = itertools.count()
 def fitting(setting: Setting, plans: Sequence[CompressionPlan], *, share: float = 1.0) -> int:
     """Return how many of the plans, the first ones, can run side by side beside the base model's engine.
 
-    On a GPU its free memory decides. Elsewhere it is one, so that no engine takes another's processor.
+    The free memory decides: the GPU's, or the machine's, where engines that wait for their turn take no processor. It
+    is one where that is not known.
 
     Args:
         setting: What the study shares.
         plans: The plans, in order.
-        share: The share of the GPU's room that they may take.
+        share: The share of the room that they may take.
     """
-    if setting.machine.device != "cuda":
-        return min(1, len(plans))
-    room, count, taken = share * room_on_gpu(), 0, 0.0
+    on_gpu = setting.machine.device == "cuda"
+    room = share * (room_on_gpu() if on_gpu else room_on_host(setting.machine.device))
+    beside, count, taken = engine_bytes(setting) if on_gpu else HOST_BYTES, 0, 0.0
     for plan in plans[:TOGETHER]:
-        taken += setting.model.checkpoint.size_bytes * setting.size_ratio(plan) + engine_bytes(setting)
+        taken += setting.model.checkpoint.size_bytes * setting.size_ratio(plan) + beside
         if taken > room:
             break
         count += 1
-    return count
+    return count if on_gpu else max(count, min(1, len(plans)))
 
 
 class SideBySide:

@@ -30,6 +30,7 @@ from search.stages.side_by_side import Ahead, SideBySide, fitting
 
 LOG = logging.getLogger(__name__)
 TURNS = 24  # of each probe, at most
+FEW_TURNS = speed.ROUND  # the same where an engine's start and steps take seconds
 RATIO_SE = 0.008  # the standard error of each probe's time ratio that is small enough to end its timing
 DEPTH = 0.75
 TRIED = 200  # plans near one that the engine refuses
@@ -74,15 +75,62 @@ def _base_shape(setting: Setting) -> Shape:
 def probes(setting: Setting) -> list[tuple[CompressionPlan, bool]]:
     """Return the plans to time, and whether each only checks the forecast.
 
-    Every precision uncut, and with all searched widths at their low ends; in the base model's own precision also the
-    space's least depth and each width by itself. The checks lie in the middle of the space. Where the engine refuses a
-    plan, the nearest that it serves takes its place.
+    Where the engine refuses a plan, the nearest that it serves takes its place.
     """
-    own, searched = setting.model.identity, setting.file.space
-    precisions = list(dict.fromkeys([own.precision, *(searched.precision or [])]))
+    seen = {_base_shape(setting)}
+    chosen = []
+    for plan, check in _all(setting) if setting.machine.device == "cuda" else _few(setting):
+        near = _nearest_served(setting, plan, seen)
+        if near is not None:
+            seen.add(shape_of(setting, near))
+            chosen.append((near, check))
+    return chosen
+
+
+def _precisions(setting: Setting) -> list[str]:
+    """Return the base model's own precision and those that are searched."""
+    return list(dict.fromkeys([setting.model.identity.precision, *(setting.file.space.precision or [])]))
+
+
+def _middle(setting: Setting) -> CompressionPlan:
+    return dataclasses.replace(setting.model.identity, **_at(setting, 0.5, ("num_hidden_layers", *WIDTHS)))
+
+
+def _few(setting: Setting) -> list[tuple[CompressionPlan, bool]]:
+    """Return the fewest plans that tell depth, widths and precisions apart: for engines whose steps take long.
+
+    The space's least depth, if that is searched; all searched widths at their low ends; every other precision uncut.
+    What a width takes in another precision is left to the fit's prior. One check, in the middle of the space and in the
+    first other precision, says how far that is off.
+    """
+    own = setting.model.identity
+    others = [precision for precision in _precisions(setting) if precision != own.precision]
+    wanted = []
+    if setting.file.space.num_hidden_layers is not None:
+        wanted.append((dataclasses.replace(own, num_hidden_layers=_shallow(setting)), False))
+    wanted.append((_shared(dataclasses.replace(own, **_at(setting, 0.0, WIDTHS)), own), False))
+    wanted += [(dataclasses.replace(own, precision=precision), False) for precision in others]
+    middle = _shared(_middle(setting), own)
+    return [*wanted, (dataclasses.replace(middle, precision=[*others, own.precision][0]), True)]
+
+
+def _shared(plan: CompressionPlan, own: CompressionPlan) -> CompressionPlan:
+    """Return the plan with no more query heads for a key/value head than the base model has."""
+    each = own.num_attention_heads // own.num_key_value_heads
+    heads = min(plan.num_attention_heads, plan.num_key_value_heads * each)
+    return dataclasses.replace(plan, num_attention_heads=heads)
+
+
+def _all(setting: Setting) -> list[tuple[CompressionPlan, bool]]:
+    """Return the plans for engines that start and decode side by side.
+
+    Every precision uncut, and with all searched widths at their low ends; in the base model's own precision also the
+    space's least depth and each width by itself. The checks lie in the middle of the space.
+    """
+    own, precisions = setting.model.identity, _precisions(setting)
     narrow = dataclasses.replace(own, **_at(setting, 0.0, WIDTHS))
     shallow = dataclasses.replace(own, num_hidden_layers=_shallow(setting))
-    middle = dataclasses.replace(own, **_at(setting, 0.5, ("num_hidden_layers", *WIDTHS)))
+    middle = _middle(setting)
     wanted = [(shallow, False)]
     for names in (("intermediate_size",), ("num_attention_heads", "num_key_value_heads"), ("hidden_size",)):
         wanted.append((dataclasses.replace(own, **{name: getattr(narrow, name) for name in names}), False))
@@ -91,14 +139,7 @@ def probes(setting: Setting) -> list[tuple[CompressionPlan, bool]]:
             wanted += [(dataclasses.replace(plan, precision=precision), False) for plan in (own, narrow)]
         if precision == own.precision or precision in SCHEMES:
             wanted.append((dataclasses.replace(middle, precision=precision), True))
-    seen = {_base_shape(setting)}
-    chosen = []
-    for plan, check in wanted:
-        near = _nearest_served(setting, plan, seen)
-        if near is not None:
-            seen.add(shape_of(setting, near))
-            chosen.append((near, check))
-    return chosen
+    return wanted
 
 
 def _shallow(setting: Setting) -> int:
@@ -198,7 +239,8 @@ def _timed(
     ready = [(pair, engine) for pair, engine in zip(pairs, running, strict=True) if engine is not None]
     if not ready:
         return table
-    workload = dataclasses.replace(setting.workload, turns=min(setting.workload.turns, TURNS))
+    most = TURNS if setting.machine.device == "cuda" else FEW_TURNS
+    workload = dataclasses.replace(setting.workload, turns=min(setting.workload.turns, most))
     if workload.kind == "batch":
         workload = batch.of_fixed_lengths(workload)
     watch = GpuWatch.of(baseline.facts())

@@ -62,6 +62,18 @@ def test_unseen_plans_are_forecast_to_within_the_noise(noise, largest):
     assert max(errors) < largest
 
 
+@pytest.mark.parametrize(("noise", "largest"), [(0.0, 0.015), (0.005, 0.025)])
+def test_a_table_of_few_probes_forecasts_unseen_plans_and_its_check_bounds_the_error(noise, largest):
+    drawn = random.Random(1)
+    middle = {"num_hidden_layers": 24, "intermediate_size": 7680, "hidden_size": 1408}
+    changes = [{"num_hidden_layers": 20}, NARROW, {"precision": "W8A8"}, {"precision": "W4A16"}]
+    few = [probe(drawn.gauss(0, noise), **each) for each in changes]
+    made = SpeedTable(BASE, {1: 2.0}, (*few, probe(drawn.gauss(0, noise), True, precision="W8A8", **middle)))
+    errors = [abs(made.time_ratio(shape)[0] - true_time(shape) / true_time(BASE)) for shape in unseen()]
+    assert max(errors) < largest
+    assert sorted(errors)[len(errors) // 2] < made.error(1)
+
+
 def test_a_scheme_that_is_slower_than_the_base_model_is_forecast_slower():
     made = table()
     assert true_time(dataclasses.replace(BASE, precision="W4A16")) > true_time(BASE)

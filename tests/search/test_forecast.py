@@ -270,7 +270,23 @@ def test_pruned_trials_teach_the_sampler(prepared):
     assert observed.value == pytest.approx(0.35)
 
 
+def test_where_steps_take_long_the_fewest_plans_are_timed_and_one_checks_them(prepared):
+    plans, own = speed_table.probes(prepared), prepared.model.identity
+    shallow, narrow, other = (plan for plan, check in plans if not check)
+    assert (shallow.num_hidden_layers, narrow.intermediate_size, other.precision) == (2, 80, "W8A8")
+    assert narrow.num_key_value_heads == 1
+    assert dataclasses.replace(other, precision=own.precision) == own
+    ((middle, _),) = (pair for pair in plans if pair[1])
+    assert middle.precision == "W8A8"
+    assert 2 < middle.num_hidden_layers < own.num_hidden_layers
+    assert 80 < middle.intermediate_size < own.intermediate_size
+    space = prepared.file.space.model_copy(update={"num_hidden_layers": None, "precision": None})
+    of_width = dataclasses.replace(prepared, file=prepared.file.model_copy(update={"space": space}))
+    assert [check for _, check in speed_table.probes(of_width)] == [False, True]  # nobody asks what a layer takes
+
+
 def test_probes_are_plans_that_the_engine_serves_and_leave_no_precision_out(prepared):
+    prepared = dataclasses.replace(prepared, machine=dataclasses.replace(prepared.machine, device="cuda"))
     plans = speed_table.probes(prepared)
     assert all(prepared.infeasible(plan) is None for plan, _ in plans)
     assert len({speed_table.shape_of(prepared, plan) for plan, _ in plans}) == len(plans)

@@ -93,9 +93,7 @@ def test_a_plan_that_cannot_be_built_leaves_the_others(prepared):
     assert "layers" in told[0]
 
 
-def test_without_a_gpu_one_runs_at_a_time_and_ahead_starts_the_base_model_alone(prepared):
-    assert side_by_side.fitting(prepared, plans(prepared)) == 1
-    assert side_by_side.fitting(prepared, []) == 0
+def test_without_a_gpu_ahead_starts_the_base_model_alone(prepared):
     with Engines(prepared) as engines:
         with Ahead(prepared, engines, plans(prepared)) as ahead:
             assert ahead.take() is None
@@ -111,3 +109,12 @@ def test_what_fits_is_counted_by_each_plan_s_own_size(prepared, monkeypatch):
         monkeypatch.setattr(side_by_side, "room_on_gpu", lambda room=room: room)
         assert side_by_side.fitting(on_gpu, plans(prepared)) == expected
     assert side_by_side.fitting(on_gpu, plans(prepared), share=0.5) == 0
+
+
+def test_without_a_gpu_the_machine_s_memory_decides_and_one_runs_in_any_case(prepared, monkeypatch):
+    two, three = (prepared.model.checkpoint.size_bytes * prepared.size_ratio(plan) for plan in plans(prepared))
+    engine = side_by_side.HOST_BYTES
+    for room, expected in ((0, 1), (two + engine, 1), (two + three + 2 * engine + 1, 2)):
+        monkeypatch.setattr(side_by_side, "room_on_host", lambda device, room=room: room)
+        assert side_by_side.fitting(prepared, plans(prepared)) == expected
+    assert side_by_side.fitting(prepared, []) == 0
