@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -58,23 +59,25 @@ def test_every_plan_gets_an_engine_of_its_shape_and_nothing_is_left(prepared):
 
 
 def test_an_engine_that_is_closed_while_it_starts_ends(prepared, monkeypatch):
-    started = []
+    started, closed = [], threading.Event()
     with Engines(prepared) as engines:
         start = engines.start
 
         def slow(*arguments, **options):
             engine = start(*arguments, **options)
-            time.sleep(0.5)  # the group is closed meanwhile
             started.append(engine.pid)
+            assert closed.wait(60.0)
             return engine
 
         monkeypatch.setattr(engines, "start", slow)
         group = SideBySide(prepared, engines, plans(prepared))
-        group.close()
         deadline = time.monotonic() + 60.0
         while len(started) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert len(started) == 2
+        group.close()
+        closed.set()
+        assert group.ready(pytest.fail) == [None, None]
         assert gone(started)
 
 
