@@ -296,7 +296,7 @@ def test_the_ladder_tells_what_each_rung_took_and_how_well_it_foretold_the_next(
 
 
 def test_a_plan_waits_while_another_promises_more_and_the_reason_names_it(home, cli):
-    run(cli, home, "sampler.name=forecast", "--trials", "8")
+    run(cli, home, "sampler.name=forecast", "--trials", "6")
     waiting = [trial for trial in trials_of(home) if WAITS in trial.system_attrs]
     assert waiting
     for trial in waiting:
