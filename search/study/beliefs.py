@@ -146,11 +146,16 @@ class Beliefs:
         return chance + TIE * improvement if best is None else chance * improvement
 
     def known(self, candidates: Sequence[Params]) -> list[Known]:
-        """Return what is believed of each candidate, in place of what is forecast."""
+        """Return what is believed of each candidate, in place of what is forecast.
+
+        Where tasks count, the error of what text tells of Perf is inf: no plan is ruled out by it.
+        """
         plans = [self.plan_of(params) for params in candidates]
         scores = [self.forecast.expected(plan) for plan in plans]
         for name in quantities(self.goal):
             means, errors = self.of(name, candidates)
+            if self.forecast.setting.tasks and name != "speed_norm":
+                errors = np.full(len(errors), math.inf)
             scores = [
                 dataclasses.replace(score, **{name: float(mean), f"{name}_se": float(error)})
                 for score, mean, error in zip(scores, means, errors, strict=True)

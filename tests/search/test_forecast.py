@@ -24,7 +24,7 @@ from search.stages.damage_table import DamageTable, Entry, Loss
 from search.stages.forecast import Forecast
 from search.stages.step_times import StepTimes
 from search.study import rungs, space
-from search.study.forecast_sampler import WAIT_IN_A_ROW, WAITS, ForecastSampler
+from search.study.forecast_sampler import NOTHING_LEFT, WAIT_IN_A_ROW, WAITS, ForecastSampler
 
 STUDY = """
 defaults: [_base, _self_]
@@ -386,3 +386,17 @@ def test_a_plan_that_waits_teaches_until_it_goes_on(prepared):
     plans = [tuple(each.params.items()) for each in seen]
     assert len(set(plans)) == len(plans)
     assert len(plans) > 4
+
+
+@pytest.mark.parametrize("tasks", [(), (object(),)])
+def test_text_rules_no_plan_out_where_tasks_count(prepared, tasks):
+    prepared = dataclasses.replace(prepared, tasks=tasks)
+    made = Forecast(prepared, speeds(prepared), damages(prepared.model.identity))
+    study = optuna.create_study(direction="maximize", sampler=ForecastSampler(made, 0))
+    for params in space.uncut(prepared.file.space, prepared.model.identity)[:1]:
+        study.enqueue_trial(params)
+    for _ in range(2):
+        trial = study.ask()
+        space.suggest(trial, prepared.file.space, prepared.model.identity)
+        study.tell(trial, 0.95)  # more than any plan is forecast to score
+    assert (NOTHING_LEFT in study.trials[-1].system_attrs) == (not tasks)
