@@ -84,9 +84,9 @@ def _remark(evaluation: Evaluation, first: Evaluation) -> str | None:
     return None
 
 
-def weights(formula: Formula) -> dict[str, float]:
-    """Return the weights of PerfNorm and SpeedNorm in the Score, as the arguments of `plots.plot_scores`."""
-    return {"weight_perf": formula.weight_perf, "weight_speed": formula.weight_speed}
+def weights(formula: Formula) -> tuple[float, float]:
+    """Return the weights of PerfNorm and SpeedNorm in the Score."""
+    return formula.weight_perf, formula.weight_speed
 
 
 def write(
@@ -108,7 +108,7 @@ def write(
     place = outputs / f"{day.isoformat()}_{name}"
     place.mkdir(parents=True, exist_ok=True)
     plots.plot_shards(evaluation.baseline.shard_nll, evaluation.measurement.shard_nll, place / "shards.png")
-    plots.plot_scores([evaluation.row(path)], place / "scores.png", **weights(evaluation.formula))
+    plots.plot_scores([evaluation.row(path)], place / "scores.png", *weights(evaluation.formula))
     written = place / f"{day.isoformat()}_report.md"
     with written_whole(written) as scratch:
         scratch.write_text(text(evaluation, path, name, description, day, with_plots=True), encoding="utf-8")

@@ -189,7 +189,7 @@ def report_command(
         evaluated = report.all_evaluated(models or (Path("submit"),))
         rows = report.compared(evaluated)
         if plot is not None:
-            plots.plot_scores(rows[1:], plot, **report.weights(evaluated[0][1].formula))
+            plots.plot_scores(rows[1:], plot, *report.weights(evaluated[0][1].formula))
         if as_json:
             click.echo(json.dumps([row.to_dict() for row in rows]))
         else:

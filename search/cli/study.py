@@ -245,7 +245,9 @@ def status_command(plot: Path | None, everything: bool, as_json: bool, **where: 
         plots.require_suffix(plot)
     state = status.of(storage.load(_existing(file.storage), file.study_name))
     if plot is not None:
-        plots.plot_scores([trial.row() for trial in state.pareto], plot, **file.score.weights)
+        best = None if state.best is None else state.best.row().name
+        rows = [trial.row() for trial in state.pareto]
+        plots.plot_scores(rows, plot, file.score.weight_perf, file.score.weight_speed, best)
     _print_status(state, as_json, everything=everything)
 
 

@@ -281,7 +281,7 @@ class ScoreSection(Section):
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weights alone, as the arguments of `search.show.plots.plot_scores`."""
+        """The weights of PerfNorm and SpeedNorm alone, by their keys."""
         return {"weight_perf": self.weight_perf, "weight_speed": self.weight_speed}
 
 

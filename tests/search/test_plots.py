@@ -1,5 +1,6 @@
 """Plots are real files of a sensible size that show what they are given; nothing is fetched, nothing half-written."""
 
+import json
 import math
 import os
 import re
@@ -126,7 +127,7 @@ def test_every_model_its_errors_and_the_baseline_are_in_the_window():
 def test_labels_cover_neither_each_other_nor_the_edge():
     """Twelve models on one spot: each name can still be read."""
     rows = [a_row(f"model_{n}", 0.7 + n / 1e4, 0.18, score=0.44) for n in range(12)]
-    figure = scores_plot._scores_png(scores_plot.points_of(rows), (0.5, 0.5))
+    figure = scores_plot._scores_png(scores_plot.points_of(rows), None, (0.5, 0.5))
     figure.canvas.draw()
     (axes,) = figure.axes
     boxes = [Text.get_window_extent(text) for text in axes.texts if text.get_text().startswith(("model_", "baseline"))]
@@ -153,7 +154,7 @@ def test_few_or_no_models_are_drawn_too(rows, tmp_path):
 
 def test_the_baseline_among_the_models_is_named_once():
     points = scores_plot.points_of([*ROWS, a_row("baseline", 1.0, 0.0)])
-    (axes,) = scores_plot._scores_png(points, (0.5, 0.5)).axes
+    (axes,) = scores_plot._scores_png(points, None, (0.5, 0.5)).axes
     assert [text.get_text() for text in axes.texts].count("baseline  0.500") == 1
 
 
@@ -204,3 +205,16 @@ def test_drawing_leaves_no_global_state(tmp_path):
     plots.plot_scores(ROWS, tmp_path / "plot.png")
     assert dict(matplotlib.rcParams) == before
     assert "tkinter" not in sys.modules
+
+
+def test_the_model_that_the_goal_prefers_stands_out(tmp_path):
+    """The color of each point, in the order of the rows, is in the page."""
+
+    def colors(best):
+        text = plots.plot_scores(ROWS, tmp_path / "plot.html", best=best).read_text()
+        found = re.search(r'"color":\[("#[^\]]*")\]', text)
+        return json.loads(f"[{found[1]}]")
+
+    by_score, by_goal = colors(None), colors(ROWS[-1].name)
+    assert by_score.count(drawing.ORANGE) == by_goal.count(drawing.ORANGE) == 1
+    assert by_goal[-1] == drawing.ORANGE

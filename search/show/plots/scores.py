@@ -29,7 +29,9 @@ class Point(NamedTuple):
     score: float
 
 
-def plot_scores(rows: Iterable[Row], path: Path, weight_perf: float = 0.5, weight_speed: float = 0.5) -> Path:
+def plot_scores(
+    rows: Iterable[Row], path: Path, weight_perf: float = 0.5, weight_speed: float = 0.5, best: str | None = None
+) -> Path:
     """Plot PerfNorm against SpeedNorm of evaluated models, with the baseline at (1, 0) and lines of equal Score.
 
     Args:
@@ -37,6 +39,7 @@ def plot_scores(rows: Iterable[Row], path: Path, weight_perf: float = 0.5, weigh
         path: The .png or .html file to write.
         weight_perf: The weight of PerfNorm in the Score.
         weight_speed: The weight of SpeedNorm in the Score.
+        best: The name of the model that stands out; None: the one with the best Score.
 
     Returns:
         The path of the file.
@@ -46,7 +49,10 @@ def plot_scores(rows: Iterable[Row], path: Path, weight_perf: float = 0.5, weigh
     """
     weights = (weight_perf, weight_speed)
     points = points_of(rows)
-    return write(path, lambda: _scores_png(points, weights), lambda: _scores_html(points, weights))
+    chosen = max(points, key=lambda point: point.score, default=None)
+    if best is not None:
+        chosen = next((point for point in points if point.name == best), None)
+    return write(path, lambda: _scores_png(points, chosen, weights), lambda: _scores_html(points, chosen, weights))
 
 
 def points_of(rows: Iterable[Row]) -> list[Point]:
@@ -99,14 +105,13 @@ def _line(level: float, x: tuple[float, float], y: tuple[float, float], weights:
     return (inside[0], inside[-1]) if len(inside) > 1 else None
 
 
-def _scores_png(points: Sequence[Point], weights: tuple[float, float]) -> Figure:
+def _scores_png(points: Sequence[Point], best: Point | None, weights: tuple[float, float]) -> Figure:
     figure = figure_of(8, 6)
     axes = figure.subplots()
     x, y = _window(points)
     axes.set_xlim(x)
     axes.set_ylim(y)
     level_labels = _draw_levels(axes, x, y, weights)
-    best = max(points, key=lambda point: point.score, default=None)
     axes.scatter([0], [1], marker="*", s=130, color=INK, zorder=4)
     for point in points:
         axes.errorbar(
@@ -166,7 +171,7 @@ def _boxes_of_errors(axes: Axes, point: Point) -> tuple[Bbox, Bbox]:
     return Bbox.from_extents(left - 3, y - 4, right + 3, y + 4), Bbox.from_extents(x - 4, bottom - 3, x + 4, top + 3)
 
 
-def _scores_html(points: Sequence[Point], weights: tuple[float, float]) -> Any:
+def _scores_html(points: Sequence[Point], best: Point | None, weights: tuple[float, float]) -> Any:
     x, y = _window(points)
     figure = go.Figure()
     for level in _levels(x, y, weights):
@@ -184,7 +189,6 @@ def _scores_html(points: Sequence[Point], weights: tuple[float, float]) -> Any:
                 showlegend=False,
                 cliponaxis=False,
             )
-    best = max((point.score for point in points), default=None)
     figure.add_scatter(
         x=[0],
         y=[1],
@@ -201,7 +205,7 @@ def _scores_html(points: Sequence[Point], weights: tuple[float, float]) -> Any:
         error_x={"array": [point.x_error for point in points], "thickness": 1, "color": BLUE},
         error_y={"array": [point.y_error for point in points], "thickness": 1, "color": BLUE},
         mode="markers+text",
-        marker={"size": 9, "color": [ORANGE if point.score == best else BLUE for point in points]},
+        marker={"size": 9, "color": [ORANGE if point is best else BLUE for point in points]},
         text=[html.escape(point.name) for point in points],
         textposition="top center",
         customdata=[point.score for point in points],
