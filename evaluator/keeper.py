@@ -34,7 +34,7 @@ def main(command: list[str]) -> int:
         command,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=die_with_keeper,  # noqa: PLW1509 this process has one thread
+        preexec_fn=die_with_keeper,
     )
     try:
         while process.poll() is None:

@@ -47,8 +47,8 @@ class Workload:
         requests: batch, serve: the number of requests.
         input_tokens: batch, serve: the least and the most tokens of a prompt of random ids.
         output_tokens: batch, serve: the least and the most tokens of an answer whose length is drawn.
-        ignore_eos: batch, serve: whether answers have the lengths that are drawn; else they end by themselves, after the most
-            tokens at the latest.
+        ignore_eos: batch, serve: whether answers have the lengths that are drawn; else they end by themselves, after
+            the most tokens at the latest.
         max_num_seqs: batch: the most requests that run at once.
         concurrencies: serve: the numbers of requests that run at once; the time per token is the mean over them.
         request_rate: serve: the requests that come in a second, in place of the concurrencies; None: they decide.

@@ -14,8 +14,8 @@ from typing import Any
 from evaluator import served
 from evaluator.errors import EngineCrashed, EngineTimeout
 from evaluator.measurement import Workload
-from evaluator.server import HOST, Server, environment
 from evaluator.served import Served
+from evaluator.server import HOST, Server, environment
 from readers import json_reader
 
 PERCENTILES = "50,95,99"
@@ -171,6 +171,11 @@ class Timed:
     ) -> None:
         self.server, self._workload, self._timeout_s = server, workload, timeout_s
         self._progress, self.runs = progress, list[Served]()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the server runs."""
+        return self.server.alive
 
     def serve(self, size: int) -> list[float]:
         """Return the seconds in which `size` tokens were generated, from a run of all requests.

@@ -103,7 +103,10 @@ def of_result(values: Mapping[str, Any], concurrency: int | None, request_rate: 
         tokens_per_s=_number(values, "output_throughput"),
         requests_per_s=_number(values, "request_throughput"),
         goodput_per_s=None if good is None else _number(values, "request_goodput"),
-        **{f"{name}_ms": _quantiles(values, name) for name in ("ttft", "tpot", "itl", "e2el")},
+        ttft_ms=_quantiles(values, "ttft"),
+        tpot_ms=_quantiles(values, "tpot"),
+        itl_ms=_quantiles(values, "itl"),
+        e2el_ms=_quantiles(values, "e2el"),
     )
 
 
@@ -130,25 +133,29 @@ def mean_of(runs: Sequence[Served]) -> Served:
     Raises:
         ValueError: There is no run, or two have another load.
     """
-    if not runs or any(
-        (run.concurrency, run.request_rate) != (runs[0].concurrency, runs[0].request_rate) for run in runs
-    ):
+    if len({(run.concurrency, run.request_rate) for run in runs}) != 1:
         raise ValueError("served: only runs under one load have a mean")
-    names = ("seconds", "tokens_per_s", "requests_per_s")
-    times = ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms")
     good = [run.goodput_per_s for run in runs if run.goodput_per_s is not None]
-    return dataclasses.replace(
-        runs[0],
-        **{name: _mean([getattr(run, name) for run in runs]) for name in names},
-        **{
-            name: Quantiles(*map(_mean, zip(*(dataclasses.astuple(getattr(run, name)) for run in runs), strict=True)))
-            for name in times
-        },
+    return Served(
+        concurrency=runs[0].concurrency,
+        request_rate=runs[0].request_rate,
+        requests=runs[0].requests,
+        seconds=_mean([run.seconds for run in runs]),
         input_tokens=round(_mean([run.input_tokens for run in runs])),
         output_tokens=round(_mean([run.output_tokens for run in runs])),
+        tokens_per_s=_mean([run.tokens_per_s for run in runs]),
+        requests_per_s=_mean([run.requests_per_s for run in runs]),
         goodput_per_s=_mean(good) if good else None,
+        ttft_ms=_mean_quantiles([run.ttft_ms for run in runs]),
+        tpot_ms=_mean_quantiles([run.tpot_ms for run in runs]),
+        itl_ms=_mean_quantiles([run.itl_ms for run in runs]),
+        e2el_ms=_mean_quantiles([run.e2el_ms for run in runs]),
         runs=sum(run.runs for run in runs),
     )
+
+
+def _mean_quantiles(each: Sequence[Quantiles]) -> Quantiles:
+    return Quantiles(*map(_mean, zip(*(dataclasses.astuple(one) for one in each), strict=True)))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -25,9 +25,9 @@ reports the mean of a turn for each of its steps.
 Half-samples are used because the bootstrap and the delete-one jackknife underestimate the error of a statistic so near
 a minimum (Politis and Romano 1994, https://doi.org/10.1214/aos/1176325770).
 
-A turn of a workload of kind batch or serve is a run of all its requests, and one sample. A run averages over its own steps, so
-that more of the runs count, the fastest FASTEST_RUNS: over 12 turns of 12 requests on 2 cores the ratio in A/A runs had
-a standard deviation of 0.9%, that of the minima 1.1%, of the medians 1.1% and of the means 1.5%.
+A turn of a workload of kind batch or serve is a run of all its requests, and one sample. A run averages over its own
+steps, so that more of the runs count, the fastest FASTEST_RUNS: over 12 turns of 12 requests on 2 cores the ratio in
+A/A runs had a standard deviation of 0.9%, that of the minima 1.1%, of the medians 1.1% and of the means 1.5%.
 """
 
 from __future__ import annotations

