@@ -12,8 +12,6 @@ HEADER = (
     "end to end, ms",
 )
 CAPTION = "Times: p50 / p95 / p99 over the requests, means of all runs; the baseline's are of its own measurement."
-    "Times are p50 / p95 / p99 over the requests, and means of all runs; the baseline's are of its own measurement."
-)
 
 
 def rows(measurement: Measurement, baseline: Measurement) -> list[list[str]]:
