@@ -16,7 +16,7 @@ import subprocess
 import sys
 
 PR_SET_PDEATHSIG = 1
-LOOK_S = 0.2
+LOOK_S = 0.05
 
 
 def main(command: list[str]) -> int:

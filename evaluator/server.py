@@ -36,6 +36,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "NO_PROXY": HOST,
+    "no_proxy": HOST,
     "VLLM_SERVER_DEV_MODE": "1",  # /reset_prefix_cache, or a second run of the same requests would skip its prefill
 }
 FIXED = {"load_format": "safetensors"}  # no pickles

@@ -200,3 +200,22 @@ def test_a_real_server_under_load(smollm2, tmp_path):
         pids = processes_of(running.name)
         assert len(pids) >= 2  # the keeper, the server and its engine
     assert all(map(gone, pids))
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(backends.unavailable("vllm") is not None, reason=str(backends.unavailable("vllm")))
+def test_a_real_server_ends_with_a_caller_that_is_killed(smollm2, tmp_path):
+    """Its engine's processes too, which hold the memory."""
+    arguments = {"max_model_len": 256, "gpu_memory_utilization": 0.1, "enforce_eager": True}
+    start = "import sys, time; from evaluator.server import Server; "
+    start += f"server = Server({str(smollm2)!r}, {str(tmp_path / 'server.log')!r}, {arguments!r}); "
+    start += "print(server.name, flush=True); time.sleep(600)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or "." for entry in sys.path)}
+    caller = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, env=environment, text=True)
+    try:
+        pids = processes_of(caller.stdout.readline().strip())
+        assert len(pids) >= 3
+    finally:
+        caller.kill()
+        caller.wait()
+    assert all(map(gone, pids))

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
+import optuna
 import pytest
 
-from evaluator import served
+from evaluator import serve_bench, served, server
 from evaluator.measurement import Measurement, Workload
 from search.config import compose
 from search.errors import UsageError
 from search.json_values import measurement_from
+from search.setup import setting
 from search.setup.definition import of_file
 from search.setup.server import require_serving
 from search.show import served_table
@@ -125,6 +128,84 @@ def test_what_a_server_did_is_kept_with_the_measurement():
     assert type(one).from_dict(written) == one
     assert measurement_from(written) == one
     assert "served" not in measured.to_dict()
+
+
+STUDY = """
+defaults: [_base, _self_]
+study_name: served
+trials: 2
+storage: sqlite:///{home}/studies.db
+outputs: {home}/outputs
+model: {{source: {model}}}
+space:
+  num_hidden_layers: {{low: 2, high: 4}}
+text: {{window: 32, shards: 3, calibration_windows: 2}}
+evaluation:
+  backend: transformers
+  score_se: 0
+  workload: {{kind: serve, concurrencies: [2], requests: 2, turns: 4}}
+confirm: {{top: 1, pairs: 1}}
+tracking: {{mlflow: false}}
+"""
+SERVER = """
+import http.server, sys
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(sys.argv[1].encode())
+    do_POST = do_GET
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[2])), Answer).serve_forever()
+"""
+CLIENT = """
+import json, sys
+result = json.load(open(sys.argv[1]))
+result["duration"] = float(sys.argv[2])
+json.dump(result, open(sys.argv[3], "w"))
+"""
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """A server that answers and a client that writes a result of vLLM's, in place of vLLM, which is not installed.
+
+    A cut model's run takes 0.8 of the base model's seconds.
+    """
+    source = str(Path(__file__).parents[1] / "evaluator" / "results" / "vllm_bench_serve.json")
+
+    def client(running, workload, concurrency, directory):
+        seconds = "2.0" if json.loads((running.path / "config.json").read_text())["num_hidden_layers"] > 4 else "1.6"
+        return [sys.executable, "-c", CLIENT, source, seconds, str(directory / serve_bench.RESULT)]
+
+    monkeypatch.setattr(
+        server, "command", lambda path, name, port, given: [sys.executable, "-c", SERVER, name, str(port)]
+    )
+    monkeypatch.setattr(serve_bench, "command", client)
+    monkeypatch.setattr(setting, "require_serving", lambda *_: None)
+
+
+def test_a_study_of_servers(cli, stand_ins, tmp_path, pico_llama):
+    """Baseline, trials and the confirmation are timed by servers, in fresh ones of its own; what they did is kept."""
+    (tmp_path / "served.yaml").write_text(STUDY.format(home=tmp_path, model=pico_llama))
+    ended = cli("run", "--study", "served", "--config-dir", tmp_path, "--json", cwd=tmp_path)
+    assert ended.status == 0, ended.err
+    baseline = json.loads((tmp_path / "outputs/baseline_result.json").read_text())
+    assert [run["concurrency"] for run in baseline["served"]] == [2]
+    assert baseline["served"][0]["seconds"] == pytest.approx(2.0)
+    assert baseline["time_per_token_ms"] == pytest.approx(2000 / 106)
+    assert baseline["served"][0]["runs"] >= 4
+    study = optuna.load_study(study_name="served", storage=f"sqlite:///{tmp_path}/studies.db")
+    times = [trial.user_attrs["time_per_token_ms"] for trial in study.trials if "time_per_token_ms" in trial.user_attrs]
+    assert any(time == pytest.approx(1600 / 106) for time in times)
+    pairs = [pair for file in (tmp_path / "outputs/confirmed").glob("*.json") for pair in pairs_in(file)]
+    assert pairs
+    assert all(pair["time_ratio"] == pytest.approx(0.8) for pair in pairs)
+    assert (tmp_path / "outputs/logs/server-confirm-1.log").exists()
+    assert not list((tmp_path / "outputs").glob("forecast/speed-*"))
+
+
+def pairs_in(file):
+    return json.loads(file.read_text()).get("pairs", [])
 
 
 def test_a_report_shows_each_load_beside_the_baselines():
