@@ -46,7 +46,8 @@ zsh (~/.zshrc)       autoload -Uz compinit; compinit; eval "$(_OPTUNA_SEARCH_COM
 fish (config.fish)   _OPTUNA_SEARCH_COMPLETE=fish_source optuna-search | source
 ```
 
-Tables of results and the output of `--json` go to standard output; progress, warnings, and what `compress` is about to build go to standard error.
+Tables of results and the output of `--json` go to standard output; progress, warnings, and what `compress` is about to
+build go to standard error.
 
 | exit status | means |
 |---|---|

@@ -17,7 +17,7 @@ from evaluator.measurement import Workload
 
 
 def with_requests(workload: Workload, vocabulary: int, prompts: Sequence[Sequence[int]] = ()) -> Workload:
-    """Return a workload of kind batch with its requests.
+    """Return a workload of kind batch, or serve, with its requests.
 
     Lengths of answers are drawn after those of prompts, so that prompts from a file get the same ones. Each is uniform
     between its two ends.
@@ -48,7 +48,9 @@ def of_fixed_lengths(workload: Workload) -> Workload:
 
 
 def longest(workload: Workload) -> int:
-    """Return the most tokens of a prompt with its answer."""
+    """Return the most tokens of a prompt with its answer, by the lengths that are drawn where no request is known."""
+    if not workload.asked:
+        return workload.input_tokens[1] + workload.output_tokens[1]
     return max(one.most_tokens for one in workload.asked)
 
 

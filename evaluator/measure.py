@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluator import lengths, quality, speed, texts
+from evaluator import lengths, quality, serve_bench, speed, texts
 from evaluator.errors import EvaluationError, NotFinite
 from evaluator.gpu_state import GpuRecord
 from evaluator.gpu_watch import GpuWatch
@@ -32,6 +32,7 @@ UNTIMED_NOTE = "nothing was timed: time_per_token_ms and tokens_per_sec are rela
 NOTED = ("quantization_kernel", "threads")  # facts of an engine that become notes of a measurement
 
 Shards = Sequence[Sequence[Sequence[int]]]  # shards of windows of token ids
+Pair = tuple[speed.Timed | speed.TimedServer, speed.Timed | speed.TimedServer]  # the candidate and the baseline
 Progress = Callable[[str], None] | None  # told what is being done
 
 
@@ -91,6 +92,7 @@ def measure_base(
     *,
     progress: Progress = None,
     enough: speed.Enough = speed.ALL_TURNS,
+    server: serve_bench.Timed | None = None,
 ) -> Measurement:
     """Measure the base model, whose time ratio is 1; its standard error is that of timing one engine against itself.
 
@@ -100,6 +102,7 @@ def measure_base(
         request: What is measured.
         progress: A function that is told what is being done.
         enough: When fewer turns of the timing are enough.
+        server: The server that is timed in the engine's place, for a workload of kind serve.
 
     Raises:
         NotFinite: The model is broken.
@@ -109,9 +112,10 @@ def measure_base(
     if not request.timed:
         measurement = _measure(path, engine, request, UNTIMED, seconds, None, progress)
         return lengths.with_ratio(measurement, measurement)
-    timing, gpu = _time(engine, engine, request, seconds, progress, enough=enough)
+    pair: Pair = (engine, engine) if server is None else (server, server)
+    timing, gpu = _time(engine.facts(), pair, request, seconds, progress, enough=enough)
     measurement = _watched(_measure(path, engine, request, _as_base(timing), seconds, None, progress), gpu)
-    measurement = lengths.with_ratio(measurement, measurement)
+    measurement = _with_served(lengths.with_ratio(measurement, measurement), server)
     itself = f"timed against itself: time ratio {timing.time_ratio:.4f} ± {timing.time_ratio_se:.4f}"
     return dataclasses.replace(measurement, notes=(*measurement.notes, itself))
 
@@ -127,6 +131,7 @@ def measure_candidate(
     progress: Progress = None,
     enough: speed.Enough = speed.ALL_TURNS,
     first_answers: FirstAnswers = None,
+    servers: tuple[serve_bench.Timed, serve_bench.Timed] | None = None,
 ) -> Measurement:
     """Measure a candidate, timed in turn with the base model.
 
@@ -134,12 +139,14 @@ def measure_candidate(
         path: The checkpoint directory.
         engine: The engine that has loaded it.
         request: What is measured.
-        baseline: The base model's engine; None is allowed only where the request is not timed.
+        baseline: The base model's engine; None is allowed only where it is not timed.
         weights_sha256: The sha256 of model.safetensors, if it is known.
         expected_base_ms: The baseline's time per token when it was timed alone; see `speed.time_in_turn`.
         progress: A function that is told what is being done.
         enough: When fewer turns of the timing are enough.
         first_answers: A function that sees what is known when the first answers to a task are there, and may raise.
+        servers: The servers of the candidate and of the base model, which are timed in the engines' place, for a
+            workload of kind serve.
 
     Raises:
         NotFinite: The model is broken.
@@ -149,10 +156,16 @@ def measure_candidate(
     seconds = dict(engine.seconds)
     timing, gpu = UNTIMED, None
     if request.timed:
-        if baseline is None:
+        pair: Pair
+        if servers is not None:
+            pair = servers
+        elif baseline is not None:
+            pair = engine, baseline
+        else:
             raise ValueError("measure: a candidate is timed against the baseline's engine, and none was given")
-        timing, gpu = _time(engine, baseline, request, seconds, progress, expected_base_ms, enough)
-    return _watched(_measure(path, engine, request, timing, seconds, weights_sha256, progress, first_answers), gpu)
+        timing, gpu = _time(engine.facts(), pair, request, seconds, progress, expected_base_ms, enough)
+    measured = _measure(path, engine, request, timing, seconds, weights_sha256, progress, first_answers)
+    return _with_served(_watched(measured, gpu), None if servers is None else servers[0])
 
 
 def with_timing(measurement: Measurement, timing: Timing) -> Measurement:
@@ -163,9 +176,14 @@ def with_timing(measurement: Measurement, timing: Timing) -> Measurement:
 # -- the stages ----------------------------------------------------------------------------------------------
 
 
+def _with_served(measurement: Measurement, server: serve_bench.Timed | None) -> Measurement:
+    """Return the measurement with what the server did under each load."""
+    return measurement if server is None else dataclasses.replace(measurement, served=server.means())
+
+
 def _time(
-    engine: EngineProcess,
-    baseline: EngineProcess,
+    facts: Mapping[str, str],
+    pair: Pair,
     request: Request,
     seconds: dict[str, float],
     progress: Progress,
@@ -177,10 +195,9 @@ def _time(
         _say(progress, f"timing, turn {done} of {total}")
 
     with _stage("time", seconds):
-        watch = GpuWatch.of(engine.facts())
+        watch = GpuWatch.of(facts)
         timing = speed.time_in_turn(
-            engine,
-            baseline,
+            *pair,
             request.workload,
             turned,
             expected_base_ms=expected_base_ms,

@@ -9,6 +9,8 @@ from typing import Any
 from evaluator.answering import Asked
 from evaluator.gpu_state import GpuRecord
 from evaluator.metrics import COUNT, METRIC, Metric, Shown
+from evaluator.served import Served
+from evaluator.served import from_dict as served_of
 
 VERSION = 1  # raised when the same model would give other numbers, which cannot be compared with older ones
 
@@ -19,6 +21,10 @@ KEYS = {  # of a workload, by its kind
         *("kind", "requests", "input_tokens", "output_tokens", "ignore_eos", "max_num_seqs"),
         *("turns", "seed"),
     ),
+    "serve": (
+        *("kind", "concurrencies", "request_rate", "requests", "input_tokens", "output_tokens", "ignore_eos"),
+        *("goodput", "server", "turns", "seed"),
+    ),
 }
 
 
@@ -28,7 +34,8 @@ class Workload:
 
     Of kind decode, single decode steps are timed, after a prompt of random ids. Of kind batch, whole requests are
     timed, which are given at once: the time per token is the time until the last answer is complete, prefill included,
-    over the number of generated tokens; see `evaluator.batch`.
+    over the number of generated tokens; see `evaluator.batch`. Of kind serve, the same is timed of requests to a
+    server, by `vllm bench serve`; see `evaluator.served`.
 
     Attributes:
         batch_sizes: decode: the numbers of sequences decoded together; the time per token is the mean over them.
@@ -36,14 +43,19 @@ class Workload:
         decode_steps: decode: the number of single decode steps in a turn.
         turns: The number of turns of each engine.
         seed: The random seed of the prompts, and of lengths that are drawn.
-        kind: "decode" or "batch".
-        requests: batch: the number of requests.
-        input_tokens: batch: the least and the most tokens of a prompt of random ids.
-        output_tokens: batch: the least and the most tokens of an answer whose length is drawn.
-        ignore_eos: batch: whether answers have the lengths that are drawn; else they end by themselves, after the most
-            tokens at the latest.
+        kind: "decode", "batch" or "serve".
+        requests: batch, serve: the number of requests.
+        input_tokens: batch, serve: the least and the most tokens of a prompt of random ids.
+        output_tokens: batch, serve: the least and the most tokens of an answer whose length is drawn.
+        ignore_eos: batch, serve: whether answers have the lengths that are drawn; else they end by themselves, after
+            the most tokens at the latest.
         max_num_seqs: batch: the most requests that run at once.
-        asked: batch: the requests themselves, which are not kept.
+        concurrencies: serve: the numbers of requests that run at once; the time per token is the mean over them.
+        request_rate: serve: the requests that come in a second, in place of the concurrencies; None: they decide.
+        goodput: serve: the most milliseconds of a request that counts as good, by name; see `evaluator.served.LIMITS`.
+        server: serve: arguments of `vllm serve`.
+        asked: batch, and serve where prompts come from a file: the requests themselves, which are not kept.
+        texts: serve: the same prompts as texts, which are not kept either.
 
     Raises:
         ValueError: A number is too small, or a kind is unknown.
@@ -60,15 +72,24 @@ class Workload:
     output_tokens: tuple[int, int] = (64, 128)
     ignore_eos: bool = True
     max_num_seqs: int = 256
+    concurrencies: tuple[int, ...] = (1, 8, 64)
+    request_rate: float | None = None
+    goodput: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
+    server: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     asked: tuple[Asked, ...] = dataclasses.field(default=(), compare=False, repr=False)
+    texts: tuple[str, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("batch_sizes", "input_tokens", "output_tokens"):
+        for name in ("batch_sizes", "input_tokens", "output_tokens", "concurrencies"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.kind not in KEYS:
             raise ValueError(f"workload: kind is {self.kind!r}; there are {', '.join(KEYS)}")
-        if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise ValueError(f"workload: batch_sizes are positive integers, not {self.batch_sizes}")
+        for name in ("batch_sizes", "concurrencies"):
+            sizes = getattr(self, name)
+            if not sizes or min(sizes) < 1:
+                raise ValueError(f"workload: {name} are positive integers, not {sizes}")
+        if self.request_rate is not None and self.request_rate <= 0:
+            raise ValueError(f"workload: request_rate is {self.request_rate:g}; it has to be more than 0")
         for name, least in (
             *(("prompt_tokens", 1), ("decode_steps", 1), ("turns", 2)),
             *(("requests", 1), ("max_num_seqs", 1)),
@@ -83,6 +104,8 @@ class Workload:
     @property
     def sizes(self) -> tuple[int, ...]:
         """The numbers of sequences that run at once, each of which is timed by itself."""
+        if self.kind == "serve":
+            return self.concurrencies if self.request_rate is None else (1,)
         return self.batch_sizes if self.kind == "decode" else (min(self.requests, self.max_num_seqs),)
 
     def to_dict(self) -> dict[str, Any]:
@@ -226,6 +249,7 @@ class Measurement:
         tokens_per_answer: The mean number of generated tokens of an answer, over all tasks that let the model generate;
             None where none does, as for the next two.
         length_ratio: The same over the base model's on the same prompts; the base model's own is 1.
+        served: What the server did under each load of a workload of kind serve.
         seconds_per_answer: tokens_per_answer times the time per token; None also where nothing was timed.
     """
 
@@ -380,6 +404,7 @@ class Measurement:
         },
     )
     length_ratio_se: float | None = None
+    served: tuple[Served, ...] = ()
     seconds_per_answer: float | None = dataclasses.field(
         default=None,
         metadata={
@@ -412,6 +437,10 @@ class Measurement:
         for name in (*OF_ANSWERS, "length_ratio_se"):
             if values[name] is None:
                 del values[name]
+        if self.served:
+            values["served"] = list(values["served"])
+        else:
+            del values["served"]
         values["workload"] = self.workload.to_dict()
         if self.gpu is None:
             del values["gpu"]
@@ -431,6 +460,7 @@ class Measurement:
         found["notes"] = tuple(found.get("notes", ()))
         found["workload"] = Workload.from_dict(found["workload"])
         found["tasks"] = {name: TaskResult.from_dict(result) for name, result in found.get("tasks", {}).items()}
+        found["served"] = tuple(map(served_of, found.get("served", ())))
         found["gpu"] = None if found.get("gpu") is None else GpuRecord.from_dict(found["gpu"])
         return cls(**found)
 

@@ -25,16 +25,16 @@ reports the mean of a turn for each of its steps.
 Half-samples are used because the bootstrap and the delete-one jackknife underestimate the error of a statistic so near
 a minimum (Politis and Romano 1994, https://doi.org/10.1214/aos/1176325770).
 
-A turn of a workload of kind batch is a run of all its requests, and one sample. A run averages over its own steps, so
-that more of the runs count, the fastest FASTEST_RUNS: over 12 turns of 12 requests on 2 cores the ratio in A/A runs had
-a standard deviation of 0.9%, that of the minima 1.1%, of the medians 1.1% and of the means 1.5%.
+A turn of a workload of kind batch or serve is a run of all its requests, and one sample. A run averages over its own
+steps, so that more of the runs count, the fastest FASTEST_RUNS: over 12 turns of 12 requests on 2 cores the ratio in
+A/A runs had a standard deviation of 0.9%, that of the minima 1.1%, of the medians 1.1% and of the means 1.5%.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,14 @@ class Timed(Protocol):
         """Return the answer to each prompt, with its times; see `evaluator.backends.Engine`."""
 
 
+@runtime_checkable
+class TimedServer(Protocol):
+    """What is needed of a server that is timed."""
+
+    def serve(self, size: int) -> list[float]:
+        """Return the seconds in which `size` tokens were generated; see `evaluator.serve_bench.Timed`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Enough:
     """When a timing may end before it has taken all of its turns.
@@ -90,8 +98,8 @@ ALL_TURNS = Enough()
 
 
 def time_in_turn(
-    candidate: Timed,
-    baseline: Timed,
+    candidate: Timed | TimedServer,
+    baseline: Timed | TimedServer,
     workload: Workload,
     progress: Callable[[int, int], None] | None = None,
     *,
@@ -131,8 +139,8 @@ def time_in_turn(
 
 
 def _collect(
-    candidate: Timed,
-    baseline: Timed,
+    candidate: Timed | TimedServer,
+    baseline: Timed | TimedServer,
     workload: Workload,
     progress: Callable[[int, int], None] | None,
     enough: Enough,
@@ -164,7 +172,10 @@ def _joined(turns: Mapping[int, Turns], more: Mapping[int, Turns]) -> dict[int, 
 
 
 def collect(
-    candidate: Timed, baseline: Timed, workload: Workload, progress: Callable[[int, int], None] | None = None
+    candidate: Timed | TimedServer,
+    baseline: Timed | TimedServer,
+    workload: Workload,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Both:
     """Return the raw step times of both engines, taken in turn: turns of seconds by batch size."""
     of_candidate, of_baseline = collect_all([candidate, baseline], workload, progress)
@@ -172,7 +183,7 @@ def collect(
 
 
 def collect_all(
-    engines: Sequence[Timed],
+    engines: Sequence[Timed | TimedServer],
     workload: Workload,
     progress: Callable[[int, int], None] | None = None,
     *,
@@ -192,7 +203,7 @@ def collect_all(
     total, done = len(workload.sizes) * workload.turns * len(engines), 0
     for batch_size in workload.sizes:
 
-        def turn(engine: Timed, batch_size: int = batch_size) -> list[float]:
+        def turn(engine: Timed | TimedServer, batch_size: int = batch_size) -> list[float]:
             return _turn(engine, workload, batch_size)
 
         if first:
@@ -214,11 +225,13 @@ def collect_all(
     return timed
 
 
-def _turn(engine: Timed, workload: Workload, batch_size: int) -> list[float]:
+def _turn(engine: Timed | TimedServer, workload: Workload, batch_size: int) -> list[float]:
     """Return the seconds of each step of a turn, in which `batch_size` tokens are generated.
 
     A run of all requests is one such step: its mean over all tokens.
     """
+    if isinstance(engine, TimedServer):
+        return engine.serve(batch_size)
     if workload.kind == "batch":
         answers = engine.generate([one.prompt for one in workload.asked], [one.limits for one in workload.asked])
         return [batch_size * batch.seconds_per_token(answers)]
@@ -232,8 +245,8 @@ def share_of(workload: Workload) -> float:
 
 
 def time_all(
-    candidates: Sequence[Timed],
-    baseline: Timed,
+    candidates: Sequence[Timed | TimedServer],
+    baseline: Timed | TimedServer,
     workload: Workload,
     time_ratio_se: float,
     progress: Callable[[int, int], None] | None = None,
@@ -246,8 +259,8 @@ def time_all(
 
 
 def turns_of(
-    candidates: Sequence[Timed],
-    baseline: Timed,
+    candidates: Sequence[Timed | TimedServer],
+    baseline: Timed | TimedServer,
     workload: Workload,
     time_ratio_se: float,
     progress: Callable[[int, int], None] | None = None,

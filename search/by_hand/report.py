@@ -22,7 +22,7 @@ from search.by_hand.evaluation import RESULT, Evaluation
 from search.config import references
 from search.errors import UsageError
 from search.setup import sources
-from search.show import plots, verdict
+from search.show import plots, served_table, verdict
 from search.show.baseline_text import PREDICTED, noise_floor
 from search.show.confirmed_row import ConfirmedRow
 from search.show.rows import Row
@@ -148,6 +148,7 @@ def text(
         _changes(evaluation),
         "## Where the time comes from",
         _time(evaluation, path),
+        *_served(evaluation),
         "## Where the loss comes from",
         _loss(evaluation),
         *(["![Loss of each shard](shards.png)"] if with_plots else []),
@@ -221,11 +222,23 @@ def _changes(evaluation: Evaluation) -> str:
     return _table(["", "base model", "model"], rows) if rows else "Nothing: it is the base model."
 
 
+def _served(evaluation: Evaluation) -> list[str]:
+    """Return the section of what servers did under each load; none where no server was timed."""
+    rows = served_table.rows(evaluation.measurement, evaluation.baseline)
+    if not rows:
+        return []
+    limits = ", ".join(f"{name} {value:g}" for name, value in evaluation.measurement.workload.goodput.items())
+    good = f" A good request keeps {limits}." if limits else ""
+    return ["## Under load", _table(list(served_table.HEADER), rows), f"{served_table.CAPTION}{good}"]
+
+
 def _time(evaluation: Evaluation, path: Path) -> str:
     m, b = evaluation.measurement, evaluation.baseline
     workload = m.workload
     if workload.kind == "decode":
         what = f"{m.timing_samples} decode steps, batch sizes {', '.join(map(str, workload.batch_sizes))}"
+    elif workload.kind == "serve":
+        what = f"{m.timing_samples} runs of {workload.requests} requests to a server"
     else:
         what = f"{m.timing_samples} runs of {workload.requests} requests, at most {workload.sizes[0]} at once"
     timed = (

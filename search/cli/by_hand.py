@@ -89,7 +89,7 @@ def evaluate_command(
 
     from search.by_hand import multirun
     from search.setup import setting
-    from search.show import progress, tables
+    from search.show import progress, served_table, tables
     from search.stages.bench import Bench
 
     with progress.Live(1) as live, Bench.of(setting.prepare(file, live.say, search=False, warn=live.warn)) as bench:
@@ -100,6 +100,8 @@ def evaluate_command(
         click.echo(json.dumps(result.to_dict()))
         return
     print_table(tables.comparison([result.baseline_row(), result.row(path)]))
+    if result.measurement.served:
+        print_table(served_table.render(result.measurement, result.baseline))
     click.echo(f"→ {path}/eval_result.json")
 
 

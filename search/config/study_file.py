@@ -189,7 +189,7 @@ class Text(Section):
     moments_windows: Annotated[int, Field(ge=1)] = 32  # for each domain, where `build.needs_moments`
     shards: Annotated[int, Field(ge=2)] = 16
     windows_per_shard: Annotated[int, Field(ge=1)] = 1
-    prompts: str | None = None  # a file of requests that a workload of kind batch times; null: random ids
+    prompts: str | None = None  # a file of requests that a workload of kind batch or serve times; null: random ids
     chat_template_kwargs: dict[str, Any] = {}  # arguments of the chat template for those of them that are chats
 
     @field_validator("calibration", "search", "report", mode="before")
@@ -221,9 +221,9 @@ Lengths = Annotated[  # the least and the most tokens
 
 
 class WorkloadSection(Section):
-    """WorkloadSection holds what is timed: decode steps, or whole requests; see `evaluator.speed`."""
+    """WorkloadSection holds what is timed: decode steps, whole requests, or a server; see `evaluator.speed`."""
 
-    kind: Literal["decode", "batch"] = "decode"
+    kind: Literal["decode", "batch", "serve"] = "decode"
     batch_sizes: list[Annotated[int, Field(ge=1)]] = [1]
     prompt_tokens: Annotated[int, Field(ge=1)] = 64
     decode_steps: Annotated[int, Field(ge=4)] = 16
@@ -234,8 +234,12 @@ class WorkloadSection(Section):
     output_tokens: Lengths = [64, 128]
     ignore_eos: bool = True
     max_num_seqs: Annotated[int, Field(ge=1)] = 256
+    concurrencies: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [1, 8, 64]
+    request_rate: Annotated[float, Field(gt=0)] | None = None
+    goodput: dict[Literal["ttft_ms", "tpot_ms", "e2el_ms"], Annotated[float, Field(gt=0)]] = {}
+    server: dict[str, Any] = {}  # arguments of `vllm serve`, by their names in Python
 
-    @field_validator("batch_sizes", mode="before")
+    @field_validator("batch_sizes", "concurrencies", mode="before")
     @classmethod
     def _lists(cls, value: Any) -> Any:
         return _list_of_one(value)

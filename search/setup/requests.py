@@ -1,4 +1,4 @@
-"""The requests of a workload of kind batch: prompts from a file, checked against what the model can read."""
+"""The requests of a workload of kind batch or serve: prompts from a file, checked against what the model can read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read_prompts(file: StudyFile, tokenizer: Any) -> Prompts:
         UsageError: It holds too few requests.
     """
     wanted, named = file.evaluation.workload.requests, file.text.prompts
-    if named is None or file.evaluation.workload.kind != "batch":
+    if named is None or file.evaluation.workload.kind == "decode":
         return ()
     found = prompts.read(Path(named), wanted)
     if len(found) < wanted:
@@ -40,7 +40,7 @@ def require_room(workload: Workload, positions: int | None) -> None:
     """Check that the model can read the longest request with its answer.
 
     Args:
-        workload: A workload of kind batch with its requests.
+        workload: A workload of kind batch or serve.
         positions: The base model's max_position_embeddings; None where its config names none.
 
     Raises:

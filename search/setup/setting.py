@@ -31,7 +31,7 @@ from search.setup import sources
 from search.setup.goal import Goal
 from search.setup.machine import Machine, choose_engine, compute_capability, device_name, engine_version, require_memory
 from search.setup.requests import Prompts, read_prompts, require_room
-from search.setup.server import require_server
+from search.setup.server import require_server, require_serving
 from search.setup.texts import MomentsText, StudyTexts, read_texts, tokenizer_of
 
 WRITTEN_TOGETHER = 64  # answers of tasks that an engine writes at once
@@ -65,7 +65,7 @@ class Setting:
     texts: StudyTexts
     machine: Machine
     tasks: tuple[tasks.Task, ...] = ()  # the parts of Perf other than perplexity
-    prompts: Prompts = ()  # of a workload of kind batch that reads a file
+    prompts: Prompts = ()  # of a workload of kind batch or serve that reads a file
     _reasons: dict[CompressionPlan, str | None] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )  # what `infeasible` has found: a sampler asks for thousands of plans, again and again
@@ -84,7 +84,14 @@ class Setting:
         workload = Workload.from_dict(self.file.evaluation.workload.of_kind)
         if workload.kind == "decode":
             return workload
-        return batch.with_requests(workload, int(self.model.checkpoint.config["vocab_size"]), self.prompts)
+        if workload.kind == "serve" and not self.prompts:
+            return workload  # vLLM's client draws random ids itself
+        workload = batch.with_requests(workload, int(self.model.checkpoint.config["vocab_size"]), self.prompts)
+        if workload.kind == "serve":
+            tokenizer = self.texts.moments.tokenizer
+            texts = [tokenizer.decode(list(one), clean_up_tokenization_spaces=False) for one in self.prompts]
+            return dataclasses.replace(workload, texts=tuple(texts))
+        return workload
 
     @property
     def formula(self) -> Formula:
@@ -243,7 +250,9 @@ def prepare(
         tasks=_tasks(file, tokenizer, base.config) if engine else (),
         prompts=read_prompts(file, tokenizer) if engine else (),
     )
-    if engine and setting.workload.kind == "batch":
+    if engine and setting.workload.kind == "serve":
+        require_serving(file, backend, setting.workload)
+    if engine and setting.workload.kind != "decode":
         require_room(setting.workload, base.config.get("max_position_embeddings"))
     if search and engine:
         require_server(file, backend, setting.engine_settings.max_model_len)

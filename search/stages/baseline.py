@@ -45,6 +45,7 @@ def baseline(setting: Setting, engines: Engines, say: Say, *, again: bool = Fals
                 request,
                 progress=lambda what: say(f"baseline: {what}"),
                 enough=setting.enough,
+                server=engines.timed_baseline() if timed and setting.workload.kind == "serve" else None,
             ),
             say,
         )

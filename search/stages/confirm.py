@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,8 @@ from evaluator.backends import EngineSettings
 from evaluator.errors import EngineCrashed, EvaluationError
 from evaluator.generation import Answer, Limits
 from evaluator.process import EngineProcess
+from evaluator.serve_bench import Timed
+from evaluator.server import Server
 from search.failures import FAILURES, why
 from search.say import Say, silent
 from search.setup.setting import Setting
@@ -32,11 +34,13 @@ from search.stages.engines import (
     once_more,
     room_on_gpu,
     room_on_host,
+    server_arguments,
     start_engine,
 )
 
 SERVER_BYTES = 3 << 30  # of a GPU's memory that an engine with the server's own settings takes beside its weights
 SHARE_IN_ALL = 0.95  # of a GPU that engines take which ask for a share of it
+SHARE_OF_SERVERS = 0.8  # of a GPU that servers take together, beside the engines
 TOGETHER = 8  # models beside the base model, at most
 
 
@@ -147,6 +151,9 @@ class _Confirmation:
 
     def _together(self) -> int:
         """Return how many models run side by side beside the base model: what the memory holds."""
+        if self.setting.workload.kind == "serve" and self.asked.timed:
+            share = float(server_arguments(self.setting)["gpu_memory_utilization"] or 1.0)
+            return max(1, min(TOGETHER, int(SHARE_OF_SERVERS / share) - 1))
         size, server = self.setting.model.checkpoint.size_bytes, self.setting.file.confirm.server or {}
         if self.setting.machine.device == "cuda":
             if not _fixed_cache(server) or "gpu_memory_utilization" in server:
@@ -193,10 +200,25 @@ class _Confirmation:
         def progress(done: int, total: int) -> None:
             self.say(f"confirm: pair {number}, timing: {done} of {total} models are timed")
 
+        if self.setting.workload.kind == "serve":
+            with self._served(base, engines, number) as (server, servers):
+                self._time_all(server, servers, servers, progress, number)
+        else:
+            told = {model: _Told(engine, self._saying(f"pair {number}, ")) for model, engine in engines.items()}
+            self._time_all(base, told, engines, progress, number)
+
+    def _time_all(
+        self,
+        base: speed.Timed | speed.TimedServer,
+        timed: Mapping[Model, speed.Timed | speed.TimedServer],
+        engines: Mapping[Model, EngineProcess | Timed],
+        progress: Callable[[int, int], None],
+        number: int,
+    ) -> None:
         self.say(f"confirm: pair {number}, timing")
         try:
             every = speed.turns_of(
-                [_Told(engine, self._saying(f"pair {number}, ")) for engine in engines.values()],
+                list(timed.values()),
                 base,
                 self.setting.workload,
                 self.setting.enough.time_ratio_se,
@@ -209,6 +231,30 @@ class _Confirmation:
             raise
         for model, (turns, of_base) in zip(engines, every, strict=True):
             self._add(model, pair=speed.estimate(turns, of_base, speed.share_of(self.setting.workload)))
+
+    @contextlib.contextmanager
+    def _served(
+        self, base: EngineProcess, engines: Mapping[Model, EngineProcess], number: int
+    ) -> Iterator[tuple[Timed, dict[Model, Timed]]]:
+        """Start a fresh server of the base model and of each model, one after the other; end them all."""
+        arguments = {**server_arguments(self.setting), **(self.setting.file.confirm.server or {})}
+        tell = self._saying(f"pair {number}, ")
+
+        def start(path: Path, place: int) -> Timed:
+            log = self.setting.outputs / "logs" / f"server-confirm-{place}.log"
+            server = stack.enter_context(Server(path, log, arguments, self.settings.start_timeout_s))
+            return Timed(server, self.setting.workload, self.settings.call_timeout_s, tell)
+
+        with contextlib.ExitStack() as stack:
+            tell("starting fresh servers")
+            own = start(base.path, 0)
+            served = {}
+            for place, (model, engine) in enumerate(engines.items(), 1):
+                try:
+                    served[model] = start(engine.path, place)
+                except EvaluationError as error:
+                    raise _OfModel(model, error) from error
+            yield own, served
 
     def _quality(self, path: Path, engine: EngineProcess, name: str) -> Any:
         return measure.measure_candidate(

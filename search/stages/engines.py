@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,6 +15,8 @@ from evaluator import backends
 from evaluator.backends import EngineSettings
 from evaluator.errors import EngineCrashed
 from evaluator.process import EngineProcess
+from evaluator.serve_bench import Timed
+from evaluator.server import Server
 from search.say import Say
 from search.setup.machine import free_memory
 from search.setup.setting import Setting
@@ -34,7 +36,9 @@ class Engines:
     def __init__(self, setting: Setting) -> None:
         self._backend, self._settings = setting.machine.backend, setting.engine_settings
         self._base_path, self._logs = setting.model.path, setting.outputs / "logs"
+        self._arguments, self._workload = server_arguments(setting), setting.workload
         self._baseline: EngineProcess | None = None
+        self._server: Server | None = None
         self._starting = threading.Lock()
 
     def baseline(self) -> EngineProcess:
@@ -61,16 +65,43 @@ class Engines:
             settings = dataclasses.replace(settings, random_weights=True, gpu_memory_utilization=LITTLE)
         return start_engine(self._backend, path, settings, self._logs / f"engine-{name}.log")
 
+    def timed_baseline(self) -> Timed:
+        """Return the base model's server, as what is timed; it is started as `baseline` is."""
+        with self._starting:
+            if self._server is None or not self._server.alive:
+                self._end_server()
+                self._server = self.serve(self._base_path, "baseline")
+            return self.timed(self._server)
+
+    def serve(self, path: Path, name: str) -> Server:
+        """Start a server on the checkpoint in `path`; its output goes to logs/server-NAME.log.
+
+        Raises:
+            EvaluationError: It can't be started.
+        """
+        log = self._logs / f"server-{name}.log"
+        return Server(path, log, self._arguments, self._settings.start_timeout_s)
+
+    def timed(self, server: Server) -> Timed:
+        """Return a server as what is timed."""
+        return Timed(server, self._workload, self._settings.call_timeout_s)
+
     def close(self) -> None:
-        """End the base model's engine; one that is just being started ends with this process."""
+        """End the base model's engine and server; one that is just being started ends with this process."""
         if self._starting.acquire(blocking=False):
             self._end()
+            self._end_server()
             self._starting.release()
 
     def _end(self) -> None:
         if self._baseline is not None:
             self._baseline.close()
             self._baseline = None
+
+    def _end_server(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
 
     def __enter__(self) -> Engines:
         return self
@@ -79,6 +110,11 @@ class Engines:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def server_arguments(setting: Setting) -> dict[str, Any]:
+    """Return the arguments of every server: its share of the GPU's memory, and what the workload names."""
+    return {"gpu_memory_utilization": setting.file.evaluation.gpu_memory_utilization, **setting.workload.server}
 
 
 def start_engine(backend: str, path: Path, settings: EngineSettings, log: Path) -> EngineProcess:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -52,12 +53,19 @@ def measure_checkpoint(
         EvaluationError: The model is broken, or the engine failed.
     """
     timed = setting.file.evaluation.speed == "measured"
+    serving = timed and setting.workload.kind == "serve"
     request = measure.Request(setting.texts.shards, setting.workload, setting.tasks, timed=timed)
 
     def in_engine() -> Measurement:
-        against = engines.baseline() if timed else None
+        against = engines.baseline() if timed and not serving else None
         say("starting the engine")
-        with engines.start(path, "candidate") as engine:
+        with contextlib.ExitStack() as stack:
+            engine = stack.enter_context(engines.start(path, "candidate"))
+            servers = None
+            if serving:
+                say("starting the server")
+                base = engines.timed_baseline()
+                servers = (engines.timed(stack.enter_context(engines.serve(path, "candidate"))), base)
             measured = measure.measure_candidate(
                 path,
                 engine,
@@ -68,6 +76,7 @@ def measure_checkpoint(
                 progress=say,
                 enough=enough,
                 first_answers=first_answers,
+                servers=servers,
             )
             then(engine)
         return lengths.with_ratio(measured, baseline)

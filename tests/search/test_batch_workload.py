@@ -120,7 +120,7 @@ def test_what_cannot_be_asked_is_refused_before_anything_starts(prepared, chats)
 @pytest.mark.parametrize(
     ("workload", "told"),
     [
-        ({"kind": "serve"}, "kind"),
+        ({"kind": "stream"}, "kind"),
         ({"input_tokens": [9, 3]}, r"9\.\.3 must not fall"),
         ({"input_tokens": [1, 2, 3]}, "input_tokens"),
         ({"output_tokens": 0}, "output_tokens"),

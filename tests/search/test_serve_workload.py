@@ -1,0 +1,224 @@
+"""A workload of kind serve in a study: its keys, what is refused, and what is kept and shown of it."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+
+from evaluator import serve_bench, served, server
+from evaluator.measurement import Measurement, Workload
+from search.config import compose
+from search.errors import UsageError
+from search.json_values import measurement_from
+from search.setup import setting
+from search.setup.definition import of_file
+from search.setup.server import require_serving
+from search.show import served_table
+
+RESULT = json.loads((Path(__file__).parents[1] / "evaluator" / "results" / "vllm_bench_serve.json").read_text())
+SERVE = {
+    "kind": "serve",
+    "concurrencies": [1, 8],
+    "requests": 16,
+    "input_tokens": "20..60",
+    "output_tokens": 30,
+    "goodput": {"ttft_ms": 500},
+    "server": {"max_model_len": 4096},
+}
+
+
+@pytest.fixture
+def file(pico_llama):
+    def make(workload=SERVE, backend="vllm", **text):
+        values = {
+            "study_name": "served",
+            "model": {"source": str(pico_llama)},
+            "evaluation": {"backend": backend, "workload": workload},
+            "text": text,
+        }
+        return compose.validate(values, "this test")
+
+    return make
+
+
+def test_a_study_keeps_the_keys_of_its_kind(file):
+    whole = {
+        "kind": "serve", "concurrencies": [1, 8], "request_rate": None, "requests": 16, "input_tokens": [20, 60],
+        "output_tokens": [30, 30], "ignore_eos": True, "goodput": {"ttft_ms": 500}, "server": {"max_model_len": 4096},
+        "turns": 12, "seed": 0,
+    }  # fmt: skip
+    assert of_file(file())["evaluation"]["workload"] == whole
+    workload = Workload.from_dict(file().evaluation.workload.of_kind)
+    assert workload.to_dict() == whole
+    assert workload.sizes == (1, 8)
+    assert Workload.from_dict(json.loads(json.dumps(workload.to_dict()))) == workload
+    assert Workload.from_dict(file({**SERVE, "request_rate": 4}).evaluation.workload.of_kind).sizes == (1,)
+    for kind in ("decode", "batch"):
+        kept = of_file(file({**SERVE, "kind": kind}))["evaluation"]["workload"]
+        assert not {"concurrencies", "request_rate", "goodput", "server"} & set(kept)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"requests": 7}, "7 requests are never 8 at once; raise requests, or lower concurrencies"),
+        ({"server": {"max_model_len": 80}}, "server: max_model_len is 80; a request takes 90 tokens"),
+        ({"server": {"max_model_len": True}}, "server: max_model_len is True"),
+        ({"ignore_eos": False}, "name a file of requests with text.prompts"),
+    ],
+)
+def test_a_load_that_cannot_be_put_on_a_server_is_refused(file, changed, told):
+    named = file({**SERVE, **changed})
+    with pytest.raises(UsageError, match=told):
+        require_serving(named, "vllm", Workload.from_dict(named.evaluation.workload.of_kind))
+
+
+def test_what_is_allowed(file):
+    for changed in ({}, {"request_rate": 2.0, "requests": 1}, {"server": {"max_model_len": 90}}):
+        named = file({**SERVE, **changed})
+        require_serving(named, "vllm", Workload.from_dict(named.evaluation.workload.of_kind))
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"concurrencies": []}, "concurrencies"),
+        ({"concurrencies": [0]}, "concurrencies"),
+        ({"request_rate": 0}, "request_rate"),
+        ({"goodput": {"latency": 5}}, "goodput"),
+        ({"goodput": {"ttft_ms": 0}}, "goodput"),
+    ],
+)
+def test_keys_with_wrong_values_are_refused(file, changed, told):
+    with pytest.raises(UsageError, match=told):
+        file({**SERVE, **changed})
+
+
+def test_another_engine_is_refused_in_one_line(cli, tmp_path, pico_llama):
+    words = (f"model.source={pico_llama}", "evaluation.workload.kind=serve", "evaluation.backend=transformers")
+    ended = cli("baseline", "--study", "demo", *words, f"outputs={tmp_path}", cwd=tmp_path)
+    assert ended.status == 2
+    assert "serve times `vllm serve`, and the engine is transformers; choose evaluation.backend=vllm" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def measurement(**values):
+    required = {
+        field.name: 1.0
+        for field in dataclasses.fields(Measurement)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    texts = ("backend", "engine_version", "transformers_version", "torch_version", "device", "dtype", "text_digest")
+    named = dict.fromkeys((*texts, "logits_sha256", "weights_sha256"), "text")
+    counts = ("tokens", "timing_samples", "total_parameters", "number_of_layers", "number_of_heads", "hidden_dim")
+    whole = dict.fromkeys(counts, 4)
+    return Measurement(**{**required, **named, **whole, "shard_nll": (1.0, 2.0), "workload": Workload(), **values})
+
+
+def test_what_a_server_did_is_kept_with_the_measurement():
+    measured = measurement()
+    runs = (served.of_result(RESULT, 1, None), served.of_result(RESULT, 8, None))
+    workload = Workload(kind="serve", concurrencies=(1, 8), goodput={"ttft_ms": 500.0}, server={"max_num_seqs": 3})
+    one = dataclasses.replace(measured, served=runs, workload=workload)
+    written = json.loads(json.dumps(one.to_dict()))
+    assert written["served"][1]["ttft_ms"]["p99"] == pytest.approx(RESULT["p99_ttft_ms"])
+    assert type(one).from_dict(written) == one
+    assert measurement_from(written) == one
+    assert "served" not in measured.to_dict()
+
+
+STUDY = """
+defaults: [_base, _self_]
+study_name: served
+trials: 2
+storage: sqlite:///{home}/studies.db
+outputs: {home}/outputs
+model: {{source: {model}}}
+space:
+  num_hidden_layers: {{low: 2, high: 4}}
+text: {{window: 32, shards: 3, calibration_windows: 2}}
+evaluation:
+  backend: transformers
+  score_se: 0
+  workload: {{kind: serve, concurrencies: [2], requests: 2, turns: 4}}
+confirm: {{top: 1, pairs: 1}}
+tracking: {{mlflow: false}}
+"""
+SERVER = """
+import http.server, sys
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(sys.argv[1].encode())
+    do_POST = do_GET
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[2])), Answer).serve_forever()
+"""
+CLIENT = """
+import json, sys
+result = json.load(open(sys.argv[1]))
+result["duration"] = float(sys.argv[2])
+json.dump(result, open(sys.argv[3], "w"))
+"""
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """A server that answers and a client that writes a result of vLLM's, in place of vLLM, which is not installed.
+
+    A cut model's run takes 0.8 of the base model's seconds.
+    """
+    source = str(Path(__file__).parents[1] / "evaluator" / "results" / "vllm_bench_serve.json")
+
+    def client(running, workload, concurrency, directory):
+        seconds = "2.0" if json.loads((running.path / "config.json").read_text())["num_hidden_layers"] > 4 else "1.6"
+        return [sys.executable, "-c", CLIENT, source, seconds, str(directory / serve_bench.RESULT)]
+
+    monkeypatch.setattr(
+        server, "command", lambda path, name, port, given: [sys.executable, "-c", SERVER, name, str(port)]
+    )
+    monkeypatch.setattr(serve_bench, "command", client)
+    monkeypatch.setattr(setting, "require_serving", lambda *_: None)
+
+
+def test_a_study_of_servers(cli, stand_ins, tmp_path, pico_llama):
+    """Baseline, trials and the confirmation are timed by servers, in fresh ones of its own; what they did is kept."""
+    (tmp_path / "served.yaml").write_text(STUDY.format(home=tmp_path, model=pico_llama))
+    ended = cli("run", "--study", "served", "--config-dir", tmp_path, "--json", cwd=tmp_path)
+    assert ended.status == 0, ended.err
+    baseline = json.loads((tmp_path / "outputs/baseline_result.json").read_text())
+    assert [run["concurrency"] for run in baseline["served"]] == [2]
+    assert baseline["served"][0]["seconds"] == pytest.approx(2.0)
+    assert baseline["time_per_token_ms"] == pytest.approx(2000 / 106)
+    assert baseline["served"][0]["runs"] >= 4
+    study = optuna.load_study(study_name="served", storage=f"sqlite:///{tmp_path}/studies.db")
+    times = [trial.user_attrs["time_per_token_ms"] for trial in study.trials if "time_per_token_ms" in trial.user_attrs]
+    assert any(time == pytest.approx(1600 / 106) for time in times)
+    pairs = [pair for file in (tmp_path / "outputs/confirmed").glob("*.json") for pair in pairs_in(file)]
+    assert pairs
+    assert all(pair["time_ratio"] == pytest.approx(0.8) for pair in pairs)
+    assert (tmp_path / "outputs/logs/server-confirm-1.log").exists()
+    assert not list((tmp_path / "outputs").glob("forecast/speed-*"))
+
+
+def pairs_in(file):
+    return json.loads(file.read_text()).get("pairs", [])
+
+
+def test_a_report_shows_each_load_beside_the_baselines():
+    runs = (served.of_result(RESULT, 1, None), served.of_result(RESULT, 8, None))
+    faster = dataclasses.replace(runs[0], tokens_per_s=1234.5, goodput_per_s=None)
+    rows = served_table.rows(measurement(served=(faster, runs[1])), measurement(served=runs))
+    assert [row[:3] for row in rows] == [
+        ["1 at once", "baseline", "65.1"],
+        ["1 at once", "model", "1,234.5"],
+        ["8 at once", "baseline", "65.1"],
+        ["8 at once", "model", "65.1"],
+    ]
+    assert [row[4] for row in rows] == ["3.07", "", "3.07", "3.07"]
+    assert rows[0][5] == "114.9 / 207.3 / 207.4"
+    assert len(rows[0]) == len(served_table.HEADER)
+    assert served_table.rows(measurement(), measurement()) == []
