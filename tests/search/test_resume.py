@@ -177,7 +177,7 @@ def no_process_left(home):
 
 
 @pytest.mark.parametrize(  # in "measure" PostgreSQL's is killed below
-    "kill_in", ["screen:15", "build:2", pytest.param("measure:9", marks=pytest.mark.slow)]
+    "kill_in", ["build:2", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("screen:15", "measure:9"))]
 )
 def test_a_study_killed_in_any_stage_resumes_to_the_same_results(make_study, whole, kill_in):
     home = make_study("again")
