@@ -14,9 +14,39 @@ import select
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from typing import BinaryIO
 
 PR_SET_PDEATHSIG = 1
 LOOK_S = 0.05
+GRACE_S = 10.0  # in which a keeper has ended its command
+
+
+def start(command: Sequence[str], output: BinaryIO, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Return a keeper that runs a command, whose output goes to a file.
+
+    It has a session of its own: Ctrl-C goes to this process alone, which ends it.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "evaluator.keeper", *command],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def end(keeper: subprocess.Popen[bytes]) -> None:
+    """End a keeper, and so what it runs. A second call does nothing."""
+    if keeper.stdin is not None and not keeper.stdin.closed:
+        with contextlib.suppress(OSError):
+            keeper.stdin.close()
+    try:
+        keeper.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        keeper.kill()
+        keeper.wait()
 
 
 def main(command: list[str]) -> int:

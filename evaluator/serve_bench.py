@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluator import served
+from evaluator import keeper, served
 from evaluator.errors import EngineCrashed, EngineTimeout
 from evaluator.measurement import Workload
 from evaluator.served import Served
@@ -21,7 +21,6 @@ from readers import json_reader
 PERCENTILES = "50,95,99"
 RESULT, PROMPTS = "result.json", "prompts.jsonl"
 QUOTED_LINES = 3
-GRACE_S = 10.0
 
 
 def command(server: Server, workload: Workload, concurrency: int | None, directory: Path) -> list[str]:
@@ -120,26 +119,13 @@ def prompts(workload: Workload) -> str:
 def _run(words: Sequence[str], log: Path, timeout_s: float) -> int | None:
     """Return the command's exit status; None where it took too long and was killed, as it is with this process."""
     with log.open("wb") as output:
-        keeper = subprocess.Popen(
-            [sys.executable, "-P", "-m", "evaluator.keeper", *words],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            env=environment(),
-            start_new_session=True,
-        )
-    assert keeper.stdin is not None
+        process = keeper.start(words, output, environment())
     try:
-        return keeper.wait(timeout_s)
+        return process.wait(timeout_s)
     except subprocess.TimeoutExpired:
         return None
     finally:
-        keeper.stdin.close()
-        try:
-            keeper.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            keeper.kill()
-            keeper.wait()
+        keeper.end(process)
 
 
 def _last_lines(log: Path) -> str:

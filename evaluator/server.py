@@ -13,7 +13,6 @@ import json
 import os
 import secrets
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from evaluator import keeper
 from evaluator.errors import EngineCrashed, EngineOutOfMemory, EngineTimeout
 from evaluator.forkserver import OUT_OF_MEMORY
 
@@ -28,7 +28,6 @@ HOST = "127.0.0.1"
 TRIES = 3  # ports: another program may take one before the server does
 PORT_TAKEN = ("address already in use", "eaddrinuse")
 LOOK_S = 0.5
-GRACE_S = 10.0  # in which a keeper has ended its server
 QUOTED_LINES = 3
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -132,15 +131,7 @@ class Server:
 
     def close(self) -> None:
         """Kill the server and what it started. A second call does nothing."""
-        keeper = self._keeper
-        if keeper.stdin is not None and not keeper.stdin.closed:
-            with contextlib.suppress(OSError):
-                keeper.stdin.close()
-        try:
-            keeper.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            keeper.kill()
-            keeper.wait()
+        keeper.end(self._keeper)
 
     def last_lines(self) -> str:
         """Return the log's last lines, to be quoted in an error."""
@@ -163,14 +154,7 @@ class Server:
 
     def _start(self, words: list[str]) -> None:
         with self.log.open("wb") as log:
-            self._keeper = subprocess.Popen(
-                [sys.executable, "-P", "-m", "evaluator.keeper", *words],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env=environment(),
-                start_new_session=True,  # Ctrl-C goes to this process alone, which closes its server
-            )
+            self._keeper = keeper.start(words, log, environment())
 
     def _wait(self) -> None:
         try:
