@@ -64,7 +64,7 @@ class ChatTemplate:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
-        self._end = weakref.finalize(self, _end, self._process)
+        self._end = weakref.finalize(self, end, self._process)
         answer = self._ask(self._source, LOAD_S, "to be read")
         if "error" in answer:
             self._stop()
@@ -117,7 +117,8 @@ def chat_template_of(model: Path, tokenizer: Any) -> ChatTemplate | None:
     return ChatTemplate(model, source, special)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a child process and close its pipes."""
     process.kill()
     process.wait()
     for pipe in (process.stdin, process.stdout):

@@ -21,7 +21,7 @@ from typing import Any
 from compressors.errors import CheckpointError
 from readers import regular
 from readers.errors import ReadError
-from search.setup.guarded_chat import ChatTemplate
+from search.setup.guarded_chat import ChatTemplate, end
 
 MOST_BYTES = 256_000_000  # of a tokenizer.json
 LOAD_S = 60.0
@@ -132,7 +132,7 @@ class Trial:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
-        self._end = weakref.finalize(self, _end, self._process)
+        self._end = weakref.finalize(self, end, self._process)
         self._await(LOAD_S, "to be loaded")
         self.encode(PROBE)
 
@@ -171,15 +171,6 @@ class Trial:
             f"model {self._model}: its tokenizer {why}; in its tokenizer.json {self._doubt}: copy the original model's "
             "there"
         )
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):
-            if pipe is not None:
-                pipe.close()
 
 
 def doubt_of(model: Path, file: Path) -> str | None:
