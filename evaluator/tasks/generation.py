@@ -22,15 +22,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from evaluator import chat, lengths, matching, tasks, text_files
+from evaluator import chat, lengths, matching, tasks
 from evaluator.errors import TextError
 from evaluator.generation import Answer, Limits
 from evaluator.measurement import TaskResult
-from evaluator.tasks import GeneratingEngine, Look, Progress, digest_of, result_of
+from evaluator.tasks import GeneratingEngine, Look, Progress, _questions, digest_of, result_of
 from readers import json_reader
 from readers.errors import ReadError
 
-EXAMPLE = "example"  # among files: the questions that come with this program
 EXAMPLE_FILE = Path(__file__).with_name("example.jsonl")
 SHAPE = '{"prompt": "…", "answer": "…"}'
 KEYS = ("messages", "prompt", "system", "answer", "answers", "match", "id")
@@ -139,23 +138,17 @@ def load(section: Section, tokenizer: Any, *, max_tokens: int | None = None) -> 
         TextError: A line cannot be read; the message names the file and the line.
     """
     title = section.name or Path(section.files[0]).stem
-    questions: list[Question] = []
-    for path in (EXAMPLE_FILE if file == EXAMPLE else Path(file) for file in section.files):
-        for number, line in text_files.json_lines(path, "task"):
-            if len(questions) == section.limit:
-                break
-            try:
-                question = _question(_parse(line), section, tokenizer)
-                if max_tokens is not None and len(question.ids) + section.max_tokens > max_tokens:
-                    raise TextError(
-                        f"its prompt has {len(question.ids)} tokens, which leave no room for {section.max_tokens} more "
-                        f"among {max_tokens}; shorten it, or lower max_tokens"
-                    )
-            except TextError as error:
-                raise TextError(f"task {title}: {path}, line {number}: {error}") from None
-            questions.append(question)
-    if not questions:
-        raise TextError(f"task {title}: {', '.join(section.files)} holds no question; write lines like {SHAPE}")
+
+    def question_of(line: str) -> Question:
+        question = _question(_parse(line), section, tokenizer)
+        if max_tokens is not None and len(question.ids) + section.max_tokens > max_tokens:
+            raise TextError(
+                f"its prompt has {len(question.ids)} tokens, which leave no room for {section.max_tokens} more among "
+                f"{max_tokens}; shorten it, or lower max_tokens"
+            )
+        return question
+
+    questions = _questions.read(title, section.files, EXAMPLE_FILE, section.limit, SHAPE, question_of)
     limits = Limits(section.max_tokens, tuple(section.stop))
     read = [[question.ids, question.right, question.match] for question in questions]
     return Generation(

@@ -16,16 +16,15 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from evaluator import tasks, text_files
+from evaluator import tasks
 from evaluator.errors import TextError
 from evaluator.measurement import TaskResult
-from evaluator.tasks import Look, NllEngine, Progress, _continuations, digest_of, result_of
+from evaluator.tasks import Look, NllEngine, Progress, _continuations, _questions, digest_of, result_of
 from evaluator.tasks._continuations import Continuation
 from readers import json_reader
 from readers.errors import ReadError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-EXAMPLE = "example"  # among files: the questions that come with this program
 EXAMPLE_FILE = Path(__file__).with_name("example_choices.jsonl")
 SHAPE = '{"question": "…", "choices": ["…", "…"], "answer": 0}'
 
@@ -94,22 +93,15 @@ def load(section: Section, tokenizer: Any, *, max_tokens: int | None = None) -> 
         TextError: A line cannot be read; the message names the file and the line.
     """
     title = section.name or Path(section.files[0]).stem
-    items: list[Item] = []
-    for path in (EXAMPLE_FILE if file == EXAMPLE else Path(file) for file in section.files):
-        for number, line in text_files.json_lines(path, "task"):
-            if len(items) == section.limit:
-                break
-            try:
-                question, choices, answer = _parse(line)
-                asked = tuple(
-                    _continuations.encode(tokenizer, question, _spaced(question, choice), max_tokens)
-                    for choice in choices
-                )
-            except TextError as error:
-                raise TextError(f"task {title}: {path}, line {number}: {error}") from None
-            items.append(Item(asked, answer))
-    if not items:
-        raise TextError(f"task {title}: {', '.join(section.files)} holds no question; write lines like {SHAPE}")
+
+    def item_of(line: str) -> Item:
+        question, choices, answer = _parse(line)
+        encoded = (
+            _continuations.encode(tokenizer, question, _spaced(question, choice), max_tokens) for choice in choices
+        )
+        return Item(tuple(encoded), answer)
+
+    items = _questions.read(title, section.files, EXAMPLE_FILE, section.limit, SHAPE, item_of)
     read = [[[[choice.ids, choice.start] for choice in item.choices], item.answer] for item in items]
     return MultipleChoice(
         name=title,
