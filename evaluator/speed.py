@@ -275,20 +275,28 @@ def turns_of(
         baseline: The baseline's engine.
         workload: What is timed.
         time_ratio_se: The standard error of the time ratio that is small enough.
-        progress: A function that is called with the number of candidates whose timing is done, and of all.
+        progress: A function that is called after each turn, with the turns done and all that may be taken: those of a
+            candidate whose timing has ended count no longer.
     """
     pairs: dict[int, Both] = {}  # by the candidate's number
     left, share = list(range(len(candidates))), share_of(workload)
+    taken = 0  # turns
     for start in range(0, workload.turns, ROUND):
         part = dataclasses.replace(workload, turns=max(min(ROUND, workload.turns - start), 2))
-        base, *rest = collect_all([baseline, *(candidates[number] for number in left)], part, first=start == 0)
+        later = max(workload.turns - start - part.turns, 0) * (1 + len(left)) * len(workload.sizes)
+
+        def counted(done: int, of_part: int, taken: int = taken, later: int = later) -> None:
+            if progress is not None:
+                progress(taken + done, taken + of_part + later)
+
+        together = [baseline, *(candidates[number] for number in left)]
+        base, *rest = collect_all(together, part, counted, first=start == 0)
+        taken += part.turns * len(together) * len(workload.sizes)
         for number, turns in zip(left, rest, strict=True):
             before = pairs.get(number)
             pairs[number] = (turns, base) if before is None else (_joined(before[0], turns), _joined(before[1], base))
         exact = Enough(time_ratio_se)
         left = [number for number in left if not exact.reached_by(estimate(*pairs[number], share))]
-        if progress is not None:
-            progress(len(candidates) - len(left), len(candidates))
         if not left:
             break
     return [turns for _, turns in sorted(pairs.items())]

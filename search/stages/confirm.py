@@ -18,7 +18,6 @@ from compressors.files import alone
 from evaluator import measure, speed
 from evaluator.backends import EngineSettings
 from evaluator.errors import EngineCrashed, EvaluationError
-from evaluator.generation import Answer, Limits
 from evaluator.process import EngineProcess
 from evaluator.serve_bench import Timed
 from evaluator.server import Server
@@ -198,14 +197,13 @@ class _Confirmation:
 
     def _time(self, base: EngineProcess, engines: Mapping[Model, EngineProcess], number: int) -> None:
         def progress(done: int, total: int) -> None:
-            self.say(f"confirm: pair {number}, timing: {done} of {total} models are timed")
+            self.say(f"confirm: pair {number}, timing, turn {done} of {total}")
 
         if self.setting.workload.kind == "serve":
             with self._served(base, engines, number) as (server, servers):
                 self._time_all(server, servers, servers, progress, number)
         else:
-            told = {model: _Told(engine, self._saying(f"pair {number}, ")) for model, engine in engines.items()}
-            self._time_all(base, told, engines, progress, number)
+            self._time_all(base, engines, engines, progress, number)
 
     def _time_all(
         self,
@@ -302,27 +300,6 @@ class _Confirmation:
         finally:
             for engine in running:
                 engine.close()
-
-
-class _Told:
-    """An engine that tells `say` of every turn, so that a stop is heard between two turns."""
-
-    def __init__(self, engine: EngineProcess, say: Say) -> None:
-        self._engine, self._say, self._turns = engine, say, 0
-
-    def decode_steps(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> list[float]:
-        """Return the seconds of each decode step."""
-        self._tell()
-        return self._engine.decode_steps(batch_size, prompt_tokens, steps, seed)
-
-    def generate(self, prompts: Sequence[Sequence[int]], limits: Limits | Sequence[Limits]) -> list[Answer]:
-        """Return the answer to each prompt."""
-        self._tell()
-        return self._engine.generate(prompts, limits)
-
-    def _tell(self) -> None:
-        self._turns += 1
-        self._say(f"timing, turn {self._turns}")
 
 
 class _OfModel(Exception):

@@ -249,8 +249,7 @@ def _timed(
 
     def progress(done: int, total: int) -> None:
         watch.look()
-        if total > 1:
-            say(f"speed table: {done} of {total} started models are timed")
+        say(f"speed table: timing, turn {done} of {total}")
 
     each = [engine for _, engine in ready]
     every = watch.steady(lambda: speed.time_all(each, baseline, workload, RATIO_SE, progress))

@@ -160,6 +160,16 @@ def test_several_candidates_are_timed_in_turn_with_one_baseline():
     assert "".join(name for name, *_ in calls) == 2 * ("0ab" + "0ab" + "ab0" + "b0a" + "0ab")
 
 
+def test_the_progress_of_several_candidates_counts_turns_and_ends_where_timing_ends():
+    """One is exact after a round of eight and takes no further turn; the other takes all sixteen."""
+    told = []
+    workload = Workload(batch_sizes=(1,), prompt_tokens=9, decode_steps=5, turns=16)
+    engines = [Noisy(1e-3, 0.0005, 1), Noisy(1e-3, 0.3, 2)]
+    speed.time_all(engines, Noisy(2e-3, 0.0005, 3), workload, 0.01, lambda done, total: told.append((done, total)))
+    assert [done for done, _ in told] == list(range(1, 3 * 8 + 2 * 8 + 1))
+    assert [total for _, total in told] == [3 * 16] * 24 + [3 * 8 + 2 * 8] * 16
+
+
 class Warm:
     """An engine that is 1% faster when the turn before was its own."""
 
