@@ -50,6 +50,7 @@ RESAMPLES = 400
 SLOWER, AGAIN = 1.03, 2  # see time_in_turn
 ROUND = 8  # turns of each engine and batch size, after which a timing may end
 SURE = 3.0  # standard errors
+LITTLE = 0.1  # of the variance of a time per token, which is not worth more turns; see `uncertain`
 BYTES_SHARE = 0.5  # the share of reading weights in a decode step at batch 1; see predicted_time_ratio
 
 Turns = Sequence[Sequence[float]]  # seconds of each step, one list for each turn
@@ -110,7 +111,7 @@ def time_in_turn(
     """Time both engines on the workload; one engine twice shows how far two timings of one model lie apart.
 
     Turns are taken in rounds of ROUND. After each round the timing ends if that is enough; at the latest it ends after
-    the workload's turns.
+    the workload's turns. Batch sizes that are not `uncertain` are left out of later rounds.
 
     Args:
         candidate: The candidate's engine.
@@ -148,27 +149,50 @@ def _collect(
     if enough == ALL_TURNS:
         return collect(candidate, baseline, workload, progress)
     timed: Both | None = None
-    total = len(workload.sizes) * workload.turns * 2
+    share, sizes, taken = share_of(workload), workload.sizes, 0
     for start in range(0, workload.turns, ROUND):
         part = dataclasses.replace(workload, turns=max(min(ROUND, workload.turns - start), 2))
-        before = len(workload.sizes) * start * 2
+        later = max(workload.turns - start - part.turns, 0) * 2 * len(sizes)
 
-        def counted(done: int, of_part: int, before: int = before) -> None:
+        def counted(done: int, of_part: int, taken: int = taken, later: int = later) -> None:
             if progress is not None:
-                progress(min(before + done, total), total)
+                progress(taken + done, taken + of_part + later)
 
-        of_candidate, of_baseline = collect_all([candidate, baseline], part, counted, first=timed is None)
+        both = [candidate, baseline]
+        of_candidate, of_baseline = collect_all(both, part, counted, first=timed is None, sizes=sizes)
+        taken += part.turns * 2 * len(sizes)
         if timed is not None:
             of_candidate, of_baseline = _joined(timed[0], of_candidate), _joined(timed[1], of_baseline)
         timed = of_candidate, of_baseline
-        if enough.reached_by(estimate(*timed, share_of(workload))):
+        if enough.reached_by(estimate(*timed, share)):
             break
+        sizes = uncertain([timed], share)
     assert timed is not None
     return timed
 
 
+def uncertain(timed: Sequence[Both], share: float) -> tuple[int, ...]:
+    """Return the batch sizes that more turns are worth: those that make up more than LITTLE of a timing's variance.
+
+    The time per token is the mean over batch sizes, and a step of 32 sequences makes 32 tokens: its error counts for a
+    thirty-second of that of a single sequence, and its turns take longer.
+
+    Args:
+        timed: The turns so far, of one candidate or several.
+        share: See `estimate`.
+    """
+    worth = set()
+    for candidate, baseline in timed:
+        each = {size: estimate({size: candidate[size]}, {size: baseline[size]}, share) for size in candidate}
+        variance = {
+            size: timing.time_per_token_ms_se**2 + timing.base_time_per_token_ms_se**2 for size, timing in each.items()
+        }
+        worth |= {size for size, own in variance.items() if own >= LITTLE * sum(variance.values())}
+    return tuple(size for size in timed[0][0] if size in worth)
+
+
 def _joined(turns: Mapping[int, Turns], more: Mapping[int, Turns]) -> dict[int, Turns]:
-    return {size: [*turns[size], *more[size]] for size in turns}
+    return {size: [*turns[size], *more.get(size, ())] for size in turns}
 
 
 def collect(
@@ -188,6 +212,7 @@ def collect_all(
     progress: Callable[[int, int], None] | None = None,
     *,
     first: bool = True,
+    sizes: Sequence[int] | None = None,
 ) -> list[dict[int, Turns]]:
     """Return the raw step times of several engines, taken in turn: turns of seconds by batch size.
 
@@ -198,10 +223,12 @@ def collect_all(
         workload: What is timed.
         progress: A function that is called with the turns done and all turns, of all engines together.
         first: Whether the engines are new: buffers are allocated and kernels chosen before anything counts.
+        sizes: The batch sizes; None: all of the workload.
     """
+    sizes = workload.sizes if sizes is None else sizes
     timed: list[dict[int, Turns]] = [{} for _ in engines]
-    total, done = len(workload.sizes) * workload.turns * len(engines), 0
-    for batch_size in workload.sizes:
+    total, done = len(sizes) * workload.turns * len(engines), 0
+    for batch_size in sizes:
 
         def turn(engine: Timed | TimedServer, batch_size: int = batch_size) -> list[float]:
             return _turn(engine, workload, batch_size)
@@ -268,7 +295,8 @@ def turns_of(
     """Return the turns of each candidate and of the baseline beside it, for `estimate`.
 
     Turns are taken in rounds of ROUND. A candidate takes part until its time per token, over all batch sizes, has the
-    standard error that is wanted, or the workload's turns are taken.
+    standard error that is wanted, or the workload's turns are taken. Batch sizes that are not `uncertain` are left out
+    of later rounds.
 
     Args:
         candidates: The candidates' engines.
@@ -279,19 +307,19 @@ def turns_of(
             candidate whose timing has ended count no longer.
     """
     pairs: dict[int, Both] = {}  # by the candidate's number
-    left, share = list(range(len(candidates))), share_of(workload)
+    left, share, sizes = list(range(len(candidates))), share_of(workload), workload.sizes
     taken = 0  # turns
     for start in range(0, workload.turns, ROUND):
         part = dataclasses.replace(workload, turns=max(min(ROUND, workload.turns - start), 2))
-        later = max(workload.turns - start - part.turns, 0) * (1 + len(left)) * len(workload.sizes)
+        later = max(workload.turns - start - part.turns, 0) * (1 + len(left)) * len(sizes)
 
         def counted(done: int, of_part: int, taken: int = taken, later: int = later) -> None:
             if progress is not None:
                 progress(taken + done, taken + of_part + later)
 
         together = [baseline, *(candidates[number] for number in left)]
-        base, *rest = collect_all(together, part, counted, first=start == 0)
-        taken += part.turns * len(together) * len(workload.sizes)
+        base, *rest = collect_all(together, part, counted, first=start == 0, sizes=sizes)
+        taken += part.turns * len(together) * len(sizes)
         for number, turns in zip(left, rest, strict=True):
             before = pairs.get(number)
             pairs[number] = (turns, base) if before is None else (_joined(before[0], turns), _joined(before[1], base))
@@ -299,6 +327,7 @@ def turns_of(
         left = [number for number in left if not exact.reached_by(estimate(*pairs[number], share))]
         if not left:
             break
+        sizes = uncertain([pairs[number] for number in left], share)
     return [turns for _, turns in sorted(pairs.items())]
 
 

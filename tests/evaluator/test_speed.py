@@ -142,6 +142,40 @@ def test_timing_ends_when_the_candidate_has_surely_lost():
     assert close.turns == 1 + WORKLOAD.turns
 
 
+class BySize:
+    """An engine whose steps take two milliseconds, with a spread for each batch size; it counts turns by batch size."""
+
+    def __init__(self, spreads, seed):
+        self.spreads, self.turns = spreads, dict.fromkeys(spreads, 0)
+        self.random = np.random.default_rng(seed)
+
+    def decode_steps(self, batch_size, prompt_tokens, steps, seed):
+        self.turns[batch_size] += 1
+        return [2e-3 * (1 + self.spreads[batch_size] * abs(self.random.standard_normal()))] * steps
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(
+    ("spreads", "least"),
+    [
+        ({1: 0.03, 32: 0.2}, {32}),  # a step of 32 is seven times as uncertain, and counts for a thirty-second
+        ({1: 0.0005, 32: 0.6}, {1}),  # and here it is what the error comes from
+        ({1: 0.1, 2: 0.1}, set()),
+    ],
+)
+def test_later_rounds_leave_out_the_batch_sizes_that_make_up_little_of_the_error(spreads, least, several):
+    workload = Workload(batch_sizes=tuple(spreads), prompt_tokens=4, decode_steps=4, turns=24)
+    engine, baseline = BySize(spreads, 1), BySize(spreads, 2)
+    if several:
+        timing = speed.estimate(*speed.turns_of([engine, BySize(spreads, 3)], baseline, workload, 1e-6)[0])
+    else:
+        timing = speed.time_in_turn(engine, baseline, workload, enough=speed.Enough(time_ratio_se=1e-6))
+    assert engine.turns == {size: 1 + (speed.ROUND if size in least else workload.turns) for size in spreads}
+    assert baseline.turns == engine.turns
+    assert timing.samples == sum(engine.turns[size] - 1 for size in spreads) * workload.decode_steps
+    assert timing.time_ratio == pytest.approx(1.0, abs=5 * timing.time_ratio_se)
+
+
 def test_without_a_wanted_error_all_turns_are_taken():
     quiet = Noisy(1e-3, 0.001, 1)
     speed.time_in_turn(quiet, Noisy(2e-3, 0.001, 2), WORKLOAD)
