@@ -1,5 +1,10 @@
 """Test GPTQ against a plain implementation, and on inputs that are dead, too few, or a thousand times the others."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -188,7 +193,7 @@ def test_the_factor_is_of_the_inverse():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_gpu_finds_the_same(scheme):
-    """Its blocks are a recording that is played again: another weight of the same width must not meet the first's."""
+    """Blocks of columns are rounded by one kernel there."""
     size = SCHEMES[scheme]
     for seed in range(2):
         weight, x = correlated(320, seed=seed)
@@ -199,3 +204,30 @@ def test_a_gpu_finds_the_same(scheme):
         assert lost(weight, (there.cpu(), scales), moment_of(x)) == pytest.approx(
             lost(weight, (values, scales), moment_of(x)), rel=0.02
         )
+
+
+INTERPRETED = """
+import torch
+from compressors.methods.quantizers import column_kernel, gptq
+
+torch.manual_seed(0)
+for scheme, largest in (("W8A8", 127.5), ("W4A16", 7.5), ("FP8_DYNAMIC", 448.0)):
+    x = torch.randn(300, 16, dtype=torch.float64)
+    factor = gptq.inverse_factor(x.T @ x / 300).float()
+    columns = torch.randn(16, 70) * torch.logspace(-4, 0, 70)  # 70 outputs are no multiple of a program's
+    columns[3, 5] = 0.0
+    scales = (columns.abs().amax(0) * 0.9 / largest).expand(16, 70)  # what is above the grid's largest is cut off
+    values, errors = gptq._block(columns, scales, factor, scheme)
+    found, its = column_kernel.block(columns, scales, factor, scheme)
+    assert torch.equal(found, values), scheme
+    torch.testing.assert_close(its, errors, rtol=1e-4, atol=1e-7)
+print("equal")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+def test_the_kernel_for_gpus_is_the_same_arithmetic():
+    """Triton's interpreter runs it without a GPU."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    ran = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
+    assert ran.stdout == "equal\n", ran.stderr

@@ -8,6 +8,10 @@ index. Symbols: N output and K input width of a Linear, g group size, H = E[x xá
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
+import shutil
+from collections.abc import Callable
 
 import torch
 
@@ -149,10 +153,8 @@ def _columns(rest: torch.Tensor, each: torch.Tensor, factor: torch.Tensor, schem
     for start in range(0, len(rest), BLOCK):
         stop = min(start + BLOCK, len(rest))
         parts = rest[start:stop], each[start:stop], factor[start:stop, start:stop]
-        if rest.is_cuda and stop - start == BLOCK:
-            values[start:stop], errors = _recorded(rest.shape[1], scheme, rest.device)(*parts)
-        else:
-            values[start:stop], errors = _block(*parts, scheme)
+        rounded = _kernel() if rest.is_cuda and stop - start == BLOCK else _block
+        values[start:stop], errors = rounded(*parts, scheme)
         rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return values
 
@@ -170,34 +172,12 @@ def _block(
     return values, errors
 
 
-class _Recorded:
-    """Runs `_block` on BLOCK columns as a CUDA graph, so that its thousand small kernels do not wait for the host.
-
-    The next call overwrites the tensors that a call returns.
-    """
-
-    def __init__(self, rows: int, scheme: str, device: torch.device) -> None:
-        block, each = (torch.ones(BLOCK, rows, device=device) for _ in range(2))
-        self.given = block, each, torch.eye(BLOCK, device=device)
-        # before they are recorded, the kernels have to run once on another stream
-        aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside):
-            _block(*self.given, scheme)
-        torch.cuda.current_stream(device).wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.results = _block(*self.given, scheme)
-
-    def __call__(
-        self, block: torch.Tensor, each: torch.Tensor, inner: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        for place, value in zip(self.given, (block, each, inner), strict=True):
-            place.copy_(value)
-        self.graph.replay()
-        return self.results
-
-
-@functools.lru_cache(maxsize=8)  # a model's projections have three or four widths
-def _recorded(rows: int, scheme: str, device: torch.device) -> _Recorded:
-    return _Recorded(rows, scheme, device)
+@functools.cache
+def _kernel() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], tuple[torch.Tensor, torch.Tensor]]:
+    """Return the function that rounds BLOCK columns on a GPU: `_block` where there is no Triton or no C compiler."""
+    compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
+    if not compiler or importlib.util.find_spec("triton") is None:
+        return _block
+    module = importlib.import_module("compressors.methods.quantizers.column_kernel")
+    block: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], tuple[torch.Tensor, torch.Tensor]] = module.block
+    return block
