@@ -102,13 +102,13 @@ def _of_input(checkpoint: Checkpoint, modules: list[str], moments: InputMoment, 
 
     Runs of `size` channels that share what they are computed from have the same factors, `shared` runs each.
     """
-    square = moments(modules[0]).diagonal().float().cpu()
+    square = moments(modules[0]).diagonal().float()
     weights = torch.zeros_like(square)
     for module in modules:
-        weights += checkpoint.tensors[f"{module}.weight"].load().float().square().sum(0).cpu()
+        weights += checkpoint.tensors[f"{module}.weight"].load().to(square.device).float().square().sum(0)
     square, weights = (x.reshape(-1, shared, size).sum(1).flatten() for x in (square, weights))
     factors = best_factors(square, weights).reshape(-1, 1, size)
-    return factors.expand(-1, shared, size).flatten()
+    return factors.expand(-1, shared, size).flatten().cpu()
 
 
 def _divided_rows(factors: Factors, shared: int, size: int, tensor: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from readers.errors import ReadError
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # stored by Llama 2, and ignored
+COPIERS = 4  # threads that copy weights to a GPU: the driver copies through buffers of its own, a thread at a time
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -224,7 +226,7 @@ class Checkpoint:
                 model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
         except Exception as error:  # model classes raise errors of many types
             raise CheckpointError(config_values.refusal(self.config, error)) from None
-        state = {name: lazy.load().to(device, wanted) for name, lazy in self.tensors.items()}
+        state = _on_device(self.tensors, device, wanted)
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
         missing = [name for name in missing if model.get_parameter(name).is_meta]
@@ -237,6 +239,15 @@ class Checkpoint:
         for name, scheme in self.activations.items():
             imitate_activations(model.get_submodule(name), scheme)
         return model.to(device).eval().requires_grad_(False)
+
+
+def _on_device(tensors: Mapping[str, LazyTensor], device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return all values on the device; on a GPU, some are copied there while the next ones are read or computed."""
+    if not device.startswith("cuda"):
+        return {name: lazy.load().to(device, dtype) for name, lazy in tensors.items()}
+    with ThreadPoolExecutor(COPIERS) as copiers:
+        copied = {name: copiers.submit(lazy.load().to, device, dtype) for name, lazy in tensors.items()}
+        return {name: tensor.result() for name, tensor in copied.items()}
 
 
 def stock_config(config: Mapping[str, Any]) -> Any:
