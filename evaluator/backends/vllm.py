@@ -31,7 +31,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-BATCHED_TOKENS = 2048  # in a step: their float32 logits for prompt_logprobs are outside vLLM's memory budget
+BATCHED_TOKENS = 2048  # scored in a step: their float32 logits for prompt_logprobs are outside vLLM's memory budget
 WINDOWS = 8  # the windows of text that may be scored together
 NOT_TIMED = 3  # the steps at the end of a run, when the last requests end one after the other
 SPARE_BYTES = 64 << 20
@@ -155,11 +155,13 @@ class Engine:
         import vllm
 
         sampling = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        prompts = [{"prompt_token_ids": list(window)} for window in windows]
+        together = max(1, BATCHED_TOKENS // max(map(len, windows), default=1))
         found = []
-        for output in self.llm.generate(prompts, sampling, use_tqdm=False):
-            per_token = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
-            found.append([-float(log_probs[token].logprob) for token, log_probs in per_token])
+        for start in range(0, len(windows), together):  # an engine that generates may take more tokens in a step
+            prompts = [{"prompt_token_ids": list(window)} for window in windows[start : start + together]]
+            for output in self.llm.generate(prompts, sampling, use_tqdm=False):
+                per_token = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+                found.append([-float(log_probs[token].logprob) for token, log_probs in per_token])
         return found
 
     def decode_steps(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> list[float]:
@@ -336,7 +338,7 @@ def _arguments(config: dict[str, Any], settings: EngineSettings, *, on_cpu: bool
         "skip_tokenizer_init": True,  # token ids in, numbers out
         "max_model_len": settings.max_model_len,
         "max_num_seqs": max(*settings.batch_sizes, WINDOWS, settings.max_num_seqs or 0),
-        "max_num_batched_tokens": max(BATCHED_TOKENS, *settings.batch_sizes, settings.max_num_seqs or 0),
+        "max_num_batched_tokens": _batched_tokens(settings, on_cpu=on_cpu),
         "enable_prefix_caching": False,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         # Set, so that vLLM neither takes that whole share (of a CPU's memory too), nor measures what is free of it,
@@ -353,6 +355,17 @@ def _arguments(config: dict[str, Any], settings: EngineSettings, *, on_cpu: bool
         arguments["compilation_config"] = {"mode": 0}
     given = {**arguments, **settings.arguments}
     return {name: value for name, value in given.items() if name not in settings.arguments or value is not None}
+
+
+def _batched_tokens(settings: EngineSettings, *, on_cpu: bool) -> int | None:
+    """Return the most tokens of a step; None: vLLM's own default, 8,192 or more.
+
+    A step that holds prompts runs without a CUDA graph, and its thousand kernels take the host twenty milliseconds.
+    Where whole requests are generated on a GPU, few large steps read their prompts, as vLLM does by itself.
+    """
+    if settings.max_num_seqs is not None and not on_cpu:
+        return None
+    return max(BATCHED_TOKENS, *settings.batch_sizes, settings.max_num_seqs or 0)
 
 
 def _captured(settings: EngineSettings) -> list[int]:

@@ -24,6 +24,7 @@ from search.setup.setting import Setting
 T = TypeVar("T")
 PORT_TAKEN, PORT_TRIES = "EADDRINUSE", 3  # vLLM looks for a free port first and takes it later
 ENGINE_BYTES = 3 << 29  # of a GPU's memory that an engine takes beside its weights and what `engine_bytes` adds
+GENERATING_BYTES = 1 << 30  # the same of one that generates: activations of 16,384 tokens in a step
 HOST_BYTES = 1 << 29  # of a machine's memory that an engine on the CPU takes beside its weights
 SHARE_OF_HOST = 0.5  # of a machine's free memory that engines on the CPU may take
 SHARE_OF_FREE = 0.8  # of a GPU's free memory that engines side by side may take
@@ -134,8 +135,9 @@ def start_engine(backend: str, path: Path, settings: EngineSettings, log: Path) 
 
 def engine_bytes(setting: Setting) -> int:
     """Return the bytes of a GPU's memory that an engine takes beside its weights."""
-    tokens = setting.engine_settings.kv_tokens or 0
-    return ENGINE_BYTES + tokens * backends.kv_bytes(setting.model.checkpoint.config)
+    settings = setting.engine_settings
+    cache = (settings.kv_tokens or 0) * backends.kv_bytes(setting.model.checkpoint.config)
+    return ENGINE_BYTES + cache + (0 if settings.max_num_seqs is None else GENERATING_BYTES)
 
 
 def room_on_gpu() -> int:

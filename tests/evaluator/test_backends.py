@@ -5,7 +5,7 @@ import textwrap
 import pytest
 
 from evaluator import backends
-from evaluator.backends import EngineSettings
+from evaluator.backends import EngineSettings, vllm
 from evaluator.errors import BackendUnavailable
 
 CAPABILITIES = [None, (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
@@ -188,3 +188,14 @@ def test_a_missing_engine_says_what_to_install(monkeypatch):
 def test_settings_survive_json():
     settings = EngineSettings(batch_sizes=(1, 8), threads=2, max_num_seqs=16, kv_tokens=5000)
     assert EngineSettings.from_dict({**settings.to_dict(), "batch_sizes": [1, 8]}) == settings
+
+
+@pytest.mark.parametrize(
+    ("together", "on_cpu", "expected"), [(None, False, 2048), (256, False, None), (256, True, 2048), (4096, True, 4096)]
+)
+def test_vllm_reads_prompts_in_its_own_steps_where_it_generates_on_a_gpu(together, on_cpu, expected):
+    """None is vLLM's own default; scored text stays in steps of 2,048 tokens."""
+    settings = EngineSettings(max_num_seqs=together)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+    config = {**sizes, "hidden_size": 128, "dtype": "bfloat16"}
+    assert vllm._arguments(config, settings, on_cpu=on_cpu)["max_num_batched_tokens"] == expected

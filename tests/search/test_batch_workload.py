@@ -14,7 +14,7 @@ from search.say import silent
 from search.setup import definition, keys, setting
 from search.show import forecast_view
 from search.stages import speed_table
-from search.stages.engines import ENGINE_BYTES, Engines, engine_bytes
+from search.stages.engines import ENGINE_BYTES, GENERATING_BYTES, Engines, engine_bytes
 
 BATCH = {"kind": "batch", "requests": 10, "input_tokens": "20..60", "output_tokens": 30, "max_num_seqs": 4}
 TEMPLATE = (
@@ -104,7 +104,7 @@ def test_engines_hold_all_requests_that_run_at_once(prepared):
     assert settings.batch_sizes == (1,)
     # 5 layers of 3 heads of 24, keys and values in 2 bytes
     assert kv_bytes(ours.model.checkpoint.config) == 5 * 3 * 24 * 2 * 2
-    assert engine_bytes(ours) == ENGINE_BYTES + settings.kv_tokens * 5 * 3 * 24 * 2 * 2
+    assert engine_bytes(ours) == ENGINE_BYTES + GENERATING_BYTES + settings.kv_tokens * 5 * 3 * 24 * 2 * 2
 
 
 def test_what_cannot_be_asked_is_refused_before_anything_starts(prepared, chats):
