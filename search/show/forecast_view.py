@@ -16,6 +16,8 @@ from evaluator.score import Score
 from search.setup.goal import Goal, Known
 from search.show import goal_text
 
+FEW = 3  # best plans
+
 
 @dataclasses.dataclass(frozen=True)
 class Pays:
@@ -168,6 +170,12 @@ def forecast_table(view: ForecastView) -> RenderableType:
         floor = f"; reading its weights once takes {view.floor_ms:.3f} ms" if view.floor_ms else ""
         lines.append(Text(f"one decode step of the base model: {steps}{floor}"))
     return Group(*lines, *_tables(view), *map(Text, conclusions(view)))
+
+
+def brief(view: ForecastView) -> RenderableType:
+    """Return what `run` shows of a forecast before its first trial: the tables with the FEW best plans."""
+    few = dataclasses.replace(view, best=view.best[:FEW], steps=())
+    return Group(*_tables(few), *map(Text, conclusions(view)))
 
 
 def conclusions(view: ForecastView) -> list[str]:

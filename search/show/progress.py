@@ -13,9 +13,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from compressors.plan import CompressionPlan, short
 from search import secrets
-from search.show import baseline_text
+from search.show import baseline_text, forecast_view
 from search.show.rows import Row
 
+WIDTH = 140  # characters, where tables are printed to no terminal
 ESTIMATE_S = 60.0  # the time between two lines about the time left
 
 
@@ -24,6 +25,8 @@ class Live:
 
     def __init__(self, trials: int, quiet: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        if not self._console.is_terminal:
+            self._console.width = max(self._console.width, WIDTH)
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.fields[what]}"),
@@ -88,6 +91,9 @@ class Live:
     def _on_header(self, event: dict[str, Any]) -> None:
         for text in event["lines"]:
             self._console.print(text, markup=False)
+
+    def _on_forecast(self, event: dict[str, Any]) -> None:
+        self._console.print(forecast_view.brief(event["view"]))
 
     def _on_warn(self, event: dict[str, Any]) -> None:
         self._console.print(secrets.masked(f"warning: {event['text']}"), markup=False)

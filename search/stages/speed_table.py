@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from search.stages.side_by_side import Ahead, SideBySide, fitting
 
 LOG = logging.getLogger(__name__)
 TURNS = 24  # of each probe, at most
-FEW_TURNS = speed.ROUND  # the same where an engine's start and steps take seconds
+FEW_TURNS = 4  # the same where an engine's start and steps take seconds
 RATIO_SE = 0.008  # the standard error of each probe's time ratio that is small enough to end its timing
 DEPTH = 0.75
 TRIED = 200  # plans near one that the engine refuses
@@ -100,15 +101,16 @@ def _few(setting: Setting) -> list[tuple[CompressionPlan, bool]]:
     """Return the fewest plans that tell depth, widths and precisions apart: for engines whose steps take long.
 
     The space's least depth, if that is searched; all searched widths at their low ends; every other precision uncut.
-    What a width takes in another precision is left to the fit's prior. One check, in the middle of the space and in the
-    first other precision, says how far that is off.
+    Depth, FFN and hidden size are cut to DEPTH at least. What a width takes in another precision is left to the fit's
+    prior. One check, in the middle of the space and in the first other precision, says how far that is off.
     """
     own = setting.model.identity
     others = [precision for precision in _precisions(setting) if precision != own.precision]
     wanted = []
     if setting.file.space.num_hidden_layers is not None:
         wanted.append((dataclasses.replace(own, num_hidden_layers=_shallow(setting)), False))
-    wanted.append((_shared(dataclasses.replace(own, **_at(setting, 0.0, WIDTHS)), own), False))
+    narrow = {**_at(setting, 0.0, WIDTHS), **_narrow(setting)}
+    wanted.append((_shared(dataclasses.replace(own, **narrow), own), False))
     wanted += [(dataclasses.replace(own, precision=precision), False) for precision in others]
     middle = _shared(_middle(setting), own)
     return [*wanted, (dataclasses.replace(middle, precision=[*others, own.precision][0]), True)]
@@ -147,6 +149,20 @@ def _shallow(setting: Setting) -> int:
     wanted, full = setting.file.space.num_hidden_layers, setting.model.identity.num_hidden_layers
     most = max(1, int(DEPTH * full))
     return min(wanted.low, most) if isinstance(wanted, Range) else most
+
+
+def _narrow(setting: Setting) -> dict[str, int]:
+    """Return the searched widths of FFN and residual stream at their low ends, but no more than DEPTH of the base's.
+
+    In light cuts a slope is lost in the noise.
+    """
+    widths = {}
+    for name in ("intermediate_size", "hidden_size"):
+        wanted, full = getattr(setting.file.space, name), getattr(setting.model.identity, name)
+        if isinstance(wanted, Range):
+            steps = math.ceil((1.0 - DEPTH) * full / wanted.step)
+            widths[name] = max(min(wanted.low, full - steps * wanted.step), 1)
+    return widths
 
 
 def _at(setting: Setting, share: float, names: Sequence[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optuna
@@ -20,6 +20,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from evaluator.measurement import Measurement
+from evaluator.score import score_of
 from search import processes
 from search.config.study_file import StudyFile
 from search.errors import StudyStopped, UsageError
@@ -29,7 +30,9 @@ from search.setup.setting import Setting, prepare
 from search.show import baseline_text, goal_text
 from search.stages import build
 from search.stages.bench import Bench
-from search.study import best, dashboard, ending, header, mlflow_runs, space, storage, time_left, trials
+from search.stages.forecast import Forecast
+from search.stages.step_times import StepTimes
+from search.study import best, dashboard, ending, header, mlflow_runs, outlook, space, storage, time_left, trials
 from search.study.one_trial import Event, Watch
 from search.study.steady import Patience
 from search.study.team import InProcess, Processes, Team
@@ -99,7 +102,11 @@ def run_study(
     _warn_of_noise(load.others(setting.machine.device) if file.evaluation.speed == "measured" else None, watch)
     build.remove_unfinished(setting.outputs / "checkpoints")
     with Bench.of(setting) as bench:
-        baseline = bench.begin(say, forecast=wants_forecast(setting))
+        forecast = wants_forecast(setting)
+        baseline = bench.begin(say, forecast=forecast)
+        if forecast and not finished:
+            own_score = score_of(baseline, baseline, setting.formula).score
+            watch({"event": "forecast", "view": outlook.view(Forecast.known(setting), own_score, StepTimes())})
         _warn_of_noise(baseline_text.noisy(baseline.time_ratio_se, "the base model against itself"), watch)
         for text in baseline_text.of_gpu(baseline, "the base model"):
             _warn_of_noise(text, watch)
@@ -163,7 +170,7 @@ def _open(database: Any, setting: Setting, baseline: Measurement) -> optuna.Stud
     study.set_user_attr("file", file.stored())
     if study.user_attrs.get("baseline") != baseline.to_dict():
         study.set_user_attr("baseline", baseline.to_dict())
-    _enqueue_uncut(study, setting)
+    _enqueue_uncut(study, setting, Forecast.known(setting))
     return study
 
 
@@ -314,12 +321,22 @@ def _stop_if_machine_fails(last: list[FrozenTrial], file: StudyFile) -> None:
         )
 
 
-def _enqueue_uncut(study: optuna.Study, setting: Setting) -> None:
+def _enqueue_uncut(study: optuna.Study, setting: Setting, forecast: Forecast) -> None:
     """Queue trials that cut nothing, one per precision, where the space holds them: the base model's own first.
 
-    These are what people try by hand, and what is worse than the best of them is pruned from then on.
+    These are what people try by hand, and what is worse than the best of them is pruned from then on. Where a forecast
+    is there, the most promising of the others comes next: then those that can't reach it end unbuilt.
     """
     if any(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False)):
         return
-    for params in space.uncut(setting.file.space, setting.model.identity):
+    file, own = setting.file, setting.model.identity
+    uncut = space.uncut(file.space, own)
+
+    def place(params: Mapping[str, int | str]) -> tuple[bool, float]:
+        plan = space.plan_of(params, file.space, own)
+        return plan != own, -setting.goal.value(forecast.known_of(plan))
+
+    if forecast.complete:
+        uncut.sort(key=place)
+    for params in uncut:
         study.enqueue_trial(params, skip_if_exists=True)  # a run may have been killed between two of them

@@ -15,15 +15,15 @@ import rich.console
 from compressors.plan import CompressionPlan
 from evaluator.score import Score
 from evaluator.speed_table import Probe, SpeedTable
-from search.by_hand import forecast
 from search.config import compose
+from search.config.study_file import Range
 from search.setup import setting as settings
 from search.show import forecast_view
 from search.stages import speed_table, step_times
 from search.stages.damage_table import DamageTable, Entry, Loss
 from search.stages.forecast import Forecast
 from search.stages.step_times import StepTimes
-from search.study import rungs, space
+from search.study import outlook, rungs, space, workers
 from search.study.forecast_sampler import NOTHING_LEFT, WAIT_IN_A_ROW, WAITS, ForecastSampler
 
 STUDY = """
@@ -94,7 +94,7 @@ def speeds(prepared):
 
 def view_of(prepared, times):
     made = Forecast(prepared, speeds(prepared), damages(prepared.model.identity))
-    return forecast._view(made, 0.5, times)
+    return outlook.view(made, 0.5, times)
 
 
 def printed(view):
@@ -285,6 +285,37 @@ def test_where_steps_take_long_the_fewest_plans_are_timed_and_one_checks_them(pr
     assert [check for _, check in speed_table.probes(of_width)] == [False, True]  # nobody asks what a layer takes
 
 
+def test_a_width_of_which_little_is_cut_is_timed_narrower(prepared):
+    """A slope over a twentieth of the FFN would be lost in the noise of two timings."""
+    light = Range(low=152, high=160, step=8)
+    space = prepared.file.space.model_copy(update={"intermediate_size": light, "num_key_value_heads": None})
+    setting = dataclasses.replace(prepared, file=prepared.file.model_copy(update={"space": space}))
+    _, narrow, _ = (plan for plan, check in speed_table.probes(setting) if not check)
+    assert narrow.intermediate_size == 120
+    ((middle, _),) = (pair for pair in speed_table.probes(setting) if pair[1])
+    assert middle.intermediate_size == 152  # what is checked is a plan of the space
+
+
+def test_the_precision_that_is_forecast_to_do_best_is_tried_first(prepared):
+    """The base model itself comes before all; without a forecast the study file's order stays."""
+    precisions = ["float16", "W8A8", "bfloat16", "FP8_DYNAMIC"]
+    space = prepared.file.space.model_copy(update={"precision": precisions})
+    setting = dataclasses.replace(prepared, file=prepared.file.model_copy(update={"space": space}))
+    own, cut = setting.model.identity, dataclasses.replace
+    ratios = {"float16": 1.1, "W8A8": 0.9, "FP8_DYNAMIC": 0.95}
+    shapes = {name: speed_table.shape_of(setting, cut(own, precision=name)) for name in ratios}
+    probes = tuple(Probe(shapes[name], {1: ratio}, {1: 0.001}) for name, ratio in ratios.items())
+    table = SpeedTable(speed_table.shape_of(setting, own), {1: 2.0}, probes)
+
+    def queued(forecast: Forecast) -> list[str]:
+        study = optuna.create_study()
+        workers._enqueue_uncut(study, setting, forecast)
+        return [trial.system_attrs["fixed_params"]["precision"] for trial in study.trials]
+
+    assert queued(Forecast(setting, table, damages(own))) == ["bfloat16", "W8A8", "FP8_DYNAMIC", "float16"]
+    assert queued(Forecast(setting, None, None)) == ["bfloat16", "float16", "W8A8", "FP8_DYNAMIC"]
+
+
 def test_probes_are_plans_that_the_engine_serves_and_leave_no_precision_out(prepared):
     prepared = dataclasses.replace(prepared, machine=dataclasses.replace(prepared.machine, device="cuda"))
     plans = speed_table.probes(prepared)
@@ -298,6 +329,9 @@ def test_probes_are_plans_that_the_engine_serves_and_leave_no_precision_out(prep
 def test_a_study_with_a_forecast_times_and_scores_single_cuts_and_prunes_by_them(home, cli):
     ended = cli("run", "--study", "forecast", "--config-dir", home, "--json", "sampler.name=forecast", cwd=home)
     assert ended.status == 0, ended.err
+    assert ended.err.index("what pays") < ended.err.index("what it costs") < ended.err.index("trial   0")
+    again = cli("run", "--study", "forecast", "--config-dir", home, "--json", "sampler.name=forecast", cwd=home)
+    assert (again.status, "what pays" in again.err) == (0, False)  # who continues has seen it
     (speed_file,) = (home / "outputs/forecast").glob("speed-*.json")
     (damage_file,) = (home / "outputs/forecast").glob("damage-*.json")
     made = SpeedTable.from_dict(json.loads(speed_file.read_text()))
