@@ -9,14 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.shell_completion import BashComplete, CompletionItem, add_completion_class
+from click.shell_completion import BashComplete, CompletionItem, ZshComplete, add_completion_class
 from pydantic import BaseModel
+
+# A shell adds a space to what it has completed. A key is followed by its value, so that none may come after KEY=.
+BASH_ADDS, BASH_LEAVES = "COMPREPLY+=($value)\n", "[[ $value == *= ]] && compopt -o nospace\n"
+ZSH_ADDS = "compadd -U -V unsorted -a completions\n"
+ZSH_LEAVES = """local -a keys=(${(M)completions:#*=}) others=(${completions:#*=})
+        (( ! $#keys )) || compadd -U -V unsorted -S '' -a keys
+        (( ! $#others )) || compadd -U -V unsorted -a others
+"""
 
 
 class Bash(BashComplete):
     """Completes KEY=VALUE words in bash, which takes `=` for a word of its own."""
 
     name = "bash"
+    source_template = BashComplete.source_template.replace(BASH_ADDS, f"{BASH_ADDS}            {BASH_LEAVES}")
 
     def get_completion_args(self) -> tuple[list[str], str]:
         """Return the words before the cursor and the one at it, with the pieces of KEY=VALUE put together."""
@@ -43,7 +52,15 @@ class Bash(BashComplete):
         return f"{item.type},{str(item.value).removeprefix(self._typed)}"
 
 
+class Zsh(ZshComplete):
+    """Completes KEY= in zsh without a space after it."""
+
+    name = "zsh"
+    source_template = ZshComplete.source_template.replace(ZSH_ADDS, ZSH_LEAVES)
+
+
 add_completion_class(Bash)
+add_completion_class(Zsh)
 
 
 def studies(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -1,5 +1,11 @@
 """Completion in a shell, and the study that is taken where none is named."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import click
 import pytest
 from click.shell_completion import get_completion_class
@@ -75,6 +81,46 @@ def test_bash_completes_what_follows_the_equals_sign(line, at, answers, monkeypa
     monkeypatch.setenv("COMP_CWORD", str(at))
     complete = get_completion_class("bash")(optuna_search, {}, "optuna-search", "_OPTUNA_SEARCH_COMPLETE")
     assert answers <= set(complete.complete().split("\n"))
+
+
+IN_BASH = """
+compopt() { echo "compopt" "$@"; }
+complete() { :; }
+source /dev/stdin <<< "$SOURCE"
+COMP_WORDS=(optuna-search run "$1") COMP_CWORD=2
+_optuna_search_completion optuna-search
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+IN_ZSH = """
+compdef() { : }
+compadd() { print -r -- "compadd $*" ${(P)argv[-1]} }
+eval "$SOURCE"
+words=(optuna-search run "$1") CURRENT=3
+_optuna_search_completion
+"""
+
+
+@pytest.mark.parametrize(
+    ("shell", "script", "without_space"), [("bash", IN_BASH, "compopt -o nospace"), ("zsh", IN_ZSH, "-S ")]
+)
+def test_no_space_follows_a_key_that_waits_for_its_value(shell, script, without_space, tmp_path):
+    """The shell itself runs what is sourced; what it would tell its line editor is printed."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    source = get_completion_class(shell)(optuna_search, {}, "optuna-search", "_OPTUNA_SEARCH_COMPLETE").source()
+    program = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{program}:{os.environ['PATH']}", "SOURCE": source}
+
+    def told(word):
+        asked = [shell, "-c", script, shell, word]
+        done = subprocess.run(asked, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    key, value = told("space.prec"), told("space=s")
+    assert "space.precision=" in key
+    assert without_space in key
+    assert "space=smollm2-135m" in value
+    assert without_space not in value
 
 
 def test_the_only_study_of_your_own_is_the_default_and_is_named(cli, tmp_path):
