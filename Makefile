@@ -22,7 +22,7 @@ SEARCH := $(BIN)/optuna-search
 
 help:
 	@echo 'make setup      install optuna-search in a virtual environment, $(VENV) (EXTRAS=demo,dev,vllm on a GPU machine)'
-	@echo 'make demo       run a study of the embedded model: baseline, 20 trials, export to submit/model'
+	@echo 'make demo       run a study of the embedded model: forecast, trials, export to submit/model'
 	@echo
 	@echo 'By hand, with STUDY=$(STUDY) (or exaone4-1.2b, or your own) and KEY=VALUE words in ARGS:'
 	@echo "make analyze    show the model's structure"
