@@ -133,6 +133,21 @@ def test_without_a_profile_a_step_has_its_wall_time_alone(prepared):
     assert "–" in some
 
 
+def test_what_run_shows_says_that_nothing_can_win_where_nothing_can(prepared):
+    """Where the best plan is no better than the base model beyond the error, a newcomer reads so before any trial."""
+    own = prepared.model.identity
+    shape = speed_table.shape_of(prepared, dataclasses.replace(own, num_hidden_layers=2))
+    useless = SpeedTable(speed_table.shape_of(prepared, own), {1: 2.0}, (Probe(shape, {1: 1.0}, {1: 0.002}),))
+    made = Forecast(prepared, useless, damages(own))
+    console = rich.console.Console(width=160, record=True, file=io.StringIO())
+    console.print(forecast_view.brief(outlook.view(made, 0.5, StepTimes())))
+    text = console.export_text()
+    assert "No plan of this space is forecast to beat the base model's 0.500" in text
+    best = text[text.index("the best plans") :].splitlines()[2:]
+    assert sum("H hidden" in line for line in best) == forecast_view.FEW
+    assert forecast_view.FEW < 10
+
+
 def test_step_times_are_kept_and_a_cpu_has_none(prepared):
     said = []
     assert step_times.step_times(prepared, None, said.append) == StepTimes()  # no engine is started
