@@ -17,6 +17,10 @@ from search.setup.goal import Goal, Known
 from search.show import goal_text
 
 FEW = 3  # best plans
+STANDS_FOR_SERVER = (
+    "no server was started for these times: an engine that is given as many requests at once stands for `vllm serve`, "
+    "which schedules and streams besides"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +124,8 @@ class ForecastView:
         fastest: The largest forecast SpeedNorm of a plan of the space.
         smallest: The smallest size of one, over the base model's, where the goal is size.
         steps: Where the base model's time goes, for each batch size.
-        whole_requests: Whether whole requests are timed, of the workload's kind batch.
+        whole_requests: Whether whole requests are timed, of the workload's kind batch or serve.
+        stands_for_server: Whether engines that were given requests at once stand for servers.
     """
 
     study: str
@@ -139,11 +144,13 @@ class ForecastView:
     smallest: float = math.nan
     steps: tuple[Step, ...] = ()
     whole_requests: bool = False
+    stands_for_server: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the view as JSON values; what only another goal than the Score asks for is left out without one."""
         values = dataclasses.asdict(self)
-        for name in ("goal", "fastest", "smallest", *([] if self.whole_requests else ["whole_requests"])):
+        unsaid = [name for name in ("whole_requests", "stands_for_server") if not values[name]]
+        for name in ("goal", "fastest", "smallest", *unsaid):
             del values[name]
         if self.goal.is_default:
             for row in (*values["best"], *values["front"]):
@@ -166,7 +173,9 @@ def forecast_table(view: ForecastView) -> RenderableType:
     if view.whole_requests and view.base_ms:
         tokens = ", ".join(f"{ms / size:.4f} ms with {size} at once" for size, ms in view.base_ms.items())
         lines.append(Text(f"a token of the base model in whole requests: {tokens}"))
-    elif view.base_ms:
+    if view.stands_for_server:
+        lines.append(Text(STANDS_FOR_SERVER))
+    if view.base_ms and not view.whole_requests:
         floor = f"; reading its weights once takes {view.floor_ms:.3f} ms" if view.floor_ms else ""
         lines.append(Text(f"one decode step of the base model: {steps}{floor}"))
     return Group(*lines, *_tables(view), *map(Text, conclusions(view)))

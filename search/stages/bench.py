@@ -117,7 +117,8 @@ class Bench:
         if not forecast:
             return self.baseline(say)
         timed = self.setting.file.evaluation.speed == "measured"
-        probes = [plan for plan, _ in speed_table.missing(self.setting)] if timed else []
+        early = timed and not speed_table.stand_ins(self.setting)  # those have engines of their own
+        probes = [plan for plan, _ in speed_table.missing(self.setting)] if early else []
         with Ahead(self.setting, self.engines, probes) as ahead:
             damage_table.damage_table(self.setting, self.screener, say)
             baseline = self.baseline(say)

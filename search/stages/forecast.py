@@ -19,6 +19,7 @@ from search.stages.damage_table import DamageTable
 
 LEAST_RATIO_ERROR = 0.005
 BYTES_ERROR = 0.1  # of a time ratio that is predicted from bytes and layers, see evaluator.speed
+STAND_IN_ERROR = 0.05  # of a server's time ratio that is taken from engines, until trials show it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +59,14 @@ class Forecast:
         if self.speed is None or not self._is_timed:  # a study that times nothing takes the prediction for the result
             return measure.predicted_ratio(self.setting, plan), BYTES_ERROR if self._is_timed else 0.0
         ratio, error = self.speed.time_ratio(speed_table.shape_of(self.setting, plan))
-        if error == 0.0 or self.ratio_error is None:  # the base model's own shape has no error
+        if error == 0.0:  # the base model's own shape
             return ratio, error
-        return ratio, self.ratio_error
+        return ratio, self._table_error(self.speed) if self.ratio_error is None else self.ratio_error
+
+    def _table_error(self, table: SpeedTable) -> float:
+        """Return the error of the table's time ratios, before any trial has shown it."""
+        stands = self.setting.workload.kind == "serve"
+        return math.hypot(table.ratio_error, STAND_IN_ERROR) if stands else table.ratio_error
 
     def expected(self, plan: CompressionPlan) -> Score:
         """Return what the plan is forecast to score."""
@@ -94,7 +100,7 @@ class Forecast:
         """
         if self.speed is None:
             return dataclasses.replace(self, relative_error=damage_table.relative_error(losses))
-        own = self.speed.ratio_error  # counts as one trial
+        own = self._table_error(self.speed)  # counts as one trial
         squares = own**2 + math.fsum((measured - forecast) ** 2 for forecast, measured in ratios)
         error = max(math.sqrt(squares / (1 + len(ratios))), LEAST_RATIO_ERROR)
         return dataclasses.replace(self, relative_error=damage_table.relative_error(losses), ratio_error=error)

@@ -2,6 +2,9 @@
 
 It is made once for a base model's dimensions, this machine, this engine and this workload, and kept in
 outputs/forecast.
+
+A server takes a minute to start, and each of its runs some seconds more, so that no server is started for a table.
+Where a study times servers, engines stand for them: for each concurrency they are given as many requests at once.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ import dataclasses
 import itertools
 import logging
 import math
-from collections.abc import Collection, Sequence
+import statistics
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,8 @@ from compressors.model.family import head_dim
 from compressors.plan import CompressionPlan
 from evaluator import backends, batch, speed
 from evaluator.gpu_watch import GpuWatch
+from evaluator.measurement import Timing, Workload
+from evaluator.process import EngineProcess
 from evaluator.speed_table import VERSION, Probe, Shape, SpeedTable
 from search.config.study_file import Range
 from search.say import Say
@@ -205,9 +211,31 @@ def _servable(setting: Setting, plan: CompressionPlan) -> bool:
     return (refused or build.check(plan, model.checkpoint, model.family, kernels=setting.kernels)) is None
 
 
+def stand_ins(setting: Setting) -> list[Setting]:
+    """Return the settings whose batches of requests stand for a server's load: one for each concurrency, rising.
+
+    Requests have the mean lengths of those that the server gets. There is none where no server is timed, and none where
+    requests come at a rate: then the server decides how many run at once.
+    """
+    file, workload = setting.file, setting.workload
+    if workload.kind != "serve" or workload.request_rate is not None:
+        return []
+    prompts = [len(one) for one in setting.prompts] or workload.input_tokens
+    lengths = {"input_tokens": round(statistics.fmean(prompts)), "output_tokens": sum(workload.output_tokens) // 2}
+    fixed = {"kind": "batch", "ignore_eos": True, **{name: (length, length) for name, length in lengths.items()}}
+    found = []
+    for together in sorted(set(workload.concurrencies)):
+        changed = {**fixed, "requests": together, "max_num_seqs": together}
+        section = file.evaluation.workload.model_copy(update=changed)
+        evaluation = file.evaluation.model_copy(update={"workload": section})
+        its_file = file.model_copy(update={"evaluation": evaluation})
+        found.append(dataclasses.replace(setting, file=its_file, prompts=()))
+    return found
+
+
 def missing(setting: Setting) -> list[tuple[CompressionPlan, bool]]:
-    """Return the probes that the table lacks, as `probes` does; none where a server is timed, which has no table."""
-    if setting.workload.kind == "serve":
+    """Return the probes that the table lacks, as `probes` does; none where nothing can stand for a server."""
+    if setting.workload.kind == "serve" and not stand_ins(setting):
         return []
     table = known(setting)
     timed = set() if table is None else {probe.shape for probe in table.probes}
@@ -226,6 +254,17 @@ def speed_table(setting: Setting, engines: Engines, say: Say, ahead: Ahead | Non
     Raises:
         EvaluationError: The baseline's engine failed.
     """
+    batches = stand_ins(setting)
+    if not batches:
+        return _made(setting, engines, [setting.workload], setting, say, ahead)
+    with Engines(batches[-1]) as own:  # an engine has room for as many as it is started for
+        return _made(setting, own, [each.workload for each in batches], batches[-1], say, None)
+
+
+def _made(
+    setting: Setting, engines: Engines, workloads: Sequence[Workload], started: Setting, say: Say, ahead: Ahead | None
+) -> SpeedTable | None:
+    """Return the table of a setting; its engines are started as `started` wants them, and timed on some workloads."""
     table = known(setting) or SpeedTable(_base_shape(setting), {}, ())
     left = dict(missing(setting))  # plan → whether it only checks
     total, done = len(left), 0
@@ -234,11 +273,12 @@ def speed_table(setting: Setting, engines: Engines, say: Say, ahead: Ahead | Non
         if group is None:
             engines.baseline()  # its memory is taken before there is counted what fits
             plans = list(left)
-            group = SideBySide(setting, engines, plans[: max(1, fitting(setting, plans))])
+            group = SideBySide(started, engines, plans[: max(1, fitting(started, plans))])
         last = done + len(group.plans)
         say(f"speed table: {f'model {last}' if last == done + 1 else f'models {done + 1} to {last}'} of {total}")
         with group:
-            table = _timed(setting, engines, table, [(plan, left.pop(plan)) for plan in group.plans], group, say)
+            pairs = [(plan, left.pop(plan)) for plan in group.plans]
+            table = _timed(setting, engines, table, pairs, group, workloads, say)
         done = last
         cached.keep_json(path_of(setting), table.to_dict())
     return table if table.probes else None
@@ -250,6 +290,7 @@ def _timed(
     table: SpeedTable,
     pairs: Sequence[tuple[CompressionPlan, bool]],
     group: SideBySide,
+    workloads: Sequence[Workload],
     say: Say,
 ) -> SpeedTable:
     baseline = engines.baseline()
@@ -257,10 +298,6 @@ def _timed(
     ready = [(pair, engine) for pair, engine in zip(pairs, running, strict=True) if engine is not None]
     if not ready:
         return table
-    most = TURNS if setting.machine.device == "cuda" else FEW_TURNS
-    workload = dataclasses.replace(setting.workload, turns=min(setting.workload.turns, most))
-    if workload.kind == "batch":
-        workload = batch.of_fixed_lengths(workload)
     watch = GpuWatch.of(baseline.facts())
 
     def progress(done: int, total: int) -> None:
@@ -268,7 +305,7 @@ def _timed(
         say(f"speed table: timing, turn {done} of {total}")
 
     each = [engine for _, engine in ready]
-    every = watch.steady(lambda: speed.time_all(each, baseline, workload, RATIO_SE, progress))
+    every = watch.steady(lambda: _every(each, baseline, [_few_turns(setting, one) for one in workloads], progress))
     for text in watch.record.warnings if watch.record else ():
         LOG.warning("speed table: %s", text)
     for (plan, check), timings in zip([pair for pair, _ in ready], every, strict=True):
@@ -283,3 +320,25 @@ def _timed(
             table = dataclasses.replace(table, base_ms=base_ms)
         table = table.with_probe(probe)
     return table
+
+
+def _few_turns(setting: Setting, workload: Workload) -> Workload:
+    """Return a workload as probes are timed on it: random weights end no answer."""
+    most = TURNS if setting.machine.device == "cuda" else FEW_TURNS
+    few = dataclasses.replace(workload, turns=min(workload.turns, most))
+    return batch.of_fixed_lengths(few) if few.kind == "batch" else few
+
+
+def _every(
+    engines: Sequence[EngineProcess],
+    baseline: EngineProcess,
+    workloads: Sequence[Workload],
+    progress: Callable[[int, int], None],
+) -> list[dict[int, Timing]]:
+    """Return the timings of each engine by batch size, over all workloads."""
+    found: list[dict[int, Timing]] = [{} for _ in engines]
+    for workload in workloads:
+        timed = speed.time_all(engines, baseline, workload, RATIO_SE, progress)
+        for known_sizes, timings in zip(found, timed, strict=True):
+            known_sizes.update(timings)
+    return found

@@ -40,7 +40,8 @@ def view(made: Forecast, own_score: float, times: StepTimes) -> ForecastView:
         engine=setting.machine.backend,
         base_ms=base_ms,
         floor_ms=floor_ms,
-        whole_requests=setting.workload.kind == "batch",
+        whole_requests=setting.workload.kind != "decode",
+        stands_for_server=setting.workload.kind == "serve" and made.speed is not None,
         steps=tuple(Step(size, wall, times.busy_ms.get(size), floor_ms) for size, wall in base_ms.items()),
         own_score=own_score,
         pays=_pays(made),
@@ -66,8 +67,9 @@ def _pays(made: Forecast) -> tuple[Pays, ...]:
     own = setting.model.identity
     rows = []
     for precision in dict.fromkeys([own.precision, *(setting.file.space.precision or [])]):
-        shape = speed_table.shape_of(setting, dataclasses.replace(own, precision=precision))
-        ratio, error = table.time_ratio(shape)
+        plan = dataclasses.replace(own, precision=precision)
+        shape = speed_table.shape_of(setting, plan)
+        ratio, error = made.time_ratio(plan)
         less, _ = table.time_ratio(dataclasses.replace(shape, num_hidden_layers=shape.num_hidden_layers - 1))
         parts = {size: dataclasses.asdict(table.parts(shape, size)) for size in table.base_ms}
         rows.append(Pays(precision, ratio, error, ratio - less, parts))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from evaluator import serve_bench, served, server
 from evaluator.measurement import Measurement, Workload
+from evaluator.speed_table import SpeedTable
 from search.config import compose
 from search.errors import UsageError
 from search.json_values import measurement_from
@@ -17,6 +19,8 @@ from search.setup import setting
 from search.setup.definition import of_file
 from search.setup.server import require_serving
 from search.show import served_table
+from search.stages import speed_table
+from search.stages.forecast import STAND_IN_ERROR
 
 RESULT = json.loads((Path(__file__).parents[1] / "evaluator" / "results" / "vllm_bench_serve.json").read_text())
 SERVE = {
@@ -202,6 +206,60 @@ def test_a_study_of_servers(cli, stand_ins, tmp_path, pico_llama):
     assert all(pair["time_ratio"] == pytest.approx(0.8) for pair in pairs)
     assert (tmp_path / "outputs/logs/server-confirm-1.log").exists()
     assert not list((tmp_path / "outputs").glob("forecast/speed-*"))
+
+
+FORECAST = """
+defaults: [_base, _self_]
+study_name: served
+storage: sqlite:///{home}/studies.db
+outputs: {home}/outputs
+model: {{source: {model}}}
+space:
+  num_hidden_layers: {{low: 2, high: 4}}
+text: {{window: 32, shards: 3, calibration_windows: 2}}
+evaluation:
+  backend: transformers
+  score_se: 0
+  workload:
+    {{kind: serve, concurrencies: [3, 1], requests: 3, input_tokens: [4, 12], output_tokens: [2, 4], turns: 4}}
+tracking: {{mlflow: false}}
+"""
+
+
+def test_engines_stand_for_servers_in_a_forecast(cli, stand_ins, tmp_path, pico_llama):
+    """Of each concurrency they are given as many requests at once, of mean lengths; and that is said."""
+    (tmp_path / "served.yaml").write_text(FORECAST.format(home=tmp_path, model=pico_llama))
+    prepared = setting.prepare(compose.load("served", (), tmp_path))
+    batches = speed_table.stand_ins(prepared)
+    assert [one.workload.sizes for one in batches] == [(1,), (3,)]
+    for one in batches:
+        assert len(one.workload.asked) == one.workload.sizes[0]
+        assert {(len(each.prompt), each.limits.max_tokens) for each in one.workload.asked} == {(8, 3)}
+        assert all(each.limits.ignore_eos for each in one.workload.asked)
+    of_file = dataclasses.replace(prepared, prompts=((1,) * 20, (2,) * 30, (3,) * 25))
+    assert {len(each.prompt) for one in speed_table.stand_ins(of_file) for each in one.workload.asked} == {25}
+    words = ("forecast", "--study", "served", "--config-dir", tmp_path)
+    ended = cli(*words, "--json", cwd=tmp_path)
+    assert ended.status == 0, ended.err
+    assert ended.json["stands_for_server"]
+    assert list(ended.json["base_ms"]) == ["1", "3"]
+    (table,) = (tmp_path / "outputs/forecast").glob("speed-*.json")
+    made = SpeedTable.from_dict(json.loads(table.read_text()))
+    assert made.probes
+    assert all(set(probe.ratio) == {1, 3} for probe in made.probes)
+    best = ended.json["best"][0]
+    assert best["speed_norm_se"] >= math.hypot(made.ratio_error, STAND_IN_ERROR) - 1e-9
+    before = table.stat().st_mtime_ns
+    shown = cli(*words, cwd=tmp_path)
+    assert "no server was started for these times" in " ".join(shown.out.split())
+    assert table.stat().st_mtime_ns == before
+
+
+def test_at_a_rate_nothing_stands_for_a_server(stand_ins, tmp_path, pico_llama):
+    (tmp_path / "served.yaml").write_text(FORECAST.format(home=tmp_path, model=pico_llama))
+    prepared = setting.prepare(compose.load("served", ["evaluation.workload.request_rate=2"], tmp_path))
+    assert speed_table.stand_ins(prepared) == []
+    assert speed_table.missing(prepared) == []
 
 
 def pairs_in(file):
