@@ -105,6 +105,7 @@ def evaluate_candidate(
     measured = with_screen(measured, screen)
     confirmed = None if base_loss is None else _confirmed(_loss_of(nll), base_loss, report)
     evaluation = evaluation_of(setting, measured, baseline, plan, name=name, words=words, report_text=confirmed)
+    evaluation = evaluation.with_speeds_of(Evaluation.read(path))
     try:
         write_json(path / RESULT, evaluation.to_dict())
     except OSError as error:

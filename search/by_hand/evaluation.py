@@ -14,8 +14,9 @@ from compressors.plan import CompressionPlan
 from compressors.typed_json import typed
 from evaluator import lengths
 from evaluator.lengths import TOLERANCE
-from evaluator.measurement import METRICS, OF_ANSWERS, Measurement
+from evaluator.measurement import METRICS, OF_ANSWERS, Measurement, Workload
 from evaluator.score import Formula, Score, score_of
+from evaluator.served import Served
 from search import secrets
 from search.json_values import measurement_from
 from search.setup import keys
@@ -54,6 +55,43 @@ class BaseModel:
 
 
 @dataclasses.dataclass(frozen=True)
+class Speed:
+    """Speed holds the times of a model and of its base model under one workload; see `evaluator.measurement`.
+
+    Attributes:
+        workload: What was timed.
+        date: When it was measured, in ISO 8601.
+        device: The device's name.
+        engine_version: The engine and its version.
+        served: What the model's server did under each load, of a workload of kind serve.
+        base_served: The same of the base model's.
+    """
+
+    workload: Workload
+    date: str
+    device: str
+    engine_version: str
+    time_per_token_ms: float
+    time_per_token_ms_se: float
+    base_time_per_token_ms: float
+    base_time_per_token_ms_se: float
+    time_ratio: float
+    time_ratio_se: float
+    served: tuple[Served, ...] = ()
+    base_served: tuple[Served, ...] = ()
+
+    @classmethod
+    def of(cls, measured: Measurement, baseline: Measurement, date: str) -> Speed:
+        """Return the times of a measurement."""
+        names = {field.name for field in dataclasses.fields(cls)} - {"date", "base_served"}
+        return cls(date=date, base_served=baseline.served, **{name: getattr(measured, name) for name in names})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {**dataclasses.asdict(self), "workload": self.workload.to_dict()}
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Evaluation holds the measurements of a model and its base model, with everything that a report needs.
 
@@ -72,6 +110,7 @@ class Evaluation:
         study: The study of an exported trial.
         trial: The number of an exported trial.
         confirmed: The numbers of an exported trial in fresh engine processes, where it was confirmed.
+        other_speeds: The times of the same weights under workloads of other kinds, which were measured before.
     """
 
     name: str
@@ -91,6 +130,31 @@ class Evaluation:
     study: str | None = None
     trial: int | None = None
     confirmed: Mapping[str, Any] | None = None
+    other_speeds: tuple[Speed, ...] = ()
+
+    @property
+    def speeds(self) -> tuple[Speed, ...]:
+        """The times of the model: those that its Score is made of, then those under workloads of other kinds."""
+        own = (Speed.of(self.measurement, self.baseline, self.date),) if self.measurement.timed else ()
+        return (*own, *self.other_speeds)
+
+    def with_speeds_of(self, before: Evaluation | None) -> Evaluation:
+        """Return the evaluation with the times of an older one that were taken under workloads of other kinds.
+
+        They are left out where the weights, the base model, the device or the engine were others.
+        """
+        if before is None or before.model.digest != self.model.digest:
+            return self
+        if before.measurement.weights_sha256 != self.measurement.weights_sha256:
+            return self
+        own = self.measurement
+        kept = [
+            speed
+            for speed in before.speeds
+            if speed.workload.kind != own.workload.kind
+            and (speed.device, speed.engine_version) == (own.device, own.engine_version)
+        ]
+        return dataclasses.replace(self, other_speeds=tuple(kept))
 
     @property
     def length_warning(self) -> str | None:
@@ -114,6 +178,7 @@ class Evaluation:
         """Return plain JSON values: the contents of eval_result.json."""
         exported = {} if self.trial is None else {"study": self.study, "trial": self.trial}
         confirmed = {} if self.confirmed is None else {"confirmed": dict(self.confirmed)}
+        others = [speed.to_dict() for speed in self.other_speeds]
         return {
             "name": self.name,
             **exported,
@@ -131,6 +196,7 @@ class Evaluation:
             "baseline": self.baseline.to_dict(),
             "report_text": None if self.report_text is None else dataclasses.asdict(self.report_text),
             "settings": dict(self.settings),
+            **({"other_speeds": others} if others else {}),
         }
 
     @classmethod

@@ -15,14 +15,14 @@ from compressors.model import model_directory, structure
 from evaluator.measure import UNTIMED_NOTE
 from evaluator.measurement import METRICS, OF_ANSWERS, Measurement
 from evaluator.metrics import UNKNOWN, Shown, shown
-from evaluator.score import Formula
+from evaluator.score import Formula, standard_error
 from search import files, secrets
-from search.by_hand import compress, report_answers
+from search.by_hand import compress, report_answers, report_speeds
 from search.by_hand.evaluation import RESULT, Evaluation
 from search.config import references
 from search.errors import UsageError
 from search.setup import sources
-from search.show import plots, served_table, verdict
+from search.show import plots, verdict
 from search.show.baseline_text import PREDICTED, noise_floor
 from search.show.confirmed_row import ConfirmedRow
 from search.show.rows import Row
@@ -148,7 +148,7 @@ def text(
         _changes(evaluation),
         "## Where the time comes from",
         _time(evaluation, path),
-        *_served(evaluation),
+        *report_speeds.parts(evaluation),
         "## Where the loss comes from",
         _loss(evaluation),
         *(["![Loss of each shard](shards.png)"] if with_plots else []),
@@ -222,25 +222,11 @@ def _changes(evaluation: Evaluation) -> str:
     return _table(["", "base model", "model"], rows) if rows else "Nothing: it is the base model."
 
 
-def _served(evaluation: Evaluation) -> list[str]:
-    """Return the section of what servers did under each load; none where no server was timed."""
-    rows = served_table.rows(evaluation.measurement, evaluation.baseline)
-    if not rows:
-        return []
-    limits = ", ".join(f"{name} {value:g}" for name, value in evaluation.measurement.workload.goodput.items())
-    good = f" A good request keeps {limits}." if limits else ""
-    return ["## Under load", _table(list(served_table.HEADER), rows), f"{served_table.CAPTION}{good}"]
-
-
 def _time(evaluation: Evaluation, path: Path) -> str:
     m, b = evaluation.measurement, evaluation.baseline
     workload = m.workload
-    if workload.kind == "decode":
-        what = f"{m.timing_samples} decode steps, batch sizes {', '.join(map(str, workload.batch_sizes))}"
-    elif workload.kind == "serve":
-        what = f"{m.timing_samples} runs of {workload.requests} requests to a server"
-    else:
-        what = f"{m.timing_samples} runs of {workload.requests} requests, at most {workload.sizes[0]} at once"
+    runs = "" if workload.kind == "decode" else "runs of "
+    what = f"{m.timing_samples} {runs}{report_speeds.workload_in_words(workload)}"
     timed = (
         f"A token takes {m.time_per_token_ms:.4f} ms, and {m.base_time_per_token_ms:.4f} ms with the baseline, which "
         f"was timed in turn with the model: the ratio is {m.time_ratio:.4f} ± {m.time_ratio_se:.4f} "
@@ -292,8 +278,9 @@ def _loss(evaluation: Evaluation) -> str:
     lost = [after - before for before, after in zip(b.shard_nll, m.shard_nll, strict=True)]
     worst = sorted(range(len(lost)), key=lambda index: -lost[index])[:SHARDS_SHOWN]
     lines = [
-        f"On {m.tokens:,} tokens the loss is {m.nll_nats_per_token:.4f} nats per token; the baseline's is "
-        f"{b.nll_nats_per_token:.4f}, so the difference is {m.nll_nats_per_token - b.nll_nats_per_token:+.4f}. "
+        f"On {m.tokens:,} tokens the loss is {_pm(m.nll_nats_per_token, m.nll_nats_per_token_se)} nats per token; the "
+        f"baseline's is {_pm(b.nll_nats_per_token, b.nll_nats_per_token_se)}. The difference, paired over the shards, "
+        f"is {_signed(m.nll_nats_per_token - b.nll_nats_per_token, standard_error(lost))}. "
         f"The loss rises on {sum(value > 0 for value in lost)} of {len(lost)} shards, most of all on these:",
         "",
         _table(

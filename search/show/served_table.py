@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.table import Table
 
 from evaluator.measurement import Measurement
@@ -14,11 +16,16 @@ HEADER = (
 CAPTION = "Times: p50 / p95 / p99 over the requests, means of all runs; the baseline's are of its own measurement."
 
 
-def rows(measurement: Measurement, baseline: Measurement) -> list[list[str]]:
-    """Return the cells under HEADER: of each load a row of the baseline and one of the model; none without a server."""
-    of_base = {run.load: run for run in baseline.served}
+def rows(served: Sequence[Served], base_served: Sequence[Served]) -> list[list[str]]:
+    """Return the cells under HEADER: of each load a row of the baseline and one of the model; none without a server.
+
+    Args:
+        served: What the model's server did under each load.
+        base_served: The same of the base model's.
+    """
+    of_base = {run.load: run for run in base_served}
     found = []
-    for run in measurement.served:
+    for run in served:
         base = of_base.get(run.load)
         if base is not None:
             found.append(_row("baseline", base))
@@ -31,7 +38,7 @@ def render(measurement: Measurement, baseline: Measurement) -> Table:
     table = Table(title="Under load", caption=CAPTION)
     for number, name in enumerate(HEADER):
         table.add_column(name, justify="left" if number < 2 else "right")
-    for row in rows(measurement, baseline):
+    for row in rows(measurement.served, baseline.served):
         table.add_row(*row)
     return table
 

@@ -4,12 +4,14 @@ import dataclasses
 import datetime
 import io
 import json
+from pathlib import Path
 
 import optuna
 import pytest
 import rich.console
 
 from compressors.plan import CompressionPlan
+from evaluator import served
 from evaluator.measurement import METRICS, Measurement, TaskResult, Workload
 from evaluator.score import Formula, score_of
 from search.by_hand import report
@@ -22,6 +24,10 @@ from search.study.record import Record
 
 BASE = CompressionPlan(5, 6, 3, 96, 160, "bfloat16")
 PLAN = CompressionPlan(4, 6, 3, 96, 160, "W8A8", quantizer="gptq")
+RESULT_OF_A_SERVER = json.loads(
+    (Path(__file__).parents[1] / "evaluator" / "results" / "vllm_bench_serve.json").read_text()
+)
+SERVED = Workload(kind="serve", concurrencies=(8,), requests=128, goodput={"ttft_ms": 500.0})
 CIRCUMSTANCES = {"backend": "transformers", "workload": {"batch_sizes": [1]}}
 
 
@@ -100,6 +106,49 @@ def test_an_export_names_its_trial_and_an_evaluation_the_words_of_its_command_li
     by_hand, exported = evaluation().to_dict(), evaluation(words=None, study="demo", trial=3).to_dict()
     assert set(by_hand) - set(exported) == {"words"}
     assert set(exported) - set(by_hand) == {"study", "trial"}
+
+
+def test_times_under_other_kinds_stay_beside_those_of_the_score(tmp_path):
+    runs = (served.of_result(RESULT_OF_A_SERVER, 8, None),)
+    of_decode = evaluation()
+    of_server = evaluation(
+        measurement=dataclasses.replace(measurement(1.2, 0.6), workload=SERVED, served=runs),
+        baseline=dataclasses.replace(measurement(1.0, 1.0), workload=SERVED, served=runs),
+        date="2026-01-02T00:00:00+00:00",
+    ).with_speeds_of(of_decode)
+    of_batch = evaluation(measurement=dataclasses.replace(measurement(1.2, 0.9), workload=Workload(kind="batch")))
+    of_batch = of_batch.with_speeds_of(of_server)
+    assert [speed.workload.kind for speed in of_batch.speeds] == ["batch", "serve", "decode"]
+    assert [speed.workload.kind for speed in evaluation().with_speeds_of(of_batch).speeds] == [
+        *("decode", "batch", "serve")
+    ]
+    assert Evaluation.from_dict(json.loads(json.dumps(of_batch.to_dict()))) == of_batch
+    text = report.text(of_batch, tmp_path, "all", None, datetime.date(2026, 1, 3))
+    assert "## Speed by kind of workload" in text
+    assert (
+        "| serve: 128 requests to a server, 8 at once | 10.0000 ± 0.1000 | 6.0000 ± 0.1000 | +0.4000 ± 0.0100 |" in text
+    )
+    assert "| decode: decode steps, batch sizes 1 | 10.0000 ± 0.1000 | 7.0000 ± 0.1000 | +0.3000 ± 0.0100 |" in text
+    assert "## Under load" in text
+    alone = report.text(of_decode, tmp_path, "one", None, datetime.date(2026, 1, 3))
+    assert "## Speed by kind of workload" not in alone
+    assert "is 1.2000 ± 0.0100 nats per token; the baseline's is 1.0000 ± 0.0100" in alone
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"measurement": dataclasses.replace(measurement(1.2, 0.7), weights_sha256="others")},
+        {"measurement": dataclasses.replace(measurement(1.2, 0.7), device="another")},
+        {"measurement": dataclasses.replace(measurement(1.2, 0.7), engine_version="2")},
+        {"measurement": dataclasses.replace(measurement(1.2, 0.7), timing_samples=0)},
+        {"model": BaseModel("base", "others")},
+    ],
+)
+def test_times_of_other_weights_or_another_machine_do_not_stay(other):
+    of_batch = evaluation(measurement=dataclasses.replace(measurement(1.2, 0.9), workload=Workload(kind="batch")))
+    assert of_batch.with_speeds_of(evaluation(**other)).other_speeds == ()
+    assert of_batch.with_speeds_of(None).other_speeds == ()
 
 
 def test_keys_of_another_version_are_ignored_and_missing_options_get_their_defaults():

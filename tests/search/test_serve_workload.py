@@ -9,7 +9,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from evaluator import serve_bench, served, server
+from evaluator import backends, serve_bench, served, server
 from evaluator.measurement import Measurement, Workload
 from evaluator.speed_table import SpeedTable
 from search.config import compose
@@ -262,6 +262,50 @@ def test_at_a_rate_nothing_stands_for_a_server(stand_ins, tmp_path, pico_llama):
     assert speed_table.missing(prepared) == []
 
 
+CHATS = """
+defaults: [_base, _self_]
+study_name: chats
+outputs: {home}/outputs
+model: {{source: {model}}}
+text: {{window: 32, shards: 2, calibration_windows: 2, report: null, prompts: {home}/chats.jsonl}}
+evaluation:
+  backend: vllm
+  gpu_memory_utilization: 0.1
+  workload:
+    kind: serve
+    request_rate: 4
+    requests: 3
+    output_tokens: [4, 12]
+    ignore_eos: false
+    goodput: {{e2el_ms: 60000}}
+    server: {{max_model_len: 256, enforce_eager: true}}
+    turns: 2
+tracking: {{mlflow: false}}
+"""
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(backends.unavailable("vllm") is not None, reason=str(backends.unavailable("vllm")))
+def test_chats_of_a_file_come_to_a_real_server_at_a_rate(cli, smollm2, tmp_path):
+    """The server reads the very tokens that the model's template gives, and answers end by themselves."""
+    questions = ("Name a capital.", "What is 2 + 3? Answer with the number alone.", "Say «hello» in French, and stop.")
+    chats = [{"messages": [{"role": "user", "content": question}]} for question in questions]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)) + "\n")
+    (tmp_path / "chats.yaml").write_text(CHATS.format(home=tmp_path, model=smollm2))
+    ended = cli("baseline", "--study", "chats", "--config-dir", tmp_path, "--json", cwd=tmp_path)
+    assert ended.status == 0, ended.err
+    (run,) = ended.json["served"]
+    asked = setting.prepare(compose.load("chats", (), tmp_path), search=False).prompts
+    assert (run["request_rate"], run["concurrency"], run["requests"]) == (4.0, None, 3)
+    assert run["input_tokens"] == sum(map(len, asked))
+    assert 3 <= run["output_tokens"] <= 36
+    assert run["goodput_per_s"] == pytest.approx(run["requests_per_s"])
+    latency = run["e2el_ms"]["mean"] * 3 / run["output_tokens"]  # of the first run that counts, and of all
+    assert ended.json["time_per_token_ms"] == pytest.approx(latency, rel=0.5)
+    log = (tmp_path / "outputs/logs/server-baseline.log").read_text()
+    assert "enforce_eager" in log
+
+
 def pairs_in(file):
     return json.loads(file.read_text()).get("pairs", [])
 
@@ -269,7 +313,7 @@ def pairs_in(file):
 def test_a_report_shows_each_load_beside_the_baselines():
     runs = (served.of_result(RESULT, 1, None), served.of_result(RESULT, 8, None))
     faster = dataclasses.replace(runs[0], tokens_per_s=1234.5, goodput_per_s=None)
-    rows = served_table.rows(measurement(served=(faster, runs[1])), measurement(served=runs))
+    rows = served_table.rows((faster, runs[1]), runs)
     assert [row[:3] for row in rows] == [
         ["1 at once", "baseline", "65.1"],
         ["1 at once", "model", "1,234.5"],
@@ -279,4 +323,4 @@ def test_a_report_shows_each_load_beside_the_baselines():
     assert [row[4] for row in rows] == ["3.07", "", "3.07", "3.07"]
     assert rows[0][5] == "114.9 / 207.3 / 207.4"
     assert len(rows[0]) == len(served_table.HEADER)
-    assert served_table.rows(measurement(), measurement()) == []
+    assert served_table.rows((), runs) == []
