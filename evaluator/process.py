@@ -25,12 +25,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from evaluator import answering, backends, errors, forkserver
+from evaluator import answering, backends, errors, forkserver, last_words
 from evaluator.backends import EngineSettings
 from evaluator.errors import BackendUnavailable, EngineCrashed, EngineOutOfMemory, EngineTimeout, NotFinite
 from evaluator.generation import Answer, Limits
 
-QUOTED_LINES = 3  # of the log, in an error's text
 ANSWER_S = 30.0  # forking and killing take no time: an answer that takes longer means that the warm process hangs
 GRACE_S = 2.0  # the time in which an engine whose socket ended may leave an exit status
 LESS_MEMORY = "lower the batch sizes, the window or gpu_memory_utilization, or free memory"
@@ -210,7 +209,7 @@ class EngineProcess:
                 self._end()
                 raise EngineTimeout(
                     f"{self.backend} engine, {self.path.name}: {what} took longer than {allowed_s:g} s and was killed; "
-                    f"raise {'start' if what == 'start' else 'call'}_timeout_s{self._last_lines()}"
+                    f"raise {'start' if what == 'start' else 'call'}_timeout_s{last_words.of(self.log)}"
                 )
             answer: dict[str, Any] = json.loads(self._connection.recv_bytes())
         except (EOFError, ConnectionError):
@@ -228,14 +227,14 @@ class EngineProcess:
             return _killed(
                 EngineOutOfMemory(
                     f"{where} the process was killed from outside, as the kernel does when memory runs out; "
-                    f"{LESS_MEMORY}{self._last_lines()}"
+                    f"{LESS_MEMORY}{last_words.of(self.log)}"
                 )
             )
         if status is not None and status < 0:
             how = f"the process ended with {signal.Signals(-status).name}"
         else:
             how = f"the process ended{'' if status is None else f' with status {status}'}"
-        error = EngineCrashed(f"{where} {how}; its log is {self.log}{self._last_lines()}")
+        error = EngineCrashed(f"{where} {how}; its log is {self.log}{last_words.of(self.log)}")
         return _killed(error) if status is None or status < 0 else error
 
     def _error(self, answer: dict[str, Any], what: str) -> errors.EvaluationError:
@@ -249,14 +248,6 @@ class EngineProcess:
             return None
         connection.close()
         return self._server.end(self.pid, grace)
-
-    def _last_lines(self) -> str:
-        try:
-            lines = self.log.read_bytes()[-4000:].decode(errors="replace").split("\n")
-        except OSError:
-            return ""
-        quoted = [line.strip() for line in lines if line.strip()][-QUOTED_LINES:]
-        return f" (its last words: {' | '.join(quoted)})" if quoted else ""
 
 
 def _killed(error: EngineCrashed) -> EngineCrashed:
@@ -355,10 +346,9 @@ class _Server:
         self.process.kill()
         status = self.process.wait()
         self.messages.seek(0)
-        lines = [line.strip() for line in self.messages.read().decode(errors="replace").split("\n") if line.strip()]
+        told = last_words.of_text(self.messages.read().decode(errors="replace")) or "it said nothing"
         error = EngineCrashed(
-            f"backend {self.backend}: the process that imports its libraries ended with status {status}: "
-            f"{' | '.join(lines[-QUOTED_LINES:]) or 'it said nothing'}"
+            f"backend {self.backend}: the process that imports its libraries ended with status {status}: {told}"
         )
         return _killed(error) if ended is not None and ended < 0 else error
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluator import keeper, served
+from evaluator import keeper, last_words, served
 from evaluator.errors import EngineCrashed, EngineTimeout
 from evaluator.measurement import Workload
 from evaluator.served import Served
@@ -20,7 +20,6 @@ from readers import json_reader
 
 PERCENTILES = "50,95,99"
 RESULT, PROMPTS = "result.json", "prompts.jsonl"
-QUOTED_LINES = 3
 
 
 def command(server: Server, workload: Workload, concurrency: int | None, directory: Path) -> list[str]:
@@ -100,13 +99,15 @@ def run(server: Server, workload: Workload, concurrency: int | None, timeout_s: 
             )
         result = directory / RESULT
         if status or not result.is_file():
-            told = f"the server ended{server.last_lines()}" if not server.alive else f"it failed{_last_lines(log)}"
+            told = (
+                f"the server ended{last_words.of(server.log)}" if not server.alive else f"it failed{last_words.of(log)}"
+            )
             raise EngineCrashed(f"{where} {told}; the server's log is {server.log}")
         try:
             rate = workload.request_rate if concurrency is None else None
             return served.of_result(json_reader.read(result, finite=False), concurrency, rate)
         except ValueError as error:
-            raise EngineCrashed(f"{where} {error}{_last_lines(log)}; the server's log is {server.log}") from None
+            raise EngineCrashed(f"{where} {error}{last_words.of(log)}; the server's log is {server.log}") from None
 
 
 def prompts(workload: Workload) -> str:
@@ -126,13 +127,6 @@ def _run(words: Sequence[str], log: Path, timeout_s: float) -> int | None:
         return None
     finally:
         keeper.end(process)
-
-
-def _last_lines(log: Path) -> str:
-    lines = log.read_bytes()[-8000:].decode(errors="replace").split("\n")
-    told = [line.strip() for line in lines if line.strip() and "leaked" not in line]  # of nanobind, at every end
-    wrong = [line for line in told if "error" in line.lower()] or told
-    return f" (its last words: {' | '.join(line[:200] for line in wrong[-QUOTED_LINES:])})" if told else ""
 
 
 class Timed:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from evaluator import keeper
+from evaluator import keeper, last_words
 from evaluator.errors import EngineCrashed, EngineOutOfMemory, EngineTimeout
 from evaluator.forkserver import OUT_OF_MEMORY
 
@@ -28,7 +28,6 @@ HOST = "127.0.0.1"
 TRIES = 3  # ports: another program may take one before the server does
 PORT_TAKEN = ("address already in use", "eaddrinuse")
 LOOK_S = 0.5
-QUOTED_LINES = 3
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
@@ -126,17 +125,12 @@ class Server:
         if status != 200:
             raise EngineCrashed(
                 f"vllm serve, {self.path.name}: it does not empty its prefix cache (HTTP {status}), so that its second "
-                f"run would be faster than its first; its log is {self.log}{self.last_lines()}"
+                f"run would be faster than its first; its log is {self.log}{last_words.of(self.log)}"
             )
 
     def close(self) -> None:
         """Kill the server and what it started. A second call does nothing."""
         keeper.end(self._keeper)
-
-    def last_lines(self) -> str:
-        """Return the log's last lines, to be quoted in an error."""
-        quoted = [line.strip() for line in self._text().split("\n") if line.strip()][-QUOTED_LINES:]
-        return f" (its last words: {' | '.join(quoted)})" if quoted else ""
 
     def __enter__(self) -> Server:
         return self
@@ -164,7 +158,7 @@ class Server:
                 if time.monotonic() > self._deadline:
                     raise EngineTimeout(
                         f"vllm serve, {self.path.name}: it was not ready after {self._timeout_s:g} s and was killed; "
-                        f"raise start_timeout_s{self.last_lines()}"
+                        f"raise start_timeout_s{last_words.of(self.log)}"
                     )
                 time.sleep(LOOK_S)
         except BaseException:
@@ -190,7 +184,7 @@ class Server:
         except (OSError, http.client.HTTPException) as error:
             raise EngineCrashed(
                 f"vllm serve, {self.path.name}: it does not answer ({type(error).__name__}); its log is "
-                f"{self.log}{self.last_lines()}"
+                f"{self.log}{last_words.of(self.log)}"
             ) from None
         finally:
             connection.close()
@@ -201,9 +195,9 @@ class Server:
         if any(words in text for words in OUT_OF_MEMORY):
             return EngineOutOfMemory(
                 f"{where} it found too little memory; lower gpu_memory_utilization or max_model_len, or free memory"
-                f"{self.last_lines()}"
+                f"{last_words.of(self.log)}"
             )
-        return EngineCrashed(f"{where} it ended; its log is {self.log}{self.last_lines()}")
+        return EngineCrashed(f"{where} it ended; its log is {self.log}{last_words.of(self.log)}")
 
     def _text(self) -> str:
         try:
