@@ -6,14 +6,7 @@ process act. So each text is first encoded in a child process with limits; only 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import select
-import signal
-import subprocess
-import sys
-import time
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +14,8 @@ from typing import Any
 from compressors.errors import CheckpointError
 from readers import regular
 from readers.errors import ReadError
-from search.setup.guarded_chat import ChatTemplate, end
+from search.setup.guarded_chat import ChatTemplate
+from search.setup.limited_child import Ended, LimitedChild, TookTooLong
 
 MOST_BYTES = 256_000_000  # of a tokenizer.json
 LOAD_S = 60.0
@@ -126,13 +120,7 @@ class Trial:
             CheckpointError: The tokenizer can't be loaded, or takes too long or too much memory for a short text.
         """
         self._model, self._doubt = model, doubt
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", str(CHILD), str(file)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        self._end = weakref.finalize(self, end, self._process)
+        self._child = LimitedChild(CHILD, str(file))
         self._await(LOAD_S, "to be loaded")
         self.encode(PROBE)
 
@@ -143,26 +131,16 @@ class Trial:
             CheckpointError: It took too long or too much memory, or failed.
         """
         data = text.encode("utf-8", "replace")
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(len(data).to_bytes(4, "big") + data)
-            self._process.stdin.flush()
+        self._child.send(data)
         self._await(ENCODE_S + ENCODE_S_PER_MB * len(data) / 1e6, f"for {len(text):,} characters")
 
     def _await(self, limit_s: float, what: str) -> None:
-        assert self._process.stdout is not None
-        ends, line = time.monotonic() + limit_s, b""
-        while not line.endswith(b"\n"):
-            ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, ends - time.monotonic()))
-            if not ready:
-                self._end()
-                raise self._refused(f"took more than {limit_s:.0f} s {what}")
-            part = self._process.stdout.read1(1000)  # type: ignore[attr-defined]  # a BufferedReader
-            if not part:
-                status = self._process.wait()
-                how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-                raise self._refused(f"needs too much memory or is damaged ({how} {what})")
-            line += part
+        try:
+            line = self._child.line(limit_s)
+        except TookTooLong:
+            raise self._refused(f"took more than {limit_s:.0f} s {what}") from None
+        except Ended as ended:
+            raise self._refused(f"needs too much memory or is damaged ({ended} {what})") from None
         if line != b"ok\n":
             raise self._refused(f"can't be read ({line.decode().strip()})" if "load" in what else f"failed {what}")
 

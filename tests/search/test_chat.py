@@ -133,11 +133,11 @@ def test_what_is_no_template_is_said_with_the_model(with_template):
 
 def test_the_child_starts_with_the_first_chat_and_ends_with_its_tokenizer(with_template):
     ours, _ = with_template(CHATML)
-    assert ours._template._process is None
+    assert ours._template._child is None
     chat.chat_ids(ours, QUESTION)
-    child = ours._template._process.pid
+    child = ours._template._child.pid
     chat.chat_ids(ours, TALK)
-    assert ours._template._process.pid == child
+    assert ours._template._child.pid == child
     del ours
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)

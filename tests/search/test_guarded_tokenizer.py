@@ -101,7 +101,7 @@ def test_a_tokenizer_json_of_many_gigabytes_is_refused(model):
 def test_the_child_ends_with_its_tokenizer(model):
     edit(model, pre_tokenizer=split_by("[0-9]"))
     tokenizer = tokenizer_of(model)
-    child = tokenizer._trial._process.pid
+    child = tokenizer._trial._child.pid
     assert Path(f"/proc/{child}").exists()
     del tokenizer
     with pytest.raises(ProcessLookupError):
