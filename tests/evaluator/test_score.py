@@ -9,36 +9,12 @@ from evaluator import lengths
 from evaluator.errors import NotFinite
 from evaluator.measurement import Answers, Measurement, TaskResult, Workload
 from evaluator.score import Formula, perf_ratio, score_of, standard_error
+from tests.measurements import measurement
 
-BASELINE = Measurement(
-    perplexity=math.exp(2.0),
-    nll_nats_per_token=2.0,
-    nll_nats_per_token_se=0.25,
-    tokens=400,
+BASELINE = measurement(
     shard_nll=(1.5, 2.5, 1.75, 2.25),
-    time_per_token_ms=4.0,
-    time_per_token_ms_se=0.1,
-    base_time_per_token_ms=4.0,
-    base_time_per_token_ms_se=0.1,
-    time_ratio=1.0,
     time_ratio_se=0.02,
-    timing_samples=192,
-    tokens_per_sec=250.0,
-    model_size_mb=1.5,
-    total_parameters=7,
-    number_of_layers=2,
-    number_of_heads=4,
-    hidden_dim=64,
-    backend="transformers",
-    engine_version="transformers 5",
-    transformers_version="5",
-    torch_version="2",
-    device="cpu",
-    dtype="float32",
     workload=Workload(batch_sizes=(1, 4)),
-    text_digest="t",
-    logits_sha256="l",
-    weights_sha256="w",
     seconds={"nll": 1.0},
     notes=("note",),
 )

@@ -12,7 +12,7 @@ import rich.console
 
 from compressors.plan import CompressionPlan
 from evaluator import served
-from evaluator.measurement import METRICS, Measurement, TaskResult, Workload
+from evaluator.measurement import METRICS, TaskResult, Workload
 from evaluator.score import Formula, score_of
 from search.by_hand import report
 from search.by_hand.evaluation import RESULT, BaseModel, Confirmed, Evaluation
@@ -21,6 +21,7 @@ from search.show.rows import Row, by_score
 from search.show.study_state import FinalistResult, FinalistRow, FinalistScore, TrialSummary
 from search.study import dashboard, status
 from search.study.record import Record
+from tests.measurements import measurement
 
 BASE = CompressionPlan(5, 6, 3, 96, 160, "bfloat16")
 PLAN = CompressionPlan(4, 6, 3, 96, 160, "W8A8", quantizer="gptq")
@@ -31,43 +32,23 @@ SERVED = Workload(kind="serve", concurrencies=(8,), requests=128, goodput={"ttft
 CIRCUMSTANCES = {"backend": "transformers", "workload": {"batch_sizes": [1]}}
 
 
-def measurement(nll, ratio):
-    return Measurement(
+def measured(nll, ratio):
+    return measurement(
         perplexity=2.0 + nll,
         nll_nats_per_token=nll,
         nll_nats_per_token_se=0.01,
-        tokens=1000,
         shard_nll=(nll - 0.1, nll + 0.1),
         time_per_token_ms=10 * ratio,
-        time_per_token_ms_se=0.1,
         base_time_per_token_ms=10.0,
-        base_time_per_token_ms_se=0.1,
         time_ratio=ratio,
-        time_ratio_se=0.01,
-        timing_samples=64,
         tokens_per_sec=100 / ratio,
-        model_size_mb=0.5,
-        total_parameters=400_000,
-        number_of_layers=4,
-        number_of_heads=6,
-        hidden_dim=96,
-        backend="transformers",
-        engine_version="1",
-        transformers_version="2",
-        torch_version="3",
-        device="cpu",
-        dtype="float32",
-        workload=Workload(),
-        text_digest="text",
-        logits_sha256="logits",
-        weights_sha256="weights",
         notes=("a note",),
         tasks={"quiz": TaskResult(0.5, 0.1, 2, (0.0, 1.0), "digest")},
     )
 
 
 def evaluation(**changes):
-    base, model = measurement(1.0, 1.0), measurement(1.2, 0.7)
+    base, model = measured(1.0, 1.0), measured(1.2, 0.7)
     formula = Formula(perf=(("perplexity", 2.0), ("quiz", 1.0)))
     values = {
         "name": "drop4",
@@ -112,11 +93,11 @@ def test_times_under_other_kinds_stay_beside_those_of_the_score(tmp_path):
     runs = (served.of_result(RESULT_OF_A_SERVER, 8, None),)
     of_decode = evaluation()
     of_server = evaluation(
-        measurement=dataclasses.replace(measurement(1.2, 0.6), workload=SERVED, served=runs),
-        baseline=dataclasses.replace(measurement(1.0, 1.0), workload=SERVED, served=runs),
+        measurement=dataclasses.replace(measured(1.2, 0.6), workload=SERVED, served=runs),
+        baseline=dataclasses.replace(measured(1.0, 1.0), workload=SERVED, served=runs),
         date="2026-01-02T00:00:00+00:00",
     ).with_speeds_of(of_decode)
-    of_batch = evaluation(measurement=dataclasses.replace(measurement(1.2, 0.9), workload=Workload(kind="batch")))
+    of_batch = evaluation(measurement=dataclasses.replace(measured(1.2, 0.9), workload=Workload(kind="batch")))
     of_batch = of_batch.with_speeds_of(of_server)
     assert [speed.workload.kind for speed in of_batch.speeds] == ["batch", "serve", "decode"]
     assert [speed.workload.kind for speed in evaluation().with_speeds_of(of_batch).speeds] == [
@@ -138,15 +119,15 @@ def test_times_under_other_kinds_stay_beside_those_of_the_score(tmp_path):
 @pytest.mark.parametrize(
     "other",
     [
-        {"measurement": dataclasses.replace(measurement(1.2, 0.7), weights_sha256="others")},
-        {"measurement": dataclasses.replace(measurement(1.2, 0.7), device="another")},
-        {"measurement": dataclasses.replace(measurement(1.2, 0.7), engine_version="2")},
-        {"measurement": dataclasses.replace(measurement(1.2, 0.7), timing_samples=0)},
+        {"measurement": dataclasses.replace(measured(1.2, 0.7), weights_sha256="others")},
+        {"measurement": dataclasses.replace(measured(1.2, 0.7), device="another")},
+        {"measurement": dataclasses.replace(measured(1.2, 0.7), engine_version="2")},
+        {"measurement": dataclasses.replace(measured(1.2, 0.7), timing_samples=0)},
         {"model": BaseModel("base", "others")},
     ],
 )
 def test_times_of_other_weights_or_another_machine_do_not_stay(other):
-    of_batch = evaluation(measurement=dataclasses.replace(measurement(1.2, 0.9), workload=Workload(kind="batch")))
+    of_batch = evaluation(measurement=dataclasses.replace(measured(1.2, 0.9), workload=Workload(kind="batch")))
     assert of_batch.with_speeds_of(evaluation(**other)).other_speeds == ()
     assert of_batch.with_speeds_of(None).other_speeds == ()
 

@@ -6,46 +6,16 @@ import math
 import pytest
 
 from evaluator.measure import UNTIMED, Loss, Partial
-from evaluator.measurement import Measurement, Workload
 from evaluator.score import Formula, score_of
 from evaluator.tasks import result_of
 from search.study import first_answers
+from tests.measurements import measurement
 
 FORMULA = Formula(0.5, 0.5, (("perplexity", 1.0), ("quiz", 1.0), ("tale", 2.0)))
 
 
 def baseline(quiz):
-    return Measurement(
-        perplexity=math.exp(2.0),
-        nll_nats_per_token=2.0,
-        nll_nats_per_token_se=0.1,
-        tokens=400,
-        shard_nll=(2.0, 2.0),
-        time_per_token_ms=4.0,
-        time_per_token_ms_se=0.1,
-        base_time_per_token_ms=4.0,
-        base_time_per_token_ms_se=0.1,
-        time_ratio=1.0,
-        time_ratio_se=0.01,
-        timing_samples=12,
-        tokens_per_sec=250.0,
-        model_size_mb=1.5,
-        total_parameters=7,
-        number_of_layers=2,
-        number_of_heads=4,
-        hidden_dim=64,
-        backend="transformers",
-        engine_version="",
-        transformers_version="5",
-        torch_version="2",
-        device="cpu",
-        dtype="float32",
-        workload=Workload(),
-        text_digest="t",
-        logits_sha256="l",
-        weights_sha256="w",
-        tasks={"quiz": result_of(quiz, "q"), "tale": result_of([1.0, 0.0], "t")},
-    )
+    return measurement(tasks={"quiz": result_of(quiz, "q"), "tale": result_of([1.0, 0.0], "t")})
 
 
 def partial(correct, tasks=(), ratio=0.8):

@@ -10,7 +10,7 @@ import optuna
 import pytest
 
 from evaluator import backends, serve_bench, served, server
-from evaluator.measurement import Measurement, Workload
+from evaluator.measurement import Workload
 from evaluator.speed_table import SpeedTable
 from search.config import compose
 from search.errors import UsageError
@@ -21,6 +21,7 @@ from search.setup.server import require_serving
 from search.show import served_table
 from search.stages import speed_table
 from search.stages.forecast import STAND_IN_ERROR
+from tests.measurements import measurement
 
 RESULT = json.loads((Path(__file__).parents[1] / "evaluator" / "results" / "vllm_bench_serve.json").read_text())
 SERVE = {
@@ -107,19 +108,6 @@ def test_another_engine_is_refused_in_one_line(cli, tmp_path, pico_llama):
     assert ended.status == 2
     assert "serve times `vllm serve`, and the engine is transformers; choose evaluation.backend=vllm" in ended.err
     assert "Traceback" not in ended.err
-
-
-def measurement(**values):
-    required = {
-        field.name: 1.0
-        for field in dataclasses.fields(Measurement)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
-    texts = ("backend", "engine_version", "transformers_version", "torch_version", "device", "dtype", "text_digest")
-    named = dict.fromkeys((*texts, "logits_sha256", "weights_sha256"), "text")
-    counts = ("tokens", "timing_samples", "total_parameters", "number_of_layers", "number_of_heads", "hidden_dim")
-    whole = dict.fromkeys(counts, 4)
-    return Measurement(**{**required, **named, **whole, "shard_nll": (1.0, 2.0), "workload": Workload(), **values})
 
 
 def test_what_a_server_did_is_kept_with_the_measurement():

@@ -7,40 +7,19 @@ import pytest
 import rich.console
 
 from compressors.plan import CompressionPlan
-from evaluator.measurement import Measurement, TaskResult, Workload
+from evaluator.measurement import TaskResult
 from search.show import baseline_text, progress, tables, verdict
 from search.show.study_state import Contender, StudyState, TrialSummary
+from tests.measurements import measurement
 
 PLAN = CompressionPlan(30, 32, 8, 2048, 4096, "bfloat16")
-BASELINE = Measurement(
+BASELINE = measurement(
     perplexity=3.0,
-    nll_nats_per_token=1.1,
-    nll_nats_per_token_se=0.01,
-    tokens=64,
-    shard_nll=(1.0, 1.2),
     time_per_token_ms=10.0,
-    time_per_token_ms_se=0.1,
     base_time_per_token_ms=10.0,
-    base_time_per_token_ms_se=0.1,
-    time_ratio=1.0,
     time_ratio_se=0.039,
     timing_samples=96,
     tokens_per_sec=100.0,
-    model_size_mb=0.5,
-    total_parameters=400_000,
-    number_of_layers=30,
-    number_of_heads=32,
-    hidden_dim=2048,
-    backend="transformers",
-    engine_version="transformers 5",
-    transformers_version="5",
-    torch_version="2",
-    device="cpu",
-    dtype="float32",
-    workload=Workload(),
-    text_digest="t",
-    logits_sha256="l",
-    weights_sha256="w",
 )
 PREDICTED = dataclasses.replace(
     BASELINE, time_per_token_ms=1.0, tokens_per_sec=1000.0, timing_samples=0, time_ratio_se=0.0

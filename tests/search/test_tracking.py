@@ -13,11 +13,12 @@ import optuna
 import pytest
 
 from compressors.plan import CompressionPlan
-from evaluator.measurement import OF_ANSWERS, Measurement, Workload
+from evaluator.measurement import OF_ANSWERS
 from search.config.study_file import Tracking
 from search.study import mlflow_runs
 from search.study.mlflow_result import COUNTS
 from search.study.mlflow_runs import METRICS, PARAMETERS, PARENT, TRIAL, Tracker
+from tests.measurements import measurement
 
 STUDY = """
 defaults: [_base, _self_]
@@ -92,13 +93,7 @@ BASE = CompressionPlan(5, 8, 4, 96, 160, "bfloat16")
 
 
 def measured():
-    required = {
-        field.name: {"int": 1, "str": "x"}.get(str(field.type), 1.0)
-        for field in dataclasses.fields(Measurement)
-        if field.default is field.default_factory is dataclasses.MISSING
-    }
-    values = {"workload": Workload(), "shard_nll": (1.0,), "model_size_mb": 0.5, "total_parameters": 1000}
-    return Measurement(**{**required, **values})
+    return measurement(shard_nll=(1.0,), model_size_mb=0.5, total_parameters=1000)
 
 
 def add(study, layers, score=None, reason=""):
