@@ -10,8 +10,9 @@ is asked; it is plain text, and the answer is one line. In a study file:
       - {metric: generation, files: [reading.jsonl], template: false, stop: ["\\n"], max_tokens: 24}
 
 Arithmetic asks for one to three steps with numbers of one to three digits; the last number of the line is compared.
-Reading shows a passage of `pydoc_data.topics` and asks for a word of it. Its passages come from the part of the
-embedded text that no calibration reads. The same seed gives the same arithmetic everywhere, and the same reading
+Reading shows a passage of `pydoc_data.topics` and asks for a word of it: how a quotation goes on, which small models
+find, or which word is missing in one, which they don't. Its passages come from the part of the embedded text that
+no calibration reads. The same seed gives the same arithmetic everywhere, and the same reading
 wherever Python ships the same text.
 """
 
@@ -29,43 +30,42 @@ from evaluator import embedded_texts, texts
 
 NAMES = ("Ada", "Ben", "Carla", "Dev", "Emma", "Farid", "Grace", "Hugo", "Irma", "Jonas", "Kira", "Leo", "Mina", "Noor")
 THINGS = ("apples", "books", "cards", "coins", "eggs", "marbles", "pencils", "shells", "stamps", "tickets")
-SIZES = (0, 1, 0, 2, 1)  # of the numbers, in turn: of one digit, of two, of three
+SIZES = (0, 2, 0, 1, 2)  # of the numbers, in turn: of one digit, of two, of three
 SHOTS = (0, 1, 0)  # sizes of the solved examples before a question of arithmetic
 PASSAGE = (45, 110)  # words
-BEFORE, AFTER = 5, 4  # words of the sentence that are quoted around the missing one
+BEFORE, AFTER = 5, 4  # words of the sentence that are quoted around the word that is asked for
 WORD = re.compile(r"[a-z]{5,}")
 NOT_ASKED = {  # words that a grammar gives away, or that the question itself holds
     *("about", "after", "again", "before", "between", "could", "every", "first", "other", "should", "their", "there"),
     *("these", "those", "through", "under", "until", "where", "which", "while", "within", "without", "would"),
-    *("missing",),
+    "missing",
 }
-EXAMPLES = (  # of reading
+EXAMPLES = (  # of reading: a passage, words before the one that is asked for, the word, and words after it
     (
         "The lighthouse on Grey Point was built in 1871 after three ships had struck the reef in one winter. Its "
         "keeper lit the lamp every evening for thirty-one years. When the lamp became electric, she stayed on as the "
         "postmistress of the island.",
-        "When the lamp became ___ she stayed on",
-        "electric",
+        ("three ships had struck the", "reef", "in one winter."),
     ),
     (
         "The museum closes on Mondays. On Thursdays it stays open until nine in the evening. The room of clocks is on "
         "the second floor, and the café moved from the cellar to the courtyard last spring.",
-        "café moved from the cellar to the ___ last spring",
-        "courtyard",
+        ("moved from the cellar to the", "courtyard", "last spring."),
     ),
 )
+Place = tuple[str, str, str]  # words, the word that is asked for, words
 
 
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """A question of arithmetic, the steps to its answer, and the answer."""
+    """A question of arithmetic, the steps to its answer, and the answer, which is the last number of the steps."""
 
     question: str
     steps: str
     answer: int
 
     def solved(self) -> str:
-        return f"Question: {self.question}\nAnswer: {self.steps}. The answer is {self.answer}.\n"
+        return f"Question: {self.question}\nAnswer: {self.steps}\n"
 
 
 def main() -> None:
@@ -203,22 +203,30 @@ def reading(count: int, seed: int) -> list[dict[str, object]]:
         ValueError: The text has fewer passages.
     """
     drawn = random.Random(f"reading {seed}")
-    before = "".join(_asked(*example[:2]) + f" {example[2]}\n\n" for example in EXAMPLES)
     places = []
     for passage in _passages():
-        cuts = _missing(passage)
-        places += [(passage, *cut) for cut in drawn.sample(cuts, min(2, len(cuts)))]
+        cuts = _cuts(passage)
+        places += [(passage, cut) for cut in drawn.sample(cuts, min(2, len(cuts)))]
     if len(places) < count:
         raise ValueError(f"reading: {count} questions are asked for, and the embedded text has {len(places)}")
     lines: list[dict[str, object]] = []
-    for passage, quoted, word in drawn.sample(places, count):
-        prompt = before + _asked(passage, quoted)
-        lines.append({"id": f"reading-{len(lines) + 1}", "prompt": prompt, "answer": word, "match": "contains"})
+    for passage, cut in drawn.sample(places, count):
+        ask = ASKED[len(lines) % len(ASKED)]
+        before = "".join(f"{ask(*example)} {example[1][1]}\n\n" for example in EXAMPLES)
+        prompt = before + ask(passage, cut)
+        lines.append({"id": f"reading-{len(lines) + 1}", "prompt": prompt, "answer": cut[1], "match": "contains"})
     return lines
 
 
-def _asked(passage: str, quoted: str) -> str:
-    return f"Text: {passage}\nWhich word of the text is missing here: {quoted}\nAnswer:"
+def _goes_on(passage: str, cut: Place) -> str:
+    return f"Text: {passage}\nThe text says: {cut[0]}"
+
+
+def _is_missing(passage: str, cut: Place) -> str:
+    return f"Text: {passage}\nWhich word of the text is missing here: {cut[0]} ___ {cut[2]}\nAnswer:"
+
+
+ASKED = (_goes_on, _is_missing)  # in turn
 
 
 def _passages() -> Iterator[str]:
@@ -242,19 +250,16 @@ def _is_prose(paragraph: str) -> bool:
     return flat[:1].isupper() and flat[-1:] == "." and letters >= 0.9 * len(flat)
 
 
-def _missing(passage: str) -> list[tuple[str, str]]:
-    """Return (quoted words with a blank, the word) for each word that the passage holds once."""
+def _cuts(passage: str) -> list[Place]:
+    """Return each word that the passage holds once, with the words around it, within a sentence."""
     words = passage.split()
     found = []
     for place in range(BEFORE, len(words) - AFTER):
-        word = words[place]
-        around = [*words[place - BEFORE : place], "___", *words[place + 1 : place + 1 + AFTER]]
-        if any(each[-1] in ".:;" for each in around[:-1]):  # the quotation stays within a sentence
-            continue
-        if word in NOT_ASKED:
+        word, before, after = words[place], words[place - BEFORE : place], words[place + 1 : place + 1 + AFTER]
+        if any(each[-1] in ".:;" for each in (*before, *after[:-1])) or word in NOT_ASKED:
             continue
         if WORD.fullmatch(word) and len(re.findall(rf"\b{word}", passage, re.IGNORECASE)) == 1:
-            found.append((" ".join(around), word))
+            found.append((" ".join(before), word, " ".join(after)))
     return found
 
 

@@ -24,6 +24,7 @@ from compressors.plan import CompressionPlan, canonical
 from evaluator import lengths, paired, score
 from evaluator.measurement import Measurement
 from search.config import compose
+from search.errors import UsageError
 from search.setup import setting as settings
 from search.stages.bench import Bench
 
@@ -51,7 +52,10 @@ def main() -> None:
             print(f"{time.monotonic() - began:6.0f} s {text}", file=sys.stderr, flush=True)
 
     with Bench.of(settings.prepare(study(arguments), say, search=False)) as bench:
-        base = bench.baseline(say)
+        try:
+            base = bench.baseline(say)
+        except UsageError as error:  # few questions, of which it answers none
+            sys.exit(str(error))
         found = {"base model": base}
         show(header=True)
         show("base model", base, base)
