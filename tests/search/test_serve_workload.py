@@ -267,7 +267,7 @@ evaluation:
     ignore_eos: false
     goodput: {{e2el_ms: 60000}}
     server: {{max_model_len: 256, enforce_eager: true}}
-    turns: 2
+    turns: 4
 tracking: {{mlflow: false}}
 """
 
