@@ -85,6 +85,7 @@ def study(arguments: argparse.Namespace) -> Any:
         "evaluation.speed=predicted",
         "text.window=256",
         "text.shards=16",
+        "text.moments_windows=96",
         *arguments.words,
     ]
     options = {
