@@ -21,6 +21,7 @@ STANDS_FOR_SERVER = (
     "no server was started for these times: an engine that is given as many requests at once stands for `vllm serve`, "
     "which schedules and streams besides"
 )
+PREDICTED = "nothing was timed: SpeedNorm is predicted from the weights that a token reads and the number of layers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +176,9 @@ def forecast_table(view: ForecastView) -> RenderableType:
         lines.append(Text(f"a token of the base model in whole requests: {tokens}"))
     if view.stands_for_server:
         lines.append(Text(STANDS_FOR_SERVER))
-    if view.base_ms and not view.whole_requests:
+    if not view.base_ms:
+        lines.append(Text(PREDICTED))
+    elif not view.whole_requests:
         floor = f"; reading its weights once takes {view.floor_ms:.3f} ms" if view.floor_ms else ""
         lines.append(Text(f"one decode step of the base model: {steps}{floor}"))
     return Group(*lines, *_tables(view), *map(Text, conclusions(view)))

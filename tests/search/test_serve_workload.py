@@ -1,6 +1,7 @@
 """A workload of kind serve in a study: its keys, what is refused, and what is kept and shown of it."""
 
 import dataclasses
+import io
 import json
 import math
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import rich.console
 
 from evaluator import backends, serve_bench, served, server
 from evaluator.measurement import Workload
@@ -19,6 +21,7 @@ from search.setup import setting
 from search.setup.definition import of_file
 from search.setup.server import require_serving
 from search.show import served_table
+from search.show.forecast_view import ForecastView, forecast_table
 from search.stages import speed_table
 from search.stages.forecast import STAND_IN_ERROR
 from tests.measurements import measurement
@@ -248,6 +251,23 @@ def test_at_a_rate_nothing_stands_for_a_server(stand_ins, tmp_path, pico_llama):
     prepared = setting.prepare(compose.load("served", ["evaluation.workload.request_rate=2"], tmp_path))
     assert speed_table.stand_ins(prepared) == []
     assert speed_table.missing(prepared) == []
+
+
+def test_a_forecast_says_where_its_times_are_from():
+    def lines_of(**values):
+        view = ForecastView("served", "cpu", "vllm", floor_ms=None, own_score=0.5, pays=(), costs=(), lossless=0.6,
+                            best=(), **values)  # fmt: skip
+        console = rich.console.Console(file=io.StringIO(), width=200)
+        console.print(forecast_table(view))
+        return console.file.getvalue()
+
+    assert "nothing was timed" in lines_of(base_ms={}, whole_requests=True)
+    of_server = lines_of(base_ms={1: 2.0, 8: 4.0}, whole_requests=True, stands_for_server=True)
+    assert "2.0000 ms with 1 at once, 0.5000 ms with 8 at once" in of_server
+    assert "no server was started for these times" in of_server
+    of_decode = lines_of(base_ms={1: 2.0})
+    assert "one decode step of the base model: 2.000 ms at batch 1" in of_decode
+    assert "nothing was timed" not in of_decode
 
 
 CHATS = """
