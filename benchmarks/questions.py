@@ -30,7 +30,7 @@ from evaluator import embedded_texts, texts
 
 NAMES = ("Ada", "Ben", "Carla", "Dev", "Emma", "Farid", "Grace", "Hugo", "Irma", "Jonas", "Kira", "Leo", "Mina", "Noor")
 THINGS = ("apples", "books", "cards", "coins", "eggs", "marbles", "pencils", "shells", "stamps", "tickets")
-SIZES = (0, 2, 0, 1, 2)  # of the numbers, in turn: of one digit, of two, of three
+SIZES = (0, 2, 0, 1, 0)  # of the numbers, in turn: of one digit, of two, of three
 SHOTS = (0, 1, 0)  # sizes of the solved examples before a question of arithmetic
 PASSAGE = (45, 110)  # words
 BEFORE, AFTER = 5, 4  # words of the sentence that are quoted around the word that is asked for
