@@ -1,7 +1,7 @@
 """Compare what perplexity and what answers say of compressed models: accuracy, lengths and PerfNorm of some plans.
 
     PYTHONPATH=.:$PYTHONPATH python3 benchmarks/gpu/answers.py MODEL [--engine vllm|transformers] [--plans JSON] \
-        [--only NAME ...] [--arithmetic 200] [--reading 100] [--work DIRECTORY] [--json FILE] [KEY=VALUE ...]
+        [--only NAME] [--arithmetic 200] [--reading 100] [--work DIRECTORY] [--json FILE] [KEY=VALUE ...]
 
 The plans are W8A8 and W4A16 by GPTQ, and two and four layers fewer by kl with `stream`. --plans takes others, as
 {"name": {"num_hidden_layers": 26, "repair": "stream"}}. Questions are those of `benchmarks/questions.py`. Models are
@@ -39,12 +39,12 @@ def main() -> None:
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--engine", default="vllm", choices=("vllm", "transformers"))
     parser.add_argument("--plans", type=json.loads, help="name → what differs from the base model")
-    parser.add_argument("--only", nargs="+", help="plans, by their names")
+    parser.add_argument("--only", action="append", metavar="NAME", help="one of the plans; may be given again")
     parser.add_argument("--arithmetic", type=int, default=200, help="questions; 0: none")
     parser.add_argument("--reading", type=int, default=100, help="questions; 0: none")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("outputs/answers"))
     parser.add_argument("--json", type=pathlib.Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # words may stand behind options
     began = time.monotonic()
 
     def say(text: str) -> None:
