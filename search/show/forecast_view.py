@@ -187,7 +187,8 @@ def forecast_table(view: ForecastView) -> RenderableType:
 def brief(view: ForecastView) -> RenderableType:
     """Return what `run` shows of a forecast before its first trial: the tables with the FEW best plans."""
     few = dataclasses.replace(view, best=view.best[:FEW], steps=())
-    return Group(*_tables(few), *map(Text, conclusions(view)))
+    lines = [Text(STANDS_FOR_SERVER)] if view.stands_for_server else []
+    return Group(*lines, *_tables(few), *map(Text, conclusions(view)))
 
 
 def conclusions(view: ForecastView) -> list[str]:
