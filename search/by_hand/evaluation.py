@@ -141,7 +141,8 @@ class Evaluation:
     def with_speeds_of(self, before: Evaluation | None) -> Evaluation:
         """Return the evaluation with the times of an older one that were taken under workloads of other kinds.
 
-        They are left out where the weights, the base model, the device or the engine were others.
+        They are left out where the weights, the base model, the device or the engine were others. The confirmed numbers
+        of an exported trial stay with the same weights, whatever measured them.
         """
         if before is None or before.model.digest != self.model.digest:
             return self
@@ -154,7 +155,8 @@ class Evaluation:
             if speed.workload.kind != own.workload.kind
             and (speed.device, speed.engine_version) == (own.device, own.engine_version)
         ]
-        return dataclasses.replace(self, other_speeds=tuple(kept))
+        confirmed = before.confirmed if self.confirmed is None else self.confirmed
+        return dataclasses.replace(self, other_speeds=tuple(kept), confirmed=confirmed)
 
     @property
     def length_warning(self) -> str | None:

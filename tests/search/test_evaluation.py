@@ -132,6 +132,15 @@ def test_times_of_other_weights_or_another_machine_do_not_stay(other):
     assert of_batch.with_speeds_of(None).other_speeds == ()
 
 
+def test_confirmed_numbers_stay_with_their_weights():
+    """`evaluate` of an exported model writes over the export's own numbers, and on another device too."""
+    exported = evaluation(words=None, study="demo", trial=3, confirmed={"score": 0.52})
+    elsewhere = dataclasses.replace(measured(1.2, 0.9), device="another")
+    assert evaluation(measurement=elsewhere).with_speeds_of(exported).confirmed == {"score": 0.52}
+    retrained = dataclasses.replace(measured(1.2, 0.9), weights_sha256="others")
+    assert evaluation(measurement=retrained).with_speeds_of(exported).confirmed is None
+
+
 def test_keys_of_another_version_are_ignored_and_missing_options_get_their_defaults():
     values = evaluation().to_dict()
     for place in (values, *(values[key] for key in ("model", "plan", "base_plan", "formula", "report_text"))):
