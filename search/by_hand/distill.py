@@ -56,7 +56,7 @@ def settings_of(setting: Setting, tokens: int) -> Distillation:
 
 def text_of(setting: Setting, settings: Distillation) -> Text:
     """Return the whole calibration text, split by document. Raises UsageError where a part has no window."""
-    trained, kept = texts.split(calibration_documents(setting.file), 1.0 - HELD_OUT)
+    trained, kept = texts.split(calibration_documents(setting.texts), 1.0 - HELD_OUT)
     tokenizer = tokenizer_of(setting.model.path)
     windows, held_out = (texts.all_windows(tokenizer, documents, settings.window) for documents in (trained, kept))
     if not windows or not held_out:

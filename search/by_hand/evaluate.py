@@ -81,7 +81,7 @@ def evaluate_candidate(
     """
     setting, path, plan = bench.setting, candidate.path, candidate.plan
     described = measure.describe(path)
-    report = report_shards(setting.file, setting.texts.moments.tokenizer, warn)
+    report = report_shards(setting.file, setting.texts, warn)
     base_loss = _base_loss(bench, report, say) if report else None
     if plan is not None:
         screen = bench.screen(plan, say)
@@ -143,7 +143,7 @@ def known_evaluation(path: Path, setting: Setting) -> Evaluation | None:
         return None
     if evaluation.measurement.weights_sha256 != measure.weights_sha256_of(path):
         return None
-    report = report_shards(setting.file, setting.texts.moments.tokenizer)
+    report = report_shards(setting.file, setting.texts)
     text_digest = None if evaluation.report_text is None else evaluation.report_text.text_digest
     return evaluation if text_digest == (_digest(report) if report else None) else None
 

@@ -16,6 +16,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
+    ValidationInfo,
     create_model,
     field_validator,
     model_validator,
@@ -175,13 +176,17 @@ else:
     )
 
 
+EMBEDDED, SELF = "embedded", "self"  # the text that CPython ships; text that the base model writes
 Texts = list[str] | Literal["embedded"]
 
 
 class Text(Section):
-    """Text names the texts: `embedded` (prose that CPython ships), .txt and .jsonl files, hub:ORGANISATION/NAME."""
+    """Text names the texts: `embedded` (prose that CPython ships), .txt and .jsonl files, hub:ORGANISATION/NAME.
 
-    calibration: Texts = "embedded"
+    The calibration text can also be `self`, which the base model writes, and a list of all of these.
+    """
+
+    calibration: list[str] | Literal["embedded", "self"] = "embedded"
     search: Texts = "embedded"
     report: Texts | None = "embedded"  # text that no search saw, for confirmation; null: none
     window: Annotated[int, Field(ge=16)] = 256  # tokens
@@ -194,8 +199,17 @@ class Text(Section):
 
     @field_validator("calibration", "search", "report", mode="before")
     @classmethod
-    def _lists(cls, value: Any) -> Any:
-        return value if value == "embedded" else _list_of_one(value)
+    def _lists(cls, value: Any, info: ValidationInfo) -> Any:
+        alone = value == EMBEDDED or (value == SELF and info.field_name == "calibration")
+        return value if alone else _list_of_one(value)
+
+    @field_validator("search", "report")
+    @classmethod
+    def _judges(cls, value: Any) -> Any:
+        named = [value] if isinstance(value, str) else value or []
+        if SELF in named or (EMBEDDED in named and not isinstance(value, str)):
+            raise ValueError(f"{SELF} and lists with {EMBEDDED} are of text.calibration alone; name files")
+        return value
 
 
 def _lengths_of_text(value: Any) -> Any:

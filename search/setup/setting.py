@@ -30,6 +30,7 @@ from search.say import Say, silent
 from search.setup import sources
 from search.setup.goal import Goal
 from search.setup.machine import Machine, choose_engine, compute_capability, device_name, engine_version, require_memory
+from search.setup.own_text import Writer
 from search.setup.requests import Prompts, read_prompts, require_room
 from search.setup.server import require_server, require_serving
 from search.setup.texts import MomentsText, StudyTexts, read_texts, tokenizer_of
@@ -234,10 +235,12 @@ def prepare(
     wide = device == "cpu" or identity.precision == "float32"
     require_memory(base.total_parameters * (4 if wide else 2), device, "the base model")
     tokenizer = tokenizer_of(path)
-    domains, shards, windows = read_texts(file, tokenizer, warn)
+    digest = checkpoint.digest_of(path, CACHE / "digests")
+    writer = Writer(path, digest, tokenizer, file.outputs / "calibration", backend, _writing(file, device), say)
+    domains, shards, windows = read_texts(file, tokenizer, writer.domains, warn)
     setting = Setting(
         file=file,
-        model=BaseModel(path, base, checkpoint.digest_of(path, CACHE / "digests"), its_family, identity),
+        model=BaseModel(path, base, digest, its_family, identity),
         texts=StudyTexts(
             shards=shards,
             calibration_windows=windows,
@@ -257,6 +260,16 @@ def prepare(
     if search and engine:
         require_server(file, backend, setting.engine_settings.max_model_len)
     return setting
+
+
+def _writing(file: StudyFile, device: str) -> EngineSettings:
+    evaluation = file.evaluation
+    return EngineSettings(
+        device=device,
+        gpu_memory_utilization=evaluation.gpu_memory_utilization,
+        start_timeout_s=evaluation.start_timeout_s,
+        call_timeout_s=evaluation.call_timeout_s,
+    )
 
 
 def _tasks(file: StudyFile, tokenizer: Any, config: Mapping[str, Any]) -> tuple[tasks.Task, ...]:

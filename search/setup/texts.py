@@ -14,7 +14,7 @@ import functools
 import hashlib
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from compressors.errors import CheckpointError, MachineError
 from compressors.model import config_types, model_directory
 from compressors.typed_json import typed
 from evaluator import embedded_texts, shared_text, texts
-from search.config.study_file import StudyFile
+from search.config.study_file import EMBEDDED, SELF, StudyFile
 from search.errors import UsageError
 from search.files import CACHE
 from search.say import Say, silent
@@ -35,6 +35,7 @@ from search.setup.guarded_tokenizer import GuardedTokenizer, Trial, doubt_of
 Shard = list[list[int]]  # windows of token ids
 Documents = Sequence[texts.Document]
 Domains = Mapping[str, Documents]
+Own = Callable[[int], Domains]  # a number of tokens → that many of each kind of text that the base model writes
 
 MOST_SHARED = 0.01  # the largest share of a text that is left out of it
 
@@ -116,13 +117,14 @@ def tokenizer_of(path: Path) -> Any:
 
 
 def read_texts(
-    file: StudyFile, tokenizer: Any, warn: Say = silent
+    file: StudyFile, tokenizer: Any, own: Own, warn: Say = silent
 ) -> tuple[Domains, tuple[Shard, ...], tuple[list[int], ...]]:
     """Read and cut the texts that a study searches with.
 
     Args:
         file: The study file.
         tokenizer: The tokenizer of the base model.
+        own: Returns text that the base model writes itself.
         warn: Told what is left out of the calibration text.
 
     Returns:
@@ -132,40 +134,46 @@ def read_texts(
         TextError: A text can't be read, or is too short.
         UsageError: The two texts share too much.
     """
-    domains = _calibration(file, warn)
+    domains = _calibration(file, own, warn)
     windows = texts.mixed_windows(tokenizer, domains, file.text.window, file.text.calibration_windows)
     return domains, _shards(file, tokenizer, _search_documents(file)), tuple(windows)
 
 
-def calibration_documents(file: StudyFile) -> Documents:
-    """Return the documents of the calibration text, from all its domains, without what the search text holds.
+def calibration_documents(of: StudyTexts) -> Documents:
+    """Return the documents of the calibration text, from all its domains, without what the search text holds."""
+    return _all(of.moments.domains)
 
-    Raises:
-        UsageError: It shares too much with the search text.
-    """
-    return _all(_calibration(file))
+
+def wanted_tokens(file: StudyFile) -> int:
+    """Return how many tokens of each kind the base model writes, where the calibration text names it."""
+    return file.text.window * max(file.text.moments_windows, file.text.calibration_windows)
 
 
 def _all(domains: Domains) -> Documents:
     return [document for documents in domains.values() for document in documents]
 
 
-def _calibration(file: StudyFile, warn: Say = silent) -> Domains:
+def _calibration(file: StudyFile, own: Own, warn: Say) -> Domains:
     """Return the domains of the calibration text without what the search text holds."""
-    domains = _domains(file)
-    rest = iter(_apart(file, ("calibration", _all(domains)), ("search", _search_documents(file)), warn))
+    domains, search = _domains(file, own), _search_documents(file)
+    rest = iter(_apart(file, ("calibration", _all(domains)), ("search", search), warn))
     return {
         name: [document for document in itertools.islice(rest, len(documents)) if document is not None]
         for name, documents in domains.items()
     }
 
 
-def _domains(file: StudyFile) -> Domains:
-    """Return the domains of the calibration text: one for each file, several for the embedded text."""
-    named = file.text.calibration
-    if isinstance(named, str):
-        return _embedded_domains()
-    return {f"{place}-{Path(name).stem}": _read([name]) for place, name in enumerate(named)}
+def _domains(file: StudyFile, own: Own) -> Domains:
+    """Return the domains of the calibration text: one for each file, several for the embedded and the model's own."""
+    named, domains = file.text.calibration, dict[str, Documents]()
+    for place, name in enumerate([named] if isinstance(named, str) else named):
+        if name == EMBEDDED:
+            domains |= _embedded_domains()
+        elif name == SELF:
+            domains |= own(wanted_tokens(file))
+        else:
+            domains[f"{place}-{Path(name).stem}"] = _read([name])
+    return domains
 
 
 def _shards(file: StudyFile, tokenizer: Any, documents: Documents) -> tuple[Shard, ...]:
@@ -214,7 +222,7 @@ def _apart(
         UsageError: They share more than MOST_SHARED of the first.
     """
     (name, documents), (kept, others) = one, other
-    if getattr(file.text, name) == getattr(file.text, kept) == "embedded":
+    if getattr(file.text, name) == getattr(file.text, kept) == EMBEDDED:
         return documents  # the embedded texts share nothing by construction
     shared = _compared(tuple(documents), tuple(others))
     if not shared.characters:
@@ -270,12 +278,12 @@ def _embedded_report() -> Documents:
     return embedded_texts.report_documents()
 
 
-def report_shards(file: StudyFile, tokenizer: Any, warn: Say = silent) -> tuple[Shard, ...]:
+def report_shards(file: StudyFile, of: StudyTexts, warn: Say = silent) -> tuple[Shard, ...]:
     """Cut the report text, without what calibration or search saw, into shards; return () where there is none.
 
     Args:
         file: The study file.
-        tokenizer: The tokenizer of the base model.
+        of: The study's texts.
         warn: Told what is left out of the report text.
 
     Raises:
@@ -285,7 +293,7 @@ def report_shards(file: StudyFile, tokenizer: Any, warn: Say = silent) -> tuple[
     if file.text.report is None:
         return ()
     documents = _embedded_report() if isinstance(file.text.report, str) else _read(file.text.report)
-    for name, others in (("calibration", calibration_documents(file)), ("search", _search_documents(file))):
+    for name, others in (("calibration", calibration_documents(of)), ("search", _search_documents(file))):
         rest = _apart(file, ("report", documents), (name, others), warn)
         documents = [document for document in rest if document is not None]
-    return _shards(file, tokenizer, documents)
+    return _shards(file, of.moments.tokenizer, documents)

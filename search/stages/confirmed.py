@@ -53,7 +53,7 @@ class Asked:
     @classmethod
     def of(cls, setting: Setting, directory: Path | None = None) -> Asked:
         """Return what the setting asks; the search text takes the place of a report text that there is not."""
-        report = report_shards(setting.file, setting.texts.moments.tokenizer)
+        report = report_shards(setting.file, setting.texts)
         where = setting.outputs / "confirmed" if directory is None else directory
         return cls(setting, report or setting.texts.shards, "report text" if report else "search text", where)
 

@@ -72,11 +72,11 @@ def read(monkeypatch):
 def test_a_text_is_read_once_until_it_changes(prepared, read, tmp_path):
     (tmp_path / "report.txt").write_text(prose(2000, 80))
     whole = prepared(report=[str(tmp_path / "report.txt")])
-    assert len(setup_texts.report_shards(whole.file, whole.texts.moments.tokenizer)) == 2
-    first = setup_texts.calibration_documents(whole.file)
+    assert len(setup_texts.report_shards(whole.file, whole.texts)) == 2
+    first = setup_texts.calibration_documents(whole.texts)
     assert read == {"fit.txt": 1, "search.txt": 1, "report.txt": 1}
     (tmp_path / "fit.txt").write_text(prose(100, 121))
-    assert setup_texts.calibration_documents(whole.file) != first
+    assert setup_texts.calibration_documents(prepared().texts) != first
     assert read["fit.txt"] == 2
 
 
@@ -112,7 +112,7 @@ def test_a_report_text_that_shares_text_with_the_calibration_is_refused(prepared
     (tmp_path / "report.txt").write_text(prose(2000, 80) + "\n\n" + document.text)
     whole = prepared(calibration="embedded", report=[str(tmp_path / "report.txt")])
     with pytest.raises(UsageError, match=r"text\.calibration and text\.report share text"):
-        setup_texts.report_shards(whole.file, whole.texts.moments.tokenizer)
+        setup_texts.report_shards(whole.file, whole.texts)
 
 
 @pytest.mark.parametrize("part", ["calibration", "search"])
@@ -120,7 +120,7 @@ def test_shared_text_is_refused_for_search_and_report(prepared, tmp_path, part):
     (tmp_path / "other.txt").write_text(prose(70 if part == "calibration" else 1070, 80))
     whole = prepared(report=[str(tmp_path / "other.txt")])
     with pytest.raises(UsageError, match=rf"text\.{part} and text\.report share text"):
-        setup_texts.report_shards(whole.file, whole.texts.moments.tokenizer)
+        setup_texts.report_shards(whole.file, whole.texts)
     if part == "calibration":
         with pytest.raises(UsageError, match=r"text\.calibration and text\.search share text"):
             prepared(search=[str(tmp_path / "other.txt")])
@@ -145,7 +145,7 @@ def test_what_the_search_text_holds_too_is_left_out_of_the_calibration_text_and_
     ]
     assert after.texts.shards == before.texts.shards  # the numbers of a study depend on the search text
     assert after.texts.digest == before.texts.digest
-    documents = setup_texts.calibration_documents(after.file)
+    documents = setup_texts.calibration_documents(after.texts)
     assert "\n\n".join(document.text for document in documents) == prose(0, 120)
     (windows,) = after.texts.moments.windows.values()
     assert all("1040" not in after.texts.moments.tokenizer.decode(window) for window in windows)
@@ -160,7 +160,7 @@ def test_several_files_of_calibration_text_lose_only_what_is_shared(prepared, tm
         prepared(calibration=files, calibration_windows=2)
     (tmp_path / "fit.txt").write_text(prose(0, 220) + "\n\n" + prose(1001, 1).replace(" ", "\n"))
     whole = prepared(calibration=files, calibration_windows=2)
-    assert [document.text[-40:] for document in setup_texts.calibration_documents(whole.file)][-1] == prose(0, 220)[
+    assert [document.text[-40:] for document in setup_texts.calibration_documents(whole.texts)][-1] == prose(0, 220)[
         -40:
     ]
     assert list(whole.texts.moments.domains) == ["0-more", "1-fit"]
@@ -187,10 +187,10 @@ def test_what_calibration_or_search_saw_is_left_out_of_the_report_text(prepared,
     (tmp_path / "report.txt").write_text(prose(2000, 130))
     whole = prepared(report=[str(tmp_path / "report.txt")], shards=20)
     own = keys_of(whole)
-    clean = setup_texts.report_shards(whole.file, whole.texts.moments.tokenizer)
+    clean = setup_texts.report_shards(whole.file, whole.texts)
     (tmp_path / "report.txt").write_text(f"{seen}\n\n{prose(2000, 130)}")
     said = []
-    assert setup_texts.report_shards(whole.file, whole.texts.moments.tokenizer, said.append) == clean
+    assert setup_texts.report_shards(whole.file, whole.texts, said.append) == clean
     named = {
         "fit.txt": "0.74% of text.report is in text.calibration",
         "search.txt": "0.76% of text.report is in text.search",

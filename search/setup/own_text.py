@@ -1,0 +1,169 @@
+"""Text that the base model writes itself: calibration text that covers what it knows, in the languages it knows.
+
+A repair holds on the kinds of text that it was fitted to. What a model writes when nothing is asked of it is drawn from
+what it was trained on, as in LLM-QAT (https://arxiv.org/abs/2305.17888) and self-calibration
+(https://arxiv.org/abs/2410.17170). It is sampled at TEMPERATURE, in documents of up to LENGTH tokens, of some KINDS,
+and kept in a file: a study's text is written once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from compressors import cached
+from compressors.files import digest_of_json
+from compressors.typed_json import typed
+from evaluator import chat
+from evaluator.backends import EngineSettings
+from evaluator.errors import TextError
+from evaluator.generation import Limits
+from evaluator.process import EngineProcess
+from evaluator.texts import Document
+from search.say import Say, silent
+
+VERSION = 1  # increase it when other text would be written
+TEMPERATURE = 1.0
+LENGTH = 256  # the most tokens of a document
+AT_ONCE = 64  # documents that are written together
+MOST_DROPPED = 4  # as many times the wanted tokens are written before it is given up
+LEAST_TOKENS = 32  # a document with fewer tokens is dropped
+LEAST_DISTINCT = 0.5  # so is one with a smaller share of distinct runs of RUN tokens
+RUN = 4
+STARTS = (
+    *("The", "In", "I", "It was", "We", "She said", "When", "Once upon a time", "According to", "How to", "Yesterday,"),
+    *('"', "Q:", "1.", "- ", "# ", "Dear", "Abstract", "def ", "import ", "#include", "function ", "public class ", "<"),
+    *("Le ", "La ", "Der ", "Die ", "El ", "Los ", "O ", "Il ", "이 ", "그 ", "これ", "这", "В ", "Het ", "Det ", "ال"),
+)
+ASKED = (
+    *("Tell me a story.", "Explain something that you know well.", "Write a letter to a friend.", "Write a news report."),
+    *("Write a program and explain it.", "What do you think about the weather?", "Write an essay about history."),
+    *("Write a dialogue between two people.", "Describe a place.", "How do I learn something new?", "Give me a recipe."),
+    *("Erzähl mir eine Geschichte.", "Erkläre mir etwas, das du gut kennst.", "Raconte-moi une histoire."),
+    *("Explique-moi quelque chose que tu connais bien.", "Cuéntame una historia.", "Explícame algo que conozcas bien."),
+    *("이야기를 하나 들려줘.", "잘 아는 것을 하나 설명해 줘.", "讲一个故事。", "解释一件你熟悉的事。", "お話を聞かせてください。"),
+    *("Conte-me uma história.", "Расскажи мне историю.", "Raccontami una storia."),
+)
+
+Prompts = Iterator[list[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """Writer has the base model write text, of each kind as much as is asked for.
+
+    Attributes:
+        path: The base model's directory.
+        digest: The digest of its weights and config.
+        tokenizer: Its tokenizer.
+        directory: The directory that keeps the text.
+        backend: The engine that writes.
+        settings: How the engine is run.
+        say: Told what is done.
+    """
+
+    path: Path
+    digest: str
+    tokenizer: Any
+    directory: Path
+    backend: str
+    settings: EngineSettings
+    say: Say = silent
+
+    def domains(self, tokens: int) -> dict[str, list[Document]]:
+        """Return documents with at least `tokens` tokens of each kind, by kind; they are written where none are kept.
+
+        Raises:
+            TextError: The model writes too little that is no repetition.
+            EvaluationError: The engine failed.
+        """
+        path = self.directory / f"own-{digest_of_json([VERSION, self.digest, tokens], 24)}.json"
+
+        def write(path: Path) -> None:
+            cached.keep_json(path, self._written(tokens))
+
+        texts = cached.kept(path, _read, write, lambda: self.say("waiting for another process that has the model write"))
+        return {
+            kind: [Document(f"{kind}:{number}", text) for number, text in enumerate(of_kind)]
+            for kind, of_kind in texts.items()
+        }
+
+    def _written(self, tokens: int) -> dict[str, list[str]]:
+        self.say("own text: starting the engine")
+        settings = dataclasses.replace(
+            self.settings, max_model_len=2 * LENGTH, batch_sizes=(1,), max_num_seqs=AT_ONCE, kv_tokens=None
+        )
+        with EngineProcess(self.backend, self.path, settings, log=self.directory / "own-text.log") as engine:
+            return {kind: self._of_kind(engine, kind, make, tokens) for kind, make in kinds(self.tokenizer).items()}
+
+    def _of_kind(self, engine: EngineProcess, kind: str, make: Callable[[], Prompts], tokens: int) -> list[str]:
+        """Return the texts of a kind that are neither empty nor repetition, until they hold `tokens` tokens."""
+        found: list[str] = []
+        prompts, kept, written, seed = make(), 0, 0, 0
+        while kept < tokens:
+            if written > MOST_DROPPED * tokens + AT_ONCE * LENGTH:
+                raise TextError(
+                    f"text.calibration: self: of {written} tokens that the model wrote ({kind}), {kept} are no "
+                    f"repetition, and {tokens} are needed; name texts of its languages instead"
+                )
+            self.say(f"own text, {kind}: {kept} of {tokens} tokens")
+            begun = [next(prompts) for _ in range(AT_ONCE)]
+            limits = [Limits(LENGTH, temperature=TEMPERATURE, seed=seed + place) for place in range(AT_ONCE)]
+            for prompt, answer in zip(begun, engine.generate(begun, limits), strict=True):
+                written += max(1, len(answer.tokens))
+                if is_text(answer.tokens):
+                    found.append(self._text(kind, prompt, answer.text))
+                    kept += len(answer.tokens)
+            seed += AT_ONCE
+        return found
+
+    def _text(self, kind: str, prompt: Sequence[int], answer: str) -> str:
+        """Return a document: what the model wrote, with what it continued."""
+        begun = "" if kind == "chat" else self.tokenizer.decode(list(prompt), skip_special_tokens=True)
+        return f"{begun}{answer}"
+
+
+def _read(path: Path) -> dict[str, list[str]]:
+    return typed(dict[str, list[str]], cached.read_json(path), "own text")
+
+
+def is_text(tokens: Sequence[int]) -> bool:
+    """Return whether tokens are worth fitting to: neither almost none nor the same ones again and again."""
+    runs = [tuple(tokens[place : place + RUN]) for place in range(len(tokens) - RUN + 1)]
+    return len(tokens) >= LEAST_TOKENS and len(set(runs)) >= LEAST_DISTINCT * len(runs)
+
+
+def kinds(tokenizer: Any) -> dict[str, Callable[[], Prompts]]:
+    """Return the kinds of text that are written, each with what makes its prompts, endlessly and always the same."""
+    begin = _begin(tokenizer)
+    found: dict[str, Callable[[], Prompts]] = {
+        "begin": lambda: _random_starts(tokenizer, begin),
+        "starts": lambda: _in_turn([[*begin, *tokenizer.encode(start, add_special_tokens=False)] for start in STARTS]),
+    }
+    if chat.has_template(tokenizer):
+        found["chat"] = lambda: _in_turn([chat.chat_ids(tokenizer, [{"role": "user", "content": one}]) for one in ASKED])
+    return found
+
+
+def _begin(tokenizer: Any) -> list[int]:
+    """Return what stands before a text: the token that the tokenizer itself puts there, or that ends one."""
+    own: list[int] = tokenizer.encode("")
+    ends = next((each for each in (tokenizer.bos_token_id, tokenizer.eos_token_id) if each is not None), None)
+    return own or ([] if ends is None else [ends])
+
+
+def _random_starts(tokenizer: Any, begin: Sequence[int]) -> Prompts:
+    """Yield the begin token with a random token of the vocabulary, so that texts of many kinds and languages begin."""
+    draw, special = random.Random(0), set(tokenizer.all_special_ids)
+    while True:
+        token = draw.randrange(len(tokenizer))
+        if token not in special and tokenizer.decode([token]).strip("\ufffd \n"):
+            yield [*begin, token]
+
+
+def _in_turn(prompts: Sequence[list[int]]) -> Prompts:
+    while True:
+        yield from prompts

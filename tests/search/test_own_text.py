@@ -1,0 +1,110 @@
+"""Tests of calibration text that the base model writes itself."""
+
+import collections
+import dataclasses
+
+import pytest
+
+from evaluator.errors import TextError
+from evaluator.process import EngineProcess
+from search.config import compose
+from search.errors import ConfigError
+from search.setup import keys, own_text, setting
+from search.setup.texts import calibration_documents
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Count the documents that engines are asked to write."""
+    counts = collections.Counter()
+    generate = EngineProcess.generate
+
+    def counted(self, prompts, limits):
+        counts.update(documents=len(prompts))
+        return generate(self, prompts, limits)
+
+    monkeypatch.setattr(EngineProcess, "generate", counted)
+    return counts
+
+
+@pytest.fixture
+def prepare(tmp_path, pico_llama, monkeypatch):
+    monkeypatch.setattr(own_text, "LENGTH", 40)  # as many tokens as a test has time for
+    monkeypatch.setattr(own_text, "AT_ONCE", 4)
+    (tmp_path / "mine.txt").write_text("\n\n".join(f"Paragraph {i} says {i * i % 9973} and more." for i in range(90)))
+
+    def prepared(outputs="outputs", **text):
+        values = {
+            "study_name": "own",
+            "outputs": str(tmp_path / outputs),
+            "model": {"source": str(pico_llama)},
+            "evaluation": {"backend": "transformers", "device": "cpu"},
+            "text": {"window": 32, "calibration_windows": 6, "moments_windows": 4, "shards": 2, "report": None, **text},
+        }
+        return setting.prepare(compose.validate(values, "this test"))
+
+    return prepared
+
+
+def test_the_model_writes_its_text_once_and_the_same_in_another_place(prepare, written):
+    first = prepare(calibration="self")
+    kinds = list(first.texts.moments.domains)
+    assert set(kinds) >= {"begin", "starts"}
+    assert all(len(windows) == 4 for windows in first.texts.moments.windows.values())
+    asked = written["documents"]
+    assert asked > 0
+    again = prepare(calibration=["self"])
+    assert written["documents"] == asked
+    assert keys.moments_key(again) == keys.moments_key(first)
+    elsewhere = prepare(calibration="self", outputs="elsewhere")
+    assert written["documents"] == 2 * asked
+    assert elsewhere.texts.moments.windows == first.texts.moments.windows
+
+
+def test_a_mix_holds_each_of_its_parts(prepare, tmp_path):
+    mine = str(tmp_path / "mine.txt")
+    mixed, alone = prepare(calibration=["self", mine, "embedded"]), prepare(calibration=[mine])
+    assert list(alone.texts.moments.domains) == ["0-mine"]
+    assert {"begin", "starts", "1-mine", "topics", "docstrings", "code"} <= set(mixed.texts.moments.domains)
+    assert set(calibration_documents(alone.texts)) < set(calibration_documents(mixed.texts))
+    cut = dataclasses.replace(mixed.model.identity, intermediate_size=128, repair="ridge")
+    assert keys.plan_digest(mixed, cut) != keys.plan_digest(alone, cut)
+    assert keys.definition(mixed)["calibration"] != keys.definition(alone)["calibration"]
+
+
+def test_a_damaged_file_of_own_text_is_written_again(prepare, tmp_path, written):
+    first = prepare(calibration="self")
+    (file,) = (tmp_path / "outputs" / "calibration").glob("own-*.json")
+    whole, asked = file.read_bytes(), written["documents"]
+    file.write_bytes(whole[:-40])
+    assert keys.calibration_key(prepare(calibration="self")) == keys.calibration_key(first)
+    assert written["documents"] == 2 * asked
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("tokens", "worth"),
+    [
+        ([], False),
+        (range(31), False),  # too short
+        (range(32), True),
+        ([7] * 200, False),
+        (list(range(8)) * 20, False),  # a loop
+        ([*range(60), *[7] * 40], True),
+    ],
+)
+def test_what_is_empty_or_repeats_itself_is_dropped(tokens, worth):
+    assert own_text.is_text(list(tokens)) is worth
+
+
+def test_a_model_that_repeats_itself_is_given_up_in_one_line(prepare, monkeypatch):
+    monkeypatch.setattr(own_text, "is_text", lambda tokens: False)
+    with pytest.raises(TextError, match=r"text\.calibration: self: of \d+ tokens .* name texts of its languages"):
+        prepare(calibration="self")
+
+
+@pytest.mark.parametrize("key", ["search", "report"])
+@pytest.mark.parametrize("value", ["self", ["self"], ["embedded", "mine.txt"]])
+def test_a_model_is_not_judged_on_text_that_it_wrote(prepare, key, value):
+    with pytest.raises(ConfigError, match=r"text\.calibration alone"):
+        prepare(**{key: value})
