@@ -118,10 +118,18 @@ def strength(weight: torch.Tensor, kept: torch.Tensor, moments: Mapping[str, Mom
         judged.append((solver(weight, kept, mixed(moments, without=left_out).second), moment.second, whole))
 
     def lost(factor: float) -> float:
-        return sum(loss(weight, solve(factor), kept, second) / whole for solve, second, whole in judged)
+        return left_of([loss(weight, solve(factor), kept, second) / whole for solve, second, whole in judged])
 
     factor, least = least_of(STRENGTHS, lost, len(STRENGTHS) // 2)
-    return factor if least < len(moments) else NO_REPAIR
+    return factor if least < 1.0 else NO_REPAIR
+
+
+def left_of(shares: Sequence[float]) -> float:
+    """Return what a fit is judged by, from the share of the loss that it leaves on each text that it did not see.
+
+    That is their mean; but the largest, which is above 1, where a text is worse off than without a repair.
+    """
+    return max(shares) if max(shares) > 1.0 else sum(shares) / len(shares)
 
 
 def least_of(factors: Sequence[float], lost: Callable[[float], float], start: int) -> tuple[float, float]:

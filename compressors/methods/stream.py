@@ -38,7 +38,7 @@ import torch
 from compressors import cached
 from compressors.device import batch_of, compute_dtype, home, release, tensor_cores
 from compressors.errors import CheckpointError
-from compressors.methods.repair import cholesky, least_of
+from compressors.methods.repair import cholesky, least_of, left_of
 from compressors.model import cached_tensors
 from compressors.model.checkpoint import Checkpoint, LazyTensor
 from compressors.model.family import Family
@@ -402,13 +402,13 @@ def _change(
     some = slice(outputs.start, outputs.stop, max(1, (outputs.stop - outputs.start) // ROWS))
 
     def lost(factor: float) -> float:
-        total = 0.0
+        shares = []
         for solve, judged in folds:
             square = max(float(judged.square[some].sum()), 1e-30)
             delta = solve(factor, some).float()
             gained = 2 * (delta * judged.cross[some]).sum() - ((delta @ judged.second) * delta).sum()
-            total += (1 - float(gained) / square) / len(folds)
-        return total
+            shares.append(1 - float(gained) / square)
+        return left_of(shares)
 
     best, left = (taken, lost(taken)) if taken is not None else (0.0, 1.0)
     if not left < 1.0:

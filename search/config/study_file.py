@@ -203,6 +203,11 @@ class Text(Section):
         alone = value == EMBEDDED or (value == SELF and info.field_name == "calibration")
         return value if alone else _list_of_one(value)
 
+    @property
+    def writes_beside(self) -> bool:
+        """Whether the base model writes a part of the calibration text, beside others."""
+        return isinstance(self.calibration, list) and SELF in self.calibration and set(self.calibration) != {SELF}
+
     @field_validator("search", "report")
     @classmethod
     def _judges(cls, value: Any) -> Any:

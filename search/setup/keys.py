@@ -40,7 +40,9 @@ def definition(setting: Setting) -> dict[str, Any]:
     file, by_file = setting.file, of_file(setting.file)
     evaluation = json.loads(json.dumps(circumstances(setting)))
     del evaluation["engine_version"]  # a newer engine measures its own baseline
-    fitted = {"moments_windows": file.text.moments_windows} if _may_need_moments(setting) else {}
+    fitted: dict[str, Any] = {}
+    if _may_need_moments(setting):
+        fitted = {"moments_windows": file.text.moments_windows, **({"self": True} if file.text.writes_beside else {})}
     parts = {"perf": dict(setting.formula.perf)} if setting.tasks else {}
     return {
         **by_file,

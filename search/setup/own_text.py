@@ -110,14 +110,15 @@ class Writer:
                     f"repetition, and {tokens} are needed; name texts of its languages instead"
                 )
             self.say(f"own text, {kind}: {kept} of {tokens} tokens")
-            begun = [next(prompts) for _ in range(AT_ONCE)]
-            limits = [Limits(LENGTH, temperature=TEMPERATURE, seed=seed + place) for place in range(AT_ONCE)]
+            count = min(AT_ONCE, -(-(tokens - kept) * 5 // (4 * LENGTH)))  # some are short, and some are dropped
+            begun = [next(prompts) for _ in range(count)]
+            limits = [Limits(LENGTH, temperature=TEMPERATURE, seed=seed + place) for place in range(count)]
             for prompt, answer in zip(begun, engine.generate(begun, limits), strict=True):
                 written += max(1, len(answer.tokens))
                 if is_text(answer.tokens):
                     found.append(self._text(kind, prompt, answer.text))
                     kept += len(answer.tokens)
-            seed += AT_ONCE
+            seed += count
         return found
 
     def _text(self, kind: str, prompt: Sequence[int], answer: str) -> str:
@@ -138,7 +139,7 @@ def is_text(tokens: Sequence[int]) -> bool:
 
 def kinds(tokenizer: Any) -> dict[str, Callable[[], Prompts]]:
     """Return the kinds of text that are written, each with what makes its prompts, endlessly and always the same."""
-    begin = _begin(tokenizer)
+    begin: list[int] = tokenizer.encode("")  # what the tokenizer puts before a text
     found: dict[str, Callable[[], Prompts]] = {
         "begin": lambda: _random_starts(tokenizer, begin),
         "starts": lambda: _in_turn([[*begin, *tokenizer.encode(start, add_special_tokens=False)] for start in STARTS]),
@@ -146,13 +147,6 @@ def kinds(tokenizer: Any) -> dict[str, Callable[[], Prompts]]:
     if chat.has_template(tokenizer):
         found["chat"] = lambda: _in_turn([chat.chat_ids(tokenizer, [{"role": "user", "content": one}]) for one in ASKED])
     return found
-
-
-def _begin(tokenizer: Any) -> list[int]:
-    """Return what stands before a text: the token that the tokenizer itself puts there, or that ends one."""
-    own: list[int] = tokenizer.encode("")
-    ends = next((each for each in (tokenizer.bos_token_id, tokenizer.eos_token_id) if each is not None), None)
-    return own or ([] if ends is None else [ends])
 
 
 def _random_starts(tokenizer: Any, begin: Sequence[int]) -> Prompts:

@@ -236,15 +236,20 @@ def prepare(
     require_memory(base.total_parameters * (4 if wide else 2), device, "the base model")
     tokenizer = tokenizer_of(path)
     digest = checkpoint.digest_of(path, CACHE / "digests")
-    writer = Writer(path, digest, tokenizer, file.outputs / "calibration", backend, _writing(file, device), say)
-    domains, shards, windows = read_texts(file, tokenizer, writer.domains, warn)
+    own = functools.partial(
+        Writer(path, digest, tokenizer, file.outputs / "calibration", backend, _writing(file, device), say).domains,
+        file.text.window * max(file.text.moments_windows, file.text.calibration_windows),
+    )
+    domains, shards, windows = read_texts(file, tokenizer, own, warn)
     setting = Setting(
         file=file,
         model=BaseModel(path, base, digest, its_family, identity),
         texts=StudyTexts(
             shards=shards,
             calibration_windows=windows,
-            moments=MomentsText(domains, tokenizer, file.text.window, file.text.moments_windows),
+            moments=MomentsText(
+                domains, tokenizer, file.text.window, file.text.moments_windows, own if file.text.writes_beside else dict
+            ),
             digest=texts.text_digest([window for shard in shards for window in shard]),
         ),
         machine=Machine(

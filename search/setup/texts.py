@@ -35,7 +35,6 @@ from search.setup.guarded_tokenizer import GuardedTokenizer, Trial, doubt_of
 Shard = list[list[int]]  # windows of token ids
 Documents = Sequence[texts.Document]
 Domains = Mapping[str, Documents]
-Own = Callable[[int], Domains]  # a number of tokens → that many of each kind of text that the base model writes
 
 MOST_SHARED = 0.01  # the largest share of a text that is left out of it
 
@@ -44,19 +43,22 @@ MOST_SHARED = 0.01  # the largest share of a text that is left out of it
 class MomentsText:
     """MomentsText holds the text for second moments: windows from each domain of the calibration text.
 
-    The windows are cut on first use. Settings that are copied with `dataclasses.replace` share them.
+    The windows are cut on first use, and only then does the base model write its part of a mix. Settings that are
+    copied with `dataclasses.replace` share them.
 
     Attributes:
         domains: The documents of the calibration text, by domain.
         tokenizer: The tokenizer of the base model.
         length: The tokens in a window.
         count: The number of windows from each domain.
+        own: Returns the domains that the base model writes, beside others; there may be none.
     """
 
     domains: Domains
     tokenizer: Any
     length: int
     count: int
+    own: Callable[[], Domains] = dict
 
     @functools.cached_property
     def windows(self) -> dict[str, list[list[int]]]:
@@ -67,7 +69,7 @@ class MomentsText:
         """
         return {
             name: texts.windows(self.tokenizer, documents, self.length, self.count)
-            for name, documents in self.domains.items()
+            for name, documents in {**self.domains, **self.own()}.items()
         }
 
     @functools.cached_property
@@ -117,14 +119,14 @@ def tokenizer_of(path: Path) -> Any:
 
 
 def read_texts(
-    file: StudyFile, tokenizer: Any, own: Own, warn: Say = silent
+    file: StudyFile, tokenizer: Any, own: Callable[[], Domains], warn: Say = silent
 ) -> tuple[Domains, tuple[Shard, ...], tuple[list[int], ...]]:
     """Read and cut the texts that a study searches with.
 
     Args:
         file: The study file.
         tokenizer: The tokenizer of the base model.
-        own: Returns text that the base model writes itself.
+        own: Returns text that the base model writes, which is asked where the calibration text is nothing else.
         warn: Told what is left out of the calibration text.
 
     Returns:
@@ -140,38 +142,34 @@ def read_texts(
 
 
 def calibration_documents(of: StudyTexts) -> Documents:
-    """Return the documents of the calibration text, from all its domains, without what the search text holds."""
+    """Return the documents of the calibration text, from all its domains, without what the search text holds.
+
+    What the base model writes is among them only where there is nothing else.
+    """
     return _all(of.moments.domains)
-
-
-def wanted_tokens(file: StudyFile) -> int:
-    """Return how many tokens of each kind the base model writes, where the calibration text names it."""
-    return file.text.window * max(file.text.moments_windows, file.text.calibration_windows)
 
 
 def _all(domains: Domains) -> Documents:
     return [document for documents in domains.values() for document in documents]
 
 
-def _calibration(file: StudyFile, own: Own, warn: Say) -> Domains:
+def _calibration(file: StudyFile, own: Callable[[], Domains], warn: Say) -> Domains:
     """Return the domains of the calibration text without what the search text holds."""
-    domains, search = _domains(file, own), _search_documents(file)
-    rest = iter(_apart(file, ("calibration", _all(domains)), ("search", search), warn))
+    domains = _domains(file) or own()
+    rest = iter(_apart(file, ("calibration", _all(domains)), ("search", _search_documents(file)), warn))
     return {
         name: [document for document in itertools.islice(rest, len(documents)) if document is not None]
         for name, documents in domains.items()
     }
 
 
-def _domains(file: StudyFile, own: Own) -> Domains:
-    """Return the domains of the calibration text: one for each file, several for the embedded and the model's own."""
+def _domains(file: StudyFile) -> Domains:
+    """Return the domains of the calibration text that are given: one for each file, several for the embedded text."""
     named, domains = file.text.calibration, dict[str, Documents]()
     for place, name in enumerate([named] if isinstance(named, str) else named):
         if name == EMBEDDED:
             domains |= _embedded_domains()
-        elif name == SELF:
-            domains |= own(wanted_tokens(file))
-        else:
+        elif name != SELF:
             domains[f"{place}-{Path(name).stem}"] = _read([name])
     return domains
 

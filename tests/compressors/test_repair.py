@@ -184,6 +184,23 @@ def test_the_strength_is_best_on_a_domain_left_out_of_the_fit(problem):
     assert repair.strength(weight, kept, {"a": moment_of(x), "b": moment_of(other)}) == repair.NO_REPAIR
 
 
+def test_no_domain_that_is_left_out_is_worse_off_than_without_a_repair(problem):
+    """What many domains say of the removed inputs is wrong for another by more than half."""
+    x, weight, kept = problem
+    gone = repair.removed(kept, 12)
+    other = x.clone()
+    other[:, gone] = 0.4 * other[:, gone]
+    alike = {name: moment_of(x) for name in "abcdef"}
+    domains = {**alike, "other": moment_of(other)}
+    factor = repair.strength(weight, kept, domains)
+    assert repair.strength(weight, kept, alike) < factor < repair.NO_REPAIR
+    for name, moment in domains.items():
+        made = repair.ridge(weight, kept, second_moments.mixed(domains, without=name).second, factor)
+        assert repair.loss(weight, made, kept, moment.second) <= repair.loss(
+            weight, weight[:, kept], kept, moment.second
+        )
+
+
 def reader(weight, x):
     return importance.Reader(lambda: weight, lambda: moment_of(x))
 

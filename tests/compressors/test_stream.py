@@ -256,6 +256,26 @@ def test_the_strength_balances_more_of_the_same_text_and_text_of_another_kind():
     assert alone.left < 0.01 < both.left < 1.0
 
 
+def test_no_text_that_is_left_out_is_worse_off_than_without_a_repair():
+    """A text that gains little loses by what others gain most from; noise hides it from the mean over texts."""
+    draw = torch.Generator().manual_seed(0)
+    x, change, noise = (torch.randn(*shape, generator=draw) for shape in ((1, 4000, 6), (4, 6), (1, 4000, 4)))
+    yes, no = stream.Fit(), stream.Fit()
+    yes.add(x, x @ change.T, torch.ones(1, 4000, 1))
+    no.add(x, 0.2 * x @ change.T + 4.0 * noise, torch.ones(1, 4000, 1))
+
+    def share(fit, delta):
+        means, delta = fit.means(), delta.float()
+        gained = 2 * (delta * means.cross).sum() - ((delta @ means.second) * delta).sum()
+        return 1 - float(gained / means.square.sum())
+
+    assert share(no, change) > 1.0 > (share(yes, change) + share(no, change)) / 2
+    delta, strength = stream.change([[yes], [yes], [no]])
+    assert strength.factor == 3.0  # 1 / (1 + 3) of the change is less than twice what that text wants
+    assert share(no, delta) <= 1.0
+    assert 0.4 < share(yes, delta) < 0.7
+
+
 COMPOSED = {
     "num_hidden_layers": 4,
     "drop_from": "2",

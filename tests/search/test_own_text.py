@@ -8,6 +8,7 @@ import pytest
 from evaluator.errors import TextError
 from evaluator.process import EngineProcess
 from search.config import compose
+from search.config.study_file import Space
 from search.errors import ConfigError
 from search.setup import keys, own_text, setting
 from search.setup.texts import calibration_documents
@@ -64,12 +65,27 @@ def test_the_model_writes_its_text_once_and_the_same_in_another_place(prepare, w
 def test_a_mix_holds_each_of_its_parts(prepare, tmp_path):
     mine = str(tmp_path / "mine.txt")
     mixed, alone = prepare(calibration=["self", mine, "embedded"]), prepare(calibration=[mine])
-    assert list(alone.texts.moments.domains) == ["0-mine"]
-    assert {"begin", "starts", "1-mine", "topics", "docstrings", "code"} <= set(mixed.texts.moments.domains)
+    assert list(alone.texts.moments.windows) == ["0-mine"]
+    assert set(mixed.texts.moments.windows) >= {"1-mine", "topics", "docstrings", "code", "begin", "starts"}
     assert set(calibration_documents(alone.texts)) < set(calibration_documents(mixed.texts))
-    cut = dataclasses.replace(mixed.model.identity, intermediate_size=128, repair="ridge")
-    assert keys.plan_digest(mixed, cut) != keys.plan_digest(alone, cut)
-    assert keys.definition(mixed)["calibration"] != keys.definition(alone)["calibration"]
+
+
+def test_a_mix_is_written_when_a_plan_rests_on_second_moments(prepare, tmp_path, written):
+    mine = str(tmp_path / "mine.txt")
+    mixed, alone = prepare(calibration=[mine, "self"]), prepare(calibration=[mine])
+    plain = dataclasses.replace(mixed.model.identity, intermediate_size=128)
+    repaired = dataclasses.replace(plain, repair="ridge")
+    assert keys.plan_digest(mixed, plain) == keys.plan_digest(alone, plain)
+    assert keys.definition(mixed) == keys.definition(alone)
+    assert not written
+    assert keys.plan_digest(mixed, repaired) != keys.plan_digest(alone, repaired)
+    assert keys.moments_key(mixed) != keys.moments_key(alone)
+    assert written
+    mixed, alone = (
+        dataclasses.replace(each, file=each.file.model_copy(update={"space": Space(repair=["none", "ridge"])}))
+        for each in (mixed, alone)
+    )
+    assert keys.definition(mixed) != keys.definition(alone)
 
 
 def test_a_damaged_file_of_own_text_is_written_again(prepare, tmp_path, written):
