@@ -1,18 +1,21 @@
-"""What a repair is worth on kinds of text that calibration did not hold, by calibration text and number of windows.
+"""What a repair is worth on text that calibration did not hold, by calibration text and number of windows.
 
-    PYTHONPATH=. python benchmarks/carry.py [--model DIRECTORY] [--own DIRECTORY] --fit embedded own embedded+own …
+    PYTHONPATH=. python benchmarks/carry.py [--model DIRECTORY] --fit embedded self embedded+self FILE+self …
 
-Judged in domain (the embedded search text) and on the five kinds of `left_out_texts`, in float32. PerfNorm is exp of
-the difference of the mean losses, its error and that of the KL divergence are over windows; "out" is the mean over kinds.
---own holds .jsonl files of text that the model wrote, each a domain.
+Judged in domain (the embedded search text, or --same FILE) and on the five kinds of `left_out_texts` (or --other
+FILES), in float32. PerfNorm is exp of the difference of the mean losses, its error and that of the KL divergence are
+over windows; OUT is the mean over the other kinds. With --half, both models are run in bfloat16 while something is
+fitted, as they are on a GPU.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import pathlib
 import time
+from collections.abc import Callable
 
 import left_out_texts
 import repair
@@ -20,13 +23,15 @@ import torch
 from transformers import AutoTokenizer
 
 from compressors import build
+from compressors.methods import stream
 from compressors.model import family
 from compressors.model.checkpoint import Checkpoint
 from compressors.plan import CompressionPlan
 from compressors.statistics import activations, second_moments
 from evaluator import embedded_texts, quality, shared_text, texts
+from evaluator.backends import EngineSettings
 from search import files
-from search.setup import machine, sources
+from search.setup import machine, own_text, sources
 
 HOWS = {**repair.HOW, **repair.DEPTH, **repair.HIDDEN, "none": {}}
 WHOLE = {"W4A16": {"precision": "W4A16", "quantizer": "gptq", "group_size": 64}}
@@ -36,7 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=sources.EMBEDDED)
     parser.add_argument("--packages", type=pathlib.Path, default=pathlib.Path("outputs/packages"))
-    parser.add_argument("--own", type=pathlib.Path)
+    parser.add_argument("--same", type=pathlib.Path)
+    parser.add_argument("--other", type=pathlib.Path, nargs="+")
+    parser.add_argument("--half", action="store_true")
     parser.add_argument("--fit", nargs="+", default=["embedded"], help="calibration texts, joined by +")
     parser.add_argument("--windows", type=int, nargs="+", default=[32], help="of each domain")
     parser.add_argument("--cuts", nargs="+", default=["FFN 1152"])
@@ -53,29 +60,44 @@ def main() -> None:
     base = Checkpoint.read(path)
     kind, own = family.family_of(base), CompressionPlan.identity(base.config)
     tokenizer, device = AutoTokenizer.from_pretrained(path), machine.best_device()
-    mixes = {fit: calibration(fit, arguments.own) for fit in arguments.fit}
-    left_out = left_out_texts.read(arguments.packages)
+    if arguments.half:
+        second_moments.compute_dtype = stream.compute_dtype = lambda device: torch.bfloat16
+    writer = own_text.Writer(
+        path, base.digest(), tokenizer, arguments.work, "transformers", EngineSettings(device), repair.say
+    )
+    wanted = arguments.window * max(arguments.windows)
+    mixes = {fit: calibration(fit, functools.partial(writer.domains, wanted)) for fit in arguments.fit}
+    if arguments.other:
+        left_out = {file.stem: texts.read_documents([file]) for file in arguments.other}
+    else:
+        left_out = left_out_texts.read(arguments.packages)
+    same = texts.read_documents([arguments.same]) if arguments.same else texts.split(embedded_texts.documents())[1]
     for documents in left_out.values():
         for domain, those in mixes[arguments.fit[0]].items():
             assert not shared_text.compare(those, documents).characters, domain
-    judged = {"in": shards_of(tokenizer, texts.split(embedded_texts.documents())[1], arguments.tokens, arguments.window)}
+    judged = {"in": shards_of(tokenizer, same, arguments.tokens, arguments.window)}
     for name, documents in left_out.items():
         judged[name] = shards_of(tokenizer, documents, arguments.left_out_tokens, arguments.window)
     model = base.to_model(device, torch.float32)
     reference = {name: quality.Reference.of(model, those, max_bytes=1 << 34) for name, those in judged.items()}
-    print("base perplexity: " + ", ".join(f"{name} {perplexity(one):.1f}" for name, one in reference.items()), flush=True)
+    print(
+        "base perplexity: " + ", ".join(f"{name} {perplexity(one):.1f}" for name, one in reference.items()), flush=True
+    )
     del model
     for fit, domains in mixes.items():
         for count in arguments.windows:
             windows = {
-                name: texts.windows(tokenizer, documents, arguments.window, count) for name, documents in domains.items()
+                name: texts.windows(tokenizer, documents, arguments.window, count)
+                for name, documents in domains.items()
             }
             digest = texts.text_digest([window for those in windows.values() for window in those])
             place = arguments.work / f"moments-{base.digest()[:8]}-{digest}"
             began = time.monotonic()
             moments = second_moments.collect(base, windows, place, device)
             collected = time.monotonic() - began
-            statistics = activations.calibrate(base, [window for those in windows.values() for window in those][::4], device)
+            statistics = activations.calibrate(
+                base, [window for those in windows.values() for window in those][::4], device
+            )
             for cut in arguments.cuts:
                 for how in arguments.how:
                     plan = dataclasses.replace(own, **arguments.plans[cut], **HOWS[how])
@@ -88,15 +110,15 @@ def main() -> None:
                     report({**row, "judged": found}, arguments.json)
 
 
-def calibration(fit: str, directory: pathlib.Path | None) -> dict[str, list[texts.Document]]:
+def calibration(fit: str, own: Callable[[], dict[str, list[texts.Document]]]) -> dict[str, list[texts.Document]]:
     domains: dict[str, list[texts.Document]] = {}
     for part in fit.split("+"):
         if part == "embedded":
             domains |= embedded_texts.domains()
+        elif part == "self":
+            domains |= own()
         else:
-            assert directory is not None
-            found = sorted(directory.glob("*.jsonl")) if part == "own" else [directory / f"{part}.jsonl"]
-            domains |= {f"own-{file.stem}": texts.read_documents([file]) for file in found}
+            domains[pathlib.Path(part).stem] = texts.read_documents([part])
     return domains
 
 
@@ -123,7 +145,9 @@ def report(row: dict, file: pathlib.Path | None) -> None:
         for name, one in {"in": found["in"], "OUT": out}.items()
     )
     each = " ".join(f"{name} {one['perf']:.3f}/{one['kl']:.3f}" for name, one in found.items() if name != "in")
-    print(f"{row['cut']} | {row['how']} | {row['fit']} {row['windows']} | {shown} | {each} | {row['s']:.0f} s", flush=True)
+    print(
+        f"{row['cut']} | {row['how']} | {row['fit']} {row['windows']} | {shown} | {each} | {row['s']:.0f} s", flush=True
+    )
     if file is not None:
         with file.open("a") as lines:
             lines.write(json.dumps(row) + "\n")

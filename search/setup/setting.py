@@ -248,7 +248,11 @@ def prepare(
             shards=shards,
             calibration_windows=windows,
             moments=MomentsText(
-                domains, tokenizer, file.text.window, file.text.moments_windows, own if file.text.writes_beside else dict
+                domains,
+                tokenizer,
+                file.text.window,
+                file.text.moments_windows,
+                own if file.text.writes_beside else dict,
             ),
             digest=texts.text_digest([window for shard in shards for window in shard]),
         ),

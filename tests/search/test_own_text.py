@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import shutil
 
 import pytest
 
@@ -11,7 +12,7 @@ from search.config import compose
 from search.config.study_file import Space
 from search.errors import ConfigError
 from search.setup import keys, own_text, setting
-from search.setup.texts import calibration_documents
+from search.setup.texts import calibration_documents, tokenizer_of
 
 
 @pytest.fixture
@@ -86,6 +87,30 @@ def test_a_mix_is_written_when_a_plan_rests_on_second_moments(prepare, tmp_path,
         for each in (mixed, alone)
     )
     assert keys.definition(mixed) != keys.definition(alone)
+
+
+@pytest.mark.parametrize(
+    ("template", "chats"),
+    [
+        ("{% for m in messages %}<{{ m.role }}> {{ m.content }}{% endfor %} <answer>", True),
+        ("{{ raise_exception('a system message has to come first') }}", False),
+        (None, False),
+    ],
+)
+def test_a_model_is_asked_where_its_chat_template_takes_a_request(pico_llama, tmp_path, template, chats):
+    model = shutil.copytree(pico_llama, tmp_path / "model")
+    if template is not None:
+        (model / "chat_template.jinja").write_text(template)
+    tokenizer = tokenizer_of(model)
+    found = own_text.kinds(tokenizer)
+    assert list(found) == ["begin", "starts", *(["chat"] if chats else [])]
+    for make in found.values():
+        prompts, again = make(), make()
+        some = [next(prompts) for _ in range(50)]
+        assert all(some)
+        assert some == [next(again) for _ in range(50)]
+    if chats:
+        assert tokenizer.decode(next(found["chat"]())).startswith("<user>")
 
 
 def test_a_damaged_file_of_own_text_is_written_again(prepare, tmp_path, written):
