@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--packages", type=pathlib.Path, default=pathlib.Path("outputs/packages"))
     parser.add_argument("--same", type=pathlib.Path)
     parser.add_argument("--other", type=pathlib.Path, nargs="+")
+    parser.add_argument("--kinds", nargs="+", default=left_out_texts.KINDS)
     parser.add_argument("--half", action="store_true")
     parser.add_argument("--fit", nargs="+", default=["embedded"], help="calibration texts, joined by +")
     parser.add_argument("--windows", type=int, nargs="+", default=[32], help="of each domain")
@@ -70,7 +71,8 @@ def main() -> None:
     if arguments.other:
         left_out = {file.stem: texts.read_documents([file]) for file in arguments.other}
     else:
-        left_out = left_out_texts.read(arguments.packages)
+        every = left_out_texts.read(arguments.packages)
+        left_out = {name: every[name] for name in arguments.kinds}
     same = texts.read_documents([arguments.same]) if arguments.same else texts.split(embedded_texts.documents())[1]
     for documents in left_out.values():
         for domain, those in mixes[arguments.fit[0]].items():

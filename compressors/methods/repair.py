@@ -29,6 +29,7 @@ from compressors.model.family import Family
 from compressors.statistics.second_moments import Moment, Moments, input_of, mixed
 
 STRENGTHS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # λ over the median of diag H[S, S]
+VERSION = 2  # increase it when the same cut would be repaired differently
 ROWS = 256  # about the number of outputs that choose the strength
 NO_REPAIR = float("inf")
 
@@ -83,7 +84,7 @@ def _remembered(
     moments: Moments, layer: int, part: str, weight: torch.Tensor, kept: torch.Tensor, find: Callable[[], float]
 ) -> float:
     """Return a strength from its file, or find and keep it: that takes several times as long as the repair."""
-    key = hashlib.sha256(f"{moments.layers[layer]} {part} {tuple(weight.shape)} {kept.tolist()}".encode())
+    key = hashlib.sha256(f"{VERSION} {moments.layers[layer]} {part} {tuple(weight.shape)} {kept.tolist()}".encode())
     key.update(weight.float().sum(0)[:64].cpu().numpy().tobytes())
     return cached.kept(
         moments.path / "strengths" / key.hexdigest()[:24], _read_strength, lambda path: _keep_strength(path, find())

@@ -47,7 +47,7 @@ from compressors.statistics.residual_streams import Stays, Streams
 from compressors.statistics.second_moments import Moments
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # λ over the median of diag A
-VERSION = 8  # increase it when the same cut would be refit differently
+VERSION = 9  # increase it when the same cut would be refit differently
 FILES = 4  # the number of results that are kept: each can be as large as the model
 ROWS = 128  # about the number of outputs that choose the strength
 EXPLORED = 4  # λ of every so many layers is looked for; those between take it over, if it gains there

@@ -6,12 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 
 from compressors.choices import Value
-from compressors.methods import stream
+from compressors.methods import repair, stream
 from compressors.plan import CompressionPlan
 from compressors.statistics.residual_streams import Stays
 from compressors.steps import Build
 
-VERSIONS: Mapping[tuple[str, Value], str] = {("repair", "stream"): f"stream {stream.VERSION}"}
+VERSIONS: Mapping[tuple[str, Value], str] = {
+    ("repair", "stream"): f"stream {stream.VERSION}",
+    ("repair", "ridge"): f"ridge {repair.VERSION}",  # of each step that cuts
+}
 
 
 def applies(plan: CompressionPlan, base: CompressionPlan) -> bool:

@@ -186,7 +186,7 @@ class Text(Section):
     The calibration text can also be `self`, which the base model writes, and a list of all of these.
     """
 
-    calibration: list[str] | Literal["embedded", "self"] = "embedded"
+    calibration: list[str] | Literal["embedded", "self"] = [EMBEDDED, SELF]
     search: Texts = "embedded"
     report: Texts | None = "embedded"  # text that no search saw, for confirmation; null: none
     window: Annotated[int, Field(ge=16)] = 256  # tokens
@@ -204,9 +204,14 @@ class Text(Section):
         return value if alone else _list_of_one(value)
 
     @property
+    def calibration_names(self) -> list[str]:
+        """The parts of the calibration text."""
+        return [self.calibration] if isinstance(self.calibration, str) else self.calibration
+
+    @property
     def writes_beside(self) -> bool:
         """Whether the base model writes a part of the calibration text, beside others."""
-        return isinstance(self.calibration, list) and SELF in self.calibration and set(self.calibration) != {SELF}
+        return SELF in self.calibration_names and set(self.calibration_names) != {SELF}
 
     @field_validator("search", "report")
     @classmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from compressors.model.transformers_version import config_for
 from compressors.plan import DIMENSIONS, CompressionPlan
 from evaluator import backends, batch, gpus, lengths, measure, speed, tasks, texts
 from evaluator.backends import EngineSettings
+from evaluator.errors import TextError
 from evaluator.measurement import Measurement, Workload
 from evaluator.score import Formula
 from search.config.study_file import Range, Space, StudyFile
@@ -33,7 +34,7 @@ from search.setup.machine import Machine, choose_engine, compute_capability, dev
 from search.setup.own_text import Writer
 from search.setup.requests import Prompts, read_prompts, require_room
 from search.setup.server import require_server, require_serving
-from search.setup.texts import MomentsText, StudyTexts, read_texts, tokenizer_of
+from search.setup.texts import Domains, MomentsText, StudyTexts, read_texts, tokenizer_of
 
 WRITTEN_TOGETHER = 64  # answers of tasks that an engine writes at once
 
@@ -252,7 +253,7 @@ def prepare(
                 tokenizer,
                 file.text.window,
                 file.text.moments_windows,
-                own if file.text.writes_beside else dict,
+                functools.partial(_or_none, own, warn) if file.text.writes_beside else dict,
             ),
             digest=texts.text_digest([window for shard in shards for window in shard]),
         ),
@@ -271,7 +272,17 @@ def prepare(
     return setting
 
 
+def _or_none(own: Callable[[], Domains], warn: Say) -> Domains:
+    """Return what the base model writes beside other text; nothing, with a warning, where it writes too little."""
+    try:
+        return own()
+    except TextError as error:
+        warn(f"{error}; the other texts are used alone")
+        return {}
+
+
 def _writing(file: StudyFile, device: str) -> EngineSettings:
+    """Return how the engine is run that the base model writes text with."""
     evaluation = file.evaluation
     return EngineSettings(
         device=device,

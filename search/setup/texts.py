@@ -165,8 +165,8 @@ def _calibration(file: StudyFile, own: Callable[[], Domains], warn: Say) -> Doma
 
 def _domains(file: StudyFile) -> Domains:
     """Return the domains of the calibration text that are given: one for each file, several for the embedded text."""
-    named, domains = file.text.calibration, dict[str, Documents]()
-    for place, name in enumerate([named] if isinstance(named, str) else named):
+    domains = dict[str, Documents]()
+    for place, name in enumerate(file.text.calibration_names):
         if name == EMBEDDED:
             domains |= _embedded_domains()
         elif name != SELF:
@@ -220,7 +220,7 @@ def _apart(
         UsageError: They share more than MOST_SHARED of the first.
     """
     (name, documents), (kept, others) = one, other
-    if getattr(file.text, name) == getattr(file.text, kept) == EMBEDDED:
+    if all(_is_embedded(file, key) for key in (name, kept)):
         return documents  # the embedded texts share nothing by construction
     shared = _compared(tuple(documents), tuple(others))
     if not shared.characters:
@@ -237,6 +237,12 @@ def _apart(
         )
     warn(f"text: {share} is in text.{kept} too and is left out: {shared.examples[0]}")
     return shared.rest
+
+
+def _is_embedded(file: StudyFile, key: str) -> bool:
+    if key == "calibration":
+        return EMBEDDED in file.text.calibration_names and {EMBEDDED, SELF} >= set(file.text.calibration_names)
+    return bool(getattr(file.text, key) == EMBEDDED)
 
 
 @functools.lru_cache(maxsize=4)

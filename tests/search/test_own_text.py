@@ -11,6 +11,7 @@ from evaluator.process import EngineProcess
 from search.config import compose
 from search.config.study_file import Space
 from search.errors import ConfigError
+from search.say import silent
 from search.setup import keys, own_text, setting
 from search.setup.texts import calibration_documents, tokenizer_of
 
@@ -35,7 +36,7 @@ def prepare(tmp_path, pico_llama, monkeypatch):
     monkeypatch.setattr(own_text, "AT_ONCE", 4)
     (tmp_path / "mine.txt").write_text("\n\n".join(f"Paragraph {i} says {i * i % 9973} and more." for i in range(90)))
 
-    def prepared(outputs="outputs", **text):
+    def prepared(outputs="outputs", warn=silent, **text):
         values = {
             "study_name": "own",
             "outputs": str(tmp_path / outputs),
@@ -43,7 +44,7 @@ def prepare(tmp_path, pico_llama, monkeypatch):
             "evaluation": {"backend": "transformers", "device": "cpu"},
             "text": {"window": 32, "calibration_windows": 6, "moments_windows": 4, "shards": 2, "report": None, **text},
         }
-        return setting.prepare(compose.validate(values, "this test"))
+        return setting.prepare(compose.validate(values, "this test"), warn=warn)
 
     return prepared
 
@@ -142,6 +143,17 @@ def test_a_model_that_repeats_itself_is_given_up_in_one_line(prepare, monkeypatc
     monkeypatch.setattr(own_text, "is_text", lambda tokens: False)
     with pytest.raises(TextError, match=r"text\.calibration: self: of \d+ tokens .* name texts of its languages"):
         prepare(calibration="self")
+
+
+def test_a_mix_does_without_a_model_that_repeats_itself_and_says_so(prepare, tmp_path, monkeypatch):
+    monkeypatch.setattr(own_text, "is_text", lambda tokens: False)
+    mine, said = str(tmp_path / "mine.txt"), []
+    mixed = prepare(calibration=[mine, "self"], warn=said.append)
+    assert not said
+    assert list(mixed.texts.moments.windows) == ["0-mine"]
+    (line,) = said
+    assert line.startswith("text.calibration: self: of ")
+    assert line.endswith("the other texts are used alone")
 
 
 @pytest.mark.parametrize("key", ["search", "report"])
