@@ -31,6 +31,7 @@ VERSION = 1  # increase it when other text would be written
 TEMPERATURE = 1.0
 LENGTH = 256  # the most tokens of a document
 AT_ONCE = 64  # documents that are written together
+CALL_TIMEOUT_S = 3600.0  # for AT_ONCE documents, which take minutes on a CPU
 MOST_DROPPED = 4  # as many times the wanted tokens are written before it is given up
 LEAST_TOKENS = 32  # a document with fewer tokens is dropped
 LEAST_DISTINCT = 0.5  # so is one with a smaller share of distinct runs of RUN tokens
@@ -97,7 +98,7 @@ class Writer:
     def _written(self, tokens: int) -> dict[str, list[str]]:
         self.say("own text: starting the engine")
         settings = dataclasses.replace(
-            self.settings, max_model_len=2 * LENGTH, batch_sizes=(1,), max_num_seqs=AT_ONCE, kv_tokens=None
+            self.settings, max_model_len=2 * LENGTH, max_num_seqs=AT_ONCE, call_timeout_s=CALL_TIMEOUT_S
         )
         with EngineProcess(self.backend, self.path, settings, log=self.directory / "own-text.log") as engine:
             return {kind: self._of_kind(engine, kind, make, tokens) for kind, make in kinds(self.tokenizer).items()}
@@ -151,7 +152,9 @@ def kinds(tokenizer: Any) -> dict[str, Callable[[], Prompts]]:
     }
     with contextlib.suppress(TextError):  # there is no chat template, or it wants chats of another form
         asked = [chat.chat_ids(tokenizer, [{"role": "user", "content": one}]) for one in ASKED.split("|")]
-        found["chat"] = lambda: _in_turn(asked)
+        short = [ids for ids in asked if len(ids) <= LENGTH]
+        if short:
+            found["chat"] = lambda: _in_turn(short)
     return found
 
 

@@ -288,7 +288,6 @@ def _writing(file: StudyFile, device: str) -> EngineSettings:
         device=device,
         gpu_memory_utilization=evaluation.gpu_memory_utilization,
         start_timeout_s=evaluation.start_timeout_s,
-        call_timeout_s=evaluation.call_timeout_s,
     )
 
 
