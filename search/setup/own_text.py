@@ -121,7 +121,7 @@ class Writer:
                 written += max(1, len(answer.tokens))
                 if is_text(answer.tokens):
                     found.append(self._text(kind, prompt, answer.text))
-                    kept += len(answer.tokens)
+                    kept += len(self.tokenizer.encode(found[-1], add_special_tokens=False))  # sampled ones may be more
             seed += count
         return found
 
