@@ -13,7 +13,7 @@ import numpy as np
 
 from evaluator.answering import Asked
 from evaluator.generation import Answer, Limits
-from evaluator.measurement import Workload
+from evaluator.workload import Workload
 
 
 def with_requests(workload: Workload, vocabulary: int, prompts: Sequence[Sequence[int]] = ()) -> Workload:

@@ -10,8 +10,9 @@ import math
 from collections.abc import Sequence
 
 from evaluator.generation import Answer
-from evaluator.measurement import Answers, Measurement, ShownAnswer, TaskResult
+from evaluator.measurement import Measurement
 from evaluator.score import standard_error
+from evaluator.task_result import Answers, ShownAnswer, TaskResult
 
 TOLERANCE = 0.1  # the difference of a ratio from 1 that makes none where nothing else is asked
 SHOWN = 10  # answers of a task that are kept for a report, from the first

@@ -13,9 +13,9 @@ from typing import Any
 
 from evaluator import keeper, last_words, served
 from evaluator.errors import EngineCrashed, EngineTimeout
-from evaluator.measurement import Workload
 from evaluator.served import Served
 from evaluator.server import HOST, Server, environment
+from evaluator.workload import Workload
 from readers import json_reader
 
 PERCENTILES = "50,95,99"

@@ -41,7 +41,8 @@ from numpy.typing import NDArray
 
 from evaluator import batch
 from evaluator.generation import Answer, Limits
-from evaluator.measurement import Timing, Workload
+from evaluator.measurement import Timing
+from evaluator.workload import Workload
 
 DISCARDED = 3  # the first steps after a switch, when caches are cold and threads asleep
 FASTEST = 0.05  # the share of the steps that counts

@@ -24,7 +24,7 @@ from compressors.model import checkpoint, family
 from compressors.model.model_directory import WEIGHTS
 from compressors.model.transformers_version import in_old_form
 from compressors.plan import DESCRIPTION, CompressionPlan, canonical, name_of
-from evaluator import measure
+from evaluator import checkpoint_files
 from search import secrets
 from search.by_hand import distill, evaluate, multirun
 from search.by_hand.evaluation import Evaluation
@@ -246,7 +246,7 @@ def _is_there(path: Path, key: str, finalist: Finalist, wanted: Wanted) -> bool:
         and _distilled(path).get("distillation") == key
         and described.get("for_transformers") == wanted.target
         and (path / WEIGHTS).is_file()
-        and described.get("weights_sha256") == measure.weights_sha256_of(path)
+        and described.get("weights_sha256") == checkpoint_files.weights_sha256_of(path)
     )
 
 
@@ -325,7 +325,7 @@ def _measured(study: optuna.Study, number: int) -> FinalistRow | None:
     """Return the row of the trial's distilled model, if the very model that was measured is still in its place."""
     for row in status.distilled_of(study):
         if row.trial == number and row.result is not None and status.is_there(row):
-            same = row.result.weights_sha256 == measure.weights_sha256_of(Path(row.path))
+            same = row.result.weights_sha256 == checkpoint_files.weights_sha256_of(Path(row.path))
             return row if same else None
     return None
 

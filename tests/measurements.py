@@ -4,7 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
-from evaluator.measurement import Measurement, Workload
+from evaluator.measurement import Measurement
+from evaluator.workload import Workload
 
 NLL, MS = 2.0, 4.0
 WHOLE: dict[str, Any] = {

@@ -17,7 +17,7 @@ import time
 
 from evaluator import backends, embedded_texts, process, quality, speed, texts
 from evaluator.backends import EngineSettings
-from evaluator.measurement import Workload
+from evaluator.workload import Workload
 
 
 def main() -> None:

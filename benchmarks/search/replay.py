@@ -28,8 +28,9 @@ from benchmarks.hollow import hollow
 from compressors.model import checkpoint, family
 from compressors.plan import CompressionPlan
 from evaluator import measure, quality
-from evaluator.measurement import Measurement, Timing, Workload
+from evaluator.measurement import Measurement, Timing
 from evaluator.speed_table import SpeedTable
+from evaluator.workload import Workload
 from search.config import compose
 from search.setup.machine import Machine
 from search.setup.setting import BaseModel, Setting, StudyTexts

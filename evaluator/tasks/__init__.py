@@ -25,8 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from evaluator.errors import EvaluationError
 from evaluator.generation import Answer, Limits
-from evaluator.measurement import Answers, TaskResult
 from evaluator.score import standard_error
+from evaluator.task_result import Answers, TaskResult
 
 __all__ = [
     "AskedEngine",

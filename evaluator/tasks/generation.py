@@ -25,7 +25,7 @@ from pydantic import Field, field_validator, model_validator
 from evaluator import chat, lengths, matching, tasks
 from evaluator.errors import TextError
 from evaluator.generation import Answer, Limits
-from evaluator.measurement import TaskResult
+from evaluator.task_result import TaskResult
 from evaluator.tasks import GeneratingEngine, Look, Progress, _questions, digest_of, result_of
 from readers import json_reader
 from readers.errors import ReadError

@@ -25,7 +25,7 @@ from pydantic import model_validator
 from evaluator import backends, lengths, tasks
 from evaluator.errors import BackendUnavailable, EvaluationError, TextError, install
 from evaluator.generation import Answer
-from evaluator.measurement import TaskResult
+from evaluator.task_result import TaskResult
 from evaluator.tasks import AskedEngine, Look, Progress, _continuations, _prompts, digest_of, result_of
 from evaluator.tasks._continuations import Continuation
 

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from evaluator import tasks
 from evaluator.errors import TextError
-from evaluator.measurement import TaskResult
+from evaluator.task_result import TaskResult
 from evaluator.tasks import Look, NllEngine, Progress, _continuations, _questions, digest_of, result_of
 from evaluator.tasks._continuations import Continuation
 from readers import json_reader

@@ -17,7 +17,7 @@ from compressors.files import write_json
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.loading import broken_named, write_checked
 from compressors.plan import CHOICES, DESCRIPTION, DIMENSIONS, OPTIONS, CompressionPlan, canonical
-from evaluator import measure
+from evaluator import checkpoint_files
 from evaluator.backends import kernels
 from search import files
 from search.config.compression import Compression
@@ -221,7 +221,7 @@ def written_before(path: Path, described: dict[str, Any]) -> str | None:
     same = all(known.get(key) == described[key] for key in ("plan_digest", "for_transformers"))
     if not same or not (path / "model.safetensors").is_file() or not (path / "config.json").is_file():
         return None
-    if known.get("weights_sha256") != measure.weights_sha256_of(path):
+    if known.get("weights_sha256") != checkpoint_files.weights_sha256_of(path):
         cached.tell(path, "its weights are not those that were written")
         return None
     return str(known["weights_sha256"])

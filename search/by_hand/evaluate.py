@@ -20,7 +20,7 @@ from compressors.model import config_types, structure
 from compressors.model.model_directory import require_json
 from compressors.plan import DESCRIPTION, CompressionPlan
 from compressors.typed_json import typed
-from evaluator import embedded_texts, measure, quality, score, texts
+from evaluator import checkpoint_files, embedded_texts, quality, score, texts
 from evaluator.measurement import Measurement
 from evaluator.process import EngineProcess
 from search import secrets
@@ -80,7 +80,7 @@ def evaluate_candidate(
         EvaluationError: An engine failed. After any error nothing is written.
     """
     setting, path, plan = bench.setting, candidate.path, candidate.plan
-    described = measure.describe(path)
+    described = checkpoint_files.describe(path)
     report = report_shards(setting.file, setting.texts, warn)
     base_loss = _base_loss(bench, report, say) if report else None
     if plan is not None:
@@ -124,7 +124,7 @@ def candidate_in(path: Path, setting: Setting) -> Candidate:
         raise UsageError(f"evaluate: {path}: no such directory; name a checkpoint, such as submit/model")
     structure.describe_any(path)
     config_types.require_config(path, require_json(path / "config.json", "name a checkpoint"))
-    weights_sha256 = measure.weights_sha256_of(path)
+    weights_sha256 = checkpoint_files.weights_sha256_of(path)
     plan = plan_in(path, weights_sha256, setting)
     if plan is None:
         _require_same_tokens(path, setting)
@@ -141,7 +141,7 @@ def known_evaluation(path: Path, setting: Setting) -> Evaluation | None:
         return None
     if evaluation.circumstances != plain(keys.circumstances(setting)) or evaluation.formula != setting.formula:
         return None
-    if evaluation.measurement.weights_sha256 != measure.weights_sha256_of(path):
+    if evaluation.measurement.weights_sha256 != checkpoint_files.weights_sha256_of(path):
         return None
     report = report_shards(setting.file, setting.texts)
     text_digest = None if evaluation.report_text is None else evaluation.report_text.text_digest

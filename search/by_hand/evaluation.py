@@ -14,9 +14,10 @@ from compressors.plan import CompressionPlan
 from compressors.typed_json import typed
 from evaluator import lengths
 from evaluator.lengths import TOLERANCE
-from evaluator.measurement import METRICS, OF_ANSWERS, Measurement, Workload
+from evaluator.measurement import METRICS, OF_ANSWERS, Measurement
 from evaluator.score import Formula, Score, score_of
 from evaluator.served import Served
+from evaluator.workload import Workload
 from search import secrets
 from search.json_values import measurement_from
 from search.setup import keys
@@ -56,7 +57,7 @@ class BaseModel:
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Speed holds the times of a model and of its base model under one workload; see `evaluator.measurement`.
+    """Speed holds the times of a model and of its base model under one workload; see `evaluator.workload`.
 
     Attributes:
         workload: What was timed.

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from evaluator import lengths, paired
-from evaluator.measurement import TaskResult
+from evaluator.task_result import TaskResult
 from search.by_hand.evaluation import Evaluation
 
 SHOWN = 10  # answers of each task

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evaluator.measurement import Workload
+from evaluator.workload import Workload
 from search.by_hand.evaluation import Evaluation
 from search.show import served_table
 

@@ -25,7 +25,7 @@ from pydantic import (
 from compressors.choices import PRECISIONS, Choice
 from compressors.plan import CHOICES, DIMENSIONS
 from evaluator import gpus, tasks
-from evaluator.measurement import KEYS
+from evaluator.workload import KEYS
 from search import secrets
 from search.config import references
 from search.config.compression import Compression

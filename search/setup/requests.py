@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluator import batch, prompts
-from evaluator.measurement import Workload
+from evaluator.workload import Workload
 from search.config.study_file import StudyFile
 from search.errors import UsageError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evaluator import backends, batch
-from evaluator.measurement import Workload
+from evaluator.workload import Workload
 from search.config.study_file import StudyFile
 from search.errors import UsageError
 

@@ -19,11 +19,12 @@ from compressors.errors import CheckpointError, CompressionError
 from compressors.model import checkpoint, family
 from compressors.model.transformers_version import config_for
 from compressors.plan import DIMENSIONS, CompressionPlan
-from evaluator import backends, batch, gpus, lengths, measure, speed, tasks, texts
+from evaluator import backends, batch, checkpoint_files, gpus, lengths, speed, tasks, texts
 from evaluator.backends import EngineSettings
 from evaluator.errors import TextError
-from evaluator.measurement import Measurement, Workload
+from evaluator.measurement import Measurement
 from evaluator.score import Formula
+from evaluator.workload import Workload
 from search.config.study_file import Range, Space, StudyFile
 from search.errors import UsageError
 from search.files import CACHE
@@ -169,7 +170,7 @@ class Setting:
             model = self.model
             try:
                 predicted = build.predicted_bytes(plan, model.checkpoint, model.family)
-                self._sizes[plan] = predicted / measure.describe(model.path).bytes
+                self._sizes[plan] = predicted / checkpoint_files.describe(model.path).bytes
             except CompressionError:  # also a config that transformers refuses
                 self._sizes[plan] = math.inf
         return self._sizes[plan]

@@ -12,7 +12,7 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.config_values import SIZES
 from compressors.model.model_directory import require_json
 from compressors.plan import DESCRIPTION
-from evaluator import measure
+from evaluator import checkpoint_files
 from evaluator.errors import EvaluationError
 
 KEYS = ("model_type", "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", *SIZES)  # of config.json
@@ -35,7 +35,7 @@ def read(path: Path, expected: Checkpoint | None = None) -> dict[str, Any]:
     try:
         described = cached.read_json(path / DESCRIPTION)
         config = require_json(path / "config.json", "")
-        if described["weights_sha256"] != measure.weights_sha256_of(path):
+        if described["weights_sha256"] != checkpoint_files.weights_sha256_of(path):
             raise ValueError("its weights are not those that were written")
         if expected is not None:
             _require_alike(path, config, expected)

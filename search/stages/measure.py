@@ -10,7 +10,7 @@ from pathlib import Path
 from compressors import build
 from compressors.model import structure
 from compressors.plan import CompressionPlan
-from evaluator import backends, lengths, measure, speed
+from evaluator import backends, checkpoint_files, lengths, measure, speed
 from evaluator.measure import FirstAnswers
 from evaluator.measurement import Measurement, Timing
 from evaluator.process import EngineProcess
@@ -119,7 +119,7 @@ def predicted_ratio_of(setting: Setting, path: Path) -> float:
 
 def size_ratio_of(setting: Setting, path: Path) -> float:
     """Return the size of a checkpoint's weight files over the base model's."""
-    return measure.describe(path).bytes / measure.describe(setting.model.path).bytes
+    return checkpoint_files.describe(path).bytes / checkpoint_files.describe(setting.model.path).bytes
 
 
 def _served(setting: Setting, stored: int, dtype: str) -> int:

@@ -25,9 +25,10 @@ from compressors.model.family import head_dim
 from compressors.plan import CompressionPlan
 from evaluator import backends, batch, speed
 from evaluator.gpu_watch import GpuWatch
-from evaluator.measurement import Timing, Workload
+from evaluator.measurement import Timing
 from evaluator.process import EngineProcess
 from evaluator.speed_table import VERSION, Probe, Shape, SpeedTable
+from evaluator.workload import Workload
 from search.config.study_file import Range
 from search.say import Say
 from search.setup import keys

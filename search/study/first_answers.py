@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 from evaluator import measure, paired
 from evaluator.measure import Partial
-from evaluator.measurement import Measurement, TaskResult
+from evaluator.measurement import Measurement
+from evaluator.task_result import TaskResult
 from evaluator.tasks import result_of
 
 P = 0.01  # by the exact McNemar test that takes 8 questions that the base model alone answers

@@ -8,7 +8,8 @@ import pytest
 
 from evaluator import batch, measure, speed
 from evaluator.generation import Answer
-from evaluator.measurement import Measurement, Workload
+from evaluator.measurement import Measurement
+from evaluator.workload import Workload
 
 WORKLOAD = Workload(
     kind="batch", requests=40, input_tokens=(5, 30), output_tokens=(3, 9), max_num_seqs=16, seed=1, turns=4

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from evaluator import tasks
 from evaluator.errors import TextError
 from evaluator.generation import Answer, Limits
-from evaluator.measurement import TaskResult
+from evaluator.task_result import TaskResult
 from evaluator.tasks import generation
 
 TEMPLATE = (

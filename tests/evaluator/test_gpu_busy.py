@@ -7,7 +7,7 @@ import torch
 
 from evaluator import gpu_busy, measure
 from evaluator.gpu_busy import busy_us, union
-from evaluator.measurement import Workload
+from evaluator.workload import Workload
 
 
 def test_the_union_counts_what_overlaps_once():

@@ -11,7 +11,7 @@ import pytest
 from evaluator import nvml, speed
 from evaluator.gpu_state import GpuRecord, GpuState, OtherProcess
 from evaluator.gpu_watch import AGAIN, GpuWatch
-from evaluator.measurement import Workload
+from evaluator.workload import Workload
 
 FAST = GpuState(sm_clock_mhz=1980, sm_clock_max_mhz=1980, throttle_reasons=())
 HOT = GpuState(sm_clock_mhz=1200, sm_clock_max_mhz=1980, throttle_reasons=("sw_thermal_slowdown",))

@@ -5,7 +5,7 @@ import pytest
 
 from evaluator import lengths
 from evaluator.generation import Answer
-from evaluator.measurement import Answers, ShownAnswer, TaskResult
+from evaluator.task_result import Answers, ShownAnswer, TaskResult
 
 
 def answer(tokens, text="text", finish="stop"):

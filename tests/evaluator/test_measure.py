@@ -9,13 +9,14 @@ import pytest
 import torch
 import transformers
 
-from evaluator import embedded_texts, measure, texts
+from evaluator import checkpoint_files, embedded_texts, measure, texts
 from evaluator.errors import EvaluationError, NotFinite
 from evaluator.gpu_state import GpuRecord, GpuState, OtherProcess
 from evaluator.measure import Request
-from evaluator.measurement import Measurement, Workload
+from evaluator.measurement import Measurement
 from evaluator.score import Formula, score_of
 from evaluator.tasks import TaskResult
+from evaluator.workload import Workload
 
 QUICK = Workload(batch_sizes=(1, 2), prompt_tokens=4, decode_steps=3, turns=2)
 
@@ -195,7 +196,7 @@ def test_parameters_are_those_of_the_dequantized_model(tmp_path):
         },
     )
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
-    assert measure.describe(tmp_path / "m").parameters == 10 * 64 + 32 * 64 + 64
+    assert checkpoint_files.describe(tmp_path / "m").parameters == 10 * 64 + 32 * 64 + 64
 
 
 @pytest.mark.parametrize("damage", ["config.json", "model.safetensors"])
@@ -204,10 +205,10 @@ def test_a_damaged_checkpoint_is_refused(tiny, tmp_path, damage):
     (tmp_path / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes())
     (tmp_path / damage).write_bytes(b"\xff" * 9)
     with pytest.raises(EvaluationError, match="not a readable checkpoint"):
-        measure.describe(tmp_path)
+        checkpoint_files.describe(tmp_path)
     (tmp_path / damage).unlink()
     with pytest.raises(EvaluationError):
-        measure.describe(tmp_path)
+        checkpoint_files.describe(tmp_path)
 
 
 EXAONE = os.environ.get("OPTUNA_SEARCH_EXAONE4")

@@ -7,8 +7,10 @@ import pytest
 
 from evaluator import lengths
 from evaluator.errors import NotFinite
-from evaluator.measurement import Answers, Measurement, TaskResult, Workload
+from evaluator.measurement import Measurement
 from evaluator.score import Formula, perf_ratio, score_of, standard_error
+from evaluator.task_result import Answers, TaskResult
+from evaluator.workload import Workload
 from tests.measurements import measurement
 
 BASELINE = measurement(

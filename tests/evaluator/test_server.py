@@ -14,7 +14,7 @@ import pytest
 
 from evaluator import backends, serve_bench, served, server, speed
 from evaluator.errors import EngineCrashed
-from evaluator.measurement import Workload
+from evaluator.workload import Workload
 
 RESULT = json.loads((Path(__file__).parent / "results" / "vllm_bench_serve.json").read_text())
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from evaluator import speed
-from evaluator.measurement import Workload
+from evaluator.workload import Workload
 
 
 def disturbed(random, step_s, turns=12, steps=16):

@@ -12,7 +12,7 @@ import transformers
 from evaluator import backends, batch, embedded_texts, measure, quality, speed, texts
 from evaluator.errors import EngineCrashed, RequestRefused
 from evaluator.generation import Limits
-from evaluator.measurement import Workload
+from evaluator.workload import Workload
 
 pytestmark = [
     pytest.mark.vllm,

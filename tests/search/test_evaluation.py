@@ -12,8 +12,10 @@ import rich.console
 
 from compressors.plan import CompressionPlan
 from evaluator import served
-from evaluator.measurement import METRICS, TaskResult, Workload
+from evaluator.measurement import METRICS
 from evaluator.score import Formula, score_of
+from evaluator.task_result import TaskResult
+from evaluator.workload import Workload
 from search.by_hand import report
 from search.by_hand.evaluation import RESULT, BaseModel, Confirmed, Evaluation
 from search.show import tables

@@ -17,7 +17,7 @@ import transformers
 from click.testing import CliRunner
 
 from compressors.distillation import state as distill_state
-from evaluator import measure
+from evaluator import checkpoint_files
 from search import cli as commands
 from search.by_hand import distill, evaluate
 from search.config import compose
@@ -105,7 +105,7 @@ def test_finalists_are_distilled_quantized_and_measured(done):
         found = json.loads((path / "eval_result.json").read_text())
         assert found["score"] == row["after"]["score"]
         assert found["plan"] is None  # no plan alone made it
-        assert found["measurement"]["weights_sha256"] == measure.weights_sha256_of(path)
+        assert found["measurement"]["weights_sha256"] == checkpoint_files.weights_sha256_of(path)
         assert row["after"]["kl_nats_per_token"] < 0.97 * row["before"]["kl_nats_per_token"]
         assert row["held_out_kl"][1] < row["held_out_kl"][0]
         assert row["tokens"] == 16384
@@ -118,7 +118,9 @@ def test_finalists_are_distilled_quantized_and_measured(done):
     assert (home / rows[1]["path"] / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
     quantized = [json.loads((home / rows[number]["path"] / "config.json").read_text()) for number in (2, 3)]
     assert [one["quantization_config"]["quant_method"] for one in quantized] == ["compressed-tensors"] * 2
-    assert len({measure.weights_sha256_of(home / row["path"]) for row in rows.values()}) == 3  # gptq is not nearest
+    assert (
+        len({checkpoint_files.weights_sha256_of(home / row["path"]) for row in rows.values()}) == 3
+    )  # gptq is not nearest
     assert state["passed_over"] == []  # the uncut plan is not among the best three
 
 
@@ -128,7 +130,7 @@ def test_a_distilled_model_is_not_taken_for_its_undistilled_plan(done, monkeypat
     prepared = setting.prepare(compose.load("finals", config_dir=home / "studies"))
     for row in state["distilled"]:
         path = home / row["path"]
-        assert evaluate.plan_in(path, measure.weights_sha256_of(path), prepared) is None
+        assert evaluate.plan_in(path, checkpoint_files.weights_sha256_of(path), prepared) is None
         assert evaluate.known_evaluation(path, prepared).name == row["name"]
 
 

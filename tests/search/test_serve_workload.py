@@ -12,8 +12,8 @@ import pytest
 import rich.console
 
 from evaluator import backends, serve_bench, served, server
-from evaluator.measurement import Workload
 from evaluator.speed_table import SpeedTable
+from evaluator.workload import Workload
 from search.config import compose
 from search.errors import UsageError
 from search.json_values import measurement_from

@@ -7,7 +7,7 @@ import pytest
 import rich.console
 
 from compressors.plan import CompressionPlan
-from evaluator.measurement import TaskResult
+from evaluator.task_result import TaskResult
 from search.show import baseline_text, progress, tables, verdict
 from search.show.study_state import Contender, StudyState, TrialSummary
 from tests.measurements import measurement
