@@ -38,7 +38,7 @@ space:
   intermediate_size: {{low: 80, high: 160, step: 8}}
   num_key_value_heads: {{low: 1, high: 3}}
   precision: [bfloat16, W8A8]
-text: {{window: 32, shards: 4, calibration_windows: 4, report: null}}
+text: {{calibration: embedded, window: 32, shards: 4, calibration_windows: 4, report: null}}
 evaluation: {{backend: transformers, forecast: true, workload: {{turns: 4, decode_steps: 4, prompt_tokens: 4}}}}
 tracking: {{mlflow: false}}
 """

@@ -39,7 +39,7 @@ space:
   importance: [energy]
   repair: [stream]
   precision: [bfloat16, W8A8]
-text: {{window: 32, shards: 6, calibration_windows: 4, moments_windows: 4, report: null}}
+text: {{calibration: embedded, window: 32, shards: 6, calibration_windows: 4, moments_windows: 4, report: null}}
 evaluation: {{backend: transformers, device: cpu, speed: predicted, forecast: true}}
 sampler: {{name: random}}
 tracking: {{mlflow: false}}

@@ -20,7 +20,7 @@ study_name: side-by-side
 storage: sqlite:///{home}/studies.db
 outputs: {home}/outputs
 model: {{source: {model}}}
-text: {{window: 32, shards: 4, calibration_windows: 4, report: null}}
+text: {{calibration: embedded, window: 32, shards: 4, calibration_windows: 4, report: null}}
 evaluation: {{backend: transformers, workload: {{turns: 4, decode_steps: 4, prompt_tokens: 4}}}}
 tracking: {{mlflow: false}}
 """
