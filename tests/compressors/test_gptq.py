@@ -208,7 +208,8 @@ def test_a_gpu_finds_the_same(scheme):
 
 INTERPRETED = """
 import torch
-from compressors.methods.quantizers import column_kernel, gptq
+from compressors.methods import gptq_kernel
+from compressors.methods.quantizers import gptq
 
 torch.manual_seed(0)
 for scheme, largest in (("W8A8", 127.5), ("W4A16", 7.5), ("FP8_DYNAMIC", 448.0)):
@@ -218,7 +219,7 @@ for scheme, largest in (("W8A8", 127.5), ("W4A16", 7.5), ("FP8_DYNAMIC", 448.0))
     columns[3, 5] = 0.0
     scales = (columns.abs().amax(0) * 0.9 / largest).expand(16, 70)  # what is above the grid's largest is cut off
     values, errors = gptq._block(columns, scales, factor, scheme)
-    found, its = column_kernel.block(columns, scales, factor, scheme)
+    found, its = gptq_kernel.block(columns, scales, factor, scheme)
     assert torch.equal(found, values), scheme
     torch.testing.assert_close(its, errors, rtol=1e-4, atol=1e-7)
 print("equal")

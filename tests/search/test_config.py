@@ -69,7 +69,7 @@ def test_another_file_of_the_model_group_can_be_chosen():
         ("trials=0", ["trials", "greater than or equal to 1"]),
         ("space.precision=[W8A9]", ["space.precision", "'W8A9'", "did you mean 'W8A8'"]),
         ("space.precision=[]", ["space.precision", "at least one"]),
-        ("space.num_hidden_layers.low=40", ["space.num_hidden_layers", "low (40) must not exceed high (30)"]),
+        ("space.intermediate_size.low=4000", ["space.intermediate_size", "low (4000) must not exceed high (1536)"]),
         ("space.intermediate_size={low: 1, high: 10, step: 4}", ["plus a multiple of step (4)"]),
         ("model=nope", ["model=nope", "smollm2-135m"]),
         ("trials", ["KEY=VALUE"]),

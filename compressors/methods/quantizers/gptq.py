@@ -178,6 +178,6 @@ def _kernel() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], tuple
     compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
     if not compiler or importlib.util.find_spec("triton") is None:
         return _block
-    module = importlib.import_module("compressors.methods.quantizers.column_kernel")
+    module = importlib.import_module("compressors.methods.gptq_kernel")
     block: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], tuple[torch.Tensor, torch.Tensor]] = module.block
     return block
