@@ -18,10 +18,12 @@ import torch
 
 from compressors import cached
 from compressors.files import digest_of_json
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.loading import require_finite
 from compressors.typed_json import typed
 from evaluator import chat
 from evaluator.backends import EngineSettings
-from evaluator.errors import TextError
+from evaluator.errors import NotFinite, TextError
 from evaluator.generation import Limits
 from evaluator.process import EngineProcess
 from evaluator.texts import Document
@@ -81,6 +83,7 @@ class Writer:
         Raises:
             TextError: The model writes too little that is no repetition.
             EvaluationError: The engine failed.
+            CheckpointError: A weight is NaN or infinite.
         """
         path = self.directory / f"own-{digest_of_json([VERSION, self.digest, tokens], 24)}.json"
 
@@ -100,8 +103,12 @@ class Writer:
         settings = dataclasses.replace(
             self.settings, max_model_len=2 * LENGTH, max_num_seqs=AT_ONCE, call_timeout_s=CALL_TIMEOUT_S
         )
-        with EngineProcess(self.backend, self.path, settings, log=self.directory / "own-text.log") as engine:
-            return {kind: self._of_kind(engine, kind, make, tokens) for kind, make in kinds(self.tokenizer).items()}
+        try:
+            with EngineProcess(self.backend, self.path, settings, log=self.directory / "own-text.log") as engine:
+                return {kind: self._of_kind(engine, kind, make, tokens) for kind, make in kinds(self.tokenizer).items()}
+        except (NotFinite, TextError):  # as a model with a broken weight writes
+            require_finite(Checkpoint.read(self.path), "the base model's")
+            raise
 
     def _of_kind(self, engine: EngineProcess, kind: str, make: Callable[[], Prompts], tokens: int) -> list[str]:
         """Return the texts of a kind that are neither empty nor repetition, until they hold `tokens` tokens."""

@@ -28,7 +28,7 @@ STUDY = """
 defaults: [_base, _self_]
 study_name: hand
 model: {{source: {model}}}
-text: {{window: 32, calibration_windows: 4, shards: 4}}
+text: {{calibration: embedded, window: 32, calibration_windows: 4, shards: 4}}
 evaluation:
   backend: transformers
   device: cpu
