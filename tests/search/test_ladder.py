@@ -149,6 +149,7 @@ def test_a_study_killed_at_a_rung_goes_on_there_and_computes_nothing_twice(home,
     assert [trial.params for trial in again] == [half_done[0].params]
 
 
+@pytest.mark.slow
 def test_a_study_ends_when_the_forecast_says_that_nothing_is_left_to_win(home, cli):
     ended = run(cli, home, "--trials", "300", "sampler.name=forecast")
     trials = trials_of(home)
@@ -162,6 +163,7 @@ def test_a_study_ends_when_the_forecast_says_that_nothing_is_left_to_win(home, c
     assert max(trial.value for trial in trials_of(home) if trial.state == TrialState.COMPLETE) <= best + 0.01
 
 
+@pytest.mark.slow
 def test_a_study_ends_in_time_and_without_patience(home, cli):
     first = run(cli, home, "--time", "1s", "evaluation.forecast=false")
     assert first.json["finished"] < 5  # the start took most of the time
@@ -295,6 +297,7 @@ def test_the_ladder_tells_what_each_rung_took_and_how_well_it_foretold_the_next(
     assert ladder([], 2) == ()
 
 
+@pytest.mark.slow
 def test_a_plan_waits_while_another_promises_more_and_the_reason_names_it(home, cli):
     run(cli, home, "sampler.name=forecast", "--trials", "6")
     waiting = [trial for trial in trials_of(home) if WAITS in trial.system_attrs]
