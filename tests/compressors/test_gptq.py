@@ -232,3 +232,10 @@ def test_the_kernel_for_gpus_is_the_same_arithmetic():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     ran = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
     assert ran.stdout == "equal\n", ran.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs there")
+def test_where_the_kernel_can_not_run_a_warning_says_so_and_torch_rounds(caplog):
+    gptq._kernel.cache_clear()
+    assert gptq._kernel(torch.device("cpu")) is gptq._block
+    assert "takes several times as long: Triton: " in caplog.text

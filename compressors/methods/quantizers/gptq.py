@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
-import shutil
+import logging
 from collections.abc import Callable
 
 import torch
@@ -19,6 +18,7 @@ from compressors.errors import CheckpointError, InfeasiblePlan
 from compressors.methods import rounding
 from compressors.methods.quantizers import Moment, Rounded
 
+LOG = logging.getLogger(__name__)
 DIAGONAL = 0.1  # see `damp`
 MEDIAN = 0.1  # see `damp`
 MASSIVE = 8  # the largest number of massive directions, see `split`
@@ -26,6 +26,8 @@ MOST = 10.0  # the largest trace of a massive direction, in traces of the rest
 NOTHING = 1e-6  # the share of the trace below which the rest is only float32's rounding
 POWER_STEPS = 16  # enough, since a direction with a quarter of the trace is far ahead
 BLOCK = 128  # the columns whose errors are added to the rest at once
+
+Rounding = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], tuple[torch.Tensor, torch.Tensor]]  # see `_block`
 
 
 def round_weight(weight: torch.Tensor, moment: Moment | None, scheme: str, size: int | None) -> Rounded:
@@ -153,7 +155,7 @@ def _columns(rest: torch.Tensor, each: torch.Tensor, factor: torch.Tensor, schem
     for start in range(0, len(rest), BLOCK):
         stop = min(start + BLOCK, len(rest))
         parts = rest[start:stop], each[start:stop], factor[start:stop, start:stop]
-        rounded = _kernel() if rest.is_cuda and stop - start == BLOCK else _block
+        rounded = _kernel(rest.device) if rest.is_cuda and stop - start == BLOCK else _block
         values[start:stop], errors = rounded(*parts, scheme)
         rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return values
@@ -173,11 +175,16 @@ def _block(
 
 
 @functools.cache
-def _kernel() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], tuple[torch.Tensor, torch.Tensor]]:
-    """Return the function that rounds BLOCK columns on a GPU: `_block` where there is no Triton or no C compiler."""
-    compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
-    if not compiler or importlib.util.find_spec("triton") is None:
+def _kernel(device: torch.device) -> Rounding:
+    """Return what rounds BLOCK columns on a GPU: the kernel, or `_block` where it can't be compiled.
+
+    Triton wants a C compiler and Python's headers besides itself.
+    """
+    try:
+        block: Rounding = importlib.import_module("compressors.methods.gptq_kernel").block
+        one = torch.eye(BLOCK, device=device)
+        block(one, torch.ones_like(one), one, "W8A8")
+    except Exception as error:  # compilers fail in many ways, and the result is the same without
+        LOG.warning("gptq: rounds column by column, which takes several times as long: Triton: %s", error)
         return _block
-    module = importlib.import_module("compressors.methods.gptq_kernel")
-    block: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], tuple[torch.Tensor, torch.Tensor]] = module.block
     return block
