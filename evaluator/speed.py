@@ -149,27 +149,44 @@ def _collect(
 ) -> Both:
     if enough == ALL_TURNS:
         return collect(candidate, baseline, workload, progress)
-    timed: Both | None = None
-    share, sizes, taken = share_of(workload), workload.sizes, 0
+    (timed,) = _in_rounds([candidate], baseline, workload, enough, progress, baseline_first=False)
+    return timed
+
+
+def _in_rounds(
+    candidates: Sequence[Timed | TimedServer],
+    baseline: Timed | TimedServer,
+    workload: Workload,
+    enough: Enough,
+    progress: Callable[[int, int], None] | None,
+    *,
+    baseline_first: bool,
+) -> list[Both]:
+    """Return the turns of each candidate and of the baseline beside it, until each has enough; see `turns_of`."""
+    pairs: dict[int, Both] = {}  # by the candidate's number
+    left, share, sizes = list(range(len(candidates))), share_of(workload), workload.sizes
+    taken = 0  # turns
     for start in range(0, workload.turns, ROUND):
         part = dataclasses.replace(workload, turns=max(min(ROUND, workload.turns - start), 2))
-        later = max(workload.turns - start - part.turns, 0) * 2 * len(sizes)
+        later = max(workload.turns - start - part.turns, 0) * (1 + len(left)) * len(sizes)
 
         def counted(done: int, of_part: int, taken: int = taken, later: int = later) -> None:
             if progress is not None:
                 progress(taken + done, taken + of_part + later)
 
-        both = [candidate, baseline]
-        of_candidate, of_baseline = collect_all(both, part, counted, first=timed is None, sizes=sizes)
-        taken += part.turns * 2 * len(sizes)
-        if timed is not None:
-            of_candidate, of_baseline = _joined(timed[0], of_candidate), _joined(timed[1], of_baseline)
-        timed = of_candidate, of_baseline
-        if enough.reached_by(estimate(*timed, share)):
+        running = [candidates[number] for number in left]
+        together = [baseline, *running] if baseline_first else [*running, baseline]
+        turns = collect_all(together, part, counted, first=start == 0, sizes=sizes)
+        base = turns.pop(0 if baseline_first else -1)
+        taken += part.turns * len(together) * len(sizes)
+        for number, its in zip(left, turns, strict=True):
+            before = pairs.get(number)
+            pairs[number] = (its, base) if before is None else (_joined(before[0], its), _joined(before[1], base))
+        left = [number for number in left if not enough.reached_by(estimate(*pairs[number], share))]
+        if not left:
             break
-        sizes = uncertain([timed], share)
-    assert timed is not None
-    return timed
+        sizes = uncertain([pairs[number] for number in left], share)
+    return [turns for _, turns in sorted(pairs.items())]
 
 
 def uncertain(timed: Sequence[Both], share: float) -> tuple[int, ...]:
@@ -307,29 +324,7 @@ def turns_of(
         progress: A function that is called after each turn, with the turns done and all that may be taken: those of a
             candidate whose timing has ended count no longer.
     """
-    pairs: dict[int, Both] = {}  # by the candidate's number
-    left, share, sizes = list(range(len(candidates))), share_of(workload), workload.sizes
-    taken = 0  # turns
-    for start in range(0, workload.turns, ROUND):
-        part = dataclasses.replace(workload, turns=max(min(ROUND, workload.turns - start), 2))
-        later = max(workload.turns - start - part.turns, 0) * (1 + len(left)) * len(sizes)
-
-        def counted(done: int, of_part: int, taken: int = taken, later: int = later) -> None:
-            if progress is not None:
-                progress(taken + done, taken + of_part + later)
-
-        together = [baseline, *(candidates[number] for number in left)]
-        base, *rest = collect_all(together, part, counted, first=start == 0, sizes=sizes)
-        taken += part.turns * len(together) * len(sizes)
-        for number, turns in zip(left, rest, strict=True):
-            before = pairs.get(number)
-            pairs[number] = (turns, base) if before is None else (_joined(before[0], turns), _joined(before[1], base))
-        exact = Enough(time_ratio_se)
-        left = [number for number in left if not exact.reached_by(estimate(*pairs[number], share))]
-        if not left:
-            break
-        sizes = uncertain([pairs[number] for number in left], share)
-    return [turns for _, turns in sorted(pairs.items())]
+    return _in_rounds(candidates, baseline, workload, Enough(time_ratio_se), progress, baseline_first=True)
 
 
 def estimate(candidate: Mapping[int, Turns], baseline: Mapping[int, Turns], share: float = FASTEST) -> Timing:
