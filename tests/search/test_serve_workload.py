@@ -138,10 +138,12 @@ text: {{window: 32, shards: 3, calibration_windows: 2}}
 evaluation:
   backend: transformers
   score_se: 0
-  workload: {{kind: serve, concurrencies: [2], requests: 2, turns: 4}}
+  workload: {{kind: serve, turns: 4, {workload}}}
 confirm: {{top: 1, pairs: 1}}
 tracking: {{mlflow: false}}
 """
+TWO_AT_ONCE = "concurrencies: [2], requests: 2"
+OF_LENGTHS = "concurrencies: [3, 1], requests: 3, input_tokens: [4, 12], output_tokens: [2, 4]"
 SERVER = """
 import http.server, sys
 class Answer(http.server.BaseHTTPRequestHandler):
@@ -181,7 +183,7 @@ def stand_ins(monkeypatch):
 
 def test_a_study_of_servers(cli, stand_ins, tmp_path, pico_llama):
     """Baseline, trials and the confirmation are timed by servers, in fresh ones of its own; what they did is kept."""
-    (tmp_path / "served.yaml").write_text(STUDY.format(home=tmp_path, model=pico_llama))
+    (tmp_path / "served.yaml").write_text(STUDY.format(home=tmp_path, model=pico_llama, workload=TWO_AT_ONCE))
     ended = cli("run", "--study", "served", "--config-dir", tmp_path, "--json", cwd=tmp_path)
     assert ended.status == 0, ended.err
     baseline = json.loads((tmp_path / "outputs/baseline_result.json").read_text())
@@ -199,27 +201,9 @@ def test_a_study_of_servers(cli, stand_ins, tmp_path, pico_llama):
     assert not list((tmp_path / "outputs").glob("forecast/speed-*"))
 
 
-FORECAST = """
-defaults: [_base, _self_]
-study_name: served
-storage: sqlite:///{home}/studies.db
-outputs: {home}/outputs
-model: {{source: {model}}}
-space:
-  num_hidden_layers: {{low: 2, high: 4}}
-text: {{window: 32, shards: 3, calibration_windows: 2}}
-evaluation:
-  backend: transformers
-  score_se: 0
-  workload:
-    {{kind: serve, concurrencies: [3, 1], requests: 3, input_tokens: [4, 12], output_tokens: [2, 4], turns: 4}}
-tracking: {{mlflow: false}}
-"""
-
-
 def test_engines_stand_for_servers_in_a_forecast(cli, stand_ins, tmp_path, pico_llama):
     """Of each concurrency they are given as many requests at once, of mean lengths; and that is said."""
-    (tmp_path / "served.yaml").write_text(FORECAST.format(home=tmp_path, model=pico_llama))
+    (tmp_path / "served.yaml").write_text(STUDY.format(home=tmp_path, model=pico_llama, workload=OF_LENGTHS))
     prepared = setting.prepare(compose.load("served", (), tmp_path))
     batches = speed_table.stand_ins(prepared)
     assert [one.workload.sizes for one in batches] == [(1,), (3,)]
@@ -247,7 +231,7 @@ def test_engines_stand_for_servers_in_a_forecast(cli, stand_ins, tmp_path, pico_
 
 
 def test_at_a_rate_nothing_stands_for_a_server(stand_ins, tmp_path, pico_llama):
-    (tmp_path / "served.yaml").write_text(FORECAST.format(home=tmp_path, model=pico_llama))
+    (tmp_path / "served.yaml").write_text(STUDY.format(home=tmp_path, model=pico_llama, workload=OF_LENGTHS))
     prepared = setting.prepare(compose.load("served", ["evaluation.workload.request_rate=2"], tmp_path))
     assert speed_table.stand_ins(prepared) == []
     assert speed_table.missing(prepared) == []
