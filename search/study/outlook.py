@@ -20,13 +20,14 @@ from search.study.forecast_sampler import ForecastSampler
 SHOWN = 10  # plans
 
 
-def view(made: Forecast, own_score: float, times: StepTimes) -> ForecastView:
+def view(made: Forecast, own_score: float, times: StepTimes, *, with_front: bool = True) -> ForecastView:
     """Return what people see of a forecast.
 
     Args:
         made: The forecast.
         own_score: The base model's Score.
         times: Where a step's time goes, as far as it was profiled.
+        with_front: Whether the Pareto front is wanted, which takes longer than all the rest.
     """
     setting = made.setting
     base_ms = {} if made.speed is None else made.speed.base_ms
@@ -48,7 +49,7 @@ def view(made: Forecast, own_score: float, times: StepTimes) -> ForecastView:
         costs=_costs(made),
         lossless=setting.formula.weight_perf + setting.formula.weight_speed * fastest,
         best=_forecast_of(made, plans),
-        front=_forecast_of(made, ForecastSampler(made, setting.file.seed).front()),
+        front=_forecast_of(made, ForecastSampler(made, setting.file.seed).front() if with_front else ()),
         goal=setting.goal,
         fastest=fastest,
         smallest=ForecastSampler(made, setting.file.seed).smallest() if by_size else math.nan,

@@ -106,7 +106,8 @@ def run_study(
         baseline = bench.begin(say, forecast=forecast)
         if forecast and not finished:
             own_score = score_of(baseline, baseline, setting.formula).score
-            watch({"event": "forecast", "view": outlook.view(Forecast.known(setting), own_score, StepTimes())})
+            view = outlook.view(Forecast.known(setting), own_score, StepTimes(), with_front=False)
+            watch({"event": "forecast", "view": view})
         _warn_of_noise(baseline_text.noisy(baseline.time_ratio_se, "the base model against itself"), watch)
         for text in baseline_text.of_gpu(baseline, "the base model"):
             _warn_of_noise(text, watch)
