@@ -242,7 +242,7 @@ def test_engines_die_with_a_killed_program(tiny, tmp_path, busy):
             started = time.monotonic()
             assert gone(engine)
             assert gone(server)
-            assert time.monotonic() - started < 3.0
+            assert time.monotonic() - started < 10.0
         finally:
             program.kill()
 

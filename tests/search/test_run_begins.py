@@ -115,17 +115,18 @@ def test_a_refusal_imports_no_torch_and_takes_no_time(stored):
         import search.cli
         values = {{"study_name": "s", "storage": "sqlite:///{stored}/studies.db",
                    "model": {{"source": "{stored}"}}, "pruner": {{"name": "none"}}}}
+        imported = time.process_time()
         try:
             early.refuse_another_definition(validate(values, "test"))
         except StudyMismatch:
-            print({{"torch", "transformers", "mlflow"}} & set(sys.modules), time.process_time())
+            print({{"torch", "transformers", "mlflow"}} & set(sys.modules), time.process_time() / imported)
     """
     ended = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    imported, seconds = ended.stdout.split()
+    imported, times = ended.stdout.split()
     assert imported == "set()", ended.stderr
-    assert float(seconds) < 4  # of the processor: importing torch alone takes as long
+    assert float(times) < 3  # as long as the command line itself takes to import
 
 
 # -- the header ------------------------------------------------------------------------------------------------

