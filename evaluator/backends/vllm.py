@@ -14,7 +14,7 @@ import importlib.metadata
 import importlib.util
 import struct
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,10 @@ class Engine:
         """Give all prompts to vLLM's scheduler at once, and take the tokens of each step as they come.
 
         vLLM holds no tokenizer here: stop texts are looked for in what is decoded here, and end their request.
+
+        On a CPU a request with a seed fails where its prompt is cut into two steps: vLLM then turns the generator back,
+        and torch's has no offset there. So prompts wait until a step has room for the whole of one, and an answer to a
+        prompt that is longer than a step has no seed of its own.
         """
         import vllm
         from vllm.sampling_params import RequestOutputKind
@@ -195,31 +199,43 @@ class Engine:
         asked = answering.asked(prompts, limits, int(engine.model_config.max_model_len))
         ends = frozenset(each for each in answering.end_ids(self.path) if 0 <= each < self.vocabulary)
         decode = answering.decoder_of(self.path)
+        step = int(engine.vllm_config.scheduler_config.max_num_batched_tokens)
         growing: dict[str, Growth] = {}
+        waiting: deque[tuple[str, list[int], Any]] = deque()
         for one in asked:
             self.requests += 1
             name, its = f"answer-{self.requests}", one.limits
             growing[name] = Growth(its, ends, decode, time.perf_counter() - began)
+            sampled = its.temperature > 0.0 and (not self.on_cpu or len(one.prompt) <= step)
             sampling = vllm.SamplingParams(
                 max_tokens=its.max_tokens,
                 temperature=its.temperature,
-                seed=its.seed if its.temperature > 0.0 else None,
+                seed=its.seed if sampled else None,
                 ignore_eos=its.ignore_eos,
                 stop_token_ids=[] if its.ignore_eos else sorted(ends),
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
             )
-            engine.add_request(name, {"prompt_token_ids": list(one.prompt)}, sampling)
-        while engine.has_unfinished_requests():
+            waiting.append((name, list(one.prompt), sampling))
+        whole = self.on_cpu and any(one.limits.temperature > 0.0 for one in asked)
+        next_step: dict[str, int] = {}  # the tokens that each request takes of the next step
+        while waiting or engine.has_unfinished_requests():
+            while waiting and not (whole and next_step and sum(next_step.values()) + len(waiting[0][1]) > step):
+                name, prompt, sampling = waiting.popleft()
+                engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+                next_step[name] = len(prompt)
             outputs = engine.step()
             now = time.perf_counter() - began
             stopped = []
             for output in outputs:
                 growth = growing[output.request_id]
+                next_step[output.request_id] = 1
                 for token in output.outputs[0].token_ids:
                     growth.take(int(token), now)
-                if growth.finish and not output.finished:
-                    stopped.append(output.request_id)
+                if growth.finish or output.finished:
+                    del next_step[output.request_id]
+                    if not output.finished:
+                        stopped.append(output.request_id)
             if stopped:
                 engine.abort_request(stopped)
         return [growth.answer() for growth in growing.values()]

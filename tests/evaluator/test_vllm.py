@@ -107,6 +107,20 @@ def test_vllm_generates_what_transformers_does(write_pico_model, tmp_path, start
     assert ours.alive
 
 
+def test_prompts_that_fill_more_than_a_step_are_sampled_by_their_own_seeds(write_pico_model, tmp_path, start):
+    path = write_pico_model(tmp_path / "model", "llama", dtype="float32", head_dim=32)
+    served = {"max_num_seqs": 64, "arguments": {"dtype": "float32"}}
+    engine = start(path, backend="vllm", device=DEVICE, max_model_len=128, threads=None, **served)
+    draw = random.Random(1)
+    prompts = [[draw.randrange(3, 320) for _ in range(100)] for _ in range(64)]  # 6,400 tokens, and a step holds 2,048
+    limits = [Limits(max_tokens=6, temperature=1.0, seed=place, ignore_eos=True) for place in range(64)]
+    answers = engine.generate(prompts, limits)
+    assert len({answer.tokens for answer in answers}) > 50
+    for place in (0, 20, 63):
+        (alone,) = engine.generate(prompts[place : place + 1], limits[place])
+        assert alone.tokens == answers[place].tokens
+
+
 def test_vllm_times_whole_requests_of_a_config_alone(write_pico_model, tmp_path, start):
     """Random weights and no tokenizer, as for a speed table, in turn with a model that is whole."""
     path = write_pico_model(tmp_path / "model", "llama", head_dim=32)
