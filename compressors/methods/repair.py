@@ -8,14 +8,16 @@ minimises E‖W x − W' x_S‖² + λ ‖W' − W[:, S]‖². The ridge pulls t
 text does not determine is left alone. ZipLM (https://arxiv.org/abs/2302.04089) and DarwinLM
 (https://arxiv.org/abs/2502.07780) do the same without the ridge. No bias and no tensor is added.
 
-λ is chosen for each projection by the domains of the calibration text: the one that loses least on a domain that was
-left out of the fit.
+λ is chosen by the domains of the calibration text: the one that loses least on a domain that was left out of the fit.
+It is looked for in every EXPLORED-th layer. A layer between takes over what the same projection has there, if it gains.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -29,8 +31,9 @@ from compressors.model.family import Family
 from compressors.statistics.second_moments import Moment, Moments, input_of, mixed
 
 STRENGTHS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # λ over the median of diag H[S, S]
-VERSION = 2  # increase it when the same cut would be repaired differently
+VERSION = 3  # increase it when the same cut would be repaired differently
 ROWS = 256  # about the number of outputs that choose the strength
+EXPLORED = 4
 NO_REPAIR = float("inf")
 
 
@@ -55,40 +58,62 @@ def take_over(
         device: The device of the arithmetic.
     """
     tensors = dict(cut.tensors)
-    for layer, index in enumerate(kept):
-        for part in parts:
-            name = f"{family.in_layer(layer, part)}.weight"
-            stands = input_of(family, part)
-            tensors[name] = _lazily(before.tensors[name], tensors[name], index, moments, layer, stands, device)
+    for part in parts:
+        names = [f"{family.in_layer(layer, part)}.weight" for layer in range(len(kept))]
+        of_part = _Part(input_of(family, part), [before.tensors[name] for name in names], kept, moments, device)
+        for layer, name in enumerate(names):
+            tensors[name] = LazyTensor(
+                (before.tensors[name].shape[0], len(kept[layer])),
+                cut.tensors[name].dtype,
+                functools.partial(of_part.repaired, layer),
+            )
     return dataclasses.replace(cut, tensors=tensors)
 
 
-def _lazily(
-    whole: LazyTensor, cut: LazyTensor, kept: torch.Tensor, moments: Moments, layer: int, part: str, device: str
-) -> LazyTensor:
-    def load() -> torch.Tensor:
-        weight, index = whole.load().to(device), kept.to(device)
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """_Part repairs one projection of every layer when its weight is read.
 
-        def find() -> float:
-            return strength(weight, index, moments.of(layer, part, device))
+    Attributes:
+        reads: The projection that stands for its input in the moments.
+        whole: Its weights [N, K] before the cut, by layer.
+        kept: Its kept inputs [|S|], by layer.
+        moments: The second moments of the layers.
+        device: The device of the arithmetic.
+    """
 
-        factor = moments.strength
+    reads: str
+    whole: Sequence[LazyTensor]
+    kept: Sequence[torch.Tensor]
+    moments: Moments
+    device: str
+
+    def repaired(self, layer: int) -> torch.Tensor:
+        """Return W' [N, |S|] of a layer in the dtype of W, on the CPU."""
+        weight = self._weight(layer)
+        factor = self.moments.strength
         if factor is None:
-            factor = _remembered(moments, layer, part, weight, kept, find)
-        return ridge(weight, index, moments.mixed(layer, part, device).second, factor).to(whole.dtype).cpu()
+            factor = self._strength(layer, weight)
+        second = self.moments.mixed(layer, self.reads, self.device).second
+        made = ridge(weight, self.kept[layer].to(self.device), second, factor)
+        return made.to(self.whole[layer].dtype).cpu()
 
-    return LazyTensor((whole.shape[0], len(kept)), cut.dtype, load)
+    def _weight(self, layer: int) -> torch.Tensor:
+        return self.whole[layer].load().to(self.device)
 
+    def _strength(self, layer: int, weight: torch.Tensor) -> float:
+        """Return a layer's strength from its file, or find and keep it: that takes longer than the repair."""
+        explored = layer - layer % EXPLORED
+        of_layers = [(self.moments.layers[one], self.kept[one].tolist()) for one in {explored, layer}]
+        key = hashlib.sha256(json.dumps([VERSION, self.reads, weight.shape, sorted(of_layers)]).encode())
+        key.update(weight.float().sum(0)[:64].cpu().numpy().tobytes())
 
-def _remembered(
-    moments: Moments, layer: int, part: str, weight: torch.Tensor, kept: torch.Tensor, find: Callable[[], float]
-) -> float:
-    """Return a strength from its file, or find and keep it: that takes several times as long as the repair."""
-    key = hashlib.sha256(f"{VERSION} {moments.layers[layer]} {part} {tuple(weight.shape)} {kept.tolist()}".encode())
-    key.update(weight.float().sum(0)[:64].cpu().numpy().tobytes())
-    return cached.kept(
-        moments.path / "strengths" / key.hexdigest()[:24], _read_strength, lambda path: _keep_strength(path, find())
-    )
+        def keep(path: Path) -> None:
+            near = None if layer == explored else self._strength(explored, self._weight(explored))
+            domains = self.moments.of(layer, self.reads, self.device)
+            _keep_strength(path, strength(weight, self.kept[layer].to(self.device), domains, near))
+
+        return cached.kept(self.moments.path / "strengths" / key.hexdigest()[:24], _read_strength, keep)
 
 
 def _read_strength(path: Path) -> float:
@@ -104,10 +129,18 @@ def _keep_strength(path: Path, factor: float) -> None:
         scratch.write_text(repr(factor))
 
 
-def strength(weight: torch.Tensor, kept: torch.Tensor, moments: Mapping[str, Moment]) -> float:
+def strength(
+    weight: torch.Tensor, kept: torch.Tensor, moments: Mapping[str, Moment], near: float | None = None
+) -> float:
     """Return the factor of λ that loses least on domains left out of the fit in turn; NO_REPAIR if none gains.
 
     With a single domain it is the middle of STRENGTHS.
+
+    Args:
+        weight: W [N, K].
+        kept: The kept inputs [|S|].
+        moments: The moments of x [K], by domain.
+        near: A factor to take if it gains on the domains left out; None or NO_REPAIR: look for one.
     """
     if len(moments) < 2:
         return STRENGTHS[len(STRENGTHS) // 2]
@@ -116,11 +149,14 @@ def strength(weight: torch.Tensor, kept: torch.Tensor, moments: Mapping[str, Mom
     judged = []
     for left_out, moment in moments.items():
         whole = max(loss(weight, unrepaired, kept, moment.second), 1e-30)
-        judged.append((solver(weight, kept, mixed(moments, without=left_out).second), moment.second, whole))
+        solve = solver(weight, kept, mixed(moments, without=left_out).second, torch.float32)
+        judged.append((solve, moment.second, whole))
 
     def lost(factor: float) -> float:
         return left_of([loss(weight, solve(factor), kept, second) / whole for solve, second, whole in judged])
 
+    if near in STRENGTHS and lost(near) < 1.0:
+        return near
     factor, least = least_of(STRENGTHS, lost, len(STRENGTHS) // 2)
     return factor if least < 1.0 else NO_REPAIR
 
@@ -159,9 +195,11 @@ def ridge(weight: torch.Tensor, kept: torch.Tensor, second: torch.Tensor, factor
     return weight.double()[:, kept] if factor == NO_REPAIR else solver(weight, kept, second)(factor)
 
 
-def solver(weight: torch.Tensor, kept: torch.Tensor, second: torch.Tensor) -> Callable[[float], torch.Tensor]:
-    """Return a function from λ's factor to W' [N, |S|], float64."""
-    weight, second = weight.double(), second.double()
+def solver(
+    weight: torch.Tensor, kept: torch.Tensor, second: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> Callable[[float], torch.Tensor]:
+    """Return a function from λ's factor to W' [N, |S|], computed in float64, or in float32 where that can be."""
+    weight, second = weight.to(dtype), second.to(dtype)
     stay = second[kept][:, kept]  # (S, S)
     gone = removed(kept, weight.shape[1])
     cross = second[kept][:, gone] @ weight[:, gone].T  # (S, N)
@@ -170,7 +208,10 @@ def solver(weight: torch.Tensor, kept: torch.Tensor, second: torch.Tensor) -> Ca
     def solve(factor: float) -> torch.Tensor:
         damped = stay.clone()
         damped.diagonal().add_(factor * unit)
-        taken: torch.Tensor = torch.cholesky_solve(cross, cholesky(damped)).T
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info):
+            lower = cholesky(damped.double())
+        taken: torch.Tensor = torch.cholesky_solve(cross.to(lower.dtype), lower).T
         return weight[:, kept] + taken
 
     return solve

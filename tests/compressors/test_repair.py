@@ -201,6 +201,20 @@ def test_no_domain_that_is_left_out_is_worse_off_than_without_a_repair(problem):
         )
 
 
+def test_a_strength_from_near_by_is_taken_where_it_gains(problem):
+    x, weight, kept = problem
+    alike = {"a": moment_of(x[:200]), "b": moment_of(x[200:])}
+    best = repair.strength(weight, kept, alike)
+    assert best != 3.0
+    assert repair.strength(weight, kept, alike, 3.0) == 3.0
+    assert repair.strength(weight, kept, alike, repair.NO_REPAIR) == best
+    gone = repair.removed(kept, 12)
+    other = x.clone()
+    other[:, gone] = 0.4 * other[:, gone]
+    domains = {**{name: moment_of(x) for name in "abcdef"}, "other": moment_of(other)}
+    assert repair.strength(weight, kept, domains, best) == repair.strength(weight, kept, domains) > best
+
+
 def reader(weight, x):
     return importance.Reader(lambda: weight, lambda: moment_of(x))
 
