@@ -64,7 +64,7 @@ def main() -> None:
     if arguments.half:
         second_moments.compute_dtype = stream.compute_dtype = lambda device: torch.bfloat16
     writer = own_text.Writer(
-        path, base.digest(), tokenizer, arguments.work, "transformers", EngineSettings(device), repair.say
+        path, base.digest(), tokenizer, arguments.work, ("transformers",), EngineSettings(device), repair.say
     )
     wanted = arguments.window * max(arguments.windows)
     mixes = {fit: calibration(fit, functools.partial(writer.domains, wanted)) for fit in arguments.fit}

@@ -23,7 +23,7 @@ from compressors.model.loading import require_finite
 from compressors.typed_json import typed
 from evaluator import chat
 from evaluator.backends import EngineSettings
-from evaluator.errors import NotFinite, TextError
+from evaluator.errors import EvaluationError, NotFinite, TextError
 from evaluator.generation import Limits
 from evaluator.process import EngineProcess
 from evaluator.texts import Document
@@ -64,8 +64,8 @@ class Writer:
         digest: The digest of its weights and config.
         tokenizer: Its tokenizer.
         directory: The directory that keeps the text.
-        backend: The engine that writes.
-        settings: How the engine is run.
+        backends: The engines that may write, the fastest first: the next one writes where one fails.
+        settings: How an engine is run.
         say: Told what is done.
     """
 
@@ -73,7 +73,7 @@ class Writer:
     digest: str
     tokenizer: Any
     directory: Path
-    backend: str
+    backends: Sequence[str]
     settings: EngineSettings
     say: Say = silent
 
@@ -82,7 +82,7 @@ class Writer:
 
         Raises:
             TextError: The model writes too little that is no repetition.
-            EvaluationError: The engine failed.
+            EvaluationError: The last engine failed too.
             CheckpointError: A weight is NaN or infinite.
         """
         path = self.directory / f"own-{digest_of_json([VERSION, self.digest, tokens], 24)}.json"
@@ -99,12 +99,22 @@ class Writer:
         }
 
     def _written(self, tokens: int) -> dict[str, list[str]]:
-        self.say("own text: starting the engine")
+        for backend in self.backends[:-1]:
+            try:
+                return self._written_by(backend, tokens)
+            except (NotFinite, TextError):  # so it would be by any engine
+                raise
+            except EvaluationError as error:
+                self.say(f"own text: {error}; another engine writes it")
+        return self._written_by(self.backends[-1], tokens)
+
+    def _written_by(self, backend: str, tokens: int) -> dict[str, list[str]]:
+        self.say(f"own text: starting the engine ({backend})")
         settings = dataclasses.replace(
             self.settings, max_model_len=2 * LENGTH, max_num_seqs=AT_ONCE, call_timeout_s=CALL_TIMEOUT_S
         )
         try:
-            with EngineProcess(self.backend, self.path, settings, log=self.directory / "own-text.log") as engine:
+            with EngineProcess(backend, self.path, settings, log=self.directory / "own-text.log") as engine:
                 return {kind: self._of_kind(engine, kind, make, tokens) for kind, make in kinds(self.tokenizer).items()}
         except (NotFinite, TextError):  # as a model with a broken weight writes
             require_finite(Checkpoint.read(self.path), "the base model's")

@@ -239,7 +239,9 @@ def prepare(
     tokenizer = tokenizer_of(path)
     digest = checkpoint.digest_of(path, CACHE / "digests")
     own = functools.partial(
-        Writer(path, digest, tokenizer, file.outputs / "calibration", backend, _writing(file, device), say).domains,
+        Writer(
+            path, digest, tokenizer, file.outputs / "calibration", _writers(backend), _writing(file, device), say
+        ).domains,
         file.text.window * max(file.text.moments_windows, file.text.calibration_windows),
     )
     domains, shards, windows = read_texts(file, tokenizer, own, warn)
@@ -280,6 +282,11 @@ def _or_none(own: Callable[[], Domains], warn: Say) -> Domains:
     except TextError as error:
         warn(f"{error}; the other texts are used alone")
         return {}
+
+
+def _writers(backend: str) -> tuple[str, ...]:
+    """Return the engines that may write text, the fastest first: on two cores vLLM writes five times as fast."""
+    return (backend,) if backends.unavailable("vllm") else tuple(dict.fromkeys(["vllm", backend]))
 
 
 def _writing(file: StudyFile, device: str) -> EngineSettings:

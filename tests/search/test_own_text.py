@@ -6,7 +6,9 @@ import shutil
 
 import pytest
 
-from evaluator.errors import TextError
+from compressors.model.checkpoint import Checkpoint
+from evaluator.backends import EngineSettings
+from evaluator.errors import BackendUnavailable, TextError
 from evaluator.process import EngineProcess
 from search.config import compose
 from search.config.study_file import Space
@@ -62,6 +64,28 @@ def test_the_model_writes_its_text_once_and_the_same_in_another_place(prepare, w
     elsewhere = prepare(calibration="self", outputs="elsewhere")
     assert written["documents"] == 2 * asked
     assert elsewhere.texts.moments.windows == first.texts.moments.windows
+
+
+def test_another_engine_writes_where_the_first_one_fails(pico_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(own_text, "LENGTH", 40)
+    monkeypatch.setattr(own_text, "AT_ONCE", 4)
+
+    def text_by(*engines):
+        told = []
+        digest, directory = Checkpoint.read(pico_llama).digest(), tmp_path / "-".join(engines)
+        directory.mkdir()
+        settings = EngineSettings("cpu")
+        writer = own_text.Writer(
+            pico_llama, digest, tokenizer_of(pico_llama), directory, engines, settings, told.append
+        )
+        return writer.domains(96), told
+
+    expected, _ = text_by("transformers")
+    found, told = text_by("nosuch", "transformers")
+    assert found == expected
+    assert any("'nosuch' is not one of" in line and "another engine writes it" in line for line in told)
+    with pytest.raises(BackendUnavailable):
+        text_by("nosuch")
 
 
 def test_a_mix_holds_each_of_its_parts(prepare, tmp_path):
