@@ -241,6 +241,8 @@ def _kind(field: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
     if "enum" in field or "const" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
     found = _resolved(field, schema)
+    if isinstance(found.get("additionalProperties"), Mapping):
+        return f"mapping to: {_kind(found['additionalProperties'], schema)}"
     if found.get("type") == "object":
         return "`{" + ", ".join(found.get("properties", {})) + "}`"
     if found.get("type") == "array":

@@ -23,6 +23,7 @@ from readers import json_reader
 from readers.errors import ReadError
 
 GROUPED_CHARACTERS = 2000  # paragraphs of a .txt file are grouped into documents of at least this length
+ROUNDING = 1e-9  # of shares of windows
 MOST_TEXT = 32  # a text is tokenized up to this multiple of the tokens that are asked for
 HUB = "hub:"  # begins the name of a Hugging Face dataset among the paths of a text
 MOST_ROWS = 5000  # rows of a dataset that are read by default
@@ -256,11 +257,23 @@ def windows(tokenizer: Any, documents: Sequence[Document], length: int, count: i
 
 
 def mixed_windows(
-    tokenizer: Any, domains: Mapping[str, Sequence[Document]], length: int, count: int
+    tokenizer: Any,
+    domains: Mapping[str, Sequence[Document]],
+    length: int,
+    count: int,
+    weights: Mapping[str, float] | None = None,
+    *,
+    in_turn: bool = False,
 ) -> list[list[int]]:
     """Return `windows` of several texts, domain after domain.
 
-    Each text gives the same number of windows, except where one is too short for that.
+    Args:
+        tokenizer: A transformers tokenizer.
+        domains: The texts.
+        length: The token ids of a window.
+        count: The number of windows in all.
+        weights: What share of the windows each text gives, except where one is too short for that; None: all the same.
+        in_turn: Whether the windows of the texts take turns, so that every beginning of the result is mixed alike.
 
     Raises:
         TextError: All texts together are too short.
@@ -269,20 +282,21 @@ def mixed_windows(
         raise TextError(f"text: {count} windows of {length} tokens: at least 1 of 2 tokens are needed")
     streams = {name: _stream(tokenizer, documents, length * count) for name, documents in domains.items()}
     possible = {name: len(stream) // length for name, stream in streams.items()}
+    shares = {name: 1.0 if weights is None else weights[name] for name in domains}
     taken: dict[str, int] = {}
-    for place, name in enumerate(
-        sorted(possible, key=lambda name: possible[name])
-    ):  # the shortest leaves more to the others
-        taken[name] = min(possible[name], (count - sum(taken.values())) // (len(possible) - place))
+    for name in sorted(possible, key=lambda name: possible[name] / shares[name]):  # the shortest leaves more to others
+        left = math.fsum(share for other, share in shares.items() if other not in taken)
+        taken[name] = min(possible[name], int((count - sum(taken.values())) * shares[name] / left + ROUNDING))
     if sum(taken.values()) < count:
         raise TextError(
             f"text: {count} windows of {length} tokens were asked for, and {sum(map(len, domains.values()))} documents "
             f"hold {sum(map(len, streams.values()))} tokens, which makes {sum(possible.values())}; give more text, or "
             "ask for fewer or shorter windows"
         )
-    starts = [
-        (name, (index * possible[name] // taken[name]) * length) for name in streams for index in range(taken[name])
-    ]
+    order = [(name, index) for name in streams for index in range(taken[name])]
+    if in_turn:
+        order.sort(key=lambda one: (one[1] + 0.5) / taken[one[0]])
+    starts = [(name, (index * possible[name] // taken[name]) * length) for name, index in order]
     return [streams[name][start : start + length] for name, start in starts]
 
 

@@ -105,7 +105,8 @@ class _Part:
         """Return a layer's strength from its file, or find and keep it: that takes longer than the repair."""
         explored = layer - layer % EXPLORED
         of_layers = [(self.moments.layers[one], self.kept[one].tolist()) for one in {explored, layer}]
-        key = hashlib.sha256(json.dumps([VERSION, self.reads, weight.shape, sorted(of_layers)]).encode())
+        named = [VERSION, self.reads, weight.shape, sorted(of_layers), self.moments.weights]
+        key = hashlib.sha256(json.dumps(named).encode())
         key.update(weight.float().sum(0)[:64].cpu().numpy().tobytes())
 
         def keep(path: Path) -> None:
@@ -153,7 +154,8 @@ def strength(
         judged.append((solve, moment.second, whole))
 
     def lost(factor: float) -> float:
-        return left_of([loss(weight, solve(factor), kept, second) / whole for solve, second, whole in judged])
+        shares = [loss(weight, solve(factor), kept, second) / whole for solve, second, whole in judged]
+        return left_of(shares, [moment.weight for moment in moments.values()])
 
     if near in STRENGTHS and lost(near) < 1.0:
         return near
@@ -161,12 +163,13 @@ def strength(
     return factor if least < 1.0 else NO_REPAIR
 
 
-def left_of(shares: Sequence[float]) -> float:
+def left_of(shares: Sequence[float], weights: Sequence[float]) -> float:
     """Return what a fit is judged by, from the share of the loss that it leaves on each text that it did not see.
 
-    That is their mean; but the largest, which is above 1, where a text is worse off than without a repair.
+    That is their mean by weight; but the largest, which is above 1, where a text is worse off than without a repair.
     """
-    return max(shares) if max(shares) > 1.0 else sum(shares) / len(shares)
+    mean = sum(share * weight for share, weight in zip(shares, weights, strict=True)) / sum(weights)
+    return max(shares) if max(shares) > 1.0 else mean
 
 
 def least_of(factors: Sequence[float], lost: Callable[[float], float], start: int) -> tuple[float, float]:

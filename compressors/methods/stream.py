@@ -44,7 +44,7 @@ from compressors.model.checkpoint import Checkpoint, LazyTensor
 from compressors.model.family import Family
 from compressors.statistics.layerwise import Called, Layers
 from compressors.statistics.residual_streams import Stays, Streams
-from compressors.statistics.second_moments import Moments
+from compressors.statistics.second_moments import Moments, weighted
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # λ over the median of diag A
 VERSION = 9  # increase it when the same cut would be refit differently
@@ -83,14 +83,16 @@ def take_over(
     names = [
         f"{family.in_layer(new, part)}.weight" for new, groups in enumerate(parts) for group in groups for part in group
     ]
-    key = functools.cache(lambda: _key(cut, stays, device))
+    key = functools.cache(lambda: _key(cut, stays, device, moments.weights))
 
     def progress(done: int, total: int) -> None:
         say(f"repair, layer {done} of {total}")
 
     def fit(path: Path) -> None:
         say("repair: reading both models")
-        _keep(path, refit(cut, base, family, stays, parts, moments.windows(), device, progress=progress)[0])
+        shares = moments.shares()
+        windows = moments.windows()
+        _keep(path, refit(cut, base, family, stays, parts, windows, device, progress=progress, shares=shares)[0])
         release(device)
 
     shapes = {name: (cut.tensors[name].shape, cut.tensors[name].dtype) for name in names}
@@ -115,10 +117,10 @@ def take_over(
     return dataclasses.replace(cut, tensors={**cut.tensors, **{name: lazily(name) for name in names}})
 
 
-def _key(cut: Checkpoint, stays: Stays, device: str) -> str:
+def _key(cut: Checkpoint, stays: Stays, device: str, weights: Sequence[float] | None) -> str:
     """Return a digest of what is cut, how it is fit, and the norms and biases, which a cut of hidden_size changes."""
     chosen = {part: [index.tolist() for index in of_layer] for part, of_layer in sorted(stays.inputs.items())}
-    how = [VERSION, STRENGTHS, ROWS, device, list(stays.layers), chosen]
+    how = [VERSION, STRENGTHS, ROWS, device, list(stays.layers), chosen, *([weights] if weights else [])]
     digest = hashlib.sha256(json.dumps(how).encode())
     for name in sorted(cut.tensors):
         if len(cut.tensors[name].shape) == 1:
@@ -179,6 +181,7 @@ def refit(
     device: str = "cpu",
     batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    shares: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Strength]]:
     """Refit the projections `parts` of `cut`, layer after layer; both models and the streams of all windows in memory.
 
@@ -192,6 +195,7 @@ def refit(
         device: The device that both models run on.
         batch: The largest number of windows that run at once; None: as many as the device takes well.
         progress: A function that is called with (layers done, layers in all) after each layer.
+        shares: How much each domain counts; None: all the same.
 
     Returns:
         (weight name → weight in the dtype of `cut`, on the CPU; weight name → its `Strength`).
@@ -200,7 +204,7 @@ def refit(
         CheckpointError: When activations are not finite.
     """
     longest = max(len(window) for some in windows.values() for window in some)
-    models = _load(cut, base, family, stays, windows, device, batch or batch_of(device, longest))
+    models = _load(cut, base, family, stays, windows, device, batch or batch_of(device, longest), shares)
     layers = stays.layers
     following = [*layers[1:], int(base.config["num_hidden_layers"])]
     last = max((new for new, groups in enumerate(parts) if groups), default=-1)
@@ -232,6 +236,7 @@ class _Models:
         family: Its family.
         modules: The modules of the cut model in memory, by name; their weights are replaced as they are refit.
         streams: The streams of both models, an entry per domain.
+        weights: How much each domain counts.
         chosen: The strength's factor that each projection had in the layer before; filled as layers are refit.
     """
 
@@ -239,6 +244,7 @@ class _Models:
     family: Family
     modules: Mapping[str, Any]
     streams: Sequence[Streams]
+    weights: Sequence[float]
     chosen: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -250,6 +256,7 @@ def _load(
     windows: Mapping[str, Sequence[Sequence[int]]],
     device: str,
     batch: int,
+    shares: Mapping[str, float] | None,
 ) -> _Models:
     dtype = compute_dtype(device)
     whole, small = base.to_model(device, dtype), cut.to_model(device, dtype)
@@ -262,7 +269,8 @@ def _load(
     for some in windows.values():
         of_base, of_cut = Layers(whole, family, some, batch, called[0]), Layers(small, family, some, batch, called[1])
         streams.append(Streams(of_base, of_cut, family, stays, kept_at))
-    return _Models(cut, family, dict(small.named_modules()), streams)
+    weights = [1.0 if shares is None else shares[name] for name in windows]
+    return _Models(cut, family, dict(small.named_modules()), streams, weights)
 
 
 def _writes(family: Family, group: Sequence[str]) -> bool:
@@ -296,8 +304,8 @@ def _sums(models: _Models, layer: int, group: Sequence[str]) -> tuple[list[tuple
     """Return the sums over the two halves of each domain's batches, and how many outputs each projection has."""
     fits: list[tuple[Fit, Fit]] = []
     rows: list[int] = []
-    for streams in models.streams:
-        pair = Fit(), Fit()
+    for streams, share in zip(models.streams, models.weights, strict=True):
+        pair = Fit(share=share), Fit(share=share)
         told = streams.of_writer(layer, group[0]) if _writes(models.family, group) else streams.of_readers(layer, group)
         for place, (x, weight, missing) in enumerate(told):
             rows = [error.shape[-1] for error in missing]
@@ -314,11 +322,14 @@ class Fit:
         cross: B.
         square: The weighted squares of what is missing.
         tokens: The number of tokens.
+        share: How much the domain counts.
     """
 
-    def __init__(self, second: Any = 0.0, cross: Any = 0.0, square: Any = 0.0, tokens: int = 0) -> None:
+    def __init__(
+        self, second: Any = 0.0, cross: Any = 0.0, square: Any = 0.0, tokens: int = 0, share: float = 1.0
+    ) -> None:
         """Start from these sums."""
-        self.second, self.cross, self.square, self.tokens = second, cross, square, tokens
+        self.second, self.cross, self.square, self.tokens, self.share = second, cross, square, tokens, share
 
     def add(self, x: torch.Tensor, missing: torch.Tensor, weight: torch.Tensor) -> None:
         """Add the inputs x [B, T, K], what is missing t − W x [B, T, N], and the tokens' weights [B, T, 1]."""
@@ -337,11 +348,12 @@ class Fit:
             self.cross + other.cross,
             self.square + other.square,
             self.tokens + other.tokens,
+            self.share,
         )
 
     def means(self) -> Fit:
         """Return the means over tokens."""
-        return Fit(self.second / self.tokens, self.cross / self.tokens, self.square / self.tokens, 1)
+        return Fit(self.second / self.tokens, self.cross / self.tokens, self.square / self.tokens, 1, self.share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -408,7 +420,7 @@ def _change(
             delta = solve(factor, some).float()
             gained = 2 * (delta * judged.cross[some]).sum() - ((delta @ judged.second) * delta).sum()
             shares.append(1 - float(gained) / square)
-        return left_of(shares)
+        return left_of(shares, [judged.share for _, judged in folds])
 
     best, left = (taken, lost(taken)) if taken is not None else (0.0, 1.0)
     if not left < 1.0:
@@ -419,7 +431,7 @@ def _change(
 
 
 class _Solver:
-    """_Solver gives B (A + λ I)⁻¹ of some outputs, float64; domains weigh the same.
+    """_Solver gives B (A + λ I)⁻¹ of some outputs, float64; domains count by their shares.
 
     Args:
         sums: The means of each domain that the fit sees.
@@ -437,12 +449,15 @@ class _Solver:
 
     def cross(self, outputs: slice) -> torch.Tensor:
         """Return B [N, K] of these outputs."""
-        return torch.stack([one.cross[outputs] for one in self._sums]).mean(0).double()
+        return self._mean([one.cross[outputs] for one in self._sums]).double()
+
+    def _mean(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        return weighted(tensors, [one.share for one in self._sums])
 
     def _factored(self, factor: float) -> torch.Tensor:
         if factor in self._factors:
             return self._factors[factor]
-        second = torch.stack([one.second for one in self._sums]).mean(0).double()
+        second = self._mean([one.second for one in self._sums]).double()
         unit = second.diagonal().median().clamp_min(1e-30)
         second.diagonal().add_(factor * unit)
         factored = cholesky(second)

@@ -48,23 +48,25 @@ class Moment:
         second: [K, K], the mean of x xᵀ, float32.
         mean: [K], the mean of x.
         tokens: The number of tokens.
+        weight: How much they count in a mean with those of other texts.
     """
 
     second: torch.Tensor
     mean: torch.Tensor
     tokens: int
+    weight: float = 1.0
 
     def to(self, device: str) -> Moment:
         """Return the moments on `device`."""
-        return Moment(self.second.to(device), self.mean.to(device), self.tokens)
+        return dataclasses.replace(self, second=self.second.to(device), mean=self.mean.to(device))
 
     def through(self, change: torch.Tensor) -> Moment:
         """Return the moments of T x, where `change` is T [K, K]."""
-        return Moment(change @ self.second @ change.T, change @ self.mean, self.tokens)
+        return dataclasses.replace(self, second=change @ self.second @ change.T, mean=change @ self.mean)
 
     def take(self, index: torch.Tensor) -> Moment:
         """Return the moments of the inputs `index` alone."""
-        return Moment(self.second[index][:, index], self.mean[index], self.tokens)
+        return dataclasses.replace(self, second=self.second[index][:, index], mean=self.mean[index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Moments:
         layers: The number in the base model of each layer.
         change: (layer of the base model, projection) → T [K, K] where a rotated model reads T x; None where it reads x.
         again: A function that collects a layer of the base model again, whose file is damaged; None: that is an error.
+        weights: How much each domain counts; None: all the same.
         strength: Strength of `compressors.methods.repair`, in place of the one that is chosen for each projection,
             which takes several times as long as the repair; None: it is chosen.
     """
@@ -86,6 +89,7 @@ class Moments:
     layers: tuple[int, ...]
     change: Callable[[int, str], torch.Tensor | None] = lambda layer, part: None
     again: Callable[[int], None] | None = dataclasses.field(default=None, compare=False)
+    weights: tuple[float, ...] | None = None
     strength: float | None = None
 
     def of(self, layer: int, part: str, device: str = "cpu") -> dict[str, Moment]:
@@ -124,7 +128,7 @@ class Moments:
         file = self.path / _file_of(self.layers[layer])
         if self.change(self.layers[layer], part) is not None or not device.startswith("cuda"):
             return mixed(self.of(layer, part, device))
-        key = (str(file), file.stat().st_mtime_ns if file.exists() else 0, part, device, self.domains)
+        key = (str(file), file.stat().st_mtime_ns if file.exists() else 0, part, device, self.domains, self.weights)
         if key in _on_gpu:
             return _on_gpu[key]
         moment = mixed(self.of(layer, part, device))
@@ -135,11 +139,12 @@ class Moments:
 
     def _read(self, file: Path, part: str, device: str) -> dict[str, Moment]:
         tokens = json.loads(cached_tensors.metadata(file)["tokens"])
+        weights = self.shares()
 
         def of_domain(domain: str) -> Moment:
             second = cached_tensors.read(file, f"{domain}.{part}.second")
             mean = cached_tensors.read(file, f"{domain}.{part}.mean")
-            return Moment(second, mean, int(tokens[domain])).to(device)
+            return Moment(second, mean, int(tokens[domain]), weights[domain]).to(device)
 
         with ThreadPoolExecutor(len(self.domains)) as readers:  # a first reading compares digests
             return dict(zip(self.domains, readers.map(of_domain, self.domains), strict=True))
@@ -156,6 +161,12 @@ class Moments:
         except (OSError, ValueError, KeyError) as error:
             raise _unreadable(self.path / WINDOWS, error) from None
 
+    def shares(self) -> dict[str, float]:
+        """Return how much each domain counts; they sum to the number of domains."""
+        weights = self.weights or (1.0,) * len(self.domains)
+        scale = len(weights) / sum(weights)
+        return {domain: weight * scale for domain, weight in zip(self.domains, weights, strict=True)}
+
     def of_layers(self, kept: Sequence[int]) -> Moments:
         """Return the moments of the kept layers, renumbered as in the cut model."""
         return dataclasses.replace(self, layers=tuple(self.layers[old] for old in kept))
@@ -165,12 +176,23 @@ _on_gpu: dict[tuple[Any, ...], Moment] = {}  # means over domains, by file, time
 
 
 def mixed(moments: Mapping[str, Moment], without: str | None = None) -> Moment:
-    """Return the mean over domains, all with the same weight; `without` names one to leave out."""
+    """Return the mean over domains by their weights; `without` names one to leave out."""
     counted = [moment for name, moment in moments.items() if name != without]
+    weights = [moment.weight for moment in counted]
     return Moment(
-        torch.stack([moment.second for moment in counted]).mean(0),
-        torch.stack([moment.mean for moment in counted]).mean(0),
+        weighted([moment.second for moment in counted], weights),
+        weighted([moment.mean for moment in counted], weights),
         sum(moment.tokens for moment in counted),
+    )
+
+
+def weighted(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """Return the mean of tensors of one shape by their weights."""
+    if len(set(weights)) == 1:
+        return torch.stack(list(tensors)).mean(0)
+    whole = sum(weights)
+    return sum(
+        (tensor * (weight / whole) for tensor, weight in zip(tensors, weights, strict=True)), start=torch.zeros(())
     )
 
 
@@ -181,6 +203,7 @@ def collect(
     device: str = "cpu",
     batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> Moments:
     """Run `base` over the windows of each domain, and write the moments to `path`, whole or not at all.
 
@@ -194,6 +217,7 @@ def collect(
         device: The device that runs the model.
         batch: The number of windows that run at once; None: as many as the device takes well.
         progress: A function that is called with (layers done, layers in all) after each layer.
+        weights: How much each domain counts in the mean over them; None: all the same.
 
     Raises:
         CheckpointError: When activations are not finite.
@@ -212,7 +236,8 @@ def collect(
             elif path.is_dir() and not os.access(path, os.R_OK | os.W_OK | os.X_OK):
                 cached.drop(path, ValueError("its permissions don't allow to use it"))
             work.collect(work.damage())
-    return Moments(path, tuple(domains), tuple(range(work.layers)), again=work.again)
+    counted = None if weights is None else tuple(weights[name] for name in domains)
+    return Moments(path, tuple(domains), tuple(range(work.layers)), again=work.again, weights=counted)
 
 
 def file_bytes(base: Checkpoint, domains: int) -> int:

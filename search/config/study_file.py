@@ -177,16 +177,18 @@ else:
 
 
 EMBEDDED, SELF = "embedded", "self"  # the text that CPython ships; text that the base model writes
-Texts = list[str] | Literal["embedded"]
+Weights = Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]  # how much each text counts
+Texts = list[str] | Weights | Literal["embedded"]
 
 
 class Text(Section):
     """Text names the texts: `embedded` (prose that CPython ships), .txt and .jsonl files, hub:ORGANISATION/NAME.
 
-    The calibration text can also be `self`, which the base model writes, and a list of all of these.
+    The calibration text can also be `self`, which the base model writes, and a list of all of these. A mapping gives
+    each text a weight; texts of a list weigh the same.
     """
 
-    calibration: list[str] | Literal["embedded", "self"] = [EMBEDDED, SELF]
+    calibration: list[str] | Weights | Literal["embedded", "self"] = [EMBEDDED, SELF]
     search: Texts = "embedded"
     report: Texts | None = "embedded"  # text that no search saw, for confirmation; null: none
     window: Annotated[int, Field(ge=16)] = 256  # tokens
@@ -206,7 +208,7 @@ class Text(Section):
     @property
     def calibration_names(self) -> list[str]:
         """The parts of the calibration text."""
-        return [self.calibration] if isinstance(self.calibration, str) else self.calibration
+        return [self.calibration] if isinstance(self.calibration, str) else list(self.calibration)
 
     @property
     def writes_beside(self) -> bool:
@@ -218,7 +220,7 @@ class Text(Section):
     def _judges(cls, value: Any) -> Any:
         named = [value] if isinstance(value, str) else value or []
         if SELF in named or (EMBEDDED in named and not isinstance(value, str)):
-            raise ValueError(f"{SELF} and lists with {EMBEDDED} are of text.calibration alone; name files")
+            raise ValueError(f"{SELF} and mixes with {EMBEDDED} are of text.calibration alone; name files")
         return value
 
 

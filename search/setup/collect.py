@@ -55,4 +55,5 @@ def moments_for(setting: Setting, plan: CompressionPlan, say: Say = silent) -> s
         path,
         setting.machine.device,
         progress=lambda done, total: say(f"second moments, layer {done} of {total}"),
+        weights=setting.texts.moments.shares,
     )

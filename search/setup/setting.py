@@ -25,7 +25,7 @@ from evaluator.errors import TextError
 from evaluator.measurement import Measurement
 from evaluator.score import Formula
 from evaluator.workload import Workload
-from search.config.study_file import Range, Space, StudyFile
+from search.config.study_file import SELF, Range, Space, StudyFile
 from search.errors import UsageError
 from search.files import CACHE
 from search.say import Say, silent
@@ -35,7 +35,7 @@ from search.setup.machine import Machine, choose_engine, compute_capability, dev
 from search.setup.own_text import Writer
 from search.setup.requests import Prompts, read_prompts, require_room
 from search.setup.server import require_server, require_serving
-from search.setup.texts import Domains, MomentsText, StudyTexts, read_texts, tokenizer_of
+from search.setup.texts import Domains, MomentsText, StudyTexts, calibration_weights, read_texts, tokenizer_of
 
 WRITTEN_TOGETHER = 64  # answers of tasks that an engine writes at once
 
@@ -257,6 +257,8 @@ def prepare(
                 file.text.window,
                 file.text.moments_windows,
                 functools.partial(_or_none, own, warn) if file.text.writes_beside else dict,
+                calibration_weights(file, domains),
+                file.text.calibration.get(SELF, 0.0) if isinstance(file.text.calibration, Mapping) else 0.0,
             ),
             digest=texts.text_digest([window for shard in shards for window in shard]),
         ),

@@ -35,6 +35,7 @@ from search.setup.guarded_tokenizer import GuardedTokenizer, Trial, doubt_of
 Shard = list[list[int]]  # windows of token ids
 Documents = Sequence[texts.Document]
 Domains = Mapping[str, Documents]
+Named = Sequence[str] | Mapping[str, float] | str  # the texts of a study file, as it names them
 
 MOST_SHARED = 0.01  # the largest share of a text that is left out of it
 
@@ -52,6 +53,8 @@ class MomentsText:
         length: The tokens in a window.
         count: The number of windows from each domain.
         own: Returns the domains that the base model writes, beside others; there may be none.
+        weights: How much each of `domains` counts; None: all domains count the same.
+        own_weight: How much the domains that the base model writes count together, where there are weights.
     """
 
     domains: Domains
@@ -59,6 +62,17 @@ class MomentsText:
     length: int
     count: int
     own: Callable[[], Domains] = dict
+    weights: Mapping[str, float] | None = None
+    own_weight: float = 0.0
+
+    @property
+    def shares(self) -> dict[str, float] | None:
+        """How much each domain of `windows` counts; None: all the same."""
+        if self.weights is None:
+            return None
+        written = [name for name in self.windows if name not in self.weights]
+        shares = {**self.weights, **dict.fromkeys(written, self.own_weight / max(1, len(written)))}
+        return shares if len(set(shares.values())) > 1 else None
 
     @functools.cached_property
     def windows(self) -> dict[str, list[list[int]]]:
@@ -74,8 +88,9 @@ class MomentsText:
 
     @functools.cached_property
     def digest(self) -> str:
-        """The digests of all domains' windows, separated by spaces."""
-        return " ".join(texts.text_digest(windows) for windows in self.windows.values())
+        """The digests of all domains' windows, separated by spaces, and the domains' weights, where they have some."""
+        named = [texts.text_digest(windows) for windows in self.windows.values()]
+        return " ".join([*named, *(f"{share:g}" for share in (self.shares or {}).values())])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +152,29 @@ def read_texts(
         UsageError: The two texts share too much.
     """
     domains = _calibration(file, own, warn)
-    windows = texts.mixed_windows(tokenizer, domains, file.text.window, file.text.calibration_windows)
-    return domains, _shards(file, tokenizer, _search_documents(file)), tuple(windows)
+    weights = calibration_weights(file, domains)
+    windows = texts.mixed_windows(tokenizer, domains, file.text.window, file.text.calibration_windows, weights)
+    return domains, _shards(file, tokenizer, _judging(file, "search"), file.text.search), tuple(windows)
+
+
+def calibration_weights(file: StudyFile, domains: Domains) -> dict[str, float] | None:
+    """Return how much each domain of the calibration text counts, by the weights of the texts; None: all the same.
+
+    The domains of one text share its weight. What the base model writes beside others is not among them.
+    """
+    weights = file.text.calibration
+    if not isinstance(weights, Mapping):
+        return None
+    of_text = [_text_of(file, domain) for domain in domains]
+    return {domain: weights[text] / of_text.count(text) for domain, text in zip(domains, of_text, strict=True)}
+
+
+def _text_of(file: StudyFile, domain: str) -> str:
+    """Return the text of the calibration text that a domain is of."""
+    place, dash, _ = domain.partition("-")
+    if dash:
+        return file.text.calibration_names[int(place)]
+    return EMBEDDED if EMBEDDED in file.text.calibration_names else SELF
 
 
 def calibration_documents(of: StudyTexts) -> Documents:
@@ -156,7 +192,13 @@ def _all(domains: Domains) -> Documents:
 def _calibration(file: StudyFile, own: Callable[[], Domains], warn: Say) -> Domains:
     """Return the domains of the calibration text without what the search text holds."""
     domains = _domains(file) or own()
-    rest = iter(_apart(file, ("calibration", _all(domains)), ("search", _search_documents(file)), warn))
+    return _without(file, ("calibration", domains), ("search", _all(_judging(file, "search"))), warn)
+
+
+def _without(file: StudyFile, one: tuple[str, Domains], other: tuple[str, Documents], warn: Say) -> Domains:
+    """Return the domains of a text without what another text holds; see `_apart`."""
+    key, domains = one
+    rest = iter(_apart(file, (key, _all(domains)), other, warn))
     return {
         name: [document for document in itertools.islice(rest, len(documents)) if document is not None]
         for name, documents in domains.items()
@@ -174,14 +216,20 @@ def _domains(file: StudyFile) -> Domains:
     return domains
 
 
-def _shards(file: StudyFile, tokenizer: Any, documents: Documents) -> tuple[Shard, ...]:
+def _shards(file: StudyFile, tokenizer: Any, domains: Domains, named: Named) -> tuple[Shard, ...]:
+    """Cut a text that judges into shards; its files take turns, each with as many windows as its weight says."""
     each = file.text.windows_per_shard
-    flat = texts.windows(tokenizer, documents, file.text.window, file.text.shards * each)
+    weights = dict(zip(domains, named.values(), strict=True)) if isinstance(named, Mapping) else None
+    flat = texts.mixed_windows(tokenizer, domains, file.text.window, file.text.shards * each, weights, in_turn=True)
     return tuple(flat[start : start + each] for start in range(0, len(flat), each))
 
 
-def _search_documents(file: StudyFile) -> Documents:
-    return _embedded_search() if isinstance(file.text.search, str) else _read(file.text.search)
+def _judging(file: StudyFile, key: str) -> Domains:
+    """Return the documents of the search or the report text, by file."""
+    named: Named = getattr(file.text, key)
+    if isinstance(named, str):
+        return {EMBEDDED: _embedded_search() if key == "search" else _embedded_report()}
+    return {f"{place}-{Path(name).stem}": _read([name]) for place, name in enumerate(named)}
 
 
 def _read(names: Sequence[str]) -> Documents:
@@ -296,8 +344,7 @@ def report_shards(file: StudyFile, of: StudyTexts, warn: Say = silent) -> tuple[
     """
     if file.text.report is None:
         return ()
-    documents = _embedded_report() if isinstance(file.text.report, str) else _read(file.text.report)
-    for name, others in (("calibration", calibration_documents(of)), ("search", _search_documents(file))):
-        rest = _apart(file, ("report", documents), (name, others), warn)
-        documents = [document for document in rest if document is not None]
-    return _shards(file, of.moments.tokenizer, documents)
+    domains = _judging(file, "report")
+    for name, others in (("calibration", calibration_documents(of)), ("search", _all(_judging(file, "search")))):
+        domains = _without(file, ("report", domains), (name, others), warn)
+    return _shards(file, of.moments.tokenizer, domains, file.text.report)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from compressors.plan import short
 from evaluator.metrics import short_count
@@ -52,8 +52,10 @@ def _texts(file: StudyFile) -> str:
     )
 
 
-def _named(names: Sequence[str] | str) -> str:
+def _named(names: Sequence[str] | Mapping[str, float] | str) -> str:
     if isinstance(names, str):
         return names
+    if isinstance(names, Mapping):
+        names = [f"{name} × {weight:g}" for name, weight in names.items()]
     more = [f"and {len(names) - NAMES_SHOWN} more"] if len(names) > NAMES_SHOWN else []
     return ", ".join([*names[:NAMES_SHOWN], *more])

@@ -9,7 +9,7 @@ import torch
 
 from compressors import build
 from compressors.errors import CheckpointError
-from compressors.methods import heads, importance, repair
+from compressors.methods import ffn, heads, importance, repair
 from compressors.methods.importance import energy, flap, obs
 from compressors.model.checkpoint import Checkpoint
 from compressors.plan import CompressionPlan
@@ -213,6 +213,28 @@ def test_a_strength_from_near_by_is_taken_where_it_gains(problem):
     other[:, gone] = 0.4 * other[:, gone]
     domains = {**{name: moment_of(x) for name in "abcdef"}, "other": moment_of(other)}
     assert repair.strength(weight, kept, domains, best) == repair.strength(weight, kept, domains) > best
+
+
+def test_a_text_that_weighs_more_loses_less(base, its_family, domains, tmp_path):
+    part = its_family.down
+    whole = base.tensors[f"{its_family.in_layer(2, part)}.weight"].load()
+    kept = [torch.arange(0, 160, 2)] * 5
+    lost = {}
+    for weights in (None, {"low": 1.0, "high": 20.0}, {"low": 3.0, "high": 60.0}):
+        moments = second_moments.collect(base, domains, tmp_path / "m", weights=weights)
+        moments = dataclasses.replace(moments, strength=1e-3)
+        cut = ffn.cut(base, its_family, kept)
+        made = repair.take_over(cut, base, its_family, [part], kept, moments)
+        weight = made.tensors[f"{its_family.in_layer(2, part)}.weight"].load()
+        judged = moments.of(2, part)
+        lost[str(weights)] = [repair.loss(whole, weight, kept[2], judged[name].second) for name in ("low", "high")]
+        mean = second_moments.mixed(judged).second
+        parts = [judged[name].second * share for name, share in moments.shares().items()]
+        torch.testing.assert_close(mean, sum(parts) / 2)
+    same, more, scaled = lost.values()
+    assert more[1] < same[1]
+    assert more[0] > same[0]
+    assert scaled == more
 
 
 def reader(weight, x):

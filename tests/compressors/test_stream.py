@@ -256,6 +256,28 @@ def test_the_strength_balances_more_of_the_same_text_and_text_of_another_kind():
     assert alone.left < 0.01 < both.left < 1.0
 
 
+def test_texts_count_by_their_shares():
+    """Two texts want the change and half of it; the fit lies between them, nearer to the one that weighs more."""
+    x = torch.randn(1, 400, 6, generator=torch.Generator().manual_seed(0))
+    change = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    whole, half = stream.Fit(share=3.0), stream.Fit(share=1.0)
+    whole.add(x, x @ change.T, torch.ones(1, 400, 1))
+    half.add(x, 0.5 * x @ change.T, torch.ones(1, 400, 1))
+    ((delta, _),) = stream.changes([[whole], [half]], [4], [min(stream.STRENGTHS)])
+    torch.testing.assert_close(delta.float(), (3.0 * 1.0 + 1.0 * 0.5) / 4.0 * change, rtol=0.01, atol=0.01)
+
+
+def test_weights_reach_the_refit_of_a_model(base, its_family, domains):
+    kept = [torch.arange(0, 160, 2)] * 5
+    cut, (inputs, outputs) = ffn.cut(base, its_family, kept), of_ffn(its_family, kept)
+    stays = Stays(tuple(range(5)), None, inputs, outputs)
+    parts = stream.refit_parts(its_family, stays, 5)
+    plain = refit(cut, base, its_family, domains, inputs=inputs, outputs=outputs)
+    for shares, same in (({"low": 1.0, "high": 1.0}, True), ({"low": 0.1, "high": 1.9}, False)):
+        made = stream.refit(cut, base, its_family, stays, parts, domains, shares=shares)[0]
+        assert all(torch.equal(weight, plain[name]) for name, weight in made.items()) is same
+
+
 def test_no_text_that_is_left_out_is_worse_off_than_without_a_repair():
     """A text that gains little loses by what others gain most from; noise hides it from the mean over texts."""
     draw = torch.Generator().manual_seed(0)

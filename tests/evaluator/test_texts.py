@@ -270,3 +270,17 @@ def test_several_texts_give_the_same_number_of_windows_except_where_one_is_short
     assert texts.mixed_windows(Letters(), domains, 8, 2) == [[ord("a")] * 8, [ord("c")] * 8]
     with pytest.raises(TextError, match="200 windows of 8 tokens"):
         texts.mixed_windows(Letters(), domains, 8, 200)
+
+
+def test_texts_give_windows_by_their_weights_and_take_turns():
+    domains = {name: [Document(name, name * 400)] for name in "abc"}
+    weights = {"a": 1.0, "b": 4.0, "c": 1.0}
+
+    def found(count, **options):
+        return "".join(chr(window[0]) for window in texts.mixed_windows(Letters(), domains, 8, count, **options))
+
+    assert found(6, weights=weights) == "abbbbc"
+    assert found(6, weights=weights, in_turn=True) == "bbacbb"
+    assert found(7, in_turn=True) == "cabcabc"
+    domains["b"] = [Document("b", "b" * 14)]  # makes two windows
+    assert found(9, weights=weights) == "aaabbcccc"

@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ from search.by_hand import compress
 from search.config import compose
 from search.errors import ConfigError, UsageError
 from search.say import silent
-from search.setup import collect, keys, machine, setting
+from search.setup import collect, keys, machine, own_text, setting
 from search.setup import texts as setup_texts
 from search.stages import measure
 
@@ -78,6 +80,54 @@ def test_a_text_is_read_once_until_it_changes(prepared, read, tmp_path):
     (tmp_path / "fit.txt").write_text(prose(100, 121))
     assert setup_texts.calibration_documents(prepared().texts) != first
     assert read["fit.txt"] == 2
+
+
+def are_of(tokenizer, windows, digit):
+    """Whether each window is of the file whose paragraphs have numbers of five digits that begin with `digit`."""
+    return [bool(re.search(rf"\b{digit}\d{{4}}\b", tokenizer.decode(window))) for window in windows]
+
+
+def shards_of(whole, digit):
+    return are_of(whole.texts.moments.tokenizer, [window for (window,) in whole.texts.shards], digit)
+
+
+def test_files_that_judge_take_turns_however_long_the_first_one_is(prepared, tmp_path):
+    (tmp_path / "long.txt").write_text(prose(10_000, 4000))
+    (tmp_path / "short.txt").write_text(prose(90_000, 80))
+    names = [str(tmp_path / name) for name in ("long.txt", "short.txt")]
+    alike = prepared(search=names, shards=8, windows_per_shard=1, window=64)
+    assert shards_of(alike, 9) == [False, True] * 4
+    heavier = prepared(search=dict(zip(names, (3.0, 1.0), strict=True)), shards=8, window=64)
+    assert sum(shards_of(heavier, 9)) == 2
+    assert sum(shards_of(heavier, 9)[:4]) == 1
+    judged = prepared(report=names, shards=8, window=64)
+    report = setup_texts.report_shards(judged.file, judged.texts)
+    assert sum(are_of(judged.texts.moments.tokenizer, [window for (window,) in report], 9)) == 4
+
+
+def test_weights_decide_what_repairs_are_fitted_to(prepared, tmp_path):
+    (tmp_path / "more.txt").write_text(prose(50_000, 120))
+    names = [str(tmp_path / name) for name in ("fit.txt", "more.txt")]
+    alike, named = prepared(calibration=names), prepared(calibration=dict.fromkeys(names, 2.0))
+    heavier = prepared(calibration=dict(zip(names, (1.0, 3.0), strict=True)), calibration_windows=4, window=64)
+    repaired = dataclasses.replace(alike.model.identity, intermediate_size=128, repair="ridge")
+    assert keys.plan_digest(named, repaired) == keys.plan_digest(alike, repaired)
+    assert keys.plan_digest(heavier, repaired) != keys.plan_digest(
+        prepared(calibration=names, calibration_windows=4, window=64), repaired
+    )
+    assert collect.moments_for(heavier, repaired).shares() == {"0-fit": 0.5, "1-more": 1.5}
+    assert sum(are_of(heavier.texts.moments.tokenizer, heavier.texts.calibration_windows, 5)) == 3
+
+
+def test_what_the_model_writes_shares_its_weight(prepared, monkeypatch):
+    monkeypatch.setattr(own_text, "LENGTH", 40)
+    monkeypatch.setattr(own_text, "AT_ONCE", 4)
+    mixed = prepared(calibration={"embedded": 3.0, "self": 1.0})
+    shares = mixed.texts.moments.shares
+    kinds = [name for name in shares if name not in ("topics", "docstrings", "code")]
+    assert math.isclose(sum(shares.values()), 4.0)
+    assert math.isclose(sum(shares[name] for name in kinds), 1.0)
+    assert len(kinds) >= 2
 
 
 def test_second_moments_use_the_text_as_it_was_when_the_study_began(prepared, tmp_path, monkeypatch):
