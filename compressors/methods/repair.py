@@ -32,7 +32,7 @@ from compressors.statistics.second_moments import Moment, Moments, input_of, mix
 
 STRENGTHS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # λ over the median of diag H[S, S]
 VERSION = 3  # increase it when the same cut would be repaired differently
-ROWS = 256  # about the number of outputs that choose the strength
+ROWS = 128  # about the number of outputs that choose the strength
 EXPLORED = 4
 NO_REPAIR = float("inf")
 
