@@ -33,7 +33,6 @@ from evaluator.backends import EngineSettings
 from search import files
 from search.setup import machine, own_text, sources
 
-HOWS = {**repair.HOW, **repair.DEPTH, **repair.HIDDEN, "none": {}}
 WHOLE = {"W4A16": {"precision": "W4A16", "quantizer": "gptq", "group_size": 64}}
 
 
@@ -102,7 +101,7 @@ def main() -> None:
             )
             for cut in arguments.cuts:
                 for how in arguments.how:
-                    plan = dataclasses.replace(own, **arguments.plans[cut], **HOWS[how])
+                    plan = dataclasses.replace(own, **arguments.plans[cut], **choices(arguments.plans[cut])[how])
                     began = time.monotonic()
                     made = build.apply(plan, base, kind, statistics, moments=moments, simulate=True, device=device)
                     made = made.to_model(device, torch.float32)
@@ -110,6 +109,12 @@ def main() -> None:
                     row["s"] = time.monotonic() - began
                     found = {name: repair.judge(made, those, reference[name]) for name, those in judged.items()}
                     report({**row, "judged": found}, arguments.json)
+
+
+def choices(cut: dict) -> dict[str, dict]:
+    """Return the choices that `repair` names for a cut of this dimension."""
+    dimension = repair.DEPTH if "num_hidden_layers" in cut else repair.HIDDEN if "hidden_size" in cut else repair.HOW
+    return {**dimension, "none": {}}
 
 
 def calibration(fit: str, own: Callable[[], dict[str, list[texts.Document]]]) -> dict[str, list[texts.Document]]:
