@@ -17,7 +17,8 @@ from compressors.choices import Choice
 from compressors.plan import CHOICES
 from search.cli import main as optuna_search
 from search.config.compression import Compression
-from search.config.study_file import Space, StudyFile
+from search.config.space_section import Space
+from search.config.study_file import StudyFile
 
 DOCS = Path(__file__).resolve().parent
 DEFAULTS = DOCS.parent / "studies" / "_base.yaml"

@@ -26,8 +26,9 @@ from search import secrets
 from search.config import references, words
 from search.config.defaults import EXPERIMENTS, Parts
 from search.config.goal import GoalSection
+from search.config.space_section import Dimension, Range
 from search.config.spelling import nearest
-from search.config.study_file import Dimension, Range, StudyFile
+from search.config.study_file import StudyFile
 from search.errors import ConfigError
 
 PACKAGED = Path(__file__).resolve().parents[2] / "studies"

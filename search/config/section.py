@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -9,3 +11,8 @@ class Section(BaseModel):
     """Section is the base of all sections: frozen, and without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def list_of_one(value: Any) -> Any:
+    """Read a value where a list is expected as a list of one."""
+    return [value] if isinstance(value, str | int) else value

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressors.plan import OPTIONS
-from search.config.study_file import Space, StudyFile
+from search.config.space_section import Space
+from search.config.study_file import StudyFile
 from search.setup.goal import Goal
 
 OLDER = {"goal": str(Goal())}  # entries that a definition leaves out where they hold this: studies may be older

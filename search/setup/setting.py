@@ -25,7 +25,9 @@ from evaluator.errors import TextError
 from evaluator.measurement import Measurement
 from evaluator.score import Formula
 from evaluator.workload import Workload
-from search.config.study_file import SELF, Range, Space, StudyFile
+from search.config.space_section import Range, Space
+from search.config.study_file import StudyFile
+from search.config.text_section import SELF
 from search.errors import UsageError
 from search.files import CACHE
 from search.say import Say, silent

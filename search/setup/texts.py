@@ -25,7 +25,8 @@ from compressors.errors import CheckpointError, MachineError
 from compressors.model import config_types, model_directory
 from compressors.typed_json import typed
 from evaluator import embedded_texts, shared_text, texts
-from search.config.study_file import EMBEDDED, SELF, StudyFile
+from search.config.study_file import StudyFile
+from search.config.text_section import EMBEDDED, SELF
 from search.errors import UsageError
 from search.files import CACHE
 from search.say import Say, silent

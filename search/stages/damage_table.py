@@ -26,7 +26,7 @@ from compressors.files import digest_of_json
 from compressors.plan import CHOICES, DIMENSIONS, CompressionPlan, canonical, short
 from evaluator import score
 from evaluator.errors import EvaluationError, NotFinite
-from search.config.study_file import Range
+from search.config.space_section import Range
 from search.say import Say
 from search.setup import keys
 from search.setup.setting import Setting

@@ -29,7 +29,7 @@ from evaluator.measurement import Timing
 from evaluator.process import EngineProcess
 from evaluator.speed_table import VERSION, Probe, Shape, SpeedTable
 from evaluator.workload import Workload
-from search.config.study_file import Range
+from search.config.space_section import Range
 from search.say import Say
 from search.setup import keys
 from search.setup.setting import Setting

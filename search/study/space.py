@@ -14,7 +14,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
 from compressors.plan import CHOICES, DIMENSIONS, CompressionPlan, canonical
-from search.config.study_file import Range, Space
+from search.config.space_section import Range, Space
 
 # The order in which they are suggested; a sampler's draws depend on it. drop_from comes before precision.
 NAMED = tuple(name for name, record in CHOICES.items() if not record.is_number and name != "drop_from")

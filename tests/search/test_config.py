@@ -8,7 +8,8 @@ import yaml
 from compressors.plan import CHOICES
 from search.config import compose
 from search.config.compose import ConfigError
-from search.config.study_file import Range, StudyFile
+from search.config.space_section import Range
+from search.config.study_file import StudyFile
 
 
 def refused(*overrides: str, study: str = "demo") -> str:

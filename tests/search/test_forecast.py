@@ -16,7 +16,7 @@ from compressors.plan import CompressionPlan
 from evaluator.score import Score
 from evaluator.speed_table import Probe, SpeedTable
 from search.config import compose
-from search.config.study_file import Range
+from search.config.space_section import Range
 from search.setup import setting as settings
 from search.show import forecast_view
 from search.stages import speed_table, step_times

@@ -11,7 +11,7 @@ from evaluator.backends import EngineSettings
 from evaluator.errors import BackendUnavailable, TextError
 from evaluator.process import EngineProcess
 from search.config import compose
-from search.config.study_file import Space
+from search.config.space_section import Space
 from search.errors import ConfigError
 from search.say import silent
 from search.setup import keys, own_text, setting

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from evaluator import tasks
-from search.config.study_file import PerfPart
+from search.config.evaluation_section import PerfPart
 
 
 def test_a_part_has_the_keys_of_every_kind():
@@ -63,7 +63,7 @@ def test_a_new_kind_is_one_file(tmp_path):
     program = textwrap.dedent(f"""
         from evaluator import tasks
         tasks.__path__.append({str(tmp_path)!r})
-        from search.config.study_file import PerfPart
+        from search.config.evaluation_section import PerfPart
         part = PerfPart(metric="trivia", rounds=5)
         print(tasks.load(part.metric, part.task_section(), "tokenizer"), PerfPart().rounds)
     """)

@@ -14,7 +14,7 @@ from optuna.trial import TrialState, create_trial
 
 from compressors.plan import CompressionPlan
 from search.config.compose import validate
-from search.config.study_file import Space
+from search.config.space_section import Space
 from search.errors import StudyMismatch
 from search.setup import load
 from search.setup.definition import of_file

@@ -4,7 +4,7 @@ import optuna
 import pytest
 
 from compressors.plan import CompressionPlan, canonical
-from search.config.study_file import Space
+from search.config.space_section import Space
 from search.setup import setting
 from search.study import space
 
