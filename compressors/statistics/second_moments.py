@@ -31,6 +31,7 @@ from compressors.model.cached_tensors import Shapes
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family, family_of, head_dim
 from compressors.statistics.layerwise import Called, Layers
+from compressors.statistics.symmetric import pack, packed_size, unpack
 
 DESCRIBED = "moments.json"
 WINDOWS = "windows.json"
@@ -142,9 +143,9 @@ class Moments:
         weights = self.shares()
 
         def of_domain(domain: str) -> Moment:
-            second = cached_tensors.read(file, f"{domain}.{part}.second")
-            mean = cached_tensors.read(file, f"{domain}.{part}.mean")
-            return Moment(second, mean, int(tokens[domain]), weights[domain]).to(device)
+            packed = cached_tensors.read(file, f"{domain}.{part}.second").to(device)
+            mean = cached_tensors.read(file, f"{domain}.{part}.mean").to(device)
+            return Moment(unpack(packed, len(mean)), mean, int(tokens[domain]), weights[domain])
 
         with ThreadPoolExecutor(len(self.domains)) as readers:  # a first reading compares digests
             return dict(zip(self.domains, readers.map(of_domain, self.domains), strict=True))
@@ -245,7 +246,8 @@ def file_bytes(base: Checkpoint, domains: int) -> int:
     config = base.config
     stream, wide = int(config["hidden_size"]), int(config["intermediate_size"])
     attention = head_dim(config) * int(config["num_attention_heads"])
-    return 4 * int(config["num_hidden_layers"]) * domains * (2 * stream**2 + attention**2 + wide**2)
+    of_layer = sum(packed_size(width) for width in (stream, attention, stream, wide))
+    return 4 * int(config["num_hidden_layers"]) * domains * of_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,7 +326,7 @@ class _Work:
         for part in inputs(family):
             width = self.base.tensors[f"{family.in_layer(layer, part)}.weight"].shape[1]
             for name in self.domains:
-                shapes[f"{name}.{part}.second"] = (width, width), torch.float32
+                shapes[f"{name}.{part}.second"] = (packed_size(width),), torch.float32
                 shapes[f"{name}.{part}.mean"] = (width,), torch.float32
         return shapes
 
@@ -351,7 +353,7 @@ class _Work:
                     sums = {part: _Sum() for part in inputs(family)}
                     stream.forward(index, {part: of_part.add for part, of_part in sums.items()})
                     for part, of_part in sums.items():
-                        tensors[f"{name}.{part}.second"] = of_part.second / of_part.tokens
+                        tensors[f"{name}.{part}.second"] = pack(of_part.second / of_part.tokens)
                         tensors[f"{name}.{part}.mean"] = of_part.mean / of_part.tokens
                         tokens[name] = of_part.tokens
                 if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
