@@ -7,7 +7,6 @@ Engines are forked from a warm process, one for each backend, which has imported
 from __future__ import annotations
 
 import atexit
-import contextlib
 import dataclasses
 import json
 import math
@@ -22,11 +21,11 @@ import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 from evaluator import answering, backends, errors, forkserver, last_words
 from evaluator.backends import EngineSettings
+from evaluator.closing import Closing
 from evaluator.errors import BackendUnavailable, EngineCrashed, EngineOutOfMemory, EngineTimeout, NotFinite
 from evaluator.generation import Answer, Limits
 
@@ -35,7 +34,7 @@ GRACE_S = 2.0  # the time in which an engine whose socket ended may leave an exi
 LESS_MEMORY = "lower the batch sizes, the window or gpu_memory_utilization, or free memory"
 
 
-class EngineProcess:
+class EngineProcess(Closing):
     """A started engine. Every method waits for the answer, at most `settings.call_timeout_s`.
 
     After EngineTimeout, EngineOutOfMemory or EngineCrashed the process is gone and `alive` is False, except where the
@@ -169,18 +168,6 @@ class EngineProcess:
     def close(self) -> None:
         """Kill the engine and what it started. A second call does nothing."""
         self._end()
-
-    def __enter__(self) -> EngineProcess:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            self.close()
 
     def _call(self, name: str, *arguments: Any) -> Any:
         with self._lock:

@@ -7,7 +7,6 @@ schedules, streams and talks HTTP. It listens on 127.0.0.1 alone and ends with t
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import os
@@ -17,10 +16,10 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from evaluator import keeper, last_words
+from evaluator.closing import Closing
 from evaluator.errors import EngineCrashed, EngineOutOfMemory, EngineTimeout
 from evaluator.forkserver import OUT_OF_MEMORY
 
@@ -70,7 +69,7 @@ def command(path: Path, name: str, port: int, arguments: Mapping[str, Any]) -> l
     return words
 
 
-class Server:
+class Server(Closing):
     """A started server. Use it with `with`, or close it.
 
     Args:
@@ -131,18 +130,6 @@ class Server:
     def close(self) -> None:
         """Kill the server and what it started. A second call does nothing."""
         keeper.end(self._keeper)
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            self.close()
 
     # -- the process -----------------------------------------------------------------------------------------
 
