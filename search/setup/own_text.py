@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from compressors.files import digest_of_json
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.loading import require_finite
 from compressors.typed_json import typed
-from evaluator import chat
+from evaluator import chat, texts
 from evaluator.backends import EngineSettings
 from evaluator.errors import EvaluationError, NotFinite, TextError
 from evaluator.generation import Limits
@@ -35,6 +36,7 @@ LENGTH = 256  # the most tokens of a document
 AT_ONCE = 64  # documents that are written together
 CALL_TIMEOUT_S = 3600.0  # for AT_ONCE documents, which take minutes on a CPU
 MOST_DROPPED = 4  # as many times the wanted tokens are written before it is given up
+UNSEEN = 2  # windows of each kind that nothing is fitted to
 LEAST_TOKENS = 32  # a document with fewer tokens is dropped
 LEAST_DISTINCT = 0.5  # so is one with a smaller share of distinct runs of RUN tokens
 RUN = 4
@@ -146,6 +148,55 @@ class Writer:
         """Return a document: what the model wrote, with what it continued."""
         begun = "" if kind == "chat" else self.tokenizer.decode(list(prompt), skip_special_tokens=True)
         return f"{begun}{answer}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OwnText:
+    """OwnText parts what the base model writes: most of it is fitted to, and some of each kind nothing is fitted to.
+
+    Attributes:
+        write: Returns documents with at least so many tokens of each kind, by kind; see `Writer.domains`.
+        tokenizer: The tokenizer of the base model.
+        window: The tokens of a window.
+        windows: The windows of each kind that are fitted to.
+    """
+
+    write: Callable[[int], dict[str, list[Document]]]
+    tokenizer: Any
+    window: int
+    windows: int
+
+    def fitted(self) -> dict[str, list[Document]]:
+        """Return the documents to fit to, by kind. Raises what `Writer.domains` raises."""
+        return self._parts[0]
+
+    def unseen(self) -> tuple[list[list[int]], ...]:
+        """Return UNSEEN windows of each kind, a shard each, that no fit sees; () where the model writes too little."""
+        try:
+            parts = self._parts[1]
+        except TextError:
+            return ()
+        cut = [texts.all_windows(self.tokenizer, documents, self.window)[:UNSEEN] for documents in parts.values()]
+        return tuple([window] for windows in cut for window in windows)
+
+    @functools.cached_property
+    def _parts(self) -> tuple[dict[str, list[Document]], dict[str, list[Document]]]:
+        held = UNSEEN * self.window
+        written = self.write(self.window * self.windows + held + 2 * LENGTH)  # a document is not cut in two
+        counts = {kind: self._last(documents, held) for kind, documents in written.items()}
+        return (
+            {kind: documents[: len(documents) - counts[kind]] for kind, documents in written.items()},
+            {kind: documents[len(documents) - counts[kind] :] for kind, documents in written.items()},
+        )
+
+    def _last(self, documents: Sequence[Document], tokens: int) -> int:
+        """Return how many of the last documents hold at least so many tokens."""
+        held = 0
+        for count, document in enumerate(reversed(documents), start=1):
+            held += len(self.tokenizer.encode(document.text, add_special_tokens=False))
+            if held >= tokens:
+                return count
+        return len(documents)
 
 
 def _read(path: Path) -> dict[str, list[str]]:

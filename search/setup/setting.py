@@ -34,7 +34,7 @@ from search.say import Say, silent
 from search.setup import sources
 from search.setup.goal import Goal
 from search.setup.machine import Machine, choose_engine, compute_capability, device_name, engine_version, require_memory
-from search.setup.own_text import Writer
+from search.setup.own_text import OwnText, Writer
 from search.setup.requests import Prompts, read_prompts, require_room
 from search.setup.server import require_server, require_serving
 from search.setup.texts import Domains, MomentsText, StudyTexts, calibration_weights, read_texts, tokenizer_of
@@ -240,13 +240,12 @@ def prepare(
     require_memory(base.total_parameters * (4 if wide else 2), device, "the base model")
     tokenizer = tokenizer_of(path)
     digest = checkpoint.digest_of(path, CACHE / "digests")
-    own = functools.partial(
-        Writer(
-            path, digest, tokenizer, file.outputs / "calibration", _writers(backend), _writing(file, device), say
-        ).domains,
-        file.text.window * max(file.text.moments_windows, file.text.calibration_windows),
+    writer = Writer(
+        path, digest, tokenizer, file.outputs / "calibration", _writers(backend), _writing(file, device), say
     )
-    domains, shards, windows = read_texts(file, tokenizer, own, warn)
+    most = max(file.text.moments_windows, file.text.calibration_windows)
+    own = OwnText(writer.domains, tokenizer, file.text.window, most)
+    domains, shards, windows = read_texts(file, tokenizer, own.fitted, warn)
     setting = Setting(
         file=file,
         model=BaseModel(path, base, digest, its_family, identity),
@@ -258,11 +257,12 @@ def prepare(
                 tokenizer,
                 file.text.window,
                 file.text.moments_windows,
-                functools.partial(_or_none, own, warn) if file.text.writes_beside else dict,
+                functools.partial(_or_none, own.fitted, warn) if file.text.writes_beside else dict,
                 calibration_weights(file, domains),
                 file.text.calibration.get(SELF, 0.0) if isinstance(file.text.calibration, Mapping) else 0.0,
             ),
             digest=texts.text_digest([window for shard in shards for window in shard]),
+            unseen=own.unseen if SELF in file.text.calibration_names else tuple,
         ),
         machine=Machine(
             backend, device, device_name(device), engine_version(backend), capability=compute_capability(device)

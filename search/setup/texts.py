@@ -103,12 +103,14 @@ class StudyTexts:
         calibration_windows: The windows of token ids of the calibration text, from all domains in turn.
         moments: The text that second moments are collected on.
         digest: The digest of the search text's windows.
+        unseen: Returns the shards of text that the base model wrote and nothing is fitted to; there may be none.
     """
 
     shards: tuple[Shard, ...]
     calibration_windows: tuple[list[int], ...]
     moments: MomentsText
     digest: str
+    unseen: Callable[[], tuple[Shard, ...]] = tuple
 
 
 def tokenizer_of(path: Path) -> Any:

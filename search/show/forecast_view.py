@@ -17,6 +17,7 @@ from search.setup.goal import Goal, Known
 from search.show import goal_text
 
 FEW = 3  # best plans
+OWN_KL = "KL, own text"
 STANDS_FOR_SERVER = (
     "no server was started for these times: an engine that is given as many requests at once stands for `vllm serve`, "
     "which schedules and streams besides"
@@ -52,6 +53,7 @@ class Costs:
         nll: The increase of the loss in nats per token.
         nll_se: Its standard error.
         kl: The KL divergence of the base model to it, in nats per token.
+        own_kl: The same on text that the base model wrote and no fit saw; None where it wrote none.
         perf_norm: PerfNorm on these shards.
         speed_norm: The forecast SpeedNorm.
     """
@@ -60,6 +62,7 @@ class Costs:
     nll: float
     nll_se: float
     kl: float | None
+    own_kl: float | None
     perf_norm: float
     speed_norm: float
 
@@ -262,15 +265,16 @@ def _tables(view: ForecastView) -> list[RenderableType]:
         tables.append(pays)
     if view.costs:
         costs = Table(title="what it costs, each by itself", title_justify="left", box=None, pad_edge=False)
-        for name in ("change", "PerfNorm", "loss, nats per token", "KL", "SpeedNorm"):
+        of_own = [OWN_KL] if any(cost.own_kl is not None for cost in view.costs) else []
+        for name in ("change", "PerfNorm", "loss, nats per token", "KL", *of_own, "SpeedNorm"):
             costs.add_column(name, justify="left" if name == "change" else "right")
         for cost in view.costs:
-            kl = "–" if cost.kl is None else f"{cost.kl:.4f}"
+            known = [cost.kl, *([cost.own_kl] if of_own else [])]
             costs.add_row(
                 cost.change,
                 f"{cost.perf_norm:.3f}",
                 f"{cost.nll:+.4f} ± {cost.nll_se:.4f}",
-                kl,
+                *("–" if kl is None else f"{kl:.4f}" for kl in known),
                 f"{cost.speed_norm:+.3f}",
             )
         tables.append(costs)

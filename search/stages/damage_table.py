@@ -50,11 +50,13 @@ class Loss:
         nll: The increase of the loss over the base model's, in nats per token.
         nll_se: Its standard error, from the shards.
         kl: The KL divergence of the base model to the plan, in nats per token; None where it was not computed.
+        own_kl: The same on text that the base model wrote and no fit saw.
     """
 
     nll: float
     nll_se: float
     kl: float | None
+    own_kl: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +143,10 @@ class DamageTable:
         if values.get("version") != VERSION:
             raise ValueError(f"damage table: version {values.get('version')} is not {VERSION}")
         entries = [
-            Entry(CompressionPlan.from_dict(entry["plan"]), Loss(entry["nll"], entry["nll_se"], entry["kl"]))
+            Entry(
+                CompressionPlan.from_dict(entry["plan"]),
+                Loss(entry["nll"], entry["nll_se"], entry["kl"], entry.get("own_kl")),
+            )
             for entry in values["entries"]
         ]
         return cls(CompressionPlan.from_dict(values["own"]), tuple(entries))
@@ -254,10 +259,11 @@ def damage_table(setting: Setting, screener: Screener, say: Say) -> DamageTable:
     scored = {entry.plan for entry in table.entries}
     missing = [plan for plan in wanted(setting) if plan not in scored and _buildable(setting, plan)]
     base = screener.base_nll(say)
+    fits = any(build.needs_moments(plan) for plan in missing)  # then the base model writes anyway, if it is asked to
     for number, plan in enumerate(missing, start=1):
         say(f"damage table: plan {number} of {len(missing)}")
         try:
-            loss = _scored(screener, plan, base, say)
+            loss = _scored(screener, plan, base, say, on_own=fits)
         except (CompressionError, EvaluationError) as error:
             say(f"damage table: left out: {error}")
             continue
@@ -270,7 +276,8 @@ def _buildable(setting: Setting, plan: CompressionPlan) -> bool:
     return build.check(plan, setting.model.checkpoint, setting.model.family) is None
 
 
-def _scored(screener: Screener, plan: CompressionPlan, base: Sequence[float], say: Say) -> Loss:
+def _scored(screener: Screener, plan: CompressionPlan, base: Sequence[float], say: Say, *, on_own: bool) -> Loss:
+    own_kl = screen.mean_known(screener.unseen(plan, say).kl) if on_own else None
     scored = screener.cheap(plan, say)
     gains = scored.lost(base)
     if not all(map(math.isfinite, gains)):
@@ -279,4 +286,5 @@ def _scored(screener: Screener, plan: CompressionPlan, base: Sequence[float], sa
         nll=math.fsum(gains) / len(gains),
         nll_se=score.standard_error(gains),
         kl=screen.mean_known(scored.kl),
+        own_kl=own_kl,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,13 +13,14 @@ from compressors import cached
 from compressors.device import compute_dtype, release
 from compressors.plan import CompressionPlan
 from compressors.typed_json import typed
-from evaluator import quality
+from evaluator import quality, texts
 from evaluator.errors import NotFinite
 from evaluator.measurement import Measurement
 from search.say import Say
 from search.setup import keys
 from search.setup.machine import require_memory
 from search.setup.setting import Setting
+from search.setup.texts import Shard
 from search.stages import build
 
 FEW = 4  # shards of a cheap screen
@@ -85,6 +85,7 @@ class Screener:
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
         self._reference: quality.Reference | None = None
+        self._on_unseen: quality.Reference | None = None
 
     def base_nll(self, say: Say) -> tuple[float, ...]:
         """Return the base model's mean NLL on each shard, in nats per token, computed as that of every plan is."""
@@ -132,33 +133,68 @@ class Screener:
 
     def cheap(self, plan: CompressionPlan, say: Say) -> Screen:
         """Return the plan's quality on the first FEW shards, with ridge at STRENGTH in all projections; kept too."""
-        shards = min(FEW, len(self._setting.texts.shards))
-        full = path_of(self._setting, plan)
-        path = full.with_name(f"cheap-{full.name}")
-        known = Screen.read(path, shards)
+        first = self._setting.texts.shards[:FEW]
+        path = self._cheap_path(plan)
+        known = Screen.read(path, len(first))
         if known is None:
-            known = Screen.of(list(itertools.islice(self.shards(plan, say, strength=STRENGTH), shards)))
+            base = self._base(say)
+            with _model(self._setting, plan, say, STRENGTH) as model:
+                known = _on(model, first, base)
             known.write(path)
         return known
 
+    def unseen(self, plan: CompressionPlan, say: Say) -> Screen:
+        """Return the cheap screen's model on text that the base model wrote and no fit saw; `cheap` is known then."""
+        shards = self._setting.texts.unseen()
+        if not shards:
+            return Screen((), (), ())
+        path = self._cheap_path(plan)
+        named = texts.text_digest([window for shard in shards for window in shard])
+        own = path.with_name(f"unseen-{named}-{path.name}")
+        known = Screen.read(own, len(shards))
+        if known is None:
+            base, reference = self._base(say), self._unseen_base(shards, say)
+            with _model(self._setting, plan, say, STRENGTH) as model:
+                _on(model, self._setting.texts.shards[:FEW], base).write(path)
+                known = _on(model, shards, reference)
+            known.write(own)
+        return known
+
+    def _cheap_path(self, plan: CompressionPlan) -> Path:
+        full = path_of(self._setting, plan)
+        return full.with_name(f"cheap-{full.name}")
+
     def screen_of(self, model: Any, say: Say) -> Screen:
         """Return the quality of a stock transformers model on the setting's device that no plan made."""
-        reference = self._base(say)
-        shards = enumerate(self._setting.texts.shards)
-        return Screen.of([quality.shard_quality(model, shard, reference, index) for index, shard in shards])
+        return _on(model, self._setting.texts.shards, self._base(say))
+
+    def _unseen_base(self, shards: Sequence[Shard], say: Say) -> quality.Reference:
+        if self._on_unseen is None:
+            with _model(self._setting, self._setting.model.identity, say) as model:
+                self._on_unseen = quality.Reference.of(model, shards, max_bytes=self._kept // 2)
+        return self._on_unseen
+
+    @property
+    def _kept(self) -> int:
+        """The bytes of log-probabilities that are kept."""
+        return int(self._setting.file.evaluation.kl_max_mb * 1e6)
 
     def _base(self, say: Say) -> quality.Reference:
         if self._reference is None:
             say("screen: the base model")
             setting = self._setting
-            kept = int(setting.file.evaluation.kl_max_mb * 1e6)
             with _model(setting, setting.model.identity, say) as model:
-                self._reference = quality.Reference.of(model, setting.texts.shards, max_bytes=kept)
+                self._reference = quality.Reference.of(model, setting.texts.shards, max_bytes=self._kept)
             if not all(map(math.isfinite, self._reference.nll)):
                 raise NotFinite(
                     f"model {setting.model.path}: its loss on the search text is NaN: the weights are broken"
                 )
         return self._reference
+
+
+def _on(model: Any, shards: Sequence[Shard], reference: quality.Reference) -> Screen:
+    """Return a model's quality on shards, against the base model's on the same."""
+    return Screen.of([quality.shard_quality(model, shard, reference, index) for index, shard in enumerate(shards)])
 
 
 def with_screen(measured: Measurement, screen: Screen) -> Measurement:

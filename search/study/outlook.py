@@ -87,6 +87,7 @@ def _costs(made: Forecast) -> tuple[Costs, ...]:
             nll=entry.loss.nll,
             nll_se=entry.loss.nll_se,
             kl=entry.loss.kl,
+            own_kl=entry.loss.own_kl,
             perf_norm=float(np.exp(-entry.loss.nll)),
             speed_norm=1.0 - made.time_ratio(entry.plan)[0],
         )

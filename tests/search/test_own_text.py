@@ -2,9 +2,12 @@
 
 import collections
 import dataclasses
+import io
+import json
 import shutil
 
 import pytest
+import rich.console
 
 from compressors.model.checkpoint import Checkpoint
 from evaluator.backends import EngineSettings
@@ -16,6 +19,11 @@ from search.errors import ConfigError
 from search.say import silent
 from search.setup import keys, own_text, setting
 from search.setup.texts import calibration_documents, tokenizer_of
+from search.show import forecast_view
+from search.stages import damage_table, screen
+from search.stages.forecast import Forecast
+from search.stages.step_times import StepTimes
+from search.study import outlook
 
 
 @pytest.fixture
@@ -64,6 +72,48 @@ def test_the_model_writes_its_text_once_and_the_same_in_another_place(prepare, w
     elsewhere = prepare(calibration="self", outputs="elsewhere")
     assert written["documents"] == 2 * asked
     assert elsewhere.texts.moments.windows == first.texts.moments.windows
+
+
+def test_some_of_each_kind_is_kept_from_every_fit(prepare, tmp_path):
+    mine = str(tmp_path / "mine.txt")
+    for calibration in ("self", [mine, "self"]):
+        study = prepare(calibration=calibration)
+        fitted = study.texts.moments.windows
+        unseen = study.texts.unseen()
+        kinds = [name for name in fitted if name != "0-mine"]
+        assert len(unseen) == own_text.UNSEEN * len(kinds)
+        assert all(len(window) == 32 for (window,) in unseen)
+        tokenizer = study.texts.moments.tokenizer
+        text = "".join(tokenizer.decode(window) for windows in fitted.values() for window in windows)
+        assert not any(tokenizer.decode(window[4:20]) in text for (window,) in unseen)
+    assert prepare(calibration=[mine]).texts.unseen() == ()
+
+
+def test_the_damage_table_shows_what_is_lost_on_own_text(prepare, tmp_path, monkeypatch):
+    study = prepare(calibration=["self", str(tmp_path / "mine.txt")])
+    space = Space(intermediate_size={"low": 96, "high": 160, "step": 32}, repair=["ridge"])
+    study = dataclasses.replace(study, file=study.file.model_copy(update={"space": space}))
+    screener = screen.Screener(study)
+    table = damage_table.damage_table(study, screener, silent)
+    assert table.entries
+    assert all(entry.loss.own_kl > 0.0 for entry in table.entries)
+    narrow, wide = sorted(table.entries, key=lambda entry: entry.plan.intermediate_size)[:: len(table.entries) - 1]
+    assert narrow.loss.own_kl > wide.loss.own_kl
+    assert damage_table.DamageTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+    view = outlook.view(Forecast(study, None, table), 0.5, StepTimes(), with_front=False)
+    assert [cost.own_kl for cost in view.costs] == [entry.loss.own_kl for entry in table.entries]
+    console = rich.console.Console(width=160, record=True, file=io.StringIO())
+    console.print(forecast_view.forecast_table(view))
+    shown = console.export_text()
+    assert forecast_view.OWN_KL in shown
+    assert f"{narrow.loss.own_kl:.4f}" in shown
+
+    plain = study.file.model_copy(update={"space": Space(intermediate_size={"low": 96, "high": 160, "step": 32})})
+    built = []
+    monkeypatch.setattr(screen.Screener, "unseen", lambda *arguments: built.append(arguments))
+    unfitted = damage_table.damage_table(dataclasses.replace(study, file=plain), screener, silent)
+    assert not built  # nothing is fitted, and so nothing need be written
+    assert {entry.loss.own_kl for entry in unfitted.entries if entry.plan.repair == "none"} == {None}
 
 
 def test_another_engine_writes_where_the_first_one_fails(pico_llama, tmp_path, monkeypatch):
