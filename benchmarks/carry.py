@@ -23,6 +23,7 @@ import torch
 from transformers import AutoTokenizer
 
 from compressors import build
+from compressors.distillation import repair as distillation
 from compressors.methods import stream
 from compressors.model import family
 from compressors.model.checkpoint import Checkpoint
@@ -62,6 +63,8 @@ def main() -> None:
     tokenizer, device = AutoTokenizer.from_pretrained(path), machine.best_device()
     if arguments.half:
         second_moments.compute_dtype = stream.compute_dtype = lambda device: torch.bfloat16
+        plain = distillation.settings
+        distillation.settings = lambda *given: dataclasses.replace(plain(*given), dtype="bfloat16")
     writer = own_text.Writer(
         path, base.digest(), tokenizer, arguments.work, ("transformers",), EngineSettings(device), repair.say
     )

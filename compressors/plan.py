@@ -14,7 +14,7 @@ from compressors.files import digest_of_json
 
 VERSION = 1  # raised whenever the same plan would be built otherwise: what was cached before is then built again
 # the order in which a build is carried out, see `compressors.steps`
-STEPS = ("rotation", "depth", "heads", "ffn", "hidden", "stream", "recast", "quantize")
+STEPS = ("rotation", "depth", "heads", "ffn", "hidden", "stream", "recast", "distill", "quantize")
 
 
 def _cuts_layers(plan: CompressionPlan, base: CompressionPlan) -> bool:
@@ -35,11 +35,12 @@ def _cuts_hidden(plan: CompressionPlan, base: CompressionPlan) -> bool:
 
 
 def _can_be_repaired(plan: CompressionPlan, base: CompressionPlan) -> bool:
-    """Whether a projection lost inputs, or `stream` can refit one before a dropped layer."""
+    """Whether a projection lost inputs, `stream` can refit one before a dropped layer, or `distill` has any cut."""
     return (
         _cuts_heads_or_ffn(plan, base)
         or _cuts_hidden(plan, base)
         or (plan.repair == "stream" and _leaves_gap(plan, base))
+        or (plan.repair == "distill" and _cuts_layers(plan, base))
     )
 
 
@@ -123,12 +124,13 @@ class CompressionPlan:
         needs=needed_unless("none"),
     )
     repair: str = choice(
-        *("none", "ridge", "stream"),
-        help="Least-squares repair of the weights that stay, on the calibration text.",
+        *("none", "ridge", "stream", "distill"),
+        help="Repair of the weights that stay, on the calibration text.",
         meanings={
             "none": "the weights stay as they are",
             "ridge": "each projection takes over from the inputs that it lost",
             "stream": "layer after layer, so that the residual stream becomes the base model's again",
+            "distill": "as ridge; then all weights learn from the base model for a short time, on a GPU in seconds",
         },
         methods=("drop_layers", "prune_heads", "reduce_hidden", "reduce_ffn"),
         short="{}",

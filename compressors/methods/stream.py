@@ -23,24 +23,20 @@ model really reads, and aim at the base model's output. No bias and no tensor is
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from compressors import cached
 from compressors.device import batch_of, compute_dtype, home, release, tensor_cores
 from compressors.errors import CheckpointError
+from compressors.methods.kept_fits import fitted
 from compressors.methods.repair import cholesky, least_of, left_of
-from compressors.model import cached_tensors
-from compressors.model.checkpoint import Checkpoint, LazyTensor
+from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family
 from compressors.statistics.layerwise import Called, Layers
 from compressors.statistics.residual_streams import Stays, Streams
@@ -48,7 +44,6 @@ from compressors.statistics.second_moments import Moments, weighted
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # λ over the median of diag A
 VERSION = 9  # increase it when the same cut would be refit differently
-FILES = 4  # the number of results that are kept: each can be as large as the model
 ROWS = 128  # about the number of outputs that choose the strength
 EXPLORED = 4  # λ of every so many layers is looked for; those between take it over, if it gains there
 
@@ -83,38 +78,21 @@ def take_over(
     names = [
         f"{family.in_layer(new, part)}.weight" for new, groups in enumerate(parts) for group in groups for part in group
     ]
-    key = functools.cache(lambda: _key(cut, stays, device, moments.weights))
 
     def progress(done: int, total: int) -> None:
         say(f"repair, layer {done} of {total}")
 
-    def fit(path: Path) -> None:
+    def fit() -> dict[str, torch.Tensor]:
         say("repair: reading both models")
-        shares = moments.shares()
-        windows = moments.windows()
-        _keep(path, refit(cut, base, family, stays, parts, windows, device, progress=progress, shares=shares)[0])
+        windows, shares = moments.windows(), moments.shares()
+        refitted = refit(cut, base, family, stays, parts, windows, device, progress=progress, shares=shares)[0]
         release(device)
+        return refitted
 
-    shapes = {name: (cut.tensors[name].shape, cut.tensors[name].dtype) for name in names}
+    def key() -> str:
+        return _key(cut, stays, device, moments.weights)
 
-    def load(name: str) -> torch.Tensor:
-        def read(path: Path) -> torch.Tensor:
-            cached_tensors.require(path, shapes)
-            return cached_tensors.read(path, name)
-
-        # one process at a time, since each needs the memory of two models
-        return cached.kept(
-            moments.path / f"stream-{key()}.safetensors",
-            read,
-            fit,
-            lambda: say("repair: waiting for another process that fits"),
-            lock=moments.path / "stream",
-        )
-
-    def lazily(name: str) -> LazyTensor:
-        return LazyTensor(cut.tensors[name].shape, cut.tensors[name].dtype, functools.partial(load, name))
-
-    return dataclasses.replace(cut, tensors={**cut.tensors, **{name: lazily(name) for name in names}})
+    return fitted(cut, names, moments.path, "stream", key, fit, say)
 
 
 def _key(cut: Checkpoint, stays: Stays, device: str, weights: Sequence[float] | None) -> str:
@@ -126,18 +104,6 @@ def _key(cut: Checkpoint, stays: Stays, device: str, weights: Sequence[float] | 
         if len(cut.tensors[name].shape) == 1:
             digest.update(f"{name} {cut.tensors[name].load().double().tolist()}".encode())
     return digest.hexdigest()[:24]
-
-
-def _keep(path: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write the file; remove the oldest ones, and what killed processes left."""
-    for leftover in path.parent.glob(".stream-*"):
-        with contextlib.suppress(OSError):
-            leftover.unlink()
-    kept = sorted(path.parent.glob("stream-*.safetensors"), key=lambda file: file.stat().st_mtime)
-    for old in kept[: max(0, len(kept) - FILES + 1)]:
-        with contextlib.suppress(OSError):
-            old.unlink()
-    cached_tensors.keep(path, weights, f"repair: {path}")
 
 
 def refit_parts(family: Family, stays: Stays, count: int) -> list[list[tuple[str, ...]]]:

@@ -22,6 +22,7 @@ from compressors.statistics.activations import Calibration
 from compressors.statistics.second_moments import Moments
 
 Say = Callable[[str], None]
+BEGIN_WITH_RIDGE = ("ridge", "distill")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +83,14 @@ class Build:
 
 
 def repaired_by_ridge(cut: Build, before: Checkpoint, parts: Sequence[str]) -> Build:
-    """Let projections take over from the inputs that they just lost, where the plan says `repair: ridge`.
+    """Let projections take over from the inputs that they just lost, where the plan's repair is or begins with `ridge`.
 
     Args:
         cut: The build after the cut.
         before: The checkpoint before it.
         parts: Projections that lost the same inputs, those that `cut.inputs` holds for the first.
     """
-    if cut.plan.repair != "ridge" or cut.moments is None:
+    if cut.plan.repair not in BEGIN_WITH_RIDGE or cut.moments is None:
         return cut
     kept = cut.inputs[parts[0]]
     repaired = repair.take_over(cut.checkpoint, before, cut.family, parts, kept, cut.moments, cut.device)

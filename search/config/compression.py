@@ -81,7 +81,7 @@ class CompressionKeys(Section):
         if self.target_dim is not None and {"reduce_hidden", "reduce_ffn"} <= set(self.methods):
             raise ValueError("target_dim is ambiguous with both methods; set hidden_size and intermediate_size")
         if set(self.methods) == {"drop_layers"} and getattr(self, "repair", None) == "ridge":
-            raise ValueError("repair: ridge can't repair where only layers are dropped; choose stream, or none")
+            raise ValueError("repair: ridge can't repair where only layers are dropped; choose stream, distill or none")
         given = {name for name in type(self).model_fields if getattr(self, name) is not None} - {"method", "drop_from"}
         if isinstance(self.drop_from, list):
             given.add("keep_layers")

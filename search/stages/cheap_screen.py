@@ -1,8 +1,8 @@
 """A quick look at a plan whose own repair takes long: its cut alone, with ridge, on the first shards.
 
-`stream` runs the model over the calibration text and takes 30 s for 1.5B parameters on an H100, where ridge takes a
-second or two. What `stream` gains over ridge is learnt from the trials that had both. All precisions of a cut share its
-cheap screen; what a precision loses is the damage table's to say.
+`stream` and `distill` run the model over the calibration text: `stream` takes 30 s for 1.5B parameters on an H100, and
+ridge a second or two. What each gains over ridge is learnt from the trials that had both. All precisions of a cut
+share its cheap screen; what a precision loses is the damage table's to say.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 from compressors.plan import CompressionPlan, canonical
 
-SHARE, SHARE_SE = 0.8, 0.25  # of the loss with ridge, what stays with `stream`, before any trial has shown it
+LONG = ("stream", "distill")  # the repairs that take long
+SHARE, SHARE_SE = 0.8, 0.25  # of the loss with ridge, what stays with one of them, before any trial has shown it
 LEAST_SHARE_SE = 0.1
 LEARNS_FROM = 3  # trials
 LEAST_LOSS = 0.01  # nats per token, below which a ratio of losses says nothing
@@ -53,7 +54,7 @@ def cut_alone(plan: CompressionPlan, own: CompressionPlan) -> CompressionPlan | 
         plan: The plan.
         own: The plan of the base model itself.
     """
-    if plan.repair != "stream":
+    if plan.repair not in LONG:
         return None
     quick = canonical(dataclasses.replace(plan, repair="ridge", precision=own.precision), own)
     return None if quick == own else quick

@@ -24,6 +24,7 @@ from search.setup.texts import Shard
 from search.stages import build
 
 FEW = 4  # shards of a cheap screen
+TRAINED_BYTES = 18  # of a weight that is trained: four numbers in float32, and a copy in 16 bits
 STRENGTH = 0.1  # of its ridge: choosing one for each projection takes longer than all the rest
 
 
@@ -210,8 +211,11 @@ def _model(setting: Setting, plan: CompressionPlan, say: Say, strength: float | 
     simulated = build.checkpoint_of(setting, plan, say, simulate=True, strength=strength)
     on_cpu = device == "cpu"
     need = simulated.total_parameters * 4 if on_cpu else simulated.size_bytes
+    whole = base.total_parameters * 4 if on_cpu else base.size_bytes
     if plan.repair == "stream":  # for a while the base model and the cut one are in memory too
-        need = 2 * need + (base.total_parameters * 4 if on_cpu else base.size_bytes)
+        need = 2 * need + whole
+    elif plan.repair == "distill":  # or the base model, and float32 weights with their gradients and AdamW's moments
+        need = max(need, whole + simulated.total_parameters * TRAINED_BYTES)
     require_memory(need, device, "screening this plan")
     model = simulated.to_model(device, dtype=compute_dtype(device))
     try:

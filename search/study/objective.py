@@ -216,7 +216,7 @@ class Objective:
         if not all(map(math.isfinite, gains)):
             raise NotFinite("cheap screen: the loss is NaN or infinite; this plan breaks the model")
         record.cheap_loss = sum(gains) / len(gains)
-        loss, loss_se = self._gain(trial.study).loss(record.cheap_loss, score.standard_error(gains))
+        loss, loss_se = self._gain(trial.study, plan.repair).loss(record.cheap_loss, score.standard_error(gains))
         expected = self.forecast.of_loss(plan, loss + self._of_precision(plan), loss_se)
         known = self.forecast.known_of(plan, expected)
         trial.report(self.goal.value(known), step=rungs.cheap(self._shards))
@@ -235,12 +235,12 @@ class Objective:
             record.reason = f"cheap screen: {why}"
             raise optuna.TrialPruned(record.reason)
 
-    def _gain(self, study: optuna.Study) -> cheap_screen.Gain:
-        """Return what the trials so far show of the plans' own repair."""
+    def _gain(self, study: optuna.Study, repair: str) -> cheap_screen.Gain:
+        """Return what the trials so far show of a repair."""
         both = []
         for trial in study.get_trials(deepcopy=False):
             known = trial.user_attrs
-            if {"cheap_loss", "loss", "plan"} <= known.keys():
+            if {"cheap_loss", "loss", "plan"} <= known.keys() and known["plan"]["repair"] == repair:
                 of_precision = self._of_precision(CompressionPlan.from_dict(known["plan"]))
                 both.append((known["cheap_loss"], known["loss"] - of_precision))
         return cheap_screen.Gain.learnt(both)

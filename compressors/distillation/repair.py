@@ -1,0 +1,103 @@
+"""Repair a cut model by a short distillation on the calibration text, on all weights at once.
+
+Least squares holds on the kinds of text that it is fitted to. A student that learns the original's distributions on
+text of all the kinds that the original knows keeps more on other text too. The original's own text is best for that
+(`self` of `text.calibration`), as in LLM-QAT (https://arxiv.org/abs/2305.17888).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from compressors.distillation import distill
+from compressors.distillation.settings import Distillation
+from compressors.model.checkpoint import Checkpoint, LazyTensor
+from compressors.model.family import FLOATS
+
+VERSION = 1  # increase it when the same cut would be repaired differently
+TOKENS = 163_840
+BATCH_TOKENS = 2048  # few, so that so few tokens are eighty updates
+EVALUATIONS = 4
+LEARNING_RATE, AT_WIDTH = 2e-4, 576  # at that hidden size; it falls with the square root of the width
+JUDGES = 8  # one of so many windows of each text judges, and is not trained on
+
+Windows = Mapping[str, Sequence[Sequence[int]]]
+
+
+def repaired(
+    cut: Checkpoint, base: Checkpoint, windows: Windows, device: str, work: Path, say: Callable[[str], None]
+) -> dict[str, torch.Tensor]:
+    """Return the weights of `cut` after the distillation, by name, on the CPU and in their dtypes.
+
+    They are the cut model's own where no evaluation was better than before.
+
+    Args:
+        cut: The cut checkpoint, unquantized.
+        base: The base model's checkpoint.
+        windows: The windows of token ids by text, all of one length.
+        device: The device that both models run on.
+        work: A directory for the state, from which a killed call goes on; it is removed at the end.
+        say: Told what is done.
+
+    Raises:
+        CheckpointError: The models can't be distilled, or `work` can't be written.
+        CompressionError: The device has no memory left, or the loss is not finite.
+    """
+    trained, judged = parted(windows)
+
+    def progress(step: distill.Progress) -> None:
+        say(f"repair: distilling, {step.stage}, {step.tokens} of {step.total_tokens} tokens")
+
+    with torch.inference_mode(False), torch.enable_grad():  # whoever reads the weights may have switched gradients off
+        student, how = _in_memory(cut), settings(cut, windows)
+        made = distill.distill(student, base, trained, judged, how, device, work, progress).checkpoint
+        weights = {name: made.tensors[name].load() for name in names(cut)}
+    shutil.rmtree(work, ignore_errors=True)
+    return weights
+
+
+def names(cut: Checkpoint) -> list[str]:
+    """Return the names of the weights that a distillation changes: all that are no integers."""
+    return [name for name, tensor in cut.tensors.items() if tensor.dtype in FLOATS]
+
+
+def parted(windows: Windows) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
+    """Return the windows to train on and those that judge: every JUDGES-th of each text, of a short text the last."""
+    trained: list[Sequence[int]] = []
+    judged: list[Sequence[int]] = []
+    for some in windows.values():
+        every = min(JUDGES, len(some))
+        for place, window in enumerate(some, start=1):
+            (judged if place % every == 0 and len(some) > 1 else trained).append(window)
+    return trained, judged or trained[-1:]
+
+
+def settings(cut: Checkpoint, windows: Windows) -> Distillation:
+    """Return the settings of the distillation of a model on these windows."""
+    length = len(next(iter(windows.values()))[0])
+    width = int(cut.config["hidden_size"])
+    return Distillation(
+        tokens=TOKENS,
+        batch_tokens=max(BATCH_TOKENS, length),
+        window=length,
+        learning_rate=LEARNING_RATE * math.sqrt(AT_WIDTH / max(width, AT_WIDTH)),
+        evaluate_every=TOKENS // EVALUATIONS,
+        held_out_windows=len(parted(windows)[1]),
+        compiled=False,  # it would take longer than all the rest
+    )
+
+
+def _in_memory(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with its tensors loaded once."""
+
+    def loaded(tensor: LazyTensor) -> LazyTensor:
+        values = tensor.load()
+        return dataclasses.replace(tensor, load=lambda: values)
+
+    return dataclasses.replace(checkpoint, tensors={name: loaded(one) for name, one in checkpoint.tensors.items()})

@@ -1,0 +1,137 @@
+"""Test the repair by a short distillation."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from compressors import build
+from compressors.distillation import repair as distillation
+from compressors.model import family as families
+from compressors.model.checkpoint import Checkpoint
+from compressors.plan import CompressionPlan, canonical
+from compressors.statistics import activations, second_moments
+
+
+def windows_of(seed, low, high, count=32, length=32):
+    return torch.randint(low, high, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+DOMAINS = {"low": windows_of(1, 3, 200), "high": windows_of(2, 100, 320)}
+
+
+@pytest.fixture
+def maker(tmp_path, monkeypatch):
+    """Build plans of a base model by what differs from it."""
+    monkeypatch.setattr(distillation, "TOKENS", 8192)
+    monkeypatch.setattr(distillation, "BATCH_TOKENS", 256)
+    monkeypatch.setattr(distillation, "LEARNING_RATE", 3e-4)
+
+    def of_base(base):
+        moments = second_moments.collect(base, DOMAINS, tmp_path / "m")
+        statistics = activations.calibrate(base, DOMAINS["low"])
+        own, its_family = CompressionPlan.identity(base.config), families.family_of(base)
+
+        def make(said=None, **different):
+            plan = canonical(dataclasses.replace(own, **different), own)
+            say = (lambda line: None) if said is None else said.append
+            return build.apply(plan, base, its_family, statistics, moments=moments, say=say)
+
+        return make
+
+    return of_base
+
+
+@torch.inference_mode()
+def kl(base, other, windows):
+    ids = torch.tensor(windows)
+    p, q = (
+        one.to_model("cpu", torch.float32)(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+        for one in (base, other)
+    )
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+FFN = {"intermediate_size": 96, "importance": "energy"}
+
+
+def gains(base, make, cut):
+    """Whether a distilled plan predicts unseen text better than one with ridge, in the same shapes and dtypes."""
+    ridge, distilled = (make(**cut, repair=repair) for repair in ("ridge", "distill"))
+    for name, expected in ridge.tensors.items():
+        tensor = distilled.tensors[name]
+        values = tensor.load()
+        assert (values.shape, values.dtype) == (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype)
+    unseen = windows_of(9, 3, 320)
+    return kl(base, distilled, unseen) < 0.995 * kl(base, ridge, unseen)
+
+
+def test_a_distilled_plan_of_each_family_loses_less_than_ridge(base, maker):
+    assert gains(base, maker(base), FFN)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"num_hidden_layers": 4},
+        {"num_hidden_layers": 4, "drop_from": "bottom"},  # with no layer before the gap that stream could refit
+        {"hidden_size": 72, "rotation": "pca"},
+        {"num_attention_heads": 4, "num_key_value_heads": 2},
+    ],
+    ids=["layers", "the first layer", "hidden", "heads"],
+)
+def test_every_kind_of_cut_can_be_distilled(pico_llama, maker, cut):
+    base = Checkpoint.read(pico_llama)
+    assert gains(base, maker(base), cut)
+
+
+def test_it_is_made_once_and_for_all_precisions(pico_llama, maker, tmp_path):
+    make, said = maker(Checkpoint.read(pico_llama)), []
+    first = {name: tensor.load() for name, tensor in make(said, **FFN, repair="distill").tensors.items()}
+    assert any(line.startswith("repair: distilling, training") for line in said)
+    assert not list((tmp_path / "m").glob("distilling-*"))
+    again = []
+    second = make(again, **FFN, repair="distill")
+    assert all(torch.equal(tensor.load(), first[name]) for name, tensor in second.tensors.items())
+    quantized = make(again, **FFN, repair="distill", precision="W8A8")
+    assert any(name.endswith("weight_scale") for name in quantized.tensors)
+    for tensor in quantized.tensors.values():
+        tensor.load()
+    assert again == []
+    other = make(again, intermediate_size=128, importance="energy", repair="distill")
+    other.tensors[next(iter(other.tensors))].load()
+    assert again
+
+
+def test_a_plan_that_cuts_nothing_is_not_distilled(base):
+    own = CompressionPlan.identity(base.config)
+    for precision in (own.precision, "W8A8"):
+        plan = dataclasses.replace(own, precision=precision, repair="distill")
+        assert canonical(plan, own).repair == "none"
+
+
+def test_one_window_in_eight_of_each_text_judges():
+    windows = {"a": [[n] * 4 for n in range(16)], "b": [[n] * 4 for n in range(20, 23)], "c": [[30] * 4]}
+    trained, judged = distillation.parted(windows)
+    assert [window[0] for window in judged] == [7, 15, 22]
+    assert len(trained) == 17
+    assert distillation.parted({"c": [[30] * 4]}) == ([[30] * 4], [[30] * 4])
+
+
+def test_the_learning_rate_falls_with_the_width(base):
+    windows = {"a": [[1] * 512]}
+    rates = []
+    for width in (64, 576, 2304):
+        wide = dataclasses.replace(base, config={**base.config, "hidden_size": width})
+        settings = distillation.settings(wide, windows)
+        rates.append(settings.learning_rate)
+        assert (settings.window, settings.batch) == (512, 4)
+    assert rates == [2e-4, 2e-4, pytest.approx(1e-4)]
+
+
+def test_what_is_written_as_another_architecture_learns_as_that(write_pico_model, tmp_path, maker):
+    base = Checkpoint.read(write_pico_model(tmp_path / "qwen2", "qwen2"))
+    make = maker(base)
+    cut = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    assert make(**cut, repair="distill").config["model_type"] == "llama"
+    assert gains(base, make, cut)
