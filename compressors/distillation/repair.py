@@ -21,8 +21,8 @@ from compressors.model.checkpoint import Checkpoint, LazyTensor
 from compressors.model.family import FLOATS
 
 VERSION = 1  # increase it when the same cut would be repaired differently
-TOKENS = 163_840
-BATCH_TOKENS = 2048  # few, so that so few tokens are eighty updates
+TOKENS = 262_144
+BATCH_TOKENS = 2048  # few, so that so few tokens are 128 updates
 EVALUATIONS = 4
 LEARNING_RATE, AT_WIDTH = 2e-4, 576  # at that hidden size; it falls with the square root of the width
 JUDGES = 8  # one of so many windows of each text judges, and is not trained on
