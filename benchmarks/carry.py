@@ -29,7 +29,7 @@ from compressors.model import family
 from compressors.model.checkpoint import Checkpoint
 from compressors.plan import CompressionPlan
 from compressors.statistics import activations, second_moments
-from evaluator import embedded_texts, quality, shared_text, texts
+from evaluator import backends, embedded_texts, quality, shared_text, texts
 from evaluator.backends import EngineSettings
 from search import files
 from search.setup import machine, own_text, sources
@@ -65,8 +65,9 @@ def main() -> None:
         second_moments.compute_dtype = stream.compute_dtype = lambda device: torch.bfloat16
         plain = distillation.settings
         distillation.settings = lambda *given: dataclasses.replace(plain(*given), dtype="bfloat16")
+    writers = ("transformers",) if backends.unavailable("vllm") else ("vllm", "transformers")
     writer = own_text.Writer(
-        path, base.digest(), tokenizer, arguments.work, ("transformers",), EngineSettings(device), repair.say
+        path, base.digest(), tokenizer, arguments.work, writers, EngineSettings(device), repair.say
     )
     wanted = arguments.window * max(arguments.windows)
     mixes = {fit: calibration(fit, functools.partial(writer.domains, wanted)) for fit in arguments.fit}
