@@ -17,7 +17,7 @@ from evaluator.measurement import METRICS, OF_ANSWERS, Measurement
 from evaluator.metrics import UNKNOWN, Shown, shown
 from evaluator.score import Formula, standard_error
 from search import files, secrets
-from search.by_hand import compress, report_answers, report_speeds
+from search.by_hand import compress, report_answers, report_page, report_speeds
 from search.by_hand.evaluation import RESULT, Evaluation
 from search.config import references
 from search.errors import UsageError
@@ -92,7 +92,7 @@ def weights(formula: Formula) -> tuple[float, float]:
 def write(
     evaluation: Evaluation, path: Path, name: str, description: str | None, outputs: Path, day: datetime.date
 ) -> Path:
-    """Write the report and its plots.
+    """Write the report, in Markdown and as a page for a browser, and its plots.
 
     Args:
         evaluation: The evaluation to report.
@@ -111,7 +111,10 @@ def write(
     plots.plot_scores([evaluation.row(path)], place / "scores.png", *weights(evaluation.formula))
     written = place / f"{day.isoformat()}_report.md"
     with written_whole(written) as scratch:
-        scratch.write_text(text(evaluation, path, name, description, day, with_plots=True), encoding="utf-8")
+        markdown = text(evaluation, path, name, description, day, with_plots=True)
+        scratch.write_text(markdown, encoding="utf-8")
+    with written_whole(written.with_suffix(".html")) as scratch:
+        scratch.write_text(report_page.page(markdown, name), encoding="utf-8")
     return written
 
 

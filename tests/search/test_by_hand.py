@@ -402,6 +402,9 @@ def test_a_report_says_what_was_measured_and_how_to_do_it_again(cli, shared):
     assert not list((shared / "outputs").glob("*_less"))
     done = cli("report", "-e", "less", "-m", path, "--json", cwd=shared)
     written = shared / done.json["report"]
+    page = written.with_suffix(".html").read_text()
+    assert f"= {found['score']:.4f}" in page
+    assert "<table>" in page
     assert {"shards.png", "scores.png"} <= {file.name for file in written.parent.iterdir()}
     commands = [shlex.split(line) for line in written.read_text().splitlines() if line.startswith("optuna-search ")]
     shutil.rmtree(path)
