@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -11,6 +13,18 @@ from search.config.section import Section, list_of_one
 EMBEDDED, SELF = "embedded", "self"  # the text that CPython ships; text that the base model writes
 Weights = Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]  # how much each text counts
 Texts = list[str] | Weights | Literal["embedded"]
+
+
+def _weights(value: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return a mapping of texts to weights. Raises ValueError for what is no weight."""
+    wrong = [
+        f"{name} has {weight}"
+        for name, weight in value.items()
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0.0 < weight < math.inf
+    ]
+    if wrong or not value:
+        raise ValueError(f"a mapping gives each text a weight above 0, and {', '.join(wrong) or 'this one is empty'}")
+    return dict(value)
 
 
 class Text(Section):
@@ -34,6 +48,8 @@ class Text(Section):
     @field_validator("calibration", "search", "report", mode="before")
     @classmethod
     def _lists(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, Mapping):
+            return _weights(value)
         alone = value == EMBEDDED or (value == SELF and info.field_name == "calibration")
         return value if alone else list_of_one(value)
 

@@ -1,4 +1,5 @@
 import itertools
+import math
 import os
 from pathlib import Path
 
@@ -195,3 +196,29 @@ def test_a_byte_order_mark_and_aliases_do_no_harm(tmp_path):
 def test_an_override_with_a_number_of_thousands_of_digits_is_refused():
     with pytest.raises(ConfigError, match=r"exceeded maximum size|Exceeds the limit"):
         compose.load("demo", ["trials=" + "9" * 5000])
+
+
+def with_text(**text):
+    return compose.validate({"study_name": "s", "model": {"source": "m"}, "text": text}, "test").text
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({}, "this one is empty"),
+        ({"a.txt": -2}, "a.txt has -2"),
+        ({"a.txt": 1, "b.txt": "much"}, "b.txt has much"),
+        ({"a.txt": math.inf}, "a.txt has inf"),
+        ({"a.txt": True}, "a.txt has True"),
+    ],
+)
+@pytest.mark.parametrize("key", ["calibration", "search", "report"])
+def test_a_weight_of_a_text_is_a_number_above_0(key, value, says):
+    with pytest.raises(ConfigError, match=rf"text\.{key}: a mapping gives each text a weight above 0, and {says}"):
+        with_text(**{key: value})
+
+
+def test_weights_are_read():
+    assert with_text(search={"a.txt": 2, "b.txt": 0.5}).search == {"a.txt": 2.0, "b.txt": 0.5}
+    with pytest.raises(ConfigError, match=r"are of text\.calibration alone"):
+        with_text(search={"self": 1, "b.txt": 1})
