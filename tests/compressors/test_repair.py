@@ -215,6 +215,24 @@ def test_a_strength_from_near_by_is_taken_where_it_gains(problem):
     assert repair.strength(weight, kept, domains, best) == repair.strength(weight, kept, domains) > best
 
 
+def test_a_strength_depends_on_no_plan_that_came_before(base, its_family, domains, tmp_path):
+    """A layer takes over what the explored one has, which in another plan keeps other inputs."""
+    part = its_family.down
+    same = [torch.arange(0, 160, 2)] * 4
+    plans = [[first, *same] for first in (torch.arange(80), torch.arange(0, 160, 2))]
+
+    def repaired(kept, place):
+        moments = second_moments.collect(base, domains, tmp_path / place)
+        made = repair.take_over(ffn.cut(base, its_family, kept), base, its_family, [part], kept, moments)
+        return [made.tensors[f"{its_family.in_layer(layer, part)}.weight"].load() for layer in range(5)]
+
+    alone = repaired(plans[1], "alone")
+    repaired(plans[0], "shared")
+    after = repaired(plans[1], "shared")
+    assert all(torch.equal(one, other) for one, other in zip(alone, after, strict=True))
+    assert len(list((tmp_path / "shared" / "strengths").iterdir())) == 9  # layer 4 is explored by itself in both
+
+
 def test_a_text_that_weighs_more_loses_less(base, its_family, domains, tmp_path):
     part = its_family.down
     whole = base.tensors[f"{its_family.in_layer(2, part)}.weight"].load()
