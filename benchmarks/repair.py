@@ -46,10 +46,12 @@ HOW = {
     "obs, ridge": {"importance": "obs", "repair": "ridge"},
     "energy, ridge": {"importance": "energy", "repair": "ridge"},
     "energy, stream": {"importance": "energy", "repair": "stream"},
+    "energy, distill": {"importance": "energy", "repair": "distill"},
     "flap, stream": {"importance": "flap", "repair": "stream"},
     "obs, stream": {"importance": "obs", "repair": "stream"},
     "kl": {"importance": "kl"},  # of key/value groups
     "kl, stream": {"importance": "kl", "repair": "stream"},
+    "kl, distill": {"importance": "kl", "repair": "distill"},
 }
 HIDDEN = {
     "activity": {},
@@ -57,6 +59,7 @@ HIDDEN = {
     "pca": {"rotation": "pca"},
     "pca, ridge": {"rotation": "pca", "repair": "ridge"},
     "pca, stream": {"rotation": "pca", "repair": "stream"},
+    "pca, distill": {"rotation": "pca", "repair": "distill"},
 }
 DEPTH = {
     "top": {"drop_from": "top"},
@@ -64,6 +67,7 @@ DEPTH = {
     "block influence, stream": {"repair": "stream"},
     "kl": {"drop_from": "kl"},
     "kl, stream": {"drop_from": "kl", "repair": "stream"},
+    "kl, distill": {"drop_from": "kl", "repair": "distill"},
     "kl-look-ahead": {"drop_from": "kl-look-ahead"},
     "kl-look-ahead, stream": {"drop_from": "kl-look-ahead", "repair": "stream"},
 }
