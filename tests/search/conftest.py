@@ -22,6 +22,12 @@ class Ended:
         return json.loads(self.out)
 
 
+@pytest.fixture(autouse=True)
+def a_few_tokens_are_distilled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of a few thousand weights learns for a second."""
+    monkeypatch.setattr("compressors.distillation.repair.TOKENS", 16_384)
+
+
 @pytest.fixture
 def cli(monkeypatch) -> Callable[..., Ended]:
     """optuna-search WORDS… in the directory `cwd`."""

@@ -249,6 +249,7 @@ def test_plans_that_differ_have_names_that_differ():
         "pca",
         "ridge",
         "stream",
+        "distill",
         "mse",
         "gptq",
         "g32",
