@@ -54,6 +54,6 @@ def _key(made: Build) -> str:
     dimensions = None if made.dimensions is None else made.dimensions.tolist()
     turned = [made.plan.rotation, rotation.VERSION] if made.basis is not None else None
     assert made.moments is not None
-    weights = made.moments.weights
-    how = [VERSIONS["repair", "distill"], made.device, list(made.layers), chosen, dimensions, turned, weights]
+    fitted_to = [made.moments.weights, made.moments.strength]
+    how = [VERSIONS["repair", "distill"], made.device, list(made.layers), chosen, dimensions, turned, fitted_to]
     return hashlib.sha256(json.dumps(how).encode()).hexdigest()[:24]
