@@ -107,18 +107,10 @@ class Screener:
             lambda: say("screen: waiting for another process that computes the base model's"),
         )
 
-    def shards(
-        self, plan: CompressionPlan, say: Say, *, strength: float | None = None
-    ) -> Iterator[quality.ShardQuality]:
-        """Return the quality of each shard in turn, from a model of the plan in memory.
-
-        Args:
-            plan: The plan.
-            say: Told what is done.
-            strength: The strength of `repair: ridge` in all projections; None: it is chosen for each.
-        """
+    def shards(self, plan: CompressionPlan, say: Say) -> Iterator[quality.ShardQuality]:
+        """Return the quality of each shard in turn, from a model of the plan in memory."""
         reference = self._base(say)
-        with _model(self._setting, plan, say, strength) as model:
+        with _model(self._setting, plan, say) as model:
             for index, shard in enumerate(self._setting.texts.shards):
                 yield quality.shard_quality(model, shard, reference, index)
 
