@@ -1,4 +1,4 @@
-"""Closing is what ends by itself: at the end of a `with` block, or when nothing holds it any more."""
+"""What ends by itself: at the end of a `with` block, or also when nothing holds it any more."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Self
 
 
 class Closing(abc.ABC):
-    """Closing closes what it is in both cases; `close` may be called again and by hand."""
+    """Closing ends at the end of a `with` block; `close` may be called by hand, and again."""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -24,6 +24,10 @@ class Closing(abc.ABC):
     ) -> None:
         """End it, whatever was raised."""
         self.close()
+
+
+class ClosingUnheld(Closing):
+    """ClosingUnheld ends too when nothing holds it any more."""
 
     def __del__(self) -> None:
         """End it; what it was may never have begun."""

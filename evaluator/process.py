@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 from evaluator import answering, backends, errors, forkserver, last_words
 from evaluator.backends import EngineSettings
-from evaluator.closing import Closing
+from evaluator.closing import ClosingUnheld
 from evaluator.errors import BackendUnavailable, EngineCrashed, EngineOutOfMemory, EngineTimeout, NotFinite
 from evaluator.generation import Answer, Limits
 
@@ -34,7 +34,7 @@ GRACE_S = 2.0  # the time in which an engine whose socket ended may leave an exi
 LESS_MEMORY = "lower the batch sizes, the window or gpu_memory_utilization, or free memory"
 
 
-class EngineProcess(Closing):
+class EngineProcess(ClosingUnheld):
     """A started engine. Every method waits for the answer, at most `settings.call_timeout_s`.
 
     After EngineTimeout, EngineOutOfMemory or EngineCrashed the process is gone and `alive` is False, except where the

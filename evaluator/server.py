@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluator import keeper, last_words
-from evaluator.closing import Closing
+from evaluator.closing import ClosingUnheld
 from evaluator.errors import EngineCrashed, EngineOutOfMemory, EngineTimeout
 from evaluator.forkserver import OUT_OF_MEMORY
 
@@ -69,7 +69,7 @@ def command(path: Path, name: str, port: int, arguments: Mapping[str, Any]) -> l
     return words
 
 
-class Server(Closing):
+class Server(ClosingUnheld):
     """A started server. Use it with `with`, or close it.
 
     Args:

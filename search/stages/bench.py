@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from compressors.plan import CompressionPlan
 from evaluator import quality, speed
+from evaluator.closing import Closing
 from evaluator.measure import FirstAnswers
 from evaluator.measurement import Measurement
 from evaluator.process import EngineProcess
@@ -22,7 +22,7 @@ from search.stages.side_by_side import Ahead
 
 
 @dataclasses.dataclass(frozen=True)
-class Bench:
+class Bench(Closing):
     """Builds, screens and measures plans for one worker; keeps the baseline's engine open between trials.
 
     Use it with `with`.
@@ -44,14 +44,6 @@ class Bench:
     def close(self) -> None:
         """End the baseline's engine."""
         self.engines.close()
-
-    def __enter__(self) -> Bench:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def baseline(self, say: Say, *, again: bool = False) -> Measurement:
         """Return the base model's measurement, see `search.stages.baseline`."""

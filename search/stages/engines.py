@@ -6,13 +6,13 @@ import dataclasses
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 
 from evaluator import backends
 from evaluator.backends import EngineSettings
+from evaluator.closing import Closing
 from evaluator.errors import EngineCrashed
 from evaluator.process import EngineProcess
 from evaluator.serve_bench import Timed
@@ -31,7 +31,7 @@ SHARE_OF_FREE = 0.8  # of a GPU's free memory that engines side by side may take
 LITTLE = 0.02  # share of a GPU that an engine with random weights asks for; it takes what it needs
 
 
-class Engines:
+class Engines(Closing):
     """Starts engines as the setting wants them. Use it with `with`."""
 
     def __init__(self, setting: Setting) -> None:
@@ -103,14 +103,6 @@ class Engines:
         if self._server is not None:
             self._server.close()
             self._server = None
-
-    def __enter__(self) -> Engines:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def server_arguments(setting: Setting) -> dict[str, Any]:

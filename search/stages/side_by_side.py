@@ -12,13 +12,13 @@ import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 from compressors import build
 from compressors.errors import CompressionError
 from compressors.files import write_json
 from compressors.plan import CompressionPlan
 from evaluator import backends
+from evaluator.closing import Closing
 from evaluator.errors import EvaluationError
 from evaluator.process import EngineProcess
 from search.processes import abandoned, mark
@@ -54,7 +54,7 @@ def fitting(setting: Setting, plans: Sequence[CompressionPlan], *, share: float 
     return count if on_gpu else max(count, min(1, len(plans)))
 
 
-class SideBySide:
+class SideBySide(Closing):
     """The engines of some plans. They are starting when this is made. Use it with `with`, or close it.
 
     Args:
@@ -108,16 +108,8 @@ class SideBySide:
                 return
         engine.close()
 
-    def __enter__(self) -> SideBySide:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class Ahead:
+class Ahead(Closing):
     """Starts the first of some plans' engines in the background, once the base model's is there. Use it with `with`.
 
     On a CPU it starts the base model's alone. What can't be started then is tried again when it is wanted.
@@ -154,14 +146,6 @@ class Ahead:
             with self._lock:
                 if count and not self._closed:
                     self._group = SideBySide(self._setting, self._engines, self._plans[:count])
-
-    def __enter__(self) -> Ahead:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _place(setting: Setting) -> Path:
