@@ -172,6 +172,10 @@ class OwnText:
 
     def unseen(self) -> tuple[list[list[int]], ...]:
         """Return UNSEEN windows of each kind, a shard each, that no fit sees; () where the model writes too little."""
+        return self._unseen
+
+    @functools.cached_property
+    def _unseen(self) -> tuple[list[list[int]], ...]:
         try:
             parts = self._parts[1]
         except TextError:
@@ -180,9 +184,19 @@ class OwnText:
         return tuple([window] for windows in cut for window in windows)
 
     @functools.cached_property
-    def _parts(self) -> tuple[dict[str, list[Document]], dict[str, list[Document]]]:
+    def _written(self) -> dict[str, list[Document]] | TextError:
+        """What the model writes, or why it is too little: that takes minutes, and is found out once."""
         held = UNSEEN * self.window
-        written = self.write(self.window * self.windows + held + 2 * LENGTH)  # a document is not cut in two
+        try:
+            return self.write(self.window * self.windows + held + 2 * LENGTH)  # a document is not cut in two
+        except TextError as error:
+            return error
+
+    @functools.cached_property
+    def _parts(self) -> tuple[dict[str, list[Document]], dict[str, list[Document]]]:
+        written, held = self._written, UNSEEN * self.window
+        if isinstance(written, TextError):
+            raise written
         counts = {kind: self._last(documents, held) for kind, documents in written.items()}
         return (
             {kind: documents[: len(documents) - counts[kind]] for kind, documents in written.items()},

@@ -89,6 +89,21 @@ def test_some_of_each_kind_is_kept_from_every_fit(prepare, tmp_path):
     assert prepare(calibration=[mine]).texts.unseen() == ()
 
 
+def test_a_model_that_writes_too_little_is_asked_once():
+    asked = []
+
+    def write(tokens):
+        asked.append(tokens)
+        raise TextError("too little")
+
+    own = own_text.OwnText(write, None, 32, 4)
+    for _ in range(2):
+        with pytest.raises(TextError, match="too little"):
+            own.fitted()
+        assert own.unseen() == ()
+    assert len(asked) == 1
+
+
 def test_the_damage_table_shows_what_is_lost_on_own_text(prepare, tmp_path, monkeypatch):
     study = prepare(calibration=["self", str(tmp_path / "mine.txt")])
     space = Space(intermediate_size={"low": 96, "high": 160, "step": 32}, repair=["ridge"])
