@@ -14,7 +14,8 @@ import functools
 import hashlib
 import itertools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,7 @@ class MomentsText:
         length: The tokens in a window.
         count: The number of windows from each domain.
         own: Returns the domains that the base model writes, beside others; there may be none.
-        weights: How much each of `domains` counts; None: all domains count the same.
-        own_weight: How much the domains that the base model writes count together, where there are weights.
+        weigh: Returns how much each of these domains counts; None: all count the same.
     """
 
     domains: Domains
@@ -63,17 +63,13 @@ class MomentsText:
     length: int
     count: int
     own: Callable[[], Domains] = dict
-    weights: Mapping[str, float] | None = None
-    own_weight: float = 0.0
+    weigh: Callable[[Iterable[str]], dict[str, float] | None] = lambda domains: None
 
     @property
     def shares(self) -> dict[str, float] | None:
         """How much each domain of `windows` counts; None: all the same."""
-        if self.weights is None:
-            return None
-        written = [name for name in self.windows if name not in self.weights]
-        shares = {**self.weights, **dict.fromkeys(written, self.own_weight / max(1, len(written)))}
-        return shares if len(set(shares.values())) > 1 else None
+        shares = self.weigh(self.windows)
+        return shares if shares is not None and len(set(shares.values())) > 1 else None
 
     @functools.cached_property
     def windows(self) -> dict[str, list[list[int]]]:
@@ -160,16 +156,17 @@ def read_texts(
     return domains, _shards(file, tokenizer, _judging(file, "search"), file.text.search), tuple(windows)
 
 
-def calibration_weights(file: StudyFile, domains: Domains) -> dict[str, float] | None:
+def calibration_weights(file: StudyFile, domains: Iterable[str]) -> dict[str, float] | None:
     """Return how much each domain of the calibration text counts, by the weights of the texts; None: all the same.
 
-    The domains of one text share its weight. What the base model writes beside others is not among them.
+    The domains of one text share its weight.
     """
     weights = file.text.calibration
     if not isinstance(weights, Mapping):
         return None
-    of_text = [_text_of(file, domain) for domain in domains]
-    return {domain: weights[text] / of_text.count(text) for domain, text in zip(domains, of_text, strict=True)}
+    of_domain = {domain: _text_of(file, domain) for domain in domains}
+    counts = Counter(of_domain.values())
+    return {domain: weights[text] / counts[text] for domain, text in of_domain.items()}
 
 
 def _text_of(file: StudyFile, domain: str) -> str:
@@ -177,7 +174,7 @@ def _text_of(file: StudyFile, domain: str) -> str:
     place, dash, _ = domain.partition("-")
     if dash:
         return file.text.calibration_names[int(place)]
-    return EMBEDDED if EMBEDDED in file.text.calibration_names else SELF
+    return EMBEDDED if EMBEDDED in file.text.calibration_names and domain in _embedded_domains() else SELF
 
 
 def calibration_documents(of: StudyTexts) -> Documents:
