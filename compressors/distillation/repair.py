@@ -55,7 +55,8 @@ def repaired(
         say(f"repair: distilling, {step.stage}, {step.tokens} of {step.total_tokens} tokens")
 
     with torch.inference_mode(False), torch.enable_grad():  # whoever reads the weights may have switched gradients off
-        student, how = _in_memory(cut), settings(cut, windows)
+        student = _in_memory(cut)
+        how = settings(cut, len(trained[0]), len(judged))
         made = distill.distill(student, base, trained, judged, how, device, work, progress).checkpoint
         weights = {name: made.tensors[name].load() for name in names(cut)}
     shutil.rmtree(work, ignore_errors=True)
@@ -78,9 +79,8 @@ def parted(windows: Windows) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
     return trained, judged or trained[-1:]
 
 
-def settings(cut: Checkpoint, windows: Windows) -> Distillation:
-    """Return the settings of the distillation of a model on these windows."""
-    length = len(next(iter(windows.values()))[0])
+def settings(cut: Checkpoint, length: int, judges: int) -> Distillation:
+    """Return the settings of the distillation of a model on windows of `length` tokens, `judges` of which judge."""
     width = int(cut.config["hidden_size"])
     return Distillation(
         tokens=TOKENS,
@@ -88,7 +88,7 @@ def settings(cut: Checkpoint, windows: Windows) -> Distillation:
         window=length,
         learning_rate=LEARNING_RATE * math.sqrt(AT_WIDTH / max(width, AT_WIDTH)),
         evaluate_every=TOKENS // EVALUATIONS,
-        held_out_windows=len(parted(windows)[1]),
+        held_out_windows=judges,
         compiled=False,  # it would take longer than all the rest
     )
 
