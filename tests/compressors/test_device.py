@@ -1,11 +1,16 @@
-"""What is given back between two models."""
+"""Test the dtype that a device computes in, and what is given back between two models."""
 
 import gc
 import weakref
 
 import torch
 
-from compressors.device import release
+from compressors.device import compute_dtype, release
+
+
+def test_only_a_cpu_computes_in_float32_whatever_the_models_dtype_is():
+    assert compute_dtype("cpu") is torch.float32
+    assert [compute_dtype(device) for device in ("cuda", "cuda:1", "mps")] == [None, None, None]
 
 
 def in_a_cycle():
