@@ -44,7 +44,9 @@ def at_most_together(config: Any, together: int) -> int:
     return 1 if any(kind.get("rope_type") in ALONE for kind in kinds) else together
 
 
-def generate(model: Any, asked: Sequence[Asked], growing: Sequence[Growth], clock: Callable[[], float]) -> None:
+def generate(
+    model: Any, asked: Sequence[Asked], growing: Sequence[Growth], clock: Callable[[], float], source: Any
+) -> None:
     """Let the answers of one batch grow to their ends.
 
     Args:
@@ -52,6 +54,7 @@ def generate(model: Any, asked: Sequence[Asked], growing: Sequence[Growth], cloc
         asked: The requests.
         growing: The answer of each, which takes its tokens.
         clock: Returns the seconds since the call began.
+        source: The torch.Generator, on the model's device, of answers without a seed of their own.
 
     Raises:
         NotFinite: A token is to be drawn, and the model's logits are not finite.
@@ -78,7 +81,7 @@ def generate(model: Any, asked: Sequence[Asked], growing: Sequence[Growth], cloc
                 logits_to_keep=1,
             )
             cache = out.past_key_values
-            chosen = _chosen(out.logits[:, -1], left)  # on the CPU: the device has finished
+            chosen = _chosen(out.logits[:, -1], left, source)  # on the CPU: the device has finished
             now = clock()
             goes_on = [
                 place
@@ -98,22 +101,35 @@ def generate(model: Any, asked: Sequence[Asked], growing: Sequence[Growth], cloc
 
 
 def _generator(growth: Growth) -> Any:
-    """Return a source of random numbers for a sampled answer: its own, so that no other answer changes it."""
+    """Return an answer's own source of random numbers; None where it is greedy or has no seed."""
     import torch
 
-    return torch.Generator().manual_seed(growth.limits.seed) if growth.limits.temperature > 0.0 else None
+    limits = growth.limits
+    return torch.Generator().manual_seed(limits.seed) if limits.temperature > 0.0 and limits.seed is not None else None
 
 
-def _chosen(logits: Any, left: Sequence[tuple[Growth, Any]]) -> list[int]:
+def _chosen(logits: Any, left: Sequence[tuple[Growth, Any]], source: Any) -> list[int]:
     """Return the next token of each row of logits [batch, vocabulary]: the likeliest, or one that is drawn."""
+    chosen: list[int] = logits.argmax(dim=-1).tolist()
+    growing = [(place, growth.limits, own) for place, (growth, own) in enumerate(left) if not growth.finish]
+    drawn = [(place, limits, own) for place, limits, own in growing if limits.temperature > 0.0]
+    for place, limits, own in drawn:
+        if own is not None:
+            (chosen[place],) = _drawn(logits[place : place + 1].float().cpu(), [limits.temperature], own)
+    together = [(place, limits.temperature) for place, limits, own in drawn if own is None]
+    if together:
+        places, temperatures = zip(*together, strict=True)
+        for place, token in zip(places, _drawn(logits[list(places)].float(), temperatures, source), strict=True):
+            chosen[place] = token
+    return chosen
+
+
+def _drawn(logits: Any, temperatures: Sequence[float], source: Any) -> list[int]:
+    """Return a token that is drawn for each row of logits [rows, vocabulary]."""
     import torch
 
-    chosen: list[int] = logits.argmax(dim=-1).tolist()
-    for place, (growth, generator) in enumerate(left):
-        if generator is None or growth.finish:
-            continue
-        scores = logits[place].float().cpu() / growth.limits.temperature
-        if not bool(scores.isfinite().any()) or bool(scores.isnan().any()):
-            raise NotFinite("the logits of an answer are NaN or infinite; this model is broken")
-        chosen[place] = int(torch.multinomial(scores.softmax(dim=-1), 1, generator=generator))
-    return chosen
+    scores = logits / torch.tensor(temperatures, device=logits.device)[:, None]
+    if not bool(scores.isfinite().any(dim=-1).all()) or bool(scores.isnan().any()):
+        raise NotFinite("the logits of an answer are NaN or infinite; this model is broken")
+    tokens: list[int] = torch.multinomial(scores.softmax(dim=-1), 1, generator=source)[:, 0].tolist()
+    return tokens

@@ -61,6 +61,7 @@ class Engine:
             torch.set_num_threads(settings.threads or hardware.physical_cores())
         self.model = self._load("auto")
         self._exact: Any = None
+        self._source = torch.Generator(self.device).manual_seed(0)  # of answers without a seed
         # a compressed-tensors model unpacks its weights in its first forward pass
         self._next(torch.zeros((1, 1), dtype=torch.long, device=self.device), None)
 
@@ -113,7 +114,9 @@ class Engine:
         most = self.settings.max_num_seqs or static_batches.TOGETHER
         together = static_batches.at_most_together(self.model.config, most)
         for batch in static_batches.batches(asked, together):
-            static_batches.generate(self.model, [asked[i] for i in batch], [growing[i] for i in batch], clock)
+            static_batches.generate(
+                self.model, [asked[i] for i in batch], [growing[i] for i in batch], clock, self._source
+            )
         return [growth.answer() for growth in growing]
 
     def busy_ms(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> float | None:

@@ -206,18 +206,18 @@ class Engine:
             self.requests += 1
             name, its = f"answer-{self.requests}", one.limits
             growing[name] = Growth(its, ends, decode, time.perf_counter() - began)
-            sampled = its.temperature > 0.0 and (not self.on_cpu or len(one.prompt) <= step)
+            seeded = its.temperature > 0.0 and (not self.on_cpu or len(one.prompt) <= step)
             sampling = vllm.SamplingParams(
                 max_tokens=its.max_tokens,
                 temperature=its.temperature,
-                seed=its.seed if sampled else None,
+                seed=its.seed if seeded else None,
                 ignore_eos=its.ignore_eos,
                 stop_token_ids=[] if its.ignore_eos else sorted(ends),
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
             )
             waiting.append((name, list(one.prompt), sampling))
-        whole = self.on_cpu and any(one.limits.temperature > 0.0 for one in asked)
+        whole = self.on_cpu and any(one.limits.temperature > 0.0 and one.limits.seed is not None for one in asked)
         next_step: dict[str, int] = {}  # the tokens that each request takes of the next step
         while waiting or engine.has_unfinished_requests():
             while waiting and not (whole and next_step and sum(next_step.values()) + len(waiting[0][1]) > step):

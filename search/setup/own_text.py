@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,14 @@ from evaluator.process import EngineProcess
 from evaluator.texts import Document
 from search.say import Say, silent
 
-VERSION = 1  # increase it when other text would be written
+VERSION = 2  # increase it when other text would be written
 TEMPERATURE = 1.0
 LENGTH = 256  # the most tokens of a document
-AT_ONCE = 64  # documents that are written together
-CALL_TIMEOUT_S = 3600.0  # for AT_ONCE documents, which take minutes on a CPU
+AT_ONCE, ON_GPU = 64, (16, 64, 128)  # documents that are written together; on a GPU, sizes of CUDA graphs
+ROUND, ROUND_ON_GPU = 64, 1024  # documents that are asked for at a time, which take minutes on a CPU
+CALL_TIMEOUT_S = 3600.0  # for those
+YIELD = 0.8  # share of LENGTH that a document is expected to hold, as long as none of its kind was written
+ANOTHER = 10_007  # prompts that lie between the first and the second part of a text; a prime: no number of prompts
 MOST_DROPPED = 4  # as many times the wanted tokens are written before it is given up
 UNSEEN = 2  # windows of each kind that nothing is fitted to
 LEAST_TOKENS = 32  # a document with fewer tokens is dropped
@@ -79,75 +84,111 @@ class Writer:
     settings: EngineSettings
     say: Say = silent
 
-    def domains(self, tokens: int) -> dict[str, list[Document]]:
+    def domains(self, tokens: int, part: int = 0) -> dict[str, list[Document]]:
         """Return documents with at least `tokens` tokens of each kind, by kind; they are written where none are kept.
+
+        Args:
+            tokens: How many tokens.
+            part: Another part is another text: its prompts are others, or in another order.
 
         Raises:
             TextError: The model writes too little that is no repetition.
             EvaluationError: The last engine failed too.
             CheckpointError: A weight is NaN or infinite.
         """
-        path = self.directory / f"own-{digest_of_json([VERSION, self.digest, tokens], 24)}.json"
+        path = self.directory / f"own-{digest_of_json([VERSION, self.digest, tokens, part], 24)}.json"
 
         def write(path: Path) -> None:
-            cached.keep_json(path, self._written(tokens))
+            cached.keep_json(path, self._written(tokens, part))
 
         texts = cached.kept(
             path, _read, write, lambda: self.say("waiting for another process that has the model write")
         )
         return {
-            kind: [Document(f"{kind}:{number}", text) for number, text in enumerate(of_kind)]
+            kind: [Document(f"{kind}:{part}:{number}", text) for number, text in enumerate(of_kind)]
             for kind, of_kind in texts.items()
         }
 
-    def _written(self, tokens: int) -> dict[str, list[str]]:
+    def _written(self, tokens: int, part: int) -> dict[str, list[str]]:
         for backend in self.backends[:-1]:
             try:
-                return self._written_by(backend, tokens)
+                return self._written_by(backend, tokens, part)
             except (NotFinite, TextError):  # so it would be by any engine
                 raise
             except EvaluationError as error:
                 self.say(f"own text: {error}; another engine writes it")
-        return self._written_by(self.backends[-1], tokens)
+        return self._written_by(self.backends[-1], tokens, part)
 
-    def _written_by(self, backend: str, tokens: int) -> dict[str, list[str]]:
+    def _written_by(self, backend: str, tokens: int, part: int) -> dict[str, list[str]]:
         self.say(f"own text: starting the engine ({backend})")
+        on_gpu = self.settings.device == "cuda"
+        together = {"batch_sizes": ON_GPU} if on_gpu else {"max_num_seqs": AT_ONCE}
         settings = dataclasses.replace(
-            self.settings, max_model_len=2 * LENGTH, max_num_seqs=AT_ONCE, call_timeout_s=CALL_TIMEOUT_S
+            self.settings, max_model_len=2 * LENGTH, call_timeout_s=CALL_TIMEOUT_S, **together
         )
         try:
             with EngineProcess(backend, self.path, settings, log=self.directory / "own-text.log") as engine:
-                return {kind: self._of_kind(engine, kind, make, tokens) for kind, make in kinds(self.tokenizer).items()}
+                return self._of_kinds(engine, tokens, part, ROUND_ON_GPU if on_gpu else ROUND)
         except (NotFinite, TextError):  # as a model with a broken weight writes
             require_finite(Checkpoint.read(self.path), "the base model's")
             raise
 
-    def _of_kind(self, engine: EngineProcess, kind: str, make: Callable[[], Prompts], tokens: int) -> list[str]:
-        """Return the texts of a kind that are neither empty nor repetition, until they hold `tokens` tokens."""
-        found: list[str] = []
-        prompts, kept, written, seed = make(), 0, 0, 0
-        while kept < tokens:
-            if written > MOST_DROPPED * tokens + AT_ONCE * LENGTH:
-                raise TextError(
-                    f"text.calibration: self: of {written} tokens that the model wrote ({kind}), {kept} are no "
-                    f"repetition, and {tokens} are needed; name texts of its languages instead"
-                )
-            self.say(f"own text, {kind}: {kept} of {tokens} tokens")
-            count = min(AT_ONCE, -(-(tokens - kept) * 5 // (4 * LENGTH)))  # some are short, and some are dropped
-            begun = [next(prompts) for _ in range(count)]
-            limits = [Limits(LENGTH, temperature=TEMPERATURE, seed=seed + place) for place in range(count)]
-            for prompt, answer in zip(begun, engine.generate(begun, limits), strict=True):
-                written += max(1, len(answer.tokens))
+    def _of_kinds(self, engine: EngineProcess, tokens: int, part: int, most: int) -> dict[str, list[str]]:
+        """Return texts that are neither empty nor repetition, by kind, each kind with at least `tokens` tokens."""
+        every = {
+            kind: _Kind(itertools.islice(make(), part * ANOTHER, None)) for kind, make in kinds(self.tokenizer).items()
+        }
+        limits = Limits(LENGTH, temperature=TEMPERATURE, seed=None)
+        while lacking := {kind: its for kind, its in every.items() if its.kept < tokens}:
+            for kind, its in lacking.items():
+                if its.written > MOST_DROPPED * tokens + AT_ONCE * LENGTH:
+                    raise TextError(
+                        f"text.calibration: self: of {its.written} tokens that the model wrote ({kind}), {its.kept} "
+                        f"are no repetition, and {tokens} are needed; name texts of its languages instead"
+                    )
+            have = sum(min(its.kept, tokens) for its in every.values())
+            self.say(f"own text: {have} of {len(every) * tokens} tokens")
+            begun = [(kind, next(its.prompts)) for kind, its in lacking.items() for _ in range(its.lacks(tokens, most))]
+            begun = begun[:most]
+            answers = engine.generate([prompt for _, prompt in begun], limits)
+            for (kind, prompt), answer in zip(begun, answers, strict=True):
+                its = every[kind]
+                its.asked += 1
+                its.written += max(1, len(answer.tokens))
                 if is_text(answer.tokens):
-                    found.append(self._text(kind, prompt, answer.text))
-                    kept += len(self.tokenizer.encode(found[-1], add_special_tokens=False))  # sampled ones may be more
-            seed += count
-        return found
+                    its.texts.append(self._text(kind, prompt, answer.text))
+                    # counted anew, since the sampled tokens of a text may be more
+                    its.kept += len(self.tokenizer.encode(its.texts[-1], add_special_tokens=False))
+        return {kind: its.texts for kind, its in every.items()}
 
     def _text(self, kind: str, prompt: Sequence[int], answer: str) -> str:
         """Return a document: what the model wrote, with what it continued."""
         begun = "" if kind == "chat" else self.tokenizer.decode(list(prompt), skip_special_tokens=True)
         return f"{begun}{answer}"
+
+
+@dataclasses.dataclass
+class _Kind:
+    """_Kind is what was written of a kind so far.
+
+    Attributes:
+        prompts: The prompts to come.
+        texts: The texts that are kept.
+        kept: Their tokens.
+        asked: The documents that were asked for.
+        written: The tokens that were written.
+    """
+
+    prompts: Prompts
+    texts: list[str] = dataclasses.field(default_factory=list)
+    kept: int = 0
+    asked: int = 0
+    written: int = 0
+
+    def lacks(self, tokens: int, most: int) -> int:
+        """Return how many documents to ask for, at most `most`: of those so far, some were short, and some dropped."""
+        each = self.kept / self.asked if self.kept else YIELD * LENGTH
+        return min(math.ceil((tokens - self.kept) / each), most)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

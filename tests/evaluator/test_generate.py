@@ -156,11 +156,42 @@ def test_a_sampled_answer_is_the_same_for_the_same_seed_whatever_runs_beside_it(
     assert [a.tokens for a in cold] == [a.tokens for a in greedy]
 
 
-def test_a_broken_model_is_said_to_be_broken_where_a_token_is_drawn(llama):
+def test_answers_without_a_seed_are_drawn_together(llama):
+    engine = Engine(str(llama), SETTINGS)
+    free = Limits(max_tokens=12, temperature=1.0, seed=None, ignore_eos=True)
+    own = dataclasses.replace(free, seed=11)
+    prompts = prompts_of(6, 320, seed=7)
+    alone = engine.generate(prompts, own)
+    mixed = engine.generate([*prompts, *prompts], [own] * 6 + [free] * 6)
+    assert [a.tokens for a in mixed[:6]] == [a.tokens for a in alone]  # what is drawn beside them changes nothing
+    assert [a.tokens for a in mixed[6:]] != [a.tokens for a in alone]
+    same = engine.generate([prompts[0]] * 6, free)
+    assert len({a.tokens for a in same}) == 6
+    cold = engine.generate(prompts, dataclasses.replace(free, temperature=1e-4))
+    greedy = engine.generate(prompts, dataclasses.replace(free, temperature=0.0))
+    assert [a.tokens for a in cold] == [a.tokens for a in greedy]
+    first = Engine(str(llama), SETTINGS).generate(prompts, free)
+    assert [a.tokens for a in Engine(str(llama), SETTINGS).generate(prompts, free)] == [a.tokens for a in first]
+
+
+def test_a_token_is_drawn_as_often_as_the_model_says(llama):
+    engine = Engine(str(llama), dataclasses.replace(SETTINGS, max_num_seqs=512))
+    prompt, count = [5, 6, 7], 2048
+    with torch.inference_mode():
+        expected = (engine.model(torch.tensor([prompt])).logits[0, -1].float() / 0.7).softmax(-1)
+    drawn = engine.generate([prompt] * count, Limits(max_tokens=1, temperature=0.7, seed=None, ignore_eos=True))
+    seen = torch.bincount(torch.tensor([a.tokens[0] for a in drawn]), minlength=len(expected)) / count
+    distance = (seen - expected).abs().sum() / 2
+    even = (torch.full_like(expected, 1 / len(expected)) - expected).abs().sum() / 2
+    assert distance < 0.6 * even
+
+
+@pytest.mark.parametrize("seed", [3, None])
+def test_a_broken_model_is_said_to_be_broken_where_a_token_is_drawn(llama, seed):
     engine = Engine(str(llama), SETTINGS)
     engine.model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(NotFinite, match="this model is broken"):
-        engine.generate([[5, 6]], Limits(max_tokens=2, temperature=1.0))
+        engine.generate([[5, 6]], Limits(max_tokens=2, temperature=1.0, seed=seed))
     assert len(engine.generate([[5, 6]], Limits(max_tokens=2, ignore_eos=True))[0].tokens) == 2
 
 
