@@ -7,6 +7,7 @@ Engines are forked from a warm process, one for each backend, which has imported
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import json
 import math
@@ -341,6 +342,7 @@ class _Server:
 
 
 _servers: dict[str, _Server] = {}
+_not_ready: set[_Server] = set()
 _starting = threading.Lock()
 
 
@@ -355,11 +357,14 @@ def _server(backend: str, deadline: float) -> tuple[_Server, float]:
             raise BackendUnavailable(f"backend {backend}: {reason}")
         started = time.monotonic()
         server = _Server(backend)
+        _not_ready.add(server)
         try:
             server.wait_until_ready(deadline)
         except BaseException:
             server.close()
             raise
+        finally:
+            _not_ready.discard(server)
         _servers[backend] = server
         return server, time.monotonic() - started
 
@@ -369,8 +374,28 @@ def warm(backend: str, timeout_s: float = 300.0) -> float:
     return _server(backend, time.monotonic() + timeout_s)[1]
 
 
+def warm_ahead(name: str) -> None:
+    """Begin to import an engine's library in the background, where that takes long: vLLM's takes half a minute.
+
+    What fails is told when the engine is wanted.
+
+    Args:
+        name: The engine's name, or auto; see `backends.choose`.
+    """
+
+    def begin() -> None:
+        with contextlib.suppress(errors.EvaluationError):
+            backend = backends.choose(name)
+            if backends.module_of(backend).FACTS.imports_slowly:
+                warm(backend)
+
+    threading.Thread(target=begin, daemon=True).start()
+
+
 @atexit.register
 def _close_servers() -> None:
+    for server in list(_not_ready):  # it is still importing, and hears nothing
+        server.process.kill()
     for server in _servers.values():
         if server.owner == os.getpid():
             server.close()

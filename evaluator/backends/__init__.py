@@ -91,6 +91,7 @@ class Facts:
         casts: The dtype that a checkpoint is served in, by its stored dtype, where the two differ.
         refusals: What the engine cannot start.
         random_weights: Whether it can run a config.json alone, with random weights, for timing.
+        imports_slowly: Whether its library takes so long to import that it is worth to begin before it is wanted.
         arguments: Returns the names of its server's arguments that people may set, as far as the engine is installed:
             an empty set where they are not known. None: it takes none.
     """
@@ -101,6 +102,7 @@ class Facts:
     casts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     refusals: tuple[Refusal, ...] = ()
     random_weights: bool = False
+    imports_slowly: bool = False
     arguments: Callable[[], frozenset[str]] | None = None
 
 

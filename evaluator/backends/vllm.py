@@ -79,6 +79,7 @@ FACTS = Facts(
     batched_tokens=BATCHED_TOKENS,
     casts={"float32": "bfloat16"},  # dtype="auto" serves float32 in 16 bits
     random_weights=True,
+    imports_slowly=True,
     arguments=_known_arguments,
     refusals=(
         # csrc/quantization/w8a8/cutlass: from SM100 on, the dispatch has no INT8 kernel (vLLM issue 54311)

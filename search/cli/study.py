@@ -77,6 +77,7 @@ def run_command(
     optuna-search run --trials 50 'space.precision=[bfloat16,W8A8]' evaluation.backend=vllm
     optuna-search run --trials 50 --distill-top 3 --tokens 2000000
     """
+    from evaluator import process
     from search import errors
     from search.study import early
 
@@ -86,6 +87,7 @@ def run_command(
         **where, trials=trials, seed=seed, limits__time=limits__time
     )  # before the imports, which take seconds
     early.refuse_another_definition(file)
+    process.warm_ahead(file.evaluation.backend)
 
     from search import confirm, failures, finalists, processes
     from search.show import progress
@@ -201,6 +203,10 @@ def forecast_command(as_json: bool, plot: Path | None, **where: Any) -> None:
     optuna-search forecast --study exaone4-1.2b --plot forecast.png
     """
     file = load_file(**where)
+
+    from evaluator import process
+
+    process.warm_ahead(file.evaluation.backend)
 
     from search.by_hand import forecast
     from search.setup import setting

@@ -318,3 +318,39 @@ def test_a_library_that_cannot_be_imported_is_unavailable(monkeypatch, tmp_path)
     with pytest.raises(BackendUnavailable, match=r"libcuda\.so\.1 is missing") as raised:
         process.EngineProcess("vllm", tmp_path, EngineSettings(), tmp_path / "log")
     one_line(raised)
+
+
+AHEAD = """
+import dataclasses, sys, time
+from evaluator import process
+from evaluator.backends import EngineSettings, transformers
+transformers.FACTS = dataclasses.replace(transformers.FACTS, imports_slowly=True)
+process.warm_ahead("nosuch")
+process.warm_ahead("transformers")
+while not process._not_ready:
+    time.sleep(0.001)
+(server,) = process._not_ready
+print(server.process.pid, flush=True)
+"""
+
+
+def ahead(tmp_path, more, *arguments):
+    (tmp_path / "ahead.py").write_text(AHEAD + textwrap.dedent(more))
+    return subprocess.run(
+        [sys.executable, tmp_path / "ahead.py", *arguments], capture_output=True, text=True, check=True, timeout=120
+    ).stdout.split()
+
+
+def test_an_engine_is_forked_from_what_was_imported_ahead(tiny, tmp_path):
+    more = """
+        engine = process.EngineProcess("transformers", sys.argv[1], EngineSettings(device="cpu"), sys.argv[2])
+        print(process._servers["transformers"].process.pid, len(process._servers), len(engine.nll([[1, 2]])))
+    """
+    begun, *found = ahead(tmp_path, more, tiny, tmp_path / "log")
+    assert found == [begun, "1", "1"]
+    assert gone(int(begun))
+
+
+def test_what_is_imported_ahead_ends_with_a_program_that_needs_it_no_more(tmp_path):
+    (begun,) = ahead(tmp_path, "")
+    assert gone(int(begun), within_s=1.0)
