@@ -74,7 +74,7 @@ class Table:
         own = checkpoint.Checkpoint.read(model)
         its_family, identity = family.family_of(own), CompressionPlan.identity(own.config)
         shards = tuple(((index,),) for index in range(len(held["base_nll"])))  # never read
-        moments = types.SimpleNamespace(digest="replay", windows=(), domains=())
+        moments = lessons = types.SimpleNamespace(digest="replay", windows=(), domains=())
         self.base_nll = tuple(held["base_nll"])
         self.tables_s = float(held["tables_s"])
         self.speed, self.damage = SpeedTable.from_dict(held["speed"]), DamageTable.from_dict(held["damage"])
@@ -89,7 +89,7 @@ class Table:
             listed=frozenset(self.rows),
             file=file,
             model=BaseModel(model, own, "replay", its_family, identity),
-            texts=StudyTexts(shards=shards, calibration_windows=(), moments=moments, digest="replay"),
+            texts=StudyTexts(shards, calibration_windows=(), moments=moments, distillation=lessons, digest="replay"),
             machine=Machine("vllm", "cuda", held["device"], "replay", capability=(9, 0)),
         )
 

@@ -20,12 +20,12 @@ from compressors.distillation.settings import Distillation
 from compressors.model.checkpoint import Checkpoint, LazyTensor
 from compressors.model.family import FLOATS
 
-VERSION = 1  # increase it when the same cut would be repaired differently
+VERSION = 2  # increase it when the same cut would be repaired differently
 TOKENS = 262_144
 BATCH_TOKENS = 2048  # few, so that so few tokens are 128 updates
 EVALUATIONS = 4
 LEARNING_RATE, AT_WIDTH = 2e-4, 576  # at that hidden size; it falls with the square root of the width
-JUDGES = 8  # one of so many windows of each text judges, and is not trained on
+JUDGES, MOST_JUDGES = 8, 48  # one of so many windows of each text judges, at most so many, and is not trained on
 
 Windows = Mapping[str, Sequence[Sequence[int]]]
 
@@ -69,11 +69,15 @@ def names(cut: Checkpoint) -> list[str]:
 
 
 def parted(windows: Windows) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
-    """Return the windows to train on and those that judge: every JUDGES-th of each text, of a short text the last."""
+    """Return the windows to train on and those that judge.
+
+    Every JUDGES-th of each text judges, or fewer where they are more than MOST_JUDGES; of a short text the last one.
+    """
+    apart = max(JUDGES, -(-sum(map(len, windows.values())) // MOST_JUDGES))
     trained: list[Sequence[int]] = []
     judged: list[Sequence[int]] = []
     for some in windows.values():
-        every = min(JUDGES, len(some))
+        every = min(apart, len(some))
         for place, window in enumerate(some, start=1):
             (judged if place % every == 0 and len(some) > 1 else trained).append(window)
     return trained, judged or trained[-1:]

@@ -83,6 +83,7 @@ class Moments:
         weights: How much each domain counts; None: all the same.
         strength: Strength of `compressors.methods.repair`, in place of the one that is chosen for each projection,
             which takes several times as long as the repair; None: it is chosen.
+        more: Returns the windows of token ids that a distillation learns from, by domain; None: those of the moments.
     """
 
     path: Path
@@ -92,6 +93,7 @@ class Moments:
     again: Callable[[int], None] | None = dataclasses.field(default=None, compare=False)
     weights: tuple[float, ...] | None = None
     strength: float | None = None
+    more: Callable[[], Mapping[str, Sequence[Sequence[int]]]] | None = dataclasses.field(default=None, compare=False)
 
     def of(self, layer: int, part: str, device: str = "cpu") -> dict[str, Moment]:
         """Return the moments of the input of the projection `part` in a layer, by domain.
@@ -161,6 +163,10 @@ class Moments:
             return {domain: stored[domain] for domain in self.domains}
         except (OSError, ValueError, KeyError) as error:
             raise _unreadable(self.path / WINDOWS, error) from None
+
+    def lessons(self) -> Mapping[str, Sequence[Sequence[int]]]:
+        """Return the windows of token ids that a distillation learns from, by domain. Raises what `windows` raises."""
+        return self.windows() if self.more is None else self.more()
 
     def shares(self) -> dict[str, float]:
         """Return how much each domain counts; they sum to the number of domains."""

@@ -40,7 +40,7 @@ def run(made: Build) -> Build:
 
     def fit() -> dict[str, torch.Tensor]:
         work = moments.path / f"distilling-{_key(made)}"
-        weights = distillation.repaired(cut, made.base, moments.windows(), device, work, made.say)
+        weights = distillation.repaired(cut, made.base, moments.lessons(), device, work, made.say)
         release(device)
         return weights
 
@@ -49,11 +49,11 @@ def run(made: Build) -> Build:
 
 
 def _key(made: Build) -> str:
-    """Return a digest of what is cut and how it is repaired; the texts are the directory's."""
+    """Return a digest of what is cut, how it is repaired, and the text that it learns from."""
     chosen = {part: [index.tolist() for index in of_layer] for part, of_layer in sorted(made.inputs.items())}
     dimensions = None if made.dimensions is None else made.dimensions.tolist()
     turned = [made.plan.rotation, rotation.VERSION] if made.basis is not None else None
     assert made.moments is not None
-    fitted_to = [made.moments.weights, made.moments.strength]
+    fitted_to = [made.moments.weights, made.moments.strength, made.moments.lessons()]
     how = [VERSIONS["repair", "distill"], made.device, list(made.layers), chosen, dimensions, turned, fitted_to]
     return hashlib.sha256(json.dumps(how).encode()).hexdigest()[:24]

@@ -125,6 +125,7 @@ class EngineSettings:
         max_num_seqs: The most sequences that are generated at once; None: as many as the batch sizes need.
         kv_tokens: The tokens whose keys and values have to fit at once where max_num_seqs is given; None: those of
             max_num_seqs sequences of max_model_len.
+        seed: The random seed of what is drawn for answers that have no seed of their own.
     """
 
     device: str = "auto"
@@ -139,6 +140,7 @@ class EngineSettings:
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     max_num_seqs: int | None = None
     kv_tokens: int | None = None
+    seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""

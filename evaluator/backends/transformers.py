@@ -61,7 +61,7 @@ class Engine:
             torch.set_num_threads(settings.threads or hardware.physical_cores())
         self.model = self._load("auto")
         self._exact: Any = None
-        self._source = torch.Generator(self.device).manual_seed(0)  # of answers without a seed
+        self._source = torch.Generator(self.device).manual_seed(settings.seed)  # of answers without a seed
         # a compressed-tensors model unpacks its weights in its first forward pass
         self._next(torch.zeros((1, 1), dtype=torch.long, device=self.device), None)
 

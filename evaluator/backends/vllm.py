@@ -361,7 +361,7 @@ def _arguments(config: dict[str, Any], settings: EngineSettings, *, on_cpu: bool
         # Set, so that vLLM neither takes that whole share (of a CPU's memory too), nor measures what is free of it,
         # which fails when another engine on the same GPU ends meanwhile.
         "kv_cache_memory_bytes": _kv_cache_bytes(config, settings),
-        "seed": 0,
+        "seed": settings.seed,
         "compilation_config": {
             "cudagraph_mode": "FULL_DECODE_ONLY",
             "cudagraph_capture_sizes": _captured(settings),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from compressors import build, cached
@@ -49,7 +50,7 @@ def moments_for(setting: Setting, plan: CompressionPlan, say: Say = silent) -> s
     if not path.is_dir():
         needed = second_moments.file_bytes(base, len(windows))
         require_disk(needed, path.parent, "second moments")
-    return second_moments.collect(
+    moments = second_moments.collect(
         base,
         windows,
         path,
@@ -57,3 +58,4 @@ def moments_for(setting: Setting, plan: CompressionPlan, say: Say = silent) -> s
         progress=lambda done, total: say(f"second moments, layer {done} of {total}"),
         weights=setting.texts.moments.shares,
     )
+    return dataclasses.replace(moments, more=lambda: setting.texts.distillation.windows)

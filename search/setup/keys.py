@@ -68,6 +68,8 @@ def _may_need_moments(setting: Setting) -> bool:
 def plan_digest(setting: Setting, plan: CompressionPlan) -> str:
     """Name the checkpoint that the plan makes of this base model and calibration text: 16 hexadecimal digits."""
     fitted = [setting.texts.moments.digest, *build.versions(plan)] if build.needs_moments(plan) else []
+    if plan.repair == "distill":
+        fitted.append(setting.texts.distillation.digest)
     return plan.digest(" ".join([setting.model.digest, calibration_key(setting), *fitted]))
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,7 +38,6 @@ AT_ONCE, ON_GPU = 64, (16, 64, 128)  # documents that are written together; on a
 ROUND, ROUND_ON_GPU = 64, 1024  # documents that are asked for at a time, which take minutes on a CPU
 CALL_TIMEOUT_S = 3600.0  # for those
 YIELD = 0.8  # share of LENGTH that a document is expected to hold, as long as none of its kind was written
-ANOTHER = 10_007  # prompts that lie between the first and the second part of a text; a prime: no number of prompts
 MOST_DROPPED = 4  # as many times the wanted tokens are written before it is given up
 UNSEEN = 2  # windows of each kind that nothing is fitted to
 LEAST_TOKENS = 32  # a document with fewer tokens is dropped
@@ -89,7 +87,7 @@ class Writer:
 
         Args:
             tokens: How many tokens.
-            part: Another part is another text: its prompts are others, or in another order.
+            part: Another part is another text.
 
         Raises:
             TextError: The model writes too little that is no repetition.
@@ -124,7 +122,7 @@ class Writer:
         on_gpu = self.settings.device == "cuda"
         together = {"batch_sizes": ON_GPU} if on_gpu else {"max_num_seqs": AT_ONCE}
         settings = dataclasses.replace(
-            self.settings, max_model_len=2 * LENGTH, call_timeout_s=CALL_TIMEOUT_S, **together
+            self.settings, max_model_len=2 * LENGTH, call_timeout_s=CALL_TIMEOUT_S, seed=part, **together
         )
         try:
             with EngineProcess(backend, self.path, settings, log=self.directory / "own-text.log") as engine:
@@ -135,9 +133,7 @@ class Writer:
 
     def _of_kinds(self, engine: EngineProcess, tokens: int, part: int, most: int) -> dict[str, list[str]]:
         """Return texts that are neither empty nor repetition, by kind, each kind with at least `tokens` tokens."""
-        every = {
-            kind: _Kind(itertools.islice(make(), part * ANOTHER, None)) for kind, make in kinds(self.tokenizer).items()
-        }
+        every = {kind: _Kind(make()) for kind, make in kinds(self.tokenizer, part).items()}
         limits = Limits(LENGTH, temperature=TEMPERATURE, seed=None)
         while lacking := {kind: its for kind, its in every.items() if its.kept < tokens}:
             for kind, its in lacking.items():
@@ -196,13 +192,14 @@ class OwnText:
     """OwnText parts what the base model writes: most of it is fitted to, and some of each kind nothing is fitted to.
 
     Attributes:
-        write: Returns documents with at least so many tokens of each kind, by kind; see `Writer.domains`.
+        write: Returns documents with at least so many tokens of each kind, by kind, of the text's first or another
+            part; see `Writer.domains`.
         tokenizer: The tokenizer of the base model.
         window: The tokens of a window.
         windows: The windows of each kind that are fitted to.
     """
 
-    write: Callable[[int], dict[str, list[Document]]]
+    write: Callable[[int, int], dict[str, list[Document]]]
     tokenizer: Any
     window: int
     windows: int
@@ -210,6 +207,17 @@ class OwnText:
     def fitted(self) -> dict[str, list[Document]]:
         """Return the documents to fit to, by kind. Raises what `Writer.domains` raises."""
         return self._parts[0]
+
+    def at_least(self, windows: int) -> dict[str, list[Document]]:
+        """Return documents that hold at least so many windows of each kind: those to fit to, and more if need be.
+
+        Raises what `Writer.domains` raises.
+        """
+        fitted, missing = self.fitted(), (windows - self.windows) * self.window
+        if missing <= 0:
+            return fitted
+        more = self.write(missing + LENGTH, 1)
+        return {kind: [*documents, *more[kind]] for kind, documents in fitted.items()}
 
     def unseen(self) -> tuple[list[list[int]], ...]:
         """Return UNSEEN windows of each kind, a shard each, that no fit sees; () where the model writes too little."""
@@ -229,7 +237,7 @@ class OwnText:
         """What the model writes, or why it is too little: that takes minutes, and is found out once."""
         held = UNSEEN * self.window
         try:
-            return self.write(self.window * self.windows + held + 2 * LENGTH)  # a document is not cut in two
+            return self.write(self.window * self.windows + held + 2 * LENGTH, 0)  # a document is not cut in two
         except TextError as error:
             return error
 
@@ -264,11 +272,14 @@ def is_text(tokens: Sequence[int]) -> bool:
     return len(tokens) >= LEAST_TOKENS and len(set(runs)) >= LEAST_DISTINCT * len(runs)
 
 
-def kinds(tokenizer: Any) -> dict[str, Callable[[], Prompts]]:
-    """Return the kinds of text that are written, each with what makes its prompts, endlessly and always the same."""
+def kinds(tokenizer: Any, part: int = 0) -> dict[str, Callable[[], Prompts]]:
+    """Return the kinds of text that are written, each with what makes its prompts, endlessly and always the same.
+
+    Another part of a text begins with other tokens.
+    """
     begin: list[int] = tokenizer.encode("")  # what the tokenizer puts before a text
     found: dict[str, Callable[[], Prompts]] = {
-        "begin": lambda: _random_starts(tokenizer, begin),
+        "begin": lambda: _random_starts(tokenizer, begin, part),
         "starts": lambda: _in_turn(
             [[*begin, *tokenizer.encode(start, add_special_tokens=False)] for start in STARTS.split("|")]
         ),
@@ -281,9 +292,9 @@ def kinds(tokenizer: Any) -> dict[str, Callable[[], Prompts]]:
     return found
 
 
-def _random_starts(tokenizer: Any, begin: Sequence[int]) -> Prompts:
+def _random_starts(tokenizer: Any, begin: Sequence[int], seed: int) -> Prompts:
     """Yield the begin token with a random token of the vocabulary, so that texts of many kinds and languages begin."""
-    draw, special = torch.Generator().manual_seed(0), set(tokenizer.all_special_ids)
+    draw, special = torch.Generator().manual_seed(seed), set(tokenizer.all_special_ids)
     size = len(tokenizer.get_vocab())
     while True:
         token = int(torch.randint(size, (1,), generator=draw))

@@ -15,6 +15,7 @@ from typing import Any
 from compressors import build
 from compressors.build import Kernels
 from compressors.choices import DTYPES
+from compressors.distillation import repair as distillation
 from compressors.errors import CheckpointError, CompressionError
 from compressors.model import checkpoint, family
 from compressors.model.transformers_version import config_for
@@ -37,7 +38,15 @@ from search.setup.machine import Machine, choose_engine, compute_capability, dev
 from search.setup.own_text import OwnText, Writer
 from search.setup.requests import Prompts, read_prompts, require_room
 from search.setup.server import require_server, require_serving
-from search.setup.texts import Domains, MomentsText, StudyTexts, calibration_weights, read_texts, tokenizer_of
+from search.setup.texts import (
+    DistillationText,
+    Domains,
+    MomentsText,
+    StudyTexts,
+    calibration_weights,
+    read_texts,
+    tokenizer_of,
+)
 
 WRITTEN_TOGETHER = 64  # answers of tasks that an engine writes at once
 
@@ -246,6 +255,11 @@ def prepare(
     most = max(file.text.moments_windows, file.text.calibration_windows)
     own = OwnText(writer.domains, tokenizer, file.text.window, most)
     domains, shards, windows = read_texts(file, tokenizer, own.fitted, warn)
+    weigh = functools.partial(calibration_weights, file)
+    alone = set(file.text.calibration_names) == {SELF}
+    writes: Callable[[int], Domains] | None = own.at_least if alone else None
+    if file.text.writes_beside:
+        writes = functools.partial(_or_none, own.at_least, warn)
     setting = Setting(
         file=file,
         model=BaseModel(path, base, digest, its_family, identity),
@@ -258,7 +272,10 @@ def prepare(
                 file.text.window,
                 file.text.moments_windows,
                 functools.partial(_or_none, own.fitted, warn) if file.text.writes_beside else dict,
-                functools.partial(calibration_weights, file),
+                weigh,
+            ),
+            distillation=DistillationText(
+                {} if alone else domains, writes, tokenizer, file.text.window, distillation.TOKENS, weigh
             ),
             digest=texts.text_digest([window for shard in shards for window in shard]),
             unseen=own.unseen if SELF in file.text.calibration_names else tuple,
@@ -278,10 +295,10 @@ def prepare(
     return setting
 
 
-def _or_none(own: Callable[[], Domains], warn: Say) -> Domains:
+def _or_none(own: Callable[..., Domains], warn: Say, *windows: int) -> Domains:
     """Return what the base model writes beside other text; nothing, with a warning, where it writes too little."""
     try:
-        return own()
+        return own(*windows)
     except TextError as error:
         warn(f"{error}; the other texts are used alone")
         return {}

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -90,6 +91,65 @@ class MomentsText:
         return " ".join([*named, *(f"{share:g}" for share in (self.shares or {}).values())])
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class DistillationText:
+    """DistillationText holds the windows that `repair: distill` learns from, cut on first use.
+
+    Each domain gives its part of the tokens. Where a given text is too short, the base model writes what is missing.
+
+    Attributes:
+        given: The documents of the given domains of the calibration text.
+        own: Returns documents that the base model writes, by kind, with at least so many windows of each; None: it
+            writes none.
+        tokenizer: The tokenizer of the base model.
+        length: The tokens in a window.
+        tokens: The tokens in all.
+        weigh: Returns how much each of these domains counts; None: all count the same.
+    """
+
+    given: Domains
+    own: Callable[[int], Domains] | None
+    tokenizer: Any
+    length: int
+    tokens: int
+    weigh: Callable[[Iterable[str]], dict[str, float] | None] = lambda domains: None
+
+    @functools.cached_property
+    def windows(self) -> dict[str, list[list[int]]]:
+        """The windows of token ids, by domain. Raises TextError where the base model is to write and can't."""
+        count = -(-self.tokens // self.length)
+        kinds = [] if self.own is None else list(self.own(0))
+        share = self._shares([*self.given, *kinds])
+        found = {
+            name: _spread(texts.all_windows(self.tokenizer, documents, self.length), math.ceil(count * share[name]))
+            for name, documents in self.given.items()
+        }
+        if self.own is None or not kinds:
+            return found
+        missing = max(count - sum(map(len, found.values())), 0)
+        of_own = math.fsum(share[kind] for kind in kinds)
+        most = math.ceil(missing * max(share[kind] for kind in kinds) / of_own)
+        for kind, documents in self.own(most).items():
+            every = texts.all_windows(self.tokenizer, documents, self.length)
+            found[kind] = every[: math.ceil(missing * share[kind] / of_own)]
+        return found
+
+    def _shares(self, names: Sequence[str]) -> dict[str, float]:
+        weights = self.weigh(names) or dict.fromkeys(names, 1.0)
+        whole = math.fsum(weights.values())
+        return {name: weight / whole for name, weight in weights.items()}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The digests of all domains' windows, separated by spaces."""
+        return " ".join(texts.text_digest(windows) for windows in self.windows.values())
+
+
+def _spread(windows: Shard, count: int) -> Shard:
+    """Return `count` windows spread evenly over all; all where there are fewer."""
+    return [windows[index * len(windows) // count] for index in range(count)] if count < len(windows) else windows
+
+
 @dataclasses.dataclass(frozen=True)
 class StudyTexts:
     """StudyTexts holds the windows that a study's texts are cut into.
@@ -98,6 +158,7 @@ class StudyTexts:
         shards: The windows of token ids of the search text, by shard.
         calibration_windows: The windows of token ids of the calibration text, from all domains in turn.
         moments: The text that second moments are collected on.
+        distillation: The text that `repair: distill` learns from.
         digest: The digest of the search text's windows.
         unseen: Returns the shards of text that the base model wrote and nothing is fitted to; there may be none.
     """
@@ -105,6 +166,7 @@ class StudyTexts:
     shards: tuple[Shard, ...]
     calibration_windows: tuple[list[int], ...]
     moments: MomentsText
+    distillation: DistillationText
     digest: str
     unseen: Callable[[], tuple[Shard, ...]] = tuple
 

@@ -172,6 +172,8 @@ def test_answers_without_a_seed_are_drawn_together(llama):
     assert [a.tokens for a in cold] == [a.tokens for a in greedy]
     first = Engine(str(llama), SETTINGS).generate(prompts, free)
     assert [a.tokens for a in Engine(str(llama), SETTINGS).generate(prompts, free)] == [a.tokens for a in first]
+    other = Engine(str(llama), dataclasses.replace(SETTINGS, seed=1)).generate(prompts, free)
+    assert [a.tokens for a in other] != [a.tokens for a in first]
 
 
 def test_a_token_is_drawn_as_often_as_the_model_says(llama):

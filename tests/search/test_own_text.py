@@ -4,12 +4,14 @@ import collections
 import dataclasses
 import io
 import json
+import math
 import shutil
 
 import pytest
 import rich.console
 
 from compressors.model.checkpoint import Checkpoint
+from evaluator import texts
 from evaluator.backends import EngineSettings
 from evaluator.errors import BackendUnavailable, TextError
 from evaluator.process import EngineProcess
@@ -89,10 +91,51 @@ def test_some_of_each_kind_is_kept_from_every_fit(prepare, tmp_path):
     assert prepare(calibration=[mine]).texts.unseen() == ()
 
 
+def test_a_distillation_learns_from_as_many_tokens_of_each_text_as_there_are(prepare, tmp_path, monkeypatch, written):
+    mine = str(tmp_path / "mine.txt")
+    monkeypatch.setattr("compressors.distillation.repair.TOKENS", 90 * 32)
+    given = prepare(calibration=[mine])
+    (windows,) = given.texts.distillation.windows.values()
+    tokenizer = given.texts.moments.tokenizer
+    every = texts.all_windows(tokenizer, given.texts.moments.domains["0-mine"], 32)
+    assert windows == every if len(every) <= 90 else len(windows) == 90
+    assert not written
+
+    mixed = prepare(calibration=[mine, "self"])
+    learned = mixed.texts.distillation.windows
+    kinds = set(learned) - {"0-mine"}
+    assert len(learned["0-mine"]) == min(len(every), math.ceil(90 / (1 + len(kinds))))
+    assert 90 <= sum(map(len, learned.values())) <= 90 + len(learned)
+    assert max(len(learned[kind]) for kind in kinds) - min(len(learned[kind]) for kind in kinds) <= 1
+    flat = [tuple(window) for windows in learned.values() for window in windows]
+    assert len(set(flat)) == len(flat)
+    told = " ".join(tokenizer.decode(window) for window in flat)
+    assert not any(tokenizer.decode(window[4:20]) in told for (window,) in mixed.texts.unseen())
+
+    heavy = prepare(calibration={mine: 8, "self": 1}).texts.distillation.windows
+    assert len(heavy["0-mine"]) == min(len(every), math.ceil(90 * 8 / 9))
+    assert 90 <= sum(map(len, heavy.values())) <= 90 + len(heavy)
+    alone = prepare(calibration="self").texts.distillation.windows
+    assert set(alone) == kinds
+    assert 90 <= sum(map(len, alone.values())) <= 90 + len(alone)
+
+
+def test_what_a_distillation_learns_from_is_part_of_a_plans_digest(prepare, tmp_path, monkeypatch):
+    study = prepare(calibration=[str(tmp_path / "mine.txt")])
+    plan = dataclasses.replace(study.model.identity, intermediate_size=128, repair="distill")
+    ridge = dataclasses.replace(plan, repair="ridge")
+    before = [keys.plan_digest(study, one) for one in (plan, ridge)]
+    monkeypatch.setattr("compressors.distillation.repair.TOKENS", 20 * 32)
+    fewer = prepare(calibration=[str(tmp_path / "mine.txt")])
+    after = [keys.plan_digest(fewer, one) for one in (plan, ridge)]
+    assert before[0] != after[0]
+    assert before[1] == after[1]
+
+
 def test_a_model_that_writes_too_little_is_asked_once():
     asked = []
 
-    def write(tokens):
+    def write(tokens, part):
         asked.append(tokens)
         raise TextError("too little")
 
