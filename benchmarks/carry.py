@@ -33,6 +33,7 @@ from evaluator import backends, embedded_texts, quality, shared_text, texts
 from evaluator.backends import EngineSettings
 from search import files
 from search.setup import machine, own_text, sources
+from search.setup.texts import DistillationText
 
 WHOLE = {"W4A16": {"precision": "W4A16", "quantizer": "gptq", "group_size": 64}}
 
@@ -52,6 +53,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="in domain")
     parser.add_argument("--left-out-tokens", type=int, default=4096, help="of each kind")
     parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--distill-tokens", type=int, default=distillation.TOKENS)
+    parser.add_argument("--learning-rate", type=float, default=distillation.LEARNING_RATE, help="at a width of 576")
     parser.add_argument("--plans", type=json.loads, default={**repair.SMOLLM2, **WHOLE})
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("outputs/benchmark"))
     parser.add_argument("--json", type=pathlib.Path, help="a line for each row is appended to it")
@@ -59,8 +62,9 @@ def main() -> None:
 
     path = sources.resolve(arguments.model, files.CACHE)
     base = Checkpoint.read(path)
-    kind, own = family.family_of(base), CompressionPlan.identity(base.config)
+    kind, identity = family.family_of(base), CompressionPlan.identity(base.config)
     tokenizer, device = AutoTokenizer.from_pretrained(path), machine.best_device()
+    distillation.TOKENS, distillation.LEARNING_RATE = arguments.distill_tokens, arguments.learning_rate
     if arguments.half:
         second_moments.compute_dtype = stream.compute_dtype = lambda device: torch.bfloat16
         plain = distillation.settings
@@ -69,8 +73,8 @@ def main() -> None:
     writer = own_text.Writer(
         path, base.digest(), tokenizer, arguments.work, writers, EngineSettings(device), repair.say
     )
-    wanted = arguments.window * max(arguments.windows)
-    mixes = {fit: calibration(fit, functools.partial(writer.domains, wanted)) for fit in arguments.fit}
+    own = own_text.OwnText(writer.domains, tokenizer, arguments.window, max(arguments.windows))
+    mixes = {fit: calibration(fit, own.fitted) for fit in arguments.fit}
     if arguments.other:
         left_out = {file.stem: texts.read_documents([file]) for file in arguments.other}
     else:
@@ -100,12 +104,13 @@ def main() -> None:
             began = time.monotonic()
             moments = second_moments.collect(base, windows, place, device)
             collected = time.monotonic() - began
+            moments = dataclasses.replace(moments, more=functools.partial(lessons, fit, own))
             statistics = activations.calibrate(
                 base, [window for those in windows.values() for window in those][::4], device
             )
             for cut in arguments.cuts:
                 for how in arguments.how:
-                    plan = dataclasses.replace(own, **arguments.plans[cut], **choices(arguments.plans[cut])[how])
+                    plan = dataclasses.replace(identity, **arguments.plans[cut], **choices(arguments.plans[cut])[how])
                     began = time.monotonic()
                     made = build.apply(plan, base, kind, statistics, moments=moments, simulate=True, device=device)
                     made = made.to_model(device, torch.float32)
@@ -131,6 +136,13 @@ def calibration(fit: str, own: Callable[[], dict[str, list[texts.Document]]]) ->
         else:
             domains[pathlib.Path(part).stem] = texts.read_documents([part])
     return domains
+
+
+def lessons(fit: str, own: own_text.OwnText) -> dict[str, list[list[int]]]:
+    """Return what a distillation learns from."""
+    given = calibration(fit, dict)
+    writes = own.at_least if "self" in fit.split("+") else None
+    return DistillationText(given, writes, own.tokenizer, own.window, distillation.TOKENS).windows
 
 
 def shards_of(tokenizer, documents, tokens, window):  # type: ignore[no-untyped-def]
