@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,7 @@ class OwnText:
     tokenizer: Any
     window: int
     windows: int
+    _one: threading.Lock = dataclasses.field(default_factory=threading.Lock, init=False, repr=False)
 
     def fitted(self) -> dict[str, list[Document]]:
         """Return the documents to fit to, by kind. Raises what `Writer.domains` raises."""
@@ -232,9 +234,14 @@ class OwnText:
         cut = [texts.all_windows(self.tokenizer, documents, self.window)[:UNSEEN] for documents in parts.values()]
         return tuple([window] for windows in cut for window in windows)
 
-    @functools.cached_property
+    @property
     def _written(self) -> dict[str, list[Document]] | TextError:
         """What the model writes, or why it is too little: that takes minutes, and is found out once."""
+        with self._one:
+            return self._found
+
+    @functools.cached_property
+    def _found(self) -> dict[str, list[Document]] | TextError:
         held = UNSEEN * self.window
         try:
             return self.write(self.window * self.windows + held + 2 * LENGTH, 0)  # a document is not cut in two

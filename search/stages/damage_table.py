@@ -8,10 +8,12 @@ grows with the loss.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -260,6 +262,8 @@ def damage_table(setting: Setting, screener: Screener, say: Say) -> DamageTable:
     missing = [plan for plan in wanted(setting) if plan not in scored and _buildable(setting, plan)]
     base = screener.base_nll(say)
     fits = any(build.needs_moments(plan) for plan in missing)  # then the base model writes anyway, if it is asked to
+    if fits and setting.machine.device == "cuda":  # on a CPU the two would only disturb each other
+        while_writing(setting, screener, missing, say)
     for number, plan in enumerate(missing, start=1):
         say(f"damage table: plan {number} of {len(missing)}")
         try:
@@ -270,6 +274,23 @@ def damage_table(setting: Setting, screener: Screener, say: Say) -> DamageTable:
         table = dataclasses.replace(table, entries=(*table.entries, Entry(plan, loss)))
         cached.keep_json(path_of(setting), table.to_dict())
     return table
+
+
+def while_writing(setting: Setting, screener: Screener, plans: Sequence[CompressionPlan], say: Say) -> None:
+    """Score the plans that rest on no second moments, while the base model writes its part of the text for the others.
+
+    On a GPU the engine that it writes with takes up to a minute to start. What fails is told by what asks for it next.
+    """
+
+    def write() -> None:
+        with contextlib.suppress(Exception, KeyboardInterrupt):
+            setting.texts.unseen()
+
+    threading.Thread(target=write, daemon=True).start()
+    for plan in plans:
+        if not build.needs_moments(plan):
+            with contextlib.suppress(CompressionError, EvaluationError):
+                screener.cheap(plan, say)
 
 
 def _buildable(setting: Setting, plan: CompressionPlan) -> bool:

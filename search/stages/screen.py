@@ -146,9 +146,11 @@ class Screener:
         own = path.with_name(f"unseen-{named}-{path.name}")
         known = Screen.read(own, len(shards))
         if known is None:
+            first = self._setting.texts.shards[:FEW]
             base, reference = self._base(say), self._unseen_base(shards, say)
             with _model(self._setting, plan, say, STRENGTH) as model:
-                _on(model, self._setting.texts.shards[:FEW], base).write(path)
+                if Screen.read(path, len(first)) is None:
+                    _on(model, first, base).write(path)
                 known = _on(model, shards, reference)
             known.write(own)
         return known

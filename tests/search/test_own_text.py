@@ -6,10 +6,13 @@ import io
 import json
 import math
 import shutil
+import threading
+import time
 
 import pytest
 import rich.console
 
+from compressors import build
 from compressors.model.checkpoint import Checkpoint
 from evaluator import texts
 from evaluator.backends import EngineSettings
@@ -172,6 +175,57 @@ def test_the_damage_table_shows_what_is_lost_on_own_text(prepare, tmp_path, monk
     unfitted = damage_table.damage_table(dataclasses.replace(study, file=plain), screener, silent)
     assert not built  # nothing is fitted, and so nothing need be written
     assert {entry.loss.own_kl for entry in unfitted.entries if entry.plan.repair == "none"} == {None}
+
+
+def test_plans_that_need_no_text_of_the_model_are_scored_while_it_writes(prepare, tmp_path, monkeypatch):
+    space = Space(num_hidden_layers={"low": 2, "high": 3}, intermediate_size=128, precision=["W8A8"], repair=["ridge"])
+
+    def of(outputs):
+        study = prepare(calibration=["self", str(tmp_path / "mine.txt")], outputs=outputs)
+        return dataclasses.replace(study, file=study.file.model_copy(update={"space": space}))
+
+    expected = damage_table.damage_table(of("one"), screen.Screener(of("one")), silent)
+    study, told, scored = of("two"), [], []
+    screener = screen.Screener(study)
+    write, cheap = own_text.Writer.domains, screen.Screener.cheap
+    started = threading.Event()
+
+    def writing(self, *asked):
+        assert started.wait(60.0)  # nothing waits for the text before this plan is scored
+        return write(self, *asked)
+
+    def scoring(self, plan, say):
+        found = cheap(self, plan, say)
+        scored.append(plan)
+        started.set()
+        return found
+
+    monkeypatch.setattr(own_text.Writer, "domains", writing)
+    monkeypatch.setattr(screen.Screener, "cheap", scoring)
+    plans = damage_table.wanted(study)
+    damage_table.while_writing(study, screener, plans, told.append)
+    assert scored
+    assert not any(build.needs_moments(plan) for plan in scored)
+    assert {plan.precision for plan in scored} >= {"W8A8"}
+    assert damage_table.damage_table(study, screener, silent) == expected
+    assert any(entry.loss.own_kl for entry in expected.entries)
+
+
+def test_a_model_is_asked_once_by_two_threads():
+    asked = []
+
+    def write(tokens, part):
+        asked.append(tokens)
+        time.sleep(0.2)
+        raise TextError("too little")
+
+    own = own_text.OwnText(write, None, 32, 4)
+    threads = [threading.Thread(target=own.unseen) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(asked) == 1
 
 
 def test_another_engine_writes_where_the_first_one_fails(pico_llama, tmp_path, monkeypatch):
