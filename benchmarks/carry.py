@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="in domain")
     parser.add_argument("--left-out-tokens", type=int, default=4096, help="of each kind")
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--distill-tokens", type=int, default=distillation.TOKENS)
+    parser.add_argument("--distill-tokens", type=int, help="[default: the shipped number on this device]")
     parser.add_argument("--learning-rate", type=float, default=distillation.LEARNING_RATE, help="at a width of 576")
     parser.add_argument("--plans", type=json.loads, default={**repair.SMOLLM2, **WHOLE})
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("outputs/benchmark"))
@@ -64,7 +64,9 @@ def main() -> None:
     base = Checkpoint.read(path)
     kind, identity = family.family_of(base), CompressionPlan.identity(base.config)
     tokenizer, device = AutoTokenizer.from_pretrained(path), machine.best_device()
-    distillation.TOKENS, distillation.LEARNING_RATE = arguments.distill_tokens, arguments.learning_rate
+    distillation.LEARNING_RATE = arguments.learning_rate
+    if arguments.distill_tokens is not None:
+        distillation.TOKENS = distillation.TOKENS_ON_GPU = arguments.distill_tokens
     if arguments.half:
         second_moments.compute_dtype = stream.compute_dtype = lambda device: torch.bfloat16
         plain = distillation.settings
@@ -142,7 +144,9 @@ def lessons(fit: str, own: own_text.OwnText) -> dict[str, list[list[int]]]:
     """Return what a distillation learns from."""
     given = calibration(fit, dict)
     writes = own.at_least if "self" in fit.split("+") else None
-    return DistillationText(given, writes, own.tokenizer, own.window, distillation.TOKENS).windows
+    return DistillationText(
+        given, writes, own.tokenizer, own.window, distillation.tokens_on(machine.best_device())
+    ).windows
 
 
 def shards_of(tokenizer, documents, tokens, window):  # type: ignore[no-untyped-def]

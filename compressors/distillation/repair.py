@@ -21,7 +21,7 @@ from compressors.model.checkpoint import Checkpoint, LazyTensor
 from compressors.model.family import FLOATS
 
 VERSION = 2  # increase it when the same cut would be repaired differently
-TOKENS = 262_144
+TOKENS, TOKENS_ON_GPU = 262_144, 1_048_576  # a GPU takes a minute or two for four times as many
 BATCH_TOKENS = 2048  # few, so that so few tokens are 128 updates
 EVALUATIONS = 4
 LEARNING_RATE, AT_WIDTH = 2e-4, 576  # at that hidden size; it falls with the square root of the width
@@ -56,7 +56,7 @@ def repaired(
 
     with torch.inference_mode(False), torch.enable_grad():  # whoever reads the weights may have switched gradients off
         student = _in_memory(cut)
-        how = settings(cut, len(trained[0]), len(judged))
+        how = settings(cut, len(trained[0]), len(judged), tokens_on(device))
         made = distill.distill(student, base, trained, judged, how, device, work, progress).checkpoint
         weights = {name: made.tensors[name].load() for name in names(cut)}
     shutil.rmtree(work, ignore_errors=True)
@@ -83,15 +83,20 @@ def parted(windows: Windows) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
     return trained, judged or trained[-1:]
 
 
-def settings(cut: Checkpoint, length: int, judges: int) -> Distillation:
-    """Return the settings of the distillation of a model on windows of `length` tokens, `judges` of which judge."""
+def tokens_on(device: str) -> int:
+    """Return how many tokens a distillation on a device takes."""
+    return TOKENS_ON_GPU if device.startswith("cuda") else TOKENS
+
+
+def settings(cut: Checkpoint, length: int, judges: int, tokens: int) -> Distillation:
+    """Return the settings of a distillation with so many tokens on windows of `length`, `judges` of which judge."""
     width = int(cut.config["hidden_size"])
     return Distillation(
-        tokens=TOKENS,
+        tokens=tokens,
         batch_tokens=max(BATCH_TOKENS, length),
         window=length,
         learning_rate=LEARNING_RATE * math.sqrt(AT_WIDTH / max(width, AT_WIDTH)),
-        evaluate_every=TOKENS // EVALUATIONS,
+        evaluate_every=tokens // EVALUATIONS,
         held_out_windows=judges,
         compiled=False,  # it would take longer than all the rest
     )

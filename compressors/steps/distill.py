@@ -55,5 +55,15 @@ def _key(made: Build) -> str:
     turned = [made.plan.rotation, rotation.VERSION] if made.basis is not None else None
     assert made.moments is not None
     fitted_to = [made.moments.weights, made.moments.strength, made.moments.lessons()]
-    how = [VERSIONS["repair", "distill"], made.device, list(made.layers), chosen, dimensions, turned, fitted_to]
+    settings = [distillation.tokens_on(made.device), distillation.BATCH_TOKENS, distillation.LEARNING_RATE]
+    how = [
+        VERSIONS["repair", "distill"],
+        settings,
+        made.device,
+        list(made.layers),
+        chosen,
+        dimensions,
+        turned,
+        fitted_to,
+    ]
     return hashlib.sha256(json.dumps(how).encode()).hexdigest()[:24]

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,7 @@ VERSION = 2  # increase it when other text would be written
 TEMPERATURE = 1.0
 LENGTH = 256  # the most tokens of a document
 AT_ONCE, ON_GPU = 64, (16, 64, 128)  # documents that are written together; on a GPU, sizes of CUDA graphs
-ROUND, ROUND_ON_GPU = 64, 1024  # documents that are asked for at a time, which take minutes on a CPU
-CALL_TIMEOUT_S = 3600.0  # for those
+CALL_TIMEOUT_S = 3600.0  # for those, which take minutes on a CPU
 YIELD = 0.8  # share of LENGTH that a document is expected to hold, as long as none of its kind was written
 MOST_DROPPED = 4  # as many times the wanted tokens are written before it is given up
 UNSEEN = 2  # windows of each kind that nothing is fitted to
@@ -59,6 +58,7 @@ ASKED = (  # the requests of chats
 )
 
 Prompts = Iterator[list[int]]
+Domains = Mapping[str, Sequence[Document]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +127,17 @@ class Writer:
         )
         try:
             with EngineProcess(backend, self.path, settings, log=self.directory / "own-text.log") as engine:
-                return self._of_kinds(engine, tokens, part, ROUND_ON_GPU if on_gpu else ROUND)
+                return self._of_kinds(engine, tokens, part, max(ON_GPU) if on_gpu else AT_ONCE)
         except (NotFinite, TextError):  # as a model with a broken weight writes
             require_finite(Checkpoint.read(self.path), "the base model's")
             raise
 
     def _of_kinds(self, engine: EngineProcess, tokens: int, part: int, most: int) -> dict[str, list[str]]:
-        """Return texts that are neither empty nor repetition, by kind, each kind with at least `tokens` tokens."""
+        """Return texts that are neither empty nor repetition, by kind, each kind with at least `tokens` tokens.
+
+        As many are asked for at a time as are written together: a step of vLLM that reads a prompt too takes five times
+        as long, and documents that wait for a place would begin in nearly every step.
+        """
         every = {kind: _Kind(make()) for kind, make in kinds(self.tokenizer, part).items()}
         limits = Limits(LENGTH, temperature=TEMPERATURE, seed=None)
         while lacking := {kind: its for kind, its in every.items() if its.kept < tokens}:
@@ -200,17 +204,17 @@ class OwnText:
         windows: The windows of each kind that are fitted to.
     """
 
-    write: Callable[[int, int], dict[str, list[Document]]]
+    write: Callable[[int, int], Domains]
     tokenizer: Any
     window: int
     windows: int
     _one: threading.Lock = dataclasses.field(default_factory=threading.Lock, init=False, repr=False)
 
-    def fitted(self) -> dict[str, list[Document]]:
+    def fitted(self) -> Domains:
         """Return the documents to fit to, by kind. Raises what `Writer.domains` raises."""
         return self._parts[0]
 
-    def at_least(self, windows: int) -> dict[str, list[Document]]:
+    def at_least(self, windows: int) -> Domains:
         """Return documents that hold at least so many windows of each kind: those to fit to, and more if need be.
 
         Raises what `Writer.domains` raises.
@@ -235,13 +239,13 @@ class OwnText:
         return tuple([window] for windows in cut for window in windows)
 
     @property
-    def _written(self) -> dict[str, list[Document]] | TextError:
+    def _written(self) -> Domains | TextError:
         """What the model writes, or why it is too little: that takes minutes, and is found out once."""
         with self._one:
             return self._found
 
     @functools.cached_property
-    def _found(self) -> dict[str, list[Document]] | TextError:
+    def _found(self) -> Domains | TextError:
         held = UNSEEN * self.window
         try:
             return self.write(self.window * self.windows + held + 2 * LENGTH, 0)  # a document is not cut in two
@@ -249,7 +253,7 @@ class OwnText:
             return error
 
     @functools.cached_property
-    def _parts(self) -> tuple[dict[str, list[Document]], dict[str, list[Document]]]:
+    def _parts(self) -> tuple[Domains, Domains]:
         written, held = self._written, UNSEEN * self.window
         if isinstance(written, TextError):
             raise written

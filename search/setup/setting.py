@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -247,39 +248,20 @@ def prepare(
         )
     wide = device == "cpu" or identity.precision == "float32"
     require_memory(base.total_parameters * (4 if wide else 2), device, "the base model")
-    tokenizer = tokenizer_of(path)
-    digest = checkpoint.digest_of(path, CACHE / "digests")
-    writer = Writer(
-        path, digest, tokenizer, file.outputs / "calibration", _writers(backend), _writing(file, device), say
-    )
-    most = max(file.text.moments_windows, file.text.calibration_windows)
-    own = OwnText(writer.domains, tokenizer, file.text.window, most)
-    domains, shards, windows = read_texts(file, tokenizer, own.fitted, warn)
-    weigh = functools.partial(calibration_weights, file)
-    alone = set(file.text.calibration_names) == {SELF}
-    writes: Callable[[int], Domains] | None = own.at_least if alone else None
-    if file.text.writes_beside:
-        writes = functools.partial(_or_none, own.at_least, warn)
+    with ThreadPoolExecutor(1) as hashing:  # which takes seconds, as reading the texts does
+        digest = hashing.submit(checkpoint.digest_of, path, CACHE / "digests")
+        tokenizer = tokenizer_of(path)
+
+        def write(tokens: int, part: int) -> Domains:
+            directory, engine = file.outputs / "calibration", _writing(file, device)
+            writer = Writer(path, digest.result(), tokenizer, directory, _writers(backend), engine, say)
+            return writer.domains(tokens, part)
+
+        its_texts = _texts(file, tokenizer, write, device, warn)
     setting = Setting(
         file=file,
-        model=BaseModel(path, base, digest, its_family, identity),
-        texts=StudyTexts(
-            shards=shards,
-            calibration_windows=windows,
-            moments=MomentsText(
-                domains,
-                tokenizer,
-                file.text.window,
-                file.text.moments_windows,
-                functools.partial(_or_none, own.fitted, warn) if file.text.writes_beside else dict,
-                weigh,
-            ),
-            distillation=DistillationText(
-                {} if alone else domains, writes, tokenizer, file.text.window, distillation.TOKENS, weigh
-            ),
-            digest=texts.text_digest([window for shard in shards for window in shard]),
-            unseen=own.unseen if SELF in file.text.calibration_names else tuple,
-        ),
+        model=BaseModel(path, base, digest.result(), its_family, identity),
+        texts=its_texts,
         machine=Machine(
             backend, device, device_name(device), engine_version(backend), capability=compute_capability(device)
         ),
@@ -293,6 +275,28 @@ def prepare(
     if search and engine:
         require_server(file, backend, setting.engine_settings.max_model_len)
     return setting
+
+
+def _texts(file: StudyFile, tokenizer: Any, write: Callable[[int, int], Domains], device: str, warn: Say) -> StudyTexts:
+    """Read the study's texts; `write` has the base model write text, see `Writer.domains`."""
+    own = OwnText(write, tokenizer, file.text.window, max(file.text.moments_windows, file.text.calibration_windows))
+    domains, shards, windows = read_texts(file, tokenizer, own.fitted, warn)
+    weigh = functools.partial(calibration_weights, file)
+    alone = set(file.text.calibration_names) == {SELF}
+    beside = functools.partial(_or_none, own.fitted, warn) if file.text.writes_beside else dict
+    more: Callable[[int], Domains] | None = own.at_least if alone else None
+    if file.text.writes_beside:
+        more = functools.partial(_or_none, own.at_least, warn)
+    return StudyTexts(
+        shards=shards,
+        calibration_windows=windows,
+        moments=MomentsText(domains, tokenizer, file.text.window, file.text.moments_windows, beside, weigh),
+        distillation=DistillationText(
+            {} if alone else domains, more, tokenizer, file.text.window, distillation.tokens_on(device), weigh
+        ),
+        digest=texts.text_digest([window for shard in shards for window in shard]),
+        unseen=own.unseen if SELF in file.text.calibration_names else tuple,
+    )
 
 
 def _or_none(own: Callable[..., Domains], warn: Say, *windows: int) -> Domains:

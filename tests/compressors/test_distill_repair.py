@@ -122,7 +122,7 @@ def test_the_learning_rate_falls_with_the_width(base):
     rates = []
     for width in (64, 576, 2304):
         wide = dataclasses.replace(base, config={**base.config, "hidden_size": width})
-        settings = distillation.settings(wide, 512, 1)
+        settings = distillation.settings(wide, 512, 1, 262_144)
         rates.append(settings.learning_rate)
         assert (settings.window, settings.batch) == (512, 4)
     assert rates == [2e-4, 2e-4, pytest.approx(1e-4)]

@@ -25,7 +25,8 @@ class Ended:
 @pytest.fixture(autouse=True)
 def a_few_tokens_are_distilled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of a few thousand weights learns for a second."""
-    monkeypatch.setattr("compressors.distillation.repair.TOKENS", 16_384)
+    for name in ("TOKENS", "TOKENS_ON_GPU"):
+        monkeypatch.setattr(f"compressors.distillation.repair.{name}", 16_384)
 
 
 @pytest.fixture
