@@ -17,9 +17,8 @@ import optuna
 
 from evaluator.measurement import Measurement
 from search.study import mlflow_runs, storage
-from search.study import trials as study_trials
 
-WORK = ("screen", "build", "measure")
+WORK = ("cheap screen", "screen", "build", "measure")
 
 
 def main() -> None:
@@ -38,7 +37,7 @@ def main() -> None:
         began = time.thread_time()
         runs = mlflow_runs._Runs("overhead", study.study_name, baseline, 0.5)
         started = time.thread_time()
-        runs.catch_up(study_trials.finished(trials))
+        runs.catch_up(study)
         ended = time.thread_time()
     print(
         f"MLflow's thread: {started - began:.2f} s for its store, {ended - started:.2f} s for the trials, beside them"

@@ -181,6 +181,7 @@ class _Curve:
     highest: float
     between: Any
     error: float
+    known: dict[float, float] = dataclasses.field(default_factory=dict, compare=False)  # a size has few values
 
     @classmethod
     def through(cls, levels: Mapping[float, Loss]) -> _Curve | None:
@@ -194,7 +195,9 @@ class _Curve:
     def at(self, value: float) -> float:
         if value < self.lowest:
             return self.at_lowest + self.slope * (value - self.lowest)
-        return float(self.between(min(value, self.highest)))
+        if value not in self.known:
+            self.known[value] = float(self.between(min(value, self.highest)))
+        return self.known[value]
 
 
 def path_of(setting: Setting) -> Path:

@@ -54,6 +54,7 @@ class ForecastSampler(optuna.samplers.BaseSampler):
         self._forecast, self._running_mean = forecast, running_mean
         self._random = np.random.default_rng(seed)
         self._independent = optuna.samplers.RandomSampler(seed=seed)
+        self._plans: dict[tuple[tuple[str, Any], ...], CompressionPlan] = {}
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Return the whole search space of the study file."""
@@ -215,8 +216,10 @@ class ForecastSampler(optuna.samplers.BaseSampler):
         return beliefs.Beliefs(self._forecast, goal, self._plan, residuals)
 
     def _plan(self, params: Mapping[str, Any]) -> CompressionPlan:
-        setting = self._forecast.setting
-        return space.plan_of(params, setting.file.space, setting.model.identity)
+        key, setting = tuple(params.items()), self._forecast.setting
+        if key not in self._plans:  # each candidate is looked at several times
+            self._plans[key] = space.plan_of(params, setting.file.space, setting.model.identity)
+        return self._plans[key]
 
     def _candidates(
         self,
