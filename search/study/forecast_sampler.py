@@ -33,7 +33,7 @@ from search.study.beliefs import Params
 
 DRAWN = 1000  # plans of the random sample
 FRONT_OF = 400  # plans at random, and as many of the best, among which the front is looked for
-AT_ONCE = 32  # plans that are looked at together, from the most promising one down
+AT_ONCE = 128  # plans that are looked at together, from the most promising one down
 ROUNDS, BEST = 3, 10  # of the neighbours of the best: how often, and of how many
 MISSED = 1e3  # by which missing a bound weighs more than what the goal optimizes
 NOTHING_LEFT = "nothing_left"  # the system attribute of a trial whose plan can't win, as no other can; it says why
