@@ -118,6 +118,14 @@ def test_one_window_in_eight_of_each_text_judges():
     assert distillation.parted({"c": [[30] * 4]}) == ([[30] * 4], [[30] * 4])
 
 
+def test_of_much_text_a_few_windows_judge():
+    windows = {"a": [[n] * 4 for n in range(3000)], "b": [[n] * 4 for n in range(3000, 4000)]}
+    trained, judged = distillation.parted(windows)
+    assert distillation.MOST_JUDGES // 2 < len(judged) <= distillation.MOST_JUDGES
+    assert len(trained) + len(judged) == 4000
+    assert sum(window[0] >= 3000 for window in judged) == pytest.approx(len(judged) / 4, abs=1)
+
+
 def test_the_learning_rate_falls_with_the_width(base):
     rates = []
     for width in (64, 576, 2304):
