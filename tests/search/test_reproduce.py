@@ -72,7 +72,10 @@ def home(tmp_path_factory, write_pico_model):
 
 @pytest.fixture(scope="module")
 def prepared(home):
-    return setting.prepare(compose.load("again", config_dir=home / "studies"), search=False)
+    with pytest.MonkeyPatch.context() as patch:  # as every test has it, see conftest.py
+        for name in ("TOKENS", "TOKENS_ON_GPU"):
+            patch.setattr(f"compressors.distillation.repair.{name}", 16_384)
+        return setting.prepare(compose.load("again", config_dir=home / "studies"), search=False)
 
 
 @pytest.fixture(scope="module")
