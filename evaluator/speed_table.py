@@ -184,7 +184,10 @@ class SpeedTable:
         return self._fits[batch_size].parts(shape)
 
     def error(self, batch_size: int) -> float:
-        """Return the root mean square of the errors of checks that were left out of the fit."""
+        """Return the standard error of a forecast: the root mean square error of checks that were left out of the fit.
+
+        It is no less than that of the probes' own timings, since few checks can be right by chance.
+        """
         return self._errors[batch_size]
 
     @functools.cached_property
@@ -193,7 +196,10 @@ class SpeedTable:
 
     @functools.cached_property
     def _errors(self) -> dict[int, float]:
-        return {size: _left_out_error(self.base, self.probes, size) for size in self.base_ms}
+        return {
+            size: max(_left_out_error(self.base, self.probes, size), _timing_error(self.probes, size))
+            for size in self.base_ms
+        }
 
     def with_probe(self, probe: Probe) -> SpeedTable:
         """Return the table with one more timed model; a probe of the same shape is replaced."""
@@ -318,6 +324,12 @@ def _device_fit(base: Shape, probes: Sequence[Probe], batch_size: int) -> _Fit:
     solved, _ = nnls(np.stack(rows), np.array(values))
     fixed, head = solved[:2].tolist()
     return _Fit(base, fixed, head, {name: solved[2 + 3 * i : 5 + 3 * i] for i, name in enumerate(names)})
+
+
+def _timing_error(probes: Sequence[Probe], batch_size: int) -> float:
+    """Return the root mean square of the standard errors of the probes' timings."""
+    squares = [probe.ratio_se[batch_size] ** 2 for probe in probes]
+    return math.sqrt(math.fsum(squares) / len(squares)) if squares else 0.0
 
 
 def _left_out_error(base: Shape, probes: Sequence[Probe], batch_size: int) -> float:

@@ -96,6 +96,15 @@ def test_the_error_is_that_of_checks_which_the_fit_has_not_seen():
     assert wrong.error(1) == pytest.approx(0.1 * true_time(wrong.probes[-1].shape) / true_time(BASE), rel=0.2)
 
 
+def test_a_forecast_is_no_more_certain_than_the_timings_that_it_rests_on():
+    lucky = table().with_probe(probe(check=True, num_hidden_layers=24, intermediate_size=7424))
+    noisy = tuple(dataclasses.replace(each, ratio_se={1: 0.08, 32: 0.002}) for each in lucky.probes)
+    unsure = dataclasses.replace(lucky, probes=noisy)
+    assert (unsure.error(1), unsure.error(32)) == (pytest.approx(0.08), lucky.error(32))
+    shape = dataclasses.replace(BASE, num_hidden_layers=22)
+    assert unsure.time_ratio(shape)[1] > 7 * lucky.time_ratio(shape)[1]
+
+
 def test_a_precision_without_a_probe_scales_the_reads_alone():
     made = SpeedTable(BASE, {1: 2.0}, tuple(each for each in table().probes if each.shape.precision == "bfloat16"))
     ratio, _ = made.time_ratio(dataclasses.replace(BASE, precision="FP8_DYNAMIC"))
