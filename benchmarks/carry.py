@@ -143,7 +143,7 @@ def calibration(fit: str, own: Callable[[], dict[str, list[texts.Document]]]) ->
 def lessons(fit: str, own: own_text.OwnText) -> dict[str, list[list[int]]]:
     """Return what a distillation learns from."""
     given = calibration(fit, dict)
-    writes = own.at_least if "self" in fit.split("+") else None
+    writes = own.at_least if "self" in fit.split("+") else lambda windows: {}
     return DistillationText(
         given, writes, own.tokenizer, own.window, distillation.tokens_on(machine.best_device())
     ).windows

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from evaluator.generation import Limits
 from evaluator.process import EngineProcess
 from evaluator.texts import Document
 from search.say import Say, silent
+from search.setup.texts import Domains
 
 VERSION = 2  # increase it when other text would be written
 TEMPERATURE = 1.0
@@ -58,7 +59,6 @@ ASKED = (  # the requests of chats
 )
 
 Prompts = Iterator[list[int]]
-Domains = Mapping[str, Sequence[Document]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -283,26 +283,26 @@ def _texts(file: StudyFile, tokenizer: Any, write: Callable[[int, int], Domains]
     domains, shards, windows = read_texts(file, tokenizer, own.fitted, warn)
     weigh = functools.partial(calibration_weights, file)
     alone = set(file.text.calibration_names) == {SELF}
-    beside = functools.partial(_or_none, own.fitted, warn) if file.text.writes_beside else dict
-    more: Callable[[int], Domains] | None = own.at_least if alone else None
+    writes: Callable[[int], Domains] = own.at_least if alone else lambda windows: {}
     if file.text.writes_beside:
-        more = functools.partial(_or_none, own.at_least, warn)
+        writes = functools.partial(_or_none, own.at_least, warn)
+    beside = functools.partial(writes, 0) if file.text.writes_beside else dict
     return StudyTexts(
         shards=shards,
         calibration_windows=windows,
         moments=MomentsText(domains, tokenizer, file.text.window, file.text.moments_windows, beside, weigh),
         distillation=DistillationText(
-            {} if alone else domains, more, tokenizer, file.text.window, distillation.tokens_on(device), weigh
+            {} if alone else domains, writes, tokenizer, file.text.window, distillation.tokens_on(device), weigh
         ),
         digest=texts.text_digest([window for shard in shards for window in shard]),
         unseen=own.unseen if SELF in file.text.calibration_names else tuple,
     )
 
 
-def _or_none(own: Callable[..., Domains], warn: Say, *windows: int) -> Domains:
+def _or_none(own: Callable[[int], Domains], warn: Say, windows: int) -> Domains:
     """Return what the base model writes beside other text; nothing, with a warning, where it writes too little."""
     try:
-        return own(*windows)
+        return own(windows)
     except TextError as error:
         warn(f"{error}; the other texts are used alone")
         return {}

@@ -99,8 +99,8 @@ class DistillationText:
 
     Attributes:
         given: The documents of the given domains of the calibration text.
-        own: Returns documents that the base model writes, by kind, with at least so many windows of each; None: it
-            writes none.
+        own: Returns documents that the base model writes, by kind, with at least so many windows of each; there may be
+            none.
         tokenizer: The tokenizer of the base model.
         length: The tokens in a window.
         tokens: The tokens in all.
@@ -108,7 +108,7 @@ class DistillationText:
     """
 
     given: Domains
-    own: Callable[[int], Domains] | None
+    own: Callable[[int], Domains]
     tokenizer: Any
     length: int
     tokens: int
@@ -118,13 +118,13 @@ class DistillationText:
     def windows(self) -> dict[str, list[list[int]]]:
         """The windows of token ids, by domain. Raises TextError where the base model is to write and can't."""
         count = -(-self.tokens // self.length)
-        kinds = [] if self.own is None else list(self.own(0))
+        kinds = list(self.own(0))
         share = self._shares([*self.given, *kinds])
         found = {
             name: _spread(texts.all_windows(self.tokenizer, documents, self.length), math.ceil(count * share[name]))
             for name, documents in self.given.items()
         }
-        if self.own is None or not kinds:
+        if not kinds:
             return found
         missing = max(count - sum(map(len, found.values())), 0)
         of_own = math.fsum(share[kind] for kind in kinds)

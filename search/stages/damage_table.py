@@ -181,7 +181,6 @@ class _Curve:
     highest: float
     between: Any
     error: float
-    known: dict[float, float] = dataclasses.field(default_factory=dict, compare=False)  # a size has few values
 
     @classmethod
     def through(cls, levels: Mapping[float, Loss]) -> _Curve | None:
@@ -190,14 +189,13 @@ class _Curve:
         x, y = np.array(list(levels)), np.array([loss.nll for loss in levels.values()])
         slope = float((y[1] - y[0]) / (x[1] - x[0]))
         error = sorted(loss.nll_se for loss in levels.values())[len(levels) // 2]
-        return cls(float(x[0]), float(y[0]), slope, float(x[-1]), PchipInterpolator(x, y), error)
+        between = functools.cache(PchipInterpolator(x, y))  # a size has few values, and many plans
+        return cls(float(x[0]), float(y[0]), slope, float(x[-1]), between, error)
 
     def at(self, value: float) -> float:
         if value < self.lowest:
             return self.at_lowest + self.slope * (value - self.lowest)
-        if value not in self.known:
-            self.known[value] = float(self.between(min(value, self.highest)))
-        return self.known[value]
+        return float(self.between(min(value, self.highest)))
 
 
 def path_of(setting: Setting) -> Path:

@@ -6,6 +6,7 @@ Each quantity that the goal optimizes or bounds has a process of its own. A size
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -106,14 +107,10 @@ class Beliefs:
     goal: Goal
     plan_of: Callable[[Params], CompressionPlan]
     residuals: Mapping[str, Residual]
-    _scores: dict[CompressionPlan, Score] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
-    def expected(self, params: Params) -> Score:
-        """Return what the candidate's plan is forecast to score."""
-        plan = self.plan_of(params)
-        if plan not in self._scores:
-            self._scores[plan] = self.forecast.expected(plan)
-        return self._scores[plan]
+    @functools.cached_property
+    def _expected(self) -> Callable[[CompressionPlan], Score]:
+        return functools.cache(self.forecast.expected)
 
     def of(self, quantity: str, candidates: Sequence[Params]) -> Both:
         """Return the mean and the standard error of a quantity, larger for better plans, for each candidate."""
@@ -121,7 +118,7 @@ class Beliefs:
             sizes = [self.forecast.setting.size_ratio(self.plan_of(params)) for params in candidates]
             return 1.0 - np.array(sizes), np.full(len(sizes), LEAST_ERROR)
         name = _own_name(quantity)
-        expected = [self.expected(params) for params in candidates]
+        expected = [self._expected(self.plan_of(params)) for params in candidates]
         mean = np.array([getattr(each, name) for each in expected])
         error = np.array([getattr(each, f"{name}_se") for each in expected])
         if name in self.residuals:
@@ -160,7 +157,7 @@ class Beliefs:
         Where tasks count, the error of what text tells of Perf is inf: no plan is ruled out by it.
         """
         plans = [self.plan_of(params) for params in candidates]
-        scores = [self.expected(params) for params in candidates]
+        scores = [self._expected(plan) for plan in plans]
         for name in quantities(self.goal):
             means, errors = self.of(name, candidates)
             if self.forecast.setting.tasks and name != "speed_norm":
