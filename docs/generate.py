@@ -68,7 +68,8 @@ the defaults below. Any key can also be set on the command line, as in `text.win
 the composed result.
 
 `defaults` names other files as they are written: `tracking: off` is `studies/tracking/off.yaml`. `${oc.env:NAME}`
-is the value of an environment variable, which is never stored.
+is the value of an environment variable, which is never stored. A key that has no default and is `???` has to be given
+on the command line.
 """
 
 CHOICES_INTRO = """\

@@ -20,15 +20,15 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from search import secrets
 from search.config import references, words
 from search.config.defaults import EXPERIMENTS, Parts
 from search.config.goal import GoalSection
-from search.config.space_section import Dimension, Range
 from search.config.spelling import nearest
 from search.config.study_file import StudyFile
+from search.config.validation import validate
 from search.errors import ConfigError
 
 PACKAGED = Path(__file__).resolve().parents[2] / "studies"
@@ -37,11 +37,10 @@ SHIPPED = (DEMO, "exaone4-1.2b")  # the studies of the package, which are no one
 USER_DIR = Path("studies")
 PRIMARY = "__study__"  # its defaults name the study file
 FILE = "__file__"  # the study file itself, whatever characters its name has
+OPEN = "???"  # a value that is mandatory and not given
 COMPOSING = (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError, RecursionError)
-MEMBERS = ("Range", "int")
 LISTS = ("evaluation.perf",)  # keys whose values are lists of sections
 WHOLE = {"goal": GoalSection}  # sections whose keys exclude each other: one that is given replaces what files say
-MOST_PROBLEMS = 5  # of a study file that are listed
 
 
 def studies(config_dir: Path | None = None) -> list[str]:
@@ -104,6 +103,8 @@ def load(
     for key, value in (options or {}).items():
         _set(written, key, references.literal(value) if isinstance(value, str) else value)
         _set(values, key, value)
+    if open_keys := list(_open(values)):
+        raise ConfigError(f"{where}: {', '.join(open_keys)}: left open with ???; say {open_keys[0]}=VALUE")
     if isinstance(values.get("storage"), str):
         secrets.remember_url(values["storage"])
     file = validate(values, where, [*_given(options or {}), *sources])
@@ -118,6 +119,15 @@ def _set(values: Any, key: str, value: Any) -> None:
             values[section] = {}
         values = values[section]
     values[name] = value
+
+
+def _open(values: Mapping[str, Any], section: str = "") -> Iterator[str]:
+    """Yield the keys that a file leaves to the command line, as Hydra's files do."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _open(value, f"{section}{name}.")
+        elif value == OPEN:
+            yield f"{section}{name}"
 
 
 def _given(options: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -243,45 +253,6 @@ def _read(used: Sequence[Any], study: str, parts: Parts) -> list[tuple[str, Any]
     return sources
 
 
-def _source_of(location: Sequence[Any], sources: Sequence[tuple[str, Any]]) -> str:
-    """Return the name of the file that set the value at `location`, or "" for an override or a default."""
-    for name, values in sources:
-        at = values
-        for part in location:
-            if (isinstance(at, dict) and part in at) or (isinstance(at, list) and part in range(len(at))):
-                at = at[part]
-            elif part not in MEMBERS:
-                break
-        else:
-            return name
-    return ""
-
-
-def validate(values: Any, where: str, sources: Sequence[tuple[str, Any]] = ()) -> StudyFile:
-    """Check the values of a study file.
-
-    Args:
-        values: The sections and keys, as YAML gives them.
-        where: What an error message begins with, such as "study 'demo'".
-        sources: The composed files as pairs (name, values), last one first; an error then names its file.
-
-    Raises:
-        ConfigError: A key or a value is wrong.
-    """
-    try:
-        return StudyFile.model_validate(values)
-    except ValidationError as error:
-        problems: dict[str, str] = {}  # a union reports one problem per member: the first is enough
-        for problem in error.errors():
-            if len(problems) >= MOST_PROBLEMS:
-                problems.setdefault(_where(problem), "")
-            elif _where(problem) not in problems:
-                file = _source_of(problem["loc"], sources)
-                problems[_where(problem)] = f"{file + ': ' if file else ''}{_explain(problem)}"
-        more = f"; and {len(problems) - MOST_PROBLEMS:,} more" if len(problems) > MOST_PROBLEMS else ""
-        raise ConfigError(f"{where}: " + "; ".join([*problems.values()][:MOST_PROBLEMS]) + more) from None
-
-
 def _search_path(config_dir: Path | None) -> list[Path]:
     mine = config_dir if config_dir is not None else USER_DIR
     if config_dir is not None and not config_dir.is_dir():
@@ -389,34 +360,3 @@ def _strategy(name: str) -> str:
     """Return the strategy of a file named MM-DD_strategy: `02-05_drop_layers-26` → `drop-layers-26`."""
     date, _, rest = name.partition("_")
     return (rest if rest and date.replace("-", "").isdigit() else name).replace("_", "-")
-
-
-def _where(problem: Any) -> str:
-    # pydantic adds the members of a union to the location; only keys are plain words
-    return ".".join(
-        str(part) for part in problem["loc"] if str(part).replace("_", "").isalnum() and part not in MEMBERS
-    )
-
-
-def _explain(problem: Any) -> str:
-    where = _where(problem)
-    if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown key{nearest(where.rpartition('.')[2], _keys_of_section(problem['loc']))}"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if problem["type"] == "missing":
-        message = "is required"
-    found = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
-    return f"{where + ': ' if where else ''}{message}{found}"
-
-
-def _keys_of_section(location: Sequence[Any]) -> list[str]:
-    """Return the keys of the section that holds the key at `location`."""
-    section: Any = StudyFile
-    for part in location[:-1]:
-        field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, BaseModel) else None
-        section = field.annotation if field is not None else None
-        if section == Dimension:
-            section = Range
-    if isinstance(section, type) and issubclass(section, BaseModel):
-        return list(section.model_fields)
-    return []

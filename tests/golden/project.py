@@ -14,7 +14,7 @@ from compressors import plan as plans
 from compressors.plan import CompressionPlan
 from evaluator.backends import kernels
 from search.by_hand import compress
-from search.config import compose
+from search.config import validation
 from search.setup import keys, setting
 from search.stages.bench import Bench
 from search.study import space
@@ -24,7 +24,7 @@ Setting = setting.Setting
 
 def prepare(values: dict[str, Any], *, search: bool = True) -> Setting:
     """The setting of a study file's values, on a machine and an engine that have fixed names."""
-    prepared = setting.prepare(compose.validate(values, "golden"), search=search)
+    prepared = setting.prepare(validation.validate(values, "golden"), search=search)
     machine = dataclasses.replace(prepared.machine, device_name="golden device", engine_version="golden engine 1.0")
     return dataclasses.replace(prepared, machine=machine)
 

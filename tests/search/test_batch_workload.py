@@ -8,7 +8,7 @@ import pytest
 
 from evaluator.backends import kv_bytes
 from evaluator.errors import TextError
-from search.config import compose
+from search.config import compose, validation
 from search.errors import UsageError
 from search.say import silent
 from search.setup import definition, keys, setting
@@ -33,7 +33,7 @@ def prepared(tmp_path, pico_llama):
             "evaluation": {"backend": "transformers", "device": "cpu", "workload": workload},
             "text": {"window": 32, "calibration_windows": 1, "shards": 2, **text},
         }
-        return setting.prepare(compose.validate(values, "this test"))
+        return setting.prepare(validation.validate(values, "this test"))
 
     return prepare
 

@@ -21,7 +21,7 @@ from evaluator.errors import EngineCrashed, EngineOutOfMemory
 from evaluator.process import EngineProcess
 from search import failures
 from search.by_hand import evaluate, export
-from search.config import compose
+from search.config import validation
 from search.errors import StudyStopped
 from search.failures import Fault, fault_of
 from search.setup import machine, setting, sources, texts
@@ -46,7 +46,7 @@ slow = pytest.mark.slow
 
 def file_in(home, model, **changes):
     places = {"outputs": str(home / "outputs"), "storage": f"sqlite:///{home}/studies.db"}
-    return compose.validate({**VALUES, **places, "model": {"source": str(model)}, **changes}, "this test")
+    return validation.validate({**VALUES, **places, "model": {"source": str(model)}, **changes}, "this test")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from compressors.plan import CHOICES
-from search.config import compose
+from search.config import compose, validation
 from search.config.compose import ConfigError
 from search.config.space_section import Range
 from search.config.study_file import StudyFile
@@ -187,6 +187,16 @@ def test_special_files_are_refused_wherever_a_study_names_them(tmp_path):
             compose.load(study, words, config_dir=tmp_path)
 
 
+def test_a_key_that_a_file_leaves_open_has_to_be_given(tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [_base, _self_]\nstudy_name: ???\nmodel: {source: '???'}\n")
+    with pytest.raises(ConfigError, match=r"^study 'mine': model.source, study_name: left open with \?\?\?; say model.source=V"):
+        compose.load("mine", config_dir=tmp_path)
+    with pytest.raises(ConfigError, match=r"^study 'mine': study_name: left open"):
+        compose.load("mine", ["model.source=m"], config_dir=tmp_path)
+    file = compose.load("mine", ["study_name=s"], config_dir=tmp_path, options={"model.source": "m"})
+    assert (file.study_name, file.model.source) == ("s", "m")
+
+
 def test_a_byte_order_mark_and_aliases_do_no_harm(tmp_path):
     (tmp_path / "mine.yaml").write_text("defaults: [demo, _self_]\ntrials: &n 7\nseed: *n\n", encoding="utf-8-sig")
     file = compose.load("mine", config_dir=tmp_path)
@@ -199,7 +209,7 @@ def test_an_override_with_a_number_of_thousands_of_digits_is_refused():
 
 
 def with_text(**text):
-    return compose.validate({"study_name": "s", "model": {"source": "m"}, "text": text}, "test").text
+    return validation.validate({"study_name": "s", "model": {"source": "m"}, "text": text}, "test").text
 
 
 @pytest.mark.parametrize(

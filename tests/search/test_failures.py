@@ -14,7 +14,7 @@ import pytest
 from optuna.trial import TrialState
 
 from evaluator.process import EngineProcess
-from search.config import compose
+from search.config import validation
 from search.study import status, workers
 
 
@@ -32,7 +32,7 @@ def file(tmp_path, pico_llama):
         "pruner": {"name": "none"},
         "tracking": {"mlflow": False},
     }
-    return compose.validate(values, "this test")
+    return validation.validate(values, "this test")
 
 
 def test_a_hanging_engine_and_one_without_memory_fail_only_their_trials(file, monkeypatch):

@@ -18,7 +18,7 @@ from evaluator import texts
 from evaluator.backends import EngineSettings
 from evaluator.errors import BackendUnavailable, TextError
 from evaluator.process import EngineProcess
-from search.config import compose
+from search.config import validation
 from search.config.space_section import Space
 from search.errors import ConfigError
 from search.say import silent
@@ -59,7 +59,7 @@ def prepare(tmp_path, pico_llama, monkeypatch):
             "evaluation": {"backend": "transformers", "device": "cpu"},
             "text": {"window": 32, "calibration_windows": 6, "moments_windows": 4, "shards": 2, "report": None, **text},
         }
-        return setting.prepare(compose.validate(values, "this test"), warn=warn)
+        return setting.prepare(validation.validate(values, "this test"), warn=warn)
 
     return prepared
 

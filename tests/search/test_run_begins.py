@@ -13,8 +13,8 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from compressors.plan import CompressionPlan
-from search.config.compose import validate
 from search.config.space_section import Space
+from search.config.validation import validate
 from search.errors import StudyMismatch
 from search.setup import load
 from search.setup.definition import of_file
@@ -109,7 +109,7 @@ def test_what_may_change_or_is_told_better_later_is_not_refused_early(stored, ch
 def test_a_refusal_imports_no_torch_and_takes_no_time(stored):
     program = f"""
         import sys, time
-        from search.config.compose import validate
+        from search.config.validation import validate
         from search.errors import StudyMismatch
         from search.study import early
         import search.cli

@@ -14,7 +14,7 @@ import rich.console
 from evaluator import backends, serve_bench, served, server
 from evaluator.speed_table import SpeedTable
 from evaluator.workload import Workload
-from search.config import compose
+from search.config import compose, validation
 from search.errors import UsageError
 from search.json_values import measurement_from
 from search.setup import setting
@@ -47,7 +47,7 @@ def file(pico_llama):
             "evaluation": {"backend": backend, "workload": workload},
             "text": text,
         }
-        return compose.validate(values, "this test")
+        return validation.validate(values, "this test")
 
     return make
 

@@ -14,7 +14,7 @@ from compressors.statistics import second_moments
 from compressors.steps import stream
 from evaluator import texts
 from search.by_hand import compress
-from search.config import compose
+from search.config import validation
 from search.errors import ConfigError, UsageError
 from search.say import silent
 from search.setup import collect, keys, machine, own_text, setting
@@ -52,7 +52,7 @@ def prepared(tmp_path, pico_llama):
                 **text,
             },
         }
-        return setting.prepare(compose.validate(values, "this test"), warn=warn)
+        return setting.prepare(validation.validate(values, "this test"), warn=warn)
 
     return prepare
 
