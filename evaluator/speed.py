@@ -121,7 +121,8 @@ def time_in_turn(
         progress: A function that is called with the turns done and all turns, of both engines together.
         expected_base_ms: The baseline's time per token when it was timed alone. A process can be slow for as long as
             all its turns last (one A/A run of ten on an H100: 13%). If the baseline is slower than SLOWER times this,
-            all turns are taken again, at most AGAIN times, and count together.
+            all turns are taken again, at most AGAIN times, and count together; no more of them where the baseline
+            stays as slow, since then the machine has become slower, and both engines with it.
         enough: When fewer turns are enough.
         steady: A function that calls what it is given, which takes all turns, and calls it again where the machine was
             not steady meanwhile; see `evaluator.gpu_watch.GpuWatch`.
@@ -130,14 +131,18 @@ def time_in_turn(
     def take() -> Both:
         return _collect(candidate, baseline, workload, progress, enough)
 
-    timed = steady(take)
+    timed, share = steady(take), share_of(workload)
+    timing = estimate(*timed, share)
     for _ in range(AGAIN):
-        timing = estimate(*timed, share_of(workload))
-        if expected_base_ms is None or timing.base_time_per_token_ms <= SLOWER * expected_base_ms:
-            return timing
+        slow = timing.base_time_per_token_ms
+        if expected_base_ms is None or slow <= SLOWER * expected_base_ms:
+            break
         again = steady(take)
         timed = _joined(timed[0], again[0]), _joined(timed[1], again[1])
-    return estimate(*timed, share_of(workload))
+        timing = estimate(*timed, share)
+        if SLOWER * estimate(*again, share).base_time_per_token_ms > slow:
+            break
+    return timing
 
 
 def _collect(

@@ -32,7 +32,13 @@ LITTLE = 0.02  # share of a GPU that an engine with random weights asks for; it 
 
 
 class Engines(Closing):
-    """Starts engines as the setting wants them. Use it with `with`."""
+    """Starts engines as the setting wants them. Use it with `with`.
+
+    Attributes:
+        base_ms: The base model's time per token in its last timing, in milliseconds; 0 as long as there was none.
+    """
+
+    base_ms = 0.0
 
     def __init__(self, setting: Setting) -> None:
         self._backend, self._settings = setting.machine.backend, setting.engine_settings
@@ -97,7 +103,7 @@ class Engines(Closing):
     def _end(self) -> None:
         if self._baseline is not None:
             self._baseline.close()
-            self._baseline = None
+            self._baseline, self.base_ms = None, 0.0
 
     def _end_server(self) -> None:
         if self._server is not None:

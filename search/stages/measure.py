@@ -72,13 +72,18 @@ def measure_checkpoint(
                 request,
                 against,
                 weights_sha256=weights_sha256,
-                expected_base_ms=baseline.time_per_token_ms,
+                expected_base_ms=max(baseline.time_per_token_ms, engines.base_ms),  # the machine may be slower by now
                 progress=say,
                 enough=enough,
                 first_answers=first_answers,
                 servers=servers,
             )
+            engines.base_ms = measured.base_time_per_token_ms
             then(engine)
+        slower = measured.base_time_per_token_ms / baseline.time_per_token_ms if timed else 1.0
+        if slower > speed.SLOWER:
+            note = f"the base model took {slower - 1:.0%} more time beside it than when it was measured alone"
+            measured = dataclasses.replace(measured, notes=(*measured.notes, note))
         return lengths.with_ratio(measured, baseline)
 
     measurement = once_more(in_engine, say)

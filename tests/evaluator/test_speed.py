@@ -90,6 +90,17 @@ class SlowAtFirst:
         return [self.step_s * (1.2 if self.turns >= 0 else 1.0)] * steps
 
 
+class Slowing:
+    """An engine whose time changes from one taking of five turns to the next, by these factors."""
+
+    def __init__(self, step_s, factors):
+        self.step_s, self.factors, self.turns = step_s, factors, 0
+
+    def decode_steps(self, batch_size, prompt_tokens, steps, seed):
+        self.turns += 1
+        return [self.step_s * self.factors[(self.turns - 1) // 5]] * steps
+
+
 def test_a_baseline_that_is_slow_throughout_is_timed_again():
     workload = Workload(decode_steps=4, turns=4)
     misled = speed.time_in_turn(SlowAtFirst(1e-3, 0), SlowAtFirst(2e-3, 5), workload)
@@ -97,8 +108,17 @@ def test_a_baseline_that_is_slow_throughout_is_timed_again():
     timing = speed.time_in_turn(SlowAtFirst(1e-3, 0), SlowAtFirst(2e-3, 5), workload, expected_base_ms=2.0)
     assert timing.time_ratio == pytest.approx(0.5)
     assert timing.samples == 32
+    twice = speed.time_in_turn(SlowAtFirst(1e-3, 0), Slowing(2e-3, [1.2, 1.1, 1.0]), workload, expected_base_ms=2.0)
+    assert twice.time_ratio == pytest.approx(0.5)
+    assert twice.samples == 48
+
+
+def test_a_machine_that_has_become_slower_is_not_timed_thrice():
+    workload = Workload(decode_steps=4, turns=4)
     for_ever = speed.time_in_turn(SlowAtFirst(1e-3, 0), SlowAtFirst(2e-3, 10**6), workload, expected_base_ms=2.0)
-    assert for_ever.samples == 48
+    assert for_ever.samples == 32
+    slower_yet = Slowing(2e-3, [1.2, 1.3, 1.4])
+    assert speed.time_in_turn(SlowAtFirst(1e-3, 0), slower_yet, workload, expected_base_ms=2.0).samples == 32
 
 
 def test_the_prediction_is_one_for_the_base_and_grows():
