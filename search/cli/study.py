@@ -244,10 +244,11 @@ def status_command(plot: Path | None, everything: bool, as_json: bool, **where: 
     """
     file = load_file(**where)
 
-    from search.show import plots
     from search.study import status, storage
 
     if plot is not None:
+        from search.show import plots
+
         plots.require_suffix(plot)
     state = status.of(storage.load(_existing(file.storage), file.study_name))
     if plot is not None:

@@ -121,6 +121,16 @@ def test_a_machine_that_has_become_slower_is_not_timed_thrice():
     assert speed.time_in_turn(SlowAtFirst(1e-3, 0), slower_yet, workload, expected_base_ms=2.0).samples == 32
 
 
+def test_a_baseline_that_is_slower_within_its_error_is_not_timed_again():
+    workload = Workload(decode_steps=4, turns=8)
+    quiet, noisy = Noisy(2.1e-3, 0.0001, 2), Noisy(1.9e-3, 0.4, 2)
+    again = speed.time_in_turn(Noisy(1e-3, 0.0001, 1), quiet, workload, expected_base_ms=2.0)
+    assert again.samples == 64
+    once = speed.time_in_turn(Noisy(1e-3, 0.0001, 1), noisy, workload, expected_base_ms=1.95)
+    assert once.base_time_per_token_ms > speed.SLOWER * 1.95
+    assert once.samples == 32
+
+
 def test_the_prediction_is_one_for_the_base_and_grows():
     assert speed.predicted_time_ratio(100, 100, 30, 30) == 1.0
     grid = [[speed.predicted_time_ratio(b, 100, n, 30) for n in (10, 20, 30)] for b in (25, 50, 100)]
