@@ -20,10 +20,11 @@ from compressors.model.family import Family
 from compressors.statistics.predictions import Predictions, spread
 from compressors.typed_json import typed
 
-WINDOWS = 5  # of each domain of the calibration text
+WINDOWS, FEWEST = 5, 2  # of each domain of the calibration text, the most and the fewest
+TOKENS = 15_360  # in all, where FEWEST of each domain are no more: long windows of many domains say no more
 CANDIDATES = 10  # the number of cheapest layers of a step that the next one tries
 AHEAD = 4  # the number of cheapest layers of a step that look-ahead follows
-VERSION = [2, WINDOWS, CANDIDATES, AHEAD]  # kept orders of another version are searched again
+VERSION = 2  # kept orders of another version, or with other numbers of layers that are tried, are searched again
 
 Say = Callable[[str], None]
 
@@ -65,7 +66,7 @@ def order(
     Args:
         base: The model.
         family: Its family.
-        domains: The windows of token ids by domain; WINDOWS of each are taken, spread evenly.
+        domains: The windows of token ids by domain; so many of each as `windows_of_each` says are taken, spread evenly.
         count: The number of layers to remove.
         directory: The directory of the file.
         device: The device that runs the model.
@@ -78,26 +79,33 @@ def order(
     """
     path = directory / (f"order-look-ahead-{count}.json" if look_ahead else "order.json")
     read = functools.partial(_read, layers=int(base.config["num_hidden_layers"]))
-    state = cached.known(path, read) or Order()
+    state, each = cached.known(path, read) or Order(), windows_of_each(domains)
     if len(state.removed) < count:
         with alone(path, lambda: say("leaving out layers: waiting for another process that does so")):
             state = cached.known(path, read, held=True) or Order()
             if len(state.removed) < count:
                 say("leaving out layers: reading the model")
-                windows = [window for some in domains.values() for window in spread(some, WINDOWS)]
+                windows = [window for some in domains.values() for window in spread(some, each)]
                 search = _Search(base, family, windows, device, batch or batch_of(device, max(map(len, windows))))
             while len(state.removed) < count:
                 place = f"leaving out layer {len(state.removed) + 1} of {count}"
                 ahead = look_ahead and len(state.removed) + 1 < count
                 state = search.step(state, _saying(say, place), ahead)
-                cached.keep_json(path, {"rules": VERSION, **dataclasses.asdict(state)})
+                cached.keep_json(path, {"rules": [VERSION, each, CANDIDATES, AHEAD], **dataclasses.asdict(state)})
     return state.removed[:count]
+
+
+def windows_of_each(domains: Mapping[str, Sequence[Sequence[int]]]) -> int:
+    """Return how many windows of each domain are compared: WINDOWS, or fewer where these are more than TOKENS."""
+    length = max((len(window) for some in domains.values() for window in some), default=1)
+    return max(FEWEST, min(WINDOWS, TOKENS // (max(len(domains), 1) * length)))
 
 
 def _read(path: Path, layers: int) -> Order:
     """Return the order in a file; an empty one where the file has other rules. What it raises is what is wrong."""
     stored = cached.read_json(path)
-    if stored.pop("rules") != VERSION:
+    version, _, *tried = stored.pop("rules")  # an order goes on, however many windows it began with
+    if [version, *tried] != [VERSION, CANDIDATES, AHEAD]:
         return Order()
     state = typed(Order, stored, "order")
     left = [layer for layer in range(layers) if layer not in state.removed]

@@ -470,6 +470,25 @@ def test_a_damaged_order_is_searched_again(pico_llama, domains, tmp_path, damage
     assert damages.told() == []
 
 
+def test_an_order_rests_on_few_long_windows_and_more_short_ones(pico_llama, domains, tmp_path):
+    def each(count, length):
+        return layers_by_kl.windows_of_each({f"{index}": [[0] * length] for index in range(count)})
+
+    assert [each(3, 1024), each(3, 256), each(6, 256), each(6, 1024), each(20, 4096)] == [5, 5, 5, 2, 2]
+    base = Checkpoint.read(pico_llama)
+    its_family, few = family.family_of(base), {"low": domains["low"][:1]}
+    found = layers_by_kl.order(base, its_family, few, 2, tmp_path)
+    file = tmp_path / "order.json"
+    stored = json.loads(file.read_text())
+    assert stored["rules"] == [2, 5, 10, 4]
+    begun = {"removed": found[::-1], "rules": [2, 3, 10, 4]}  # begun with fewer windows: what was measured stays true
+    del stored["sha256"]
+    file.write_text(json.dumps({**stored, **begun, "ranking": None}))
+    assert layers_by_kl.order(base, its_family, few, 2, tmp_path) == found[::-1]
+    file.write_text(json.dumps({**stored, **begun, "ranking": None, "rules": [1, 5, 10, 4]}))
+    assert layers_by_kl.order(base, its_family, few, 2, tmp_path) == found
+
+
 def test_look_ahead_takes_the_layer_that_leaves_the_cheapest_next_one(pico_llama, domains, tmp_path):
     base = in_float32(Checkpoint.read(pico_llama))
     its_family, few = family.family_of(base), {"low": domains["low"][:2]}
