@@ -37,8 +37,14 @@ def module(name: str) -> Any:
     return made
 
 
+STREAMED = re.compile(r"(builds|screens)\.(.*stream|depth-look-ahead|ffn-energy|exaone4-pca|everything)\.")
+
+
 def same(found: Any, expected: Any, where: str = "") -> Iterator[str]:
-    """Where two JSON values differ; numbers with a fraction may by 1e-5, since sums depend on libraries."""
+    """Where two JSON values differ; numbers with a fraction may by 1e-5, since sums depend on libraries.
+
+    Those of plans with `stream` may by 1%, and agreements by two tokens of 47; see `compute.py`.
+    """
     if isinstance(found, dict) and isinstance(expected, dict):
         if list(found) != list(expected) and sorted(found) != sorted(expected):
             yield f"{where}: keys {sorted(found.keys() ^ expected.keys())}"
@@ -48,7 +54,9 @@ def same(found: Any, expected: Any, where: str = "") -> Iterator[str]:
         for place, (one, other) in enumerate(zip(found, expected, strict=True)):
             yield from same(one, other, f"{where}[{place}]")
     elif isinstance(found, float) and isinstance(expected, float):
-        if not math.isclose(found, expected, rel_tol=1e-5, abs_tol=1e-6):
+        loose = STREAMED.match(where) is not None
+        few = 2 / 47 + 1e-6 if loose and ".agreement" in where else 1e-6
+        if not math.isclose(found, expected, rel_tol=1e-2 if loose else 1e-5, abs_tol=few):
             yield f"{where}: {found} instead of {expected}"
     elif found != expected:
         yield f"{where}: {found!r} instead of {expected!r}"

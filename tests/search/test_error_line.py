@@ -45,7 +45,7 @@ def test_other_errors_are_not_taken_for_exhausted_memory():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
-@pytest.mark.parametrize("words", [["doctor"], ["status"]])
+@pytest.mark.parametrize("words", [["doctor"], ["status", "--plot", "front.png"]])
 def test_a_limit_of_400_mb_ends_in_one_line(words, tmp_path):
     ended = subprocess.run(
         ["bash", "-c", 'ulimit -v 400000; exec "$@"', "-", sys.executable, "-m", "search.cli", *words],
