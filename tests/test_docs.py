@@ -13,6 +13,7 @@ import yaml
 
 from compressors.model import family
 from search.cli import main as optuna_search
+from search.cli.main import ENVIRONMENT
 from search.config import compose
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +85,10 @@ def test_a_command_that_is_shown_can_be_typed(words, config_dir):
         assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in targets)
     elif words[0].endswith("optuna-search"):
         _require_valid(words[1:], config_dir)
+    elif words[0] == "export":
+        name, _, study = words[1].partition("=")
+        assert name in dict(ENVIRONMENT)
+        compose.load(study, [], config_dir)
     else:
         assert words[0].removeprefix(".venv/bin/") in ("cp", "mlflow", "python", "./create_submit.sh", ".ci/run", "pip")
 

@@ -33,7 +33,11 @@ from search.errors import ConfigError
 
 PACKAGED = Path(__file__).resolve().parents[2] / "studies"
 DEMO = "demo"
-SHIPPED = (DEMO, "exaone4-1.2b")  # the studies of the package, which are no one's own in a checkout
+SHIPPED = (
+    DEMO,
+    "exaone4-1.2b",
+    "exaone4-1.2b-contest",
+)  # the studies of the package, which are no one's own in a checkout
 USER_DIR = Path("studies")
 PRIMARY = "__study__"  # its defaults name the study file
 FILE = "__file__"  # the study file itself, whatever characters its name has
@@ -99,12 +103,13 @@ def load(
     composed, sources = _composed(study, overrides, config_dir)
     where = f"study {study!r}"
     written = OmegaConf.to_container(composed, resolve=False)
-    values = references.resolved(composed, where)
     for key, value in (options or {}).items():
         _set(written, key, references.literal(value) if isinstance(value, str) else value)
-        _set(values, key, value)
-    if open_keys := list(_open(values)):
+    if open_keys := list(_open(written)):
         raise ConfigError(f"{where}: {', '.join(open_keys)}: left open with ???; say {open_keys[0]}=VALUE")
+    values = references.resolved(composed, where)
+    for key, value in (options or {}).items():
+        _set(values, key, value)
     if isinstance(values.get("storage"), str):
         secrets.remember_url(values["storage"])
     file = validate(values, where, [*_given(options or {}), *sources])
@@ -121,13 +126,13 @@ def _set(values: Any, key: str, value: Any) -> None:
     values[name] = value
 
 
-def _open(values: Mapping[str, Any], section: str = "") -> Iterator[str]:
+def _open(value: Any, key: str = "") -> Iterator[str]:
     """Yield the keys that a file leaves to the command line, as Hydra's files do."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _open(value, f"{section}{name}.")
-        elif value == OPEN:
-            yield f"{section}{name}"
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _open(inner, f"{key}.{name}".lstrip("."))
+    elif value == OPEN or (isinstance(value, list) and any(True for inner in value for _ in _open(inner, key))):
+        yield key
 
 
 def _given(options: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -1,6 +1,7 @@
 import itertools
 import math
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,20 @@ def keys(values):
 @pytest.mark.parametrize("name", compose.studies())
 def test_packaged_studies_load(name):
     assert compose.load(name).study_name == name
+
+
+def test_in_a_checkout_the_packaged_studies_are_no_one_s_own(monkeypatch):
+    root = compose.PACKAGED.parent
+    listed = subprocess.run(
+        ["git", "ls-files", "studies/*.yaml"], cwd=root, capture_output=True, text=True
+    ).stdout.split()
+    names = {Path(name).stem for name in listed if Path(name).parts[:-1] == ("studies",)} - {"_base"}
+    if not names:
+        pytest.skip("no checkout")
+    assert names == set(compose.SHIPPED)
+    if set(compose.studies()) == names:
+        monkeypatch.chdir(root)
+        assert compose.default_study().name == compose.DEMO
 
 
 def test_overrides_reach_nested_keys():
@@ -193,6 +208,8 @@ def test_a_key_that_a_file_leaves_open_has_to_be_given(tmp_path):
         compose.load("mine", config_dir=tmp_path)
     with pytest.raises(ConfigError, match=r"^study 'mine': study_name: left open"):
         compose.load("mine", ["model.source=m"], config_dir=tmp_path)
+    with pytest.raises(ConfigError, match=r"^study 'demo': text.search: left open with"):
+        compose.load("demo", ["text.search=['???',a.txt]"])
     file = compose.load("mine", ["study_name=s"], config_dir=tmp_path, options={"model.source": "m"})
     assert (file.study_name, file.model.source) == ("s", "m")
 
