@@ -122,7 +122,7 @@ def time_in_turn(
         expected_base_ms: The baseline's time per token when it was timed alone. A process can be slow for as long as
             all its turns last (one A/A run of ten on an H100: 13%). If the baseline is slower than SLOWER times this,
             beyond its error, all turns are taken again, at most AGAIN times, and count together; no more of them where
-            the baseline stays as slow, since then the machine has become slower, and both engines with it.
+            the baseline stays as slow: more turns of that process would say the same.
         enough: When fewer turns are enough.
         steady: A function that calls what it is given, which takes all turns, and calls it again where the machine was
             not steady meanwhile; see `evaluator.gpu_watch.GpuWatch`.
@@ -135,8 +135,7 @@ def time_in_turn(
     timing = estimate(*timed, share)
     for _ in range(AGAIN):
         slow = timing.base_time_per_token_ms
-        surely = slow - SURE * timing.base_time_per_token_ms_se
-        if expected_base_ms is None or slow <= SLOWER * expected_base_ms or surely <= expected_base_ms:
+        if expected_base_ms is None or not surely_slower(slow, timing.base_time_per_token_ms_se, expected_base_ms):
             break
         again = steady(take)
         timed = _joined(timed[0], again[0]), _joined(timed[1], again[1])
@@ -144,6 +143,11 @@ def time_in_turn(
         if SLOWER * estimate(*again, share).base_time_per_token_ms > slow:
             break
     return timing
+
+
+def surely_slower(ms: float, ms_se: float, expected_ms: float) -> bool:
+    """Say whether a time per token is longer than expected by more than SLOWER allows, and by SURE standard errors."""
+    return ms > SLOWER * expected_ms and ms - SURE * ms_se > expected_ms
 
 
 def _collect(

@@ -35,10 +35,9 @@ class Engines(Closing):
     """Starts engines as the setting wants them. Use it with `with`.
 
     Attributes:
-        base_ms: The base model's time per token in its last timing, in milliseconds; 0 as long as there was none.
+        base_ms: The base model's time per token in milliseconds, where two processes of it took longer than when it was
+            measured alone: the machine has become slower. Else 0.
     """
-
-    base_ms = 0.0
 
     def __init__(self, setting: Setting) -> None:
         self._backend, self._settings = setting.machine.backend, setting.engine_settings
@@ -46,6 +45,7 @@ class Engines(Closing):
         self._arguments, self._workload = server_arguments(setting), setting.workload
         self._baseline: EngineProcess | None = None
         self._server: Server | None = None
+        self.base_ms, self._replaced = 0.0, False
         self._starting = threading.Lock()
 
     def baseline(self) -> EngineProcess:
@@ -55,6 +55,24 @@ class Engines(Closing):
                 self._end()
                 self._baseline = self.start(self._base_path, "baseline")
             return self._baseline
+
+    def replaced_baseline(self, ms: float, *, slow: bool) -> bool:
+        """Take note of the base model's time beside a candidate; return whether its process ended, since it is slow.
+
+        A fresh process that is slow too is believed.
+
+        Args:
+            ms: The time per token in milliseconds.
+            slow: Whether that is surely more than was expected.
+        """
+        if slow and not self._replaced:
+            with self._starting:
+                self._end()
+                self._end_server()
+            self._replaced = True
+            return True
+        self.base_ms, self._replaced = ms if slow else min(self.base_ms, ms), False
+        return False
 
     def start(self, path: Path, name: str, *, random_weights: bool = False) -> EngineProcess:
         """Start an engine on the checkpoint in `path`; its output goes to logs/engine-NAME.log.
@@ -103,7 +121,7 @@ class Engines(Closing):
     def _end(self) -> None:
         if self._baseline is not None:
             self._baseline.close()
-            self._baseline, self.base_ms = None, 0.0
+            self._baseline = None
 
     def _end_server(self) -> None:
         if self._server is not None:

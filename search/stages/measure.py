@@ -35,7 +35,8 @@ def measure_checkpoint(
     """Measure the checkpoint in `path`.
 
     An engine's process can be slow for its whole life. One that is suspected of it is replaced once by a fresh one, and
-    the faster of the two counts.
+    the faster of the two counts. So is the base model's, where it takes longer than when it was measured alone; if the
+    fresh one does too, the machine has become slower.
 
     Args:
         setting: What the study shares.
@@ -72,27 +73,38 @@ def measure_checkpoint(
                 request,
                 against,
                 weights_sha256=weights_sha256,
-                expected_base_ms=max(baseline.time_per_token_ms, engines.base_ms),  # the machine may be slower by now
+                expected_base_ms=max(baseline.time_per_token_ms, engines.base_ms),
                 progress=say,
                 enough=enough,
                 first_answers=first_answers,
                 servers=servers,
             )
-            engines.base_ms = measured.base_time_per_token_ms
             then(engine)
-        slower = measured.base_time_per_token_ms / baseline.time_per_token_ms if timed else 1.0
-        if slower > speed.SLOWER:
-            note = f"the base model took {slower - 1:.0%} more time beside it than when it was measured alone"
-            measured = dataclasses.replace(measured, notes=(*measured.notes, note))
         return lengths.with_ratio(measured, baseline)
 
-    measurement = once_more(in_engine, say)
+    def in_turn() -> Measurement:
+        """Measure; once more beside a fresh process of the base model, where that is surely slower than expected."""
+        measured = once_more(in_engine, say)
+        if not timed:
+            return measured
+        base_ms, base_se = measured.base_time_per_token_ms, measured.base_time_per_token_ms_se
+        slow = speed.surely_slower(base_ms, base_se, max(baseline.time_per_token_ms, engines.base_ms))
+        longer = base_ms / baseline.time_per_token_ms - 1.0
+        if engines.replaced_baseline(base_ms, slow=slow):
+            say(f"the base model takes {longer:.0%} more time than when it was measured alone: a fresh process of it")
+            return in_turn()
+        if not speed.surely_slower(base_ms, base_se, baseline.time_per_token_ms):
+            return measured
+        note = f"the base model took {longer:.0%} more time beside it than when it was measured alone"
+        return dataclasses.replace(measured, notes=(*measured.notes, note))
+
+    measurement = in_turn()
     if timed:
         first = measurement.time_ratio
         if suspect_above is None or first <= suspect_above:
             return measurement
         say(f"{first:.3f} of the base model's time is more than was forecast: a fresh process")
-        again = once_more(in_engine, say)
+        again = in_turn()
         faster = min(measurement, again, key=lambda one: one.time_ratio)
         note = f"timed in two processes: {first:.3f} and {again.time_ratio:.3f} of the base model's time"
         return dataclasses.replace(faster, notes=(*faster.notes, note))
