@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What is measured on one GPU of Qwen2.5-Coder: searches, forecasts, answers, whole requests and repairs, stage by stage.
 #   qwen.sh MODEL_1.5B MODEL_0.5B OUT [STAGE …]        [default: all of them, in this order]
-# cold      a study of 1.5B from nothing known, ten minutes at most
+# cold      a study of 1.5B from nothing known, ten minutes at most (before it, echo 3 >/proc/sys/vm/drop_caches)
 # plans     the speed table's forecast against measured ratios of twelve plans
 # answers   accuracy, lengths and perplexity of five models
 # heavy     seconds of stream and of distill
@@ -14,7 +14,7 @@ large=$(realpath "$1") small=$(realpath "$2") out=$(realpath "$3")
 shift 3
 here=$(realpath "$(dirname "$0")/../..")
 studies=$here/benchmarks/gpu/studies
-export PYTHONPATH=$here:$here/benchmarks:${PYTHONPATH:-} PYTHONUNBUFFERED=1 OPTUNA_SEARCH_CACHE=${OPTUNA_SEARCH_CACHE:-/tmp/optuna-search-cache}
+export PYTHONPATH=$here:${PYTHONPATH:-} PYTHONUNBUFFERED=1 OPTUNA_SEARCH_CACHE=${OPTUNA_SEARCH_CACHE:-/tmp/optuna-search-cache}
 work=${WORK:-/tmp/qwen}
 mkdir -p "$work" "$out" && cd "$work" || exit 1
 study=(--study qwen2.5-coder-1.5b --config-dir "$studies")
@@ -27,6 +27,7 @@ for line in sys.stdin:
 quiet() { grep --line-buffered -v -E 'shard |turn |block |layer |answer '; }
 
 cold() {
+  [ -e outputs ] && { echo "$work/outputs is there; name another directory with WORK"; return 1; }
   search run "${study[@]}" "${words[@]}" --time 10m confirm.top=0 2> >(stamped >"$out/cold.err") >"$out/cold.txt"
   search status "${study[@]}" "${words[@]}" 2>&1
   search forecast "${study[@]}" "${words[@]}" 2>/dev/null
@@ -39,7 +40,7 @@ answers() {
 heavy() { # 73,728 tokens, and as many as distill takes
   for repair in stream distill; do
     search compress reduce-ffn "${study[@]}" "${words[@]}" --target-dim 7936 --importance energy --repair $repair --save-path "$work/$repair" \
-      outputs="$work/heavy" study_name=heavy text.calibration=embedded text.moments_windows=24 2> >(stamped >"$out/$repair.err")
+      outputs="$work/heavy" study_name=heavy text.calibration=embedded text.moments_windows=24 2>&1 | stamped >"$out/$repair.err"
     quiet <"$out/$repair.err" | tail -8
   done
 }

@@ -70,7 +70,7 @@ class Table:
         model = scratch / "model"
         hollow(model, held["config"])
         (model / "tokenizer.json").write_text("{}")  # nothing is read
-        file = compose.load(held["study"], [f"outputs={scratch / 'outputs'}", *words], studies)
+        file = compose.load(held["study"], [f"model.source={model}", f"outputs={scratch / 'outputs'}", *words], studies)
         own = checkpoint.Checkpoint.read(model)
         its_family, identity = family.family_of(own), CompressionPlan.identity(own.config)
         shards = tuple(((index,),) for index in range(len(held["base_nll"])))  # never read

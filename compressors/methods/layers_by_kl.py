@@ -21,7 +21,7 @@ from compressors.statistics.predictions import Predictions, spread
 from compressors.typed_json import typed
 
 WINDOWS, FEWEST = 5, 2  # of each domain of the calibration text, the most and the fewest
-TOKENS = 15_360  # in all, where FEWEST of each domain are no more: long windows of many domains say no more
+TOKENS = 15_360  # in all, unless FEWEST of each domain are more: long windows of many domains say no more
 CANDIDATES = 10  # the number of cheapest layers of a step that the next one tries
 AHEAD = 4  # the number of cheapest layers of a step that look-ahead follows
 VERSION = 2  # kept orders of another version, or with other numbers of layers that are tried, are searched again
@@ -38,11 +38,13 @@ class Order:
         kl: The KL divergence in nats per token after each removal.
         ranking: The layers that are left, the cheapest first as they were last tried; the next step tries its first
             CANDIDATES; None: all.
+        each: The windows of each domain that it compares; None: none were compared yet.
     """
 
     removed: tuple[int, ...] = ()
     kl: tuple[float, ...] = ()
     ranking: tuple[int, ...] | None = None
+    each: int | None = None
 
 
 def order(
@@ -79,19 +81,21 @@ def order(
     """
     path = directory / (f"order-look-ahead-{count}.json" if look_ahead else "order.json")
     read = functools.partial(_read, layers=int(base.config["num_hidden_layers"]))
-    state, each = cached.known(path, read) or Order(), windows_of_each(domains)
+    state = cached.known(path, read) or Order()
     if len(state.removed) < count:
         with alone(path, lambda: say("leaving out layers: waiting for another process that does so")):
             state = cached.known(path, read, held=True) or Order()
             if len(state.removed) < count:
                 say("leaving out layers: reading the model")
+                each = state.each or windows_of_each(domains)
+                state = dataclasses.replace(state, each=each)
                 windows = [window for some in domains.values() for window in spread(some, each)]
                 search = _Search(base, family, windows, device, batch or batch_of(device, max(map(len, windows))))
             while len(state.removed) < count:
                 place = f"leaving out layer {len(state.removed) + 1} of {count}"
                 ahead = look_ahead and len(state.removed) + 1 < count
                 state = search.step(state, _saying(say, place), ahead)
-                cached.keep_json(path, {"rules": [VERSION, each, CANDIDATES, AHEAD], **dataclasses.asdict(state)})
+                _keep(path, state)
     return state.removed[:count]
 
 
@@ -101,13 +105,18 @@ def windows_of_each(domains: Mapping[str, Sequence[Sequence[int]]]) -> int:
     return max(FEWEST, min(WINDOWS, TOKENS // (max(len(domains), 1) * length)))
 
 
+def _keep(path: Path, state: Order) -> None:
+    values = dataclasses.asdict(state)
+    cached.keep_json(path, {"rules": [VERSION, values.pop("each"), CANDIDATES, AHEAD], **values})
+
+
 def _read(path: Path, layers: int) -> Order:
     """Return the order in a file; an empty one where the file has other rules. What it raises is what is wrong."""
     stored = cached.read_json(path)
-    version, _, *tried = stored.pop("rules")  # an order goes on, however many windows it began with
+    version, each, *tried = stored.pop("rules")
     if [version, *tried] != [VERSION, CANDIDATES, AHEAD]:
         return Order()
-    state = typed(Order, stored, "order")
+    state = typed(Order, {**stored, "each": each}, "order")  # it goes on with the windows that it began with
     left = [layer for layer in range(layers) if layer not in state.removed]
     if len({*state.removed}) != len(state.removed) or len(left) != layers - len(state.removed):
         raise ValueError(f"it removes layers {list(state.removed)} of {layers}")
@@ -138,11 +147,8 @@ class _Search(Predictions):
                 nexts = [layer for layer in ranking if layer != first][:CANDIDATES]
                 after[first] = min(self.costs(rest, nexts, _saying(say, f"{first} and one more")).values())
             gone = min(after, key=lambda first: (after[first], first))
-        return Order(
-            (*state.removed, gone),
-            (*state.kl, costs[gone]),
-            tuple(layer for layer in ranking if layer != gone),
-        )
+        left_over = tuple(layer for layer in ranking if layer != gone)
+        return Order((*state.removed, gone), (*state.kl, costs[gone]), left_over, state.each)
 
     def costs(self, left: Sequence[int], candidates: Sequence[int], say: Say) -> dict[int, float]:
         """Return the KL divergence in nats per token without each of `candidates`, among the layers `left`."""

@@ -470,23 +470,35 @@ def test_a_damaged_order_is_searched_again(pico_llama, domains, tmp_path, damage
     assert damages.told() == []
 
 
-def test_an_order_rests_on_few_long_windows_and_more_short_ones(pico_llama, domains, tmp_path):
+def test_an_order_rests_on_few_long_windows_and_more_short_ones(pico_llama, domains, tmp_path, monkeypatch):
     def each(count, length):
         return layers_by_kl.windows_of_each({f"{index}": [[0] * length] for index in range(count)})
 
     assert [each(3, 1024), each(3, 256), each(6, 256), each(6, 1024), each(20, 4096)] == [5, 5, 5, 2, 2]
+    base = in_float32(Checkpoint.read(pico_llama))
+    its_family, own = family.family_of(base), {"low": domains["low"][:4]}
+    monkeypatch.setattr(layers_by_kl, "TOKENS", 2 * len(own["low"][0]))
+    found = layers_by_kl.order(base, its_family, own, 1, tmp_path)
+    rest = depth.cut(base, its_family, sorted(set(range(5)) - set(found)))
+    stored = json.loads((tmp_path / "order.json").read_text())
+    assert stored["rules"] == [2, 2, 10, 4]
+    assert stored["kl"][0] == pytest.approx(kl(base, rest, [own["low"][0], own["low"][2]]), rel=0.02)
+    assert stored["kl"][0] != pytest.approx(kl(base, rest, own["low"]), rel=0.02)
+
+
+def test_an_order_goes_on_with_the_windows_that_it_began_with(pico_llama, domains, tmp_path):
     base = Checkpoint.read(pico_llama)
-    its_family, few = family.family_of(base), {"low": domains["low"][:1]}
-    found = layers_by_kl.order(base, its_family, few, 2, tmp_path)
+    its_family, few = family.family_of(base), {"low": domains["low"][:4]}
+    whole = layers_by_kl.order(base, its_family, few, 2, tmp_path)
     file = tmp_path / "order.json"
+    other = next(layer for layer in range(5) if layer not in whole)
+    begun = {"removed": [other], "kl": [0.5], "ranking": None}
+    file.write_text(json.dumps({"rules": [2, 3, 10, 4], **begun}))
+    found = layers_by_kl.order(base, its_family, few, 2, tmp_path)
     stored = json.loads(file.read_text())
-    assert stored["rules"] == [2, 5, 10, 4]
-    begun = {"removed": found[::-1], "rules": [2, 3, 10, 4]}  # begun with fewer windows: what was measured stays true
-    del stored["sha256"]
-    file.write_text(json.dumps({**stored, **begun, "ranking": None}))
-    assert layers_by_kl.order(base, its_family, few, 2, tmp_path) == found[::-1]
-    file.write_text(json.dumps({**stored, **begun, "ranking": None, "rules": [1, 5, 10, 4]}))
-    assert layers_by_kl.order(base, its_family, few, 2, tmp_path) == found
+    assert (found[0], stored["rules"], stored["kl"][0]) == (other, [2, 3, 10, 4], 0.5)
+    file.write_text(json.dumps({"rules": [1, 3, 10, 4], **begun}))
+    assert layers_by_kl.order(base, its_family, few, 2, tmp_path) == whole
 
 
 def test_look_ahead_takes_the_layer_that_leaves_the_cheapest_next_one(pico_llama, domains, tmp_path):

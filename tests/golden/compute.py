@@ -2,7 +2,7 @@
 
 In a process of its own, since the arithmetic's instruction set is chosen when torch is loaded: `EXACT` makes sums come
 out the same on every processor, but for the last bits of some float32 factors. `stream` chooses between strengths whose
-errors may be as close as that, so that norms are told of its weights and no digest.
+errors may be as close as that, so that its weights have norms and projections, and no digest.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ def _each_built(world: World) -> Iterator[tuple[str, Any, Any]]:
 
 
 def builds(world: World) -> Any:
-    """The sha256 of each plan's weights, and what else is written."""
+    """The sha256 of each plan's weights, or their projections, and what else is written."""
     found = {}
     for name, plan, of in _each_built(world):
         if world.project.infeasible(plan, of, gpu=False):
@@ -273,17 +273,24 @@ def builds(world: World) -> Any:
         config = json.loads((to / "config.json").read_text())
         config.pop("transformers_version")
         (config.get("quantization_config") or {}).pop("version", None)
-        weights = norms(to) if plan.repair == "stream" else sha256
+        weights = projections(to) if plan.repair == "stream" else sha256
         found[name] = {"weights": weights, "config": config, "files": sorted(file.name for file in to.iterdir())}
     return found
 
 
-def norms(built: Path) -> dict[str, float]:
-    """The Frobenius norm of each tensor."""
+def projections(built: Path) -> dict[str, list[float]]:
+    """The norm of each tensor, and what is along a random direction of it; channels in another order have another."""
+    import torch
     from safetensors.torch import load_file
 
-    tensors = load_file(built / "model.safetensors")
-    return {name: float(f"{tensor.double().norm().item():.6g}") for name, tensor in sorted(tensors.items())}
+    found = {}
+    for name, tensor in sorted(load_file(built / "model.safetensors").items()):
+        values = tensor.double().flatten()
+        direction = torch.randn(len(values), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        norm = values.norm().item()
+        along = (values @ direction).item() / norm if norm else 0.0
+        found[name] = [float(f"{norm:.6g}"), round(along, 5)]
+    return found
 
 
 def screens(world: World) -> Any:
