@@ -25,13 +25,12 @@ from collections.abc import Sequence
 from scipy.stats import t as student
 
 from evaluator.measurement import Timing
+from evaluator.speed import surely_slower
 
 LEVEL = 0.95
 TAU = 0.005  # expected standard deviation of the time ratio between pairs of processes, on a GPU
 TAU_CPU = 0.015  # the same on a CPU: five pairs of a 135M model on two cores, in two runs, scattered by 0.015
 PRIOR = 4.0  # degrees of freedom that the expectation is worth
-SLOW = 1.03  # times the fastest process of the same model: a slow process
-SURE = 3.0  # standard errors by which it must be slower than that process
 MOST_PAIRS = 1000  # no verdict asks for more
 
 
@@ -106,8 +105,8 @@ def time_ratios(candidates: Sequence[Sequence[Timing]], expected: float = TAU) -
 def slow(pairs: Sequence[Timing]) -> list[int]:
     """Return the numbers of the pairs in which a process was slow for its whole life, the slowest last.
 
-    Its time lies more than SLOW above the least of the same model over the pairs, and by more than SURE standard errors
-    of the difference: on a noisy machine a difference says less.
+    Its time is `surely_slower` than the least of the same model over the pairs, by the error of the difference: on a
+    noisy machine a difference says less.
     """
     excess: dict[int, float] = {}
     for times in (
@@ -116,7 +115,7 @@ def slow(pairs: Sequence[Timing]) -> list[int]:
     ):
         least, error = min(times, default=(0.0, 0.0))
         for number, (time, own) in enumerate(times):
-            if time > SLOW * least and time - least > SURE * math.hypot(error, own):
+            if surely_slower(time, math.hypot(error, own), least):
                 excess[number] = max(excess.get(number, 0.0), time / least)
     return sorted(excess, key=lambda number: excess[number])
 

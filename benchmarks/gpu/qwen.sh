@@ -31,7 +31,7 @@ cold() {
   search run "${study[@]}" "${words[@]}" --time 10m confirm.top=0 2> >(stamped >"$out/cold.err") >"$out/cold.txt"
   search status "${study[@]}" "${words[@]}" 2>&1
   search forecast "${study[@]}" "${words[@]}" 2>/dev/null
-  cp outputs/studies.db "$out/"
+  cp outputs/studies.db* "$out/" # with the write-ahead log, which holds the last trials
 }
 plans() { python3 "$here/benchmarks/gpu/forecast_speed.py" "$out/plans" "${study[@]}" --words "${words[@]}" 2>&1 | quiet; }
 answers() {

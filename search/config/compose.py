@@ -33,11 +33,8 @@ from search.errors import ConfigError
 
 PACKAGED = Path(__file__).resolve().parents[2] / "studies"
 DEMO = "demo"
-SHIPPED = (
-    DEMO,
-    "exaone4-1.2b",
-    "exaone4-1.2b-contest",
-)  # the studies of the package, which are no one's own in a checkout
+# the studies of the package, which are no one's own in a checkout
+SHIPPED = (DEMO, "exaone4-1.2b", "exaone4-1.2b-contest")
 USER_DIR = Path("studies")
 PRIMARY = "__study__"  # its defaults name the study file
 FILE = "__file__"  # the study file itself, whatever characters its name has

@@ -57,7 +57,7 @@ def measure_checkpoint(
     serving = timed and setting.workload.kind == "serve"
     request = measure.Request(setting.texts.shards, setting.workload, setting.tasks, timed=timed)
 
-    def in_engine() -> Measurement:
+    def in_engine(expected_base_ms: float) -> Measurement:
         against = engines.baseline() if timed and not serving else None
         say("starting the engine")
         with contextlib.ExitStack() as stack:
@@ -73,7 +73,7 @@ def measure_checkpoint(
                 request,
                 against,
                 weights_sha256=weights_sha256,
-                expected_base_ms=max(baseline.time_per_token_ms, engines.base_ms),
+                expected_base_ms=expected_base_ms,
                 progress=say,
                 enough=enough,
                 first_answers=first_answers,
@@ -84,11 +84,12 @@ def measure_checkpoint(
 
     def in_turn() -> Measurement:
         """Measure; once more beside a fresh process of the base model, where that is surely slower than expected."""
-        measured = once_more(in_engine, say)
+        expected = max(baseline.time_per_token_ms, engines.base_ms)
+        measured = once_more(lambda: in_engine(expected), say)
         if not timed:
             return measured
         base_ms, base_se = measured.base_time_per_token_ms, measured.base_time_per_token_ms_se
-        slow = speed.surely_slower(base_ms, base_se, max(baseline.time_per_token_ms, engines.base_ms))
+        slow = speed.surely_slower(base_ms, base_se, expected)
         longer = base_ms / baseline.time_per_token_ms - 1.0
         if engines.replaced_baseline(base_ms, slow=slow):
             say(f"the base model takes {longer:.0%} more time than when it was measured alone: a fresh process of it")
