@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--fit", nargs="+", default=["embedded"], help="calibration texts, joined by +")
     parser.add_argument("--windows", type=int, nargs="+", default=[32], help="of each domain")
     parser.add_argument("--cuts", nargs="+", default=["FFN 1152"])
-    parser.add_argument("--how", nargs="+", default=["energy, stream"])
+    parser.add_argument("--how", nargs="+", default=["energy, stream"], help="each for the cuts that know it")
     parser.add_argument("--tokens", type=int, default=8192, help="in domain")
     parser.add_argument("--left-out-tokens", type=int, default=4096, help="of each kind")
     parser.add_argument("--window", type=int, default=256)
@@ -111,7 +111,7 @@ def main() -> None:
                 base, [window for those in windows.values() for window in those][::4], device
             )
             for cut in arguments.cuts:
-                for how in arguments.how:
+                for how in filter(choices(arguments.plans[cut]).__contains__, arguments.how):
                     plan = dataclasses.replace(identity, **arguments.plans[cut], **choices(arguments.plans[cut])[how])
                     began = time.monotonic()
                     made = build.apply(plan, base, kind, statistics, moments=moments, simulate=True, device=device)

@@ -1,11 +1,12 @@
 """Screen and time the plans of a study's space, and write them as a table that searches can be replayed on.
 
     PYTHONPATH=.:$PYTHONPATH python3 benchmarks/search/collect.py OUT.json --study NAME --config-dir DIRECTORY
-        [--drawn 40] [--seed 0] [--processes 4] [--no-times] [KEY=VALUE ...]
+        [--drawn 40] [--seed 0] [--processes 4] [--only screens] [KEY=VALUE ...]
 
 All plans of the space, or so many drawn at random, are screened as a trial is, on all shards, by several processes that
-share the caches; the forecast's tables are made first. Every shape is timed in turn with the base model in an engine
-with random weights, which takes the time that real ones take.
+share the caches; the forecast's table of damage is made first. Then its table of speed, and every shape is timed in
+turn with the base model in an engine with random weights, which takes the time that real ones take. What OUT.json
+holds is not screened again, so that `--only screens` can run beside other work, and in parts; the times follow alone.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from compressors.plan import CompressionPlan
 from evaluator import speed
 from search.config import compose
 from search.setup import setting as settings
-from search.stages import speed_table
+from search.stages import damage_table, speed_table
 from search.stages.bench import Bench
 from search.stages.engines import Engines
 from search.stages.forecast import Forecast
@@ -45,52 +46,77 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--screen-s", type=float, default=math.inf, help="seconds after which no screen begins")
-    parser.add_argument("--no-times", action="store_true")
+    parser.add_argument("--only", choices=["screens"])
     arguments = parser.parse_intermixed_args()
     setting = prepared(arguments)
-    began = time.monotonic()
-    with Bench.of(setting) as bench:
-        bench.begin(said, forecast=True)
-    tables_s = time.monotonic() - began
-    said(f"tables after {tables_s:.0f} s")
-    forecast = Forecast.known(setting)
+    screens(arguments, setting)
+    if arguments.only is None:
+        times(arguments.out, setting)
+    agreement(json.loads(arguments.out.read_text()))
+
+
+def screens(arguments: argparse.Namespace, setting: settings.Setting) -> None:
+    """Make the table of damage, screen the plans that the file lacks, and write what is known of them."""
     plans = listed(setting)
     found = len(plans)
     if arguments.drawn:
         plans = dict(random.Random(arguments.seed).sample(sorted(plans.items(), key=str), arguments.drawn))
-    said(f"{len(plans)} of {found} plans")
-    times = {} if arguments.no_times else time_shapes(setting, {speed_table.shape_of(setting, plan) for plan in plans})
+    rows = json.loads(arguments.out.read_text())["plans"] if arguments.out.is_file() else []
+    held = {space.plan_of(row["params"], setting.file.space, setting.model.identity) for row in rows}
+    wanted = [plan for plan in plans if plan not in held]
+    said(f"{len(wanted)} plans to screen of {len(plans)}, of {found} in the space")
+    if not wanted:
+        return
     began = time.monotonic()
     screener = Screener(setting)
     base_nll = screener.base_nll(said)
-    parts = [(arguments, index, list(plans)[index :: arguments.processes]) for index in range(arguments.processes)]
+    damage = damage_table.damage_table(setting, screener, said)
+    damage_s = time.monotonic() - began
+    said(f"table of damage after {damage_s:.0f} s")
+    began = time.monotonic()
+    parts = [(arguments, index, wanted[index :: arguments.processes]) for index in range(arguments.processes)]
     if arguments.processes == 1:
         screened = [screen_all(*parts[0])]
     else:
         with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
             screened = pool.starmap(screen_all, parts)
-    screens = dict(itertools.chain.from_iterable(part.items() for part in screened))
-    said(f"{len(screens)} plans screened in {time.monotonic() - began:.0f} s")
-    rows = []
-    for plan in filter(screens.__contains__, plans):
-        params, expected = plans[plan], forecast.expected(plan)
-        ratio, error = times.get(speed_table.shape_of(setting, plan), (None, None))
-        rows.append(
-            {"params": params, **screens[plan], "time_ratio": ratio, "time_ratio_se": error,
-             "forecast_perf_norm": round(expected.perf_norm, 5), "forecast_speed_norm": round(expected.speed_norm, 5),
-             "forecast_score_se": round(expected.score_se, 5)}
-        )  # fmt: skip
+    known = dict(itertools.chain.from_iterable(part.items() for part in screened))
+    said(f"{len(known)} plans screened in {time.monotonic() - began:.0f} s")
     table = {
         "study": setting.file.study_name,
         "device": setting.machine.device_name,
         "config": setting.model.checkpoint.config,
-        "tables_s": round(tables_s, 1),
+        "tables_s": round(json.loads(arguments.out.read_text())["tables_s"] if rows else damage_s, 1),
         "base_nll": [round(value, 5) for value in base_nll],
-        "speed": None if forecast.speed is None else forecast.speed.to_dict(),
-        "damage": None if forecast.damage is None else forecast.damage.to_dict(),
+        "speed": None,
+        "damage": None if damage is None else damage.to_dict(),
     }
+    rows += [{"params": plans[plan], **known[plan], "time_ratio": None, "time_ratio_se": None}
+             for plan in wanted if plan in known]  # fmt: skip
     write(arguments.out, table, rows)
-    agreement(rows, base_nll)
+
+
+def times(out: pathlib.Path, setting: settings.Setting) -> None:
+    """Make the table of speed and time every shape; write that and the forecasts beside what is known of the plans."""
+    table = json.loads(out.read_text())
+    rows = table.pop("plans")
+    began = time.monotonic()
+    with Bench.of(setting) as bench:
+        bench.begin(said, forecast=True)
+    spent = time.monotonic() - began
+    said(f"table of speed after {spent:.0f} s")
+    forecast = Forecast.known(setting)
+    plans = [space.plan_of(row["params"], setting.file.space, setting.model.identity) for row in rows]
+    timed = time_shapes(setting, {speed_table.shape_of(setting, plan) for plan in plans})
+    for row, plan in zip(rows, plans, strict=True):
+        expected = forecast.expected(plan)
+        row["time_ratio"], row["time_ratio_se"] = timed.get(speed_table.shape_of(setting, plan), (None, None))
+        row["forecast_perf_norm"] = round(expected.perf_norm, 5)
+        row["forecast_speed_norm"] = round(expected.speed_norm, 5)
+        row["forecast_score_se"] = round(expected.score_se, 5)
+    table["speed"] = None if forecast.speed is None else forecast.speed.to_dict()
+    table["tables_s"] = round(table["tables_s"] + spent, 1)
+    write(out, table, rows)
 
 
 def said(text: str) -> None:
@@ -188,24 +214,26 @@ def write(path: pathlib.Path, table: dict, rows: list[dict]) -> None:
     path.write_text(f'{head}, "plans": [\n{lines}\n]}}\n')
 
 
-def agreement(rows: list[dict], base_nll: tuple[float, ...]) -> None:
+def agreement(table: dict) -> None:
     """Print how well the forecasts order what was screened and measured."""
     from scipy.stats import kendalltau
 
-    base = sum(base_nll) / len(base_nll)
+    base = sum(table["base_nll"]) / len(table["base_nll"])
+    rows = [row for row in table["plans"] if row["time_ratio"] is not None]
+    if not rows:
+        return
     perf = [math.exp(base - sum(row["nll"]) / len(row["nll"])) for row in rows]
-    tau = kendalltau([row["forecast_perf_norm"] for row in rows], perf).statistic
-    print(f"PerfNorm, forecast against screened: Kendall tau {tau:.3f} over {len(rows)} plans")
-    timed = [(row, own) for row, own in zip(rows, perf, strict=True) if row["time_ratio"] is not None]
-    if timed:
-        speed_tau = kendalltau([row["forecast_speed_norm"] for row, _ in timed],
-                               [1 - row["time_ratio"] for row, _ in timed]).statistic  # fmt: skip
-        scores = [(0.5 * row["forecast_perf_norm"] + 0.5 * row["forecast_speed_norm"],
-                   0.5 * own + 0.5 * (1 - row["time_ratio"])) for row, own in timed]  # fmt: skip
-        tau = kendalltau(*zip(*scores, strict=True)).statistic
-        off = sorted(abs(row["forecast_speed_norm"] - 1 + row["time_ratio"]) for row, _ in timed)
-        print(f"SpeedNorm, forecast against timed: tau {speed_tau:.3f}, median error {off[len(off) // 2]:.4f}, "
-              f"largest {off[-1]:.4f} over {len(timed)} plans; Score: tau {tau:.3f}")  # fmt: skip
+    forecast = [row["forecast_perf_norm"] for row in rows]
+    off = sorted(abs(a - b) for a, b in zip(forecast, perf, strict=True))
+    print(f"PerfNorm, forecast against screened: Kendall tau {kendalltau(forecast, perf).statistic:.3f}, median error "
+          f"{off[len(off) // 2]:.4f}, largest {off[-1]:.4f} over {len(rows)} plans")  # fmt: skip
+    forecast_speed, speed_norm = [row["forecast_speed_norm"] for row in rows], [1 - row["time_ratio"] for row in rows]
+    off = sorted(abs(a - b) for a, b in zip(forecast_speed, speed_norm, strict=True))
+    print(f"SpeedNorm, forecast against timed: tau {kendalltau(forecast_speed, speed_norm).statistic:.3f}, median error "
+          f"{off[len(off) // 2]:.4f}, largest {off[-1]:.4f}")  # fmt: skip
+    scores = [tuple(a + b for a, b in zip(one, other, strict=True))
+              for one, other in ((forecast, forecast_speed), (perf, speed_norm))]  # fmt: skip
+    print(f"Score: tau {kendalltau(*scores).statistic:.3f}")
 
 
 if __name__ == "__main__":

@@ -149,10 +149,10 @@ def _client(experiment: str) -> tuple[Any, str]:
     with _quiet():
         import mlflow
 
-        if "MLFLOW_TRACKING_URI" not in os.environ:
-            # in full: MLflow keeps the database that a relative path named first
-            mlflow.set_tracking_uri(f"sqlite:///{Path('mlflow.db').absolute()}")
-        client = mlflow.MlflowClient()
+        # given to the client, since one that is set stays for the process; in full, since a relative one means the first
+        # directory that it was named in
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+        client = mlflow.MlflowClient(tracking_uri=uri)
         known = client.get_experiment_by_name(experiment)
         return client, str(known.experiment_id if known else client.create_experiment(experiment))
 

@@ -252,9 +252,13 @@ def test_mlflow_that_can_not_be_reached_is_told_without_user_and_token(tmp_path,
     from search.study import mlflow_runs
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"https://ann9876:{PW}@127.0.0.1:9/x")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     told = []
+    mlflow_runs.log_by_hand(Tracking(), "before", {}, {}, 0.0, told.append)  # to mlflow.db, which must not stay the place
+    assert not told
+    assert (tmp_path / "mlflow.db").is_file()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"https://ann9876:{PW}@127.0.0.1:9/x")
     mlflow_runs.log_by_hand(Tracking(), "one", {}, {}, 0.0, told.append)
     assert len(told) == 1
     assert "MLflow: one is not tracked" in told[0]

@@ -223,4 +223,4 @@ def test_an_unreachable_server_costs_a_few_seconds_and_no_trial(home):
     assert "3 of 3 trials finished" in done.stdout
     assert done.stderr.count("MLflow") == 1
     assert "Traceback" not in done.stderr
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 120  # MLflow would retry for four minutes
