@@ -229,8 +229,8 @@ def agreement(table: dict) -> None:
           f"{off[len(off) // 2]:.4f}, largest {off[-1]:.4f} over {len(rows)} plans")  # fmt: skip
     forecast_speed, speed_norm = [row["forecast_speed_norm"] for row in rows], [1 - row["time_ratio"] for row in rows]
     off = sorted(abs(a - b) for a, b in zip(forecast_speed, speed_norm, strict=True))
-    print(f"SpeedNorm, forecast against timed: tau {kendalltau(forecast_speed, speed_norm).statistic:.3f}, median error "
-          f"{off[len(off) // 2]:.4f}, largest {off[-1]:.4f}")  # fmt: skip
+    print(f"SpeedNorm, forecast against timed: tau {kendalltau(forecast_speed, speed_norm).statistic:.3f}, "
+          f"median error {off[len(off) // 2]:.4f}, largest {off[-1]:.4f}")  # fmt: skip
     scores = [tuple(a + b for a, b in zip(one, other, strict=True))
               for one, other in ((forecast, forecast_speed), (perf, speed_norm))]  # fmt: skip
     print(f"Score: tau {kendalltau(*scores).statistic:.3f}")

@@ -1,4 +1,4 @@
-"""Put weights that are fitted together into a checkpoint: fitted when one is first read, and kept in a file."""
+"""Put weights that are fitted together into a checkpoint: fitted when one is first read, and kept."""
 
 from __future__ import annotations
 
@@ -57,6 +57,16 @@ def fitted(
             lock=directory / kind,
         )
 
+    return _with(cut, names, load)
+
+
+def fitted_in_memory(cut: Checkpoint, names: Sequence[str], fit: Callable[[], dict[str, torch.Tensor]]) -> Checkpoint:
+    """Return `cut` with the weights `names` replaced by those that `fit` returns, for as long as the result lives."""
+    once = functools.cache(fit)
+    return _with(cut, names, lambda name: once()[name])
+
+
+def _with(cut: Checkpoint, names: Sequence[str], load: Callable[[str], torch.Tensor]) -> Checkpoint:
     def lazily(name: str) -> LazyTensor:
         return LazyTensor(cut.tensors[name].shape, cut.tensors[name].dtype, functools.partial(load, name))
 

@@ -34,7 +34,7 @@ import torch
 
 from compressors.device import batch_of, compute_dtype, home, release, tensor_cores
 from compressors.errors import CheckpointError
-from compressors.methods.kept_fits import fitted
+from compressors.methods.kept_fits import fitted, fitted_in_memory
 from compressors.methods.repair import cholesky, least_of, left_of
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family
@@ -60,6 +60,7 @@ def take_over(
     """Return `cut` with the weights to repair replaced by ones that are refit when one of them is first read.
 
     The fit uses the text of `moments`, and its result is kept in a file in their directory; the last FILES are kept.
+    With a limited number of tokens it stays in memory.
 
     Args:
         cut: The cut checkpoint.
@@ -84,7 +85,7 @@ def take_over(
 
     def fit() -> dict[str, torch.Tensor]:
         say("repair: reading both models")
-        windows, shares = moments.windows(), moments.shares()
+        windows, shares = moments.first_windows(), moments.shares()
         refitted = refit(cut, base, family, stays, parts, windows, device, progress=progress, shares=shares)[0]
         release(device)
         return refitted
@@ -92,6 +93,8 @@ def take_over(
     def key() -> str:
         return _key(cut, stays, device, moments.weights)
 
+    if moments.tokens is not None:
+        return fitted_in_memory(cut, names, fit)
     return fitted(cut, names, moments.path, "stream", key, fit, say)
 
 

@@ -35,6 +35,7 @@ from compressors.statistics.symmetric import pack, packed_size, unpack
 
 DESCRIBED = "moments.json"
 WINDOWS = "windows.json"
+LEAST_WINDOWS = 2  # of a domain, where tokens are limited: what is fitted on one is judged on the other
 CLIP = 4.0  # times the median L2 norm of a window's tokens
 WRITERS = 4  # threads that write layers while the next ones are computed
 
@@ -83,6 +84,8 @@ class Moments:
         weights: How much each domain counts; None: all the same.
         strength: Strength of `compressors.methods.repair`, in place of the one that is chosen for each projection,
             which takes several times as long as the repair; None: it is chosen.
+        tokens: The most tokens that `stream` is fitted on, for a look at what it gains; None: all. The result is kept
+            in memory alone.
         more: Returns the windows of token ids that a distillation learns from, by domain; None: those of the moments.
     """
 
@@ -93,6 +96,7 @@ class Moments:
     again: Callable[[int], None] | None = dataclasses.field(default=None, compare=False)
     weights: tuple[float, ...] | None = None
     strength: float | None = None
+    tokens: int | None = None
     more: Callable[[], Mapping[str, Sequence[Sequence[int]]]] | None = dataclasses.field(default=None, compare=False)
 
     def of(self, layer: int, part: str, device: str = "cpu") -> dict[str, Moment]:
@@ -163,6 +167,15 @@ class Moments:
             return {domain: stored[domain] for domain in self.domains}
         except (OSError, ValueError, KeyError) as error:
             raise _unreadable(self.path / WINDOWS, error) from None
+
+    def first_windows(self) -> dict[str, list[list[int]]]:
+        """Return the first windows of each domain, of `tokens` tokens in all. Raises what `windows` raises."""
+        found = self.windows()
+        if self.tokens is None:
+            return found
+        longest = max(len(window) for windows in found.values() for window in windows)
+        count = max(LEAST_WINDOWS, self.tokens // (longest * len(found)))
+        return {domain: windows[:count] for domain, windows in found.items()}
 
     def lessons(self) -> Mapping[str, Sequence[Sequence[int]]]:
         """Return the windows of token ids that a distillation learns from, by domain. Raises what `windows` raises."""

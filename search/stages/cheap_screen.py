@@ -1,8 +1,8 @@
 """A quick look at a plan whose own repair takes long: its cut alone, with ridge, on the first shards.
 
 `stream` and `distill` run the model over the calibration text: `stream` takes 30 s for 1.5B parameters on an H100, and
-ridge a second or two. What each gains over ridge is learnt from the trials that had both. All precisions of a cut
-share its cheap screen; what a precision loses is the damage table's to say.
+ridge a second or two. What each gains over ridge is foretold by the damage table, and learnt from the trials that had
+both. All precisions of a cut share its cheap screen; what a precision loses is the damage table's to say.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from compressors.plan import CompressionPlan, canonical
 
 LONG = ("stream", "distill")  # the repairs that take long
-SHARE, SHARE_SE = 0.8, 0.25  # of the loss with ridge, what stays with one of them, before any trial has shown it
-LEAST_SHARE_SE = 0.1
+SHARE = 0.8  # of the loss with ridge, what stays with one of them where no table foretells it
+RELATIVE_SE = 0.3  # of what is foretold, before any trial has shown it
+LEAST_RELATIVE_SE = 0.12
 LEARNS_FROM = 3  # trials
 LEAST_LOSS = 0.01  # nats per token, below which a ratio of losses says nothing
 
@@ -30,16 +31,22 @@ class Gain:
         share_se: Its standard deviation from plan to plan.
     """
 
-    share: float = SHARE
-    share_se: float = SHARE_SE
+    share: float
+    share_se: float
 
     @classmethod
-    def learnt(cls, both: Sequence[tuple[float, float]]) -> Gain:
-        """Return the gain that trials show, each by its loss in the cheap and in the full screen, in nats per token."""
-        shares = [full / quick for quick, full in both if quick > LEAST_LOSS]
-        if len(shares) < LEARNS_FROM:
-            return cls()
-        return cls(statistics.median(shares), max(statistics.stdev(shares), LEAST_SHARE_SE))
+    def learnt(cls, foretold: float, seen: Sequence[tuple[float, float, float]]) -> Gain:
+        """Return the gain to expect of a plan, from what is foretold and what trials show.
+
+        Args:
+            foretold: The share that is foretold of the plan.
+            seen: What was foretold of each trial, and its loss in the cheap and in the full screen, in nats per token.
+        """
+        off = [full / (quick * share) for share, quick, full in seen if quick * share > LEAST_LOSS]
+        if len(off) < LEARNS_FROM:
+            return cls(foretold, RELATIVE_SE * foretold)
+        share = foretold * statistics.median(off)
+        return cls(share, foretold * max(statistics.stdev(off), LEAST_RELATIVE_SE))
 
     def loss(self, quick: float, quick_se: float) -> tuple[float, float]:
         """Return the loss to expect of the full screen and its standard error, in nats per token."""

@@ -25,7 +25,6 @@ from search.stages import build
 
 FEW = 4  # shards of a cheap screen
 TRAINED_BYTES = 18  # of a weight that is trained: four numbers in float32, and a copy in 16 bits
-STRENGTH = 0.1  # of its ridge: choosing one for each projection takes longer than all the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,13 +124,13 @@ class Screener:
         return known
 
     def cheap(self, plan: CompressionPlan, say: Say) -> Screen:
-        """Return the plan's quality on the first FEW shards, with ridge at STRENGTH in all projections; kept too."""
+        """Return the plan's quality on the first FEW shards, with a quick repair (`search.stages.build`); kept too."""
         first = self._setting.texts.shards[:FEW]
         path = self._cheap_path(plan)
         known = Screen.read(path, len(first))
         if known is None:
             base = self._base(say)
-            with _model(self._setting, plan, say, STRENGTH) as model:
+            with _model(self._setting, plan, say, quick=True) as model:
                 known = _on(model, first, base)
             known.write(path)
         return known
@@ -148,7 +147,7 @@ class Screener:
         if known is None:
             first = self._setting.texts.shards[:FEW]
             base, reference = self._base(say), self._unseen_base(shards, say)
-            with _model(self._setting, plan, say, STRENGTH) as model:
+            with _model(self._setting, plan, say, quick=True) as model:
                 if Screen.read(path, len(first)) is None:
                     _on(model, first, base).write(path)
                 known = _on(model, shards, reference)
@@ -200,9 +199,9 @@ def with_screen(measured: Measurement, screen: Screen) -> Measurement:
 
 
 @contextlib.contextmanager
-def _model(setting: Setting, plan: CompressionPlan, say: Say, strength: float | None = None) -> Iterator[Any]:
+def _model(setting: Setting, plan: CompressionPlan, say: Say, *, quick: bool = False) -> Iterator[Any]:
     device, base = setting.machine.device, setting.model.checkpoint
-    simulated = build.checkpoint_of(setting, plan, say, simulate=True, strength=strength)
+    simulated = build.checkpoint_of(setting, plan, say, simulate=True, quick=quick)
     on_cpu = device == "cpu"
     need = simulated.total_parameters * 4 if on_cpu else simulated.size_bytes
     whole = base.total_parameters * 4 if on_cpu else base.size_bytes

@@ -149,8 +149,8 @@ def _client(experiment: str) -> tuple[Any, str]:
     with _quiet():
         import mlflow
 
-        # given to the client, since one that is set stays for the process; in full, since a relative one means the first
-        # directory that it was named in
+        # given to the client, since one that is set stays for the process; in full, since MLflow keeps the database
+        # that a relative path named first
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
         client = mlflow.MlflowClient(tracking_uri=uri)
         known = client.get_experiment_by_name(experiment)

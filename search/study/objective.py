@@ -216,7 +216,7 @@ class Objective:
         if not all(map(math.isfinite, gains)):
             raise NotFinite("cheap screen: the loss is NaN or infinite; this plan breaks the model")
         record.cheap_loss = sum(gains) / len(gains)
-        loss, loss_se = self._gain(trial.study, plan.repair).loss(record.cheap_loss, score.standard_error(gains))
+        loss, loss_se = self._gain(trial.study, plan).loss(record.cheap_loss, score.standard_error(gains))
         expected = self.forecast.of_loss(plan, loss + self._of_precision(plan), loss_se)
         known = self.forecast.known_of(plan, expected)
         trial.report(self.goal.value(known), step=rungs.cheap(self._shards))
@@ -235,15 +235,21 @@ class Objective:
             record.reason = f"cheap screen: {why}"
             raise optuna.TrialPruned(record.reason)
 
-    def _gain(self, study: optuna.Study, repair: str) -> cheap_screen.Gain:
-        """Return what the trials so far show of a repair."""
-        both = []
+    def _gain(self, study: optuna.Study, plan: CompressionPlan) -> cheap_screen.Gain:
+        """Return what the plan's repair gains, as the damage table and the trials so far have it."""
+        seen = []
         for trial in study.get_trials(deepcopy=False):
             known = trial.user_attrs
-            if {"cheap_loss", "loss", "plan"} <= known.keys() and known["plan"]["repair"] == repair:
-                of_precision = self._of_precision(CompressionPlan.from_dict(known["plan"]))
-                both.append((known["cheap_loss"], known["loss"] - of_precision))
-        return cheap_screen.Gain.learnt(both)
+            if {"cheap_loss", "loss", "plan"} <= known.keys() and known["plan"]["repair"] == plan.repair:
+                other = CompressionPlan.from_dict(known["plan"])
+                seen.append((self._foretold(other), known["cheap_loss"], known["loss"] - self._of_precision(other)))
+        return cheap_screen.Gain.learnt(self._foretold(plan), seen)
+
+    def _foretold(self, plan: CompressionPlan) -> float:
+        """Return the share of the loss in the cheap screen that the damage table foretells of the plan's own repair."""
+        quick, table = cheap_screen.cut_alone(plan, self.setting.model.identity), self.forecast.damage
+        share = None if quick is None or table is None else table.share(plan, quick)
+        return cheap_screen.SHARE if share is None else share
 
     def _of_precision(self, plan: CompressionPlan) -> float:
         return 0.0 if self.forecast.damage is None else self.forecast.damage.of_precision(plan)

@@ -12,16 +12,20 @@ import optuna
 import pytest
 import rich.console
 
+from compressors.methods import stream
 from compressors.plan import CompressionPlan
 from evaluator.score import Score
 from evaluator.speed_table import Probe, SpeedTable
 from search.config import compose
 from search.config.space_section import Range
+from search.say import silent
 from search.setup import setting as settings
 from search.show import forecast_view
-from search.stages import speed_table, step_times
-from search.stages.damage_table import DamageTable, Entry, Loss
+from search.stages import damage_plans, damage_table, speed_table, step_times
+from search.stages.damage_curves import Loss
+from search.stages.damage_table import DamageTable, Entry
 from search.stages.forecast import Forecast
+from search.stages.screen import Screener
 from search.stages.step_times import StepTimes
 from search.study import outlook, rungs, space, workers
 from search.study.forecast_sampler import NOTHING_LEFT, WAIT_IN_A_ROW, WAITS, ForecastSampler
@@ -176,6 +180,109 @@ def test_losses_of_single_cuts_add_up(prepared):
     }
     gptq = dataclasses.replace(own, precision="W8A8", quantizer="gptq")
     assert table.loss(gptq)[0] == pytest.approx(0.01)
+
+
+def with_choices(own):
+    """FFN widths by energy and ridge, and at the middle level by each other choice alone."""
+    cut = dataclasses.replace
+    start = cut(own, importance="energy", repair="ridge")
+    middle = cut(start, intermediate_size=120)
+    return DamageTable(
+        own,
+        (
+            Entry(cut(start, intermediate_size=80), loss(0.40)),
+            Entry(middle, loss(0.20)),
+            Entry(cut(start, intermediate_size=136), loss(0.08)),
+            Entry(cut(own, num_hidden_layers=4, drop_from="kl"), loss(0.10)),
+            Entry(cut(own, num_hidden_layers=3, drop_from="kl"), loss(0.30)),
+            Entry(cut(middle, importance="activation"), loss(0.30)),
+            Entry(cut(middle, repair="none"), loss(0.60)),
+            Entry(cut(middle, repair="stream"), loss(0.10)),
+            Entry(cut(own, num_hidden_layers=3, drop_from="importance"), loss(0.90)),
+        ),
+    )
+
+
+def test_a_choice_changes_the_loss_of_the_cuts_that_it_goes_with_by_the_share_that_was_scored(prepared):
+    own = prepared.model.identity
+    table, cut = with_choices(own), dataclasses.replace
+
+    def part(axis, **changes):
+        return table.parts(cut(own, **changes))[axis]
+
+    narrow = {"intermediate_size": 80, "importance": "energy"}
+    assert part("intermediate_size", **narrow, repair="ridge") == pytest.approx(0.40)
+    assert part("intermediate_size", **narrow, repair="stream") == pytest.approx(0.20, rel=0.05)
+    assert part("intermediate_size", **narrow, repair="none") == pytest.approx(1.20, rel=0.05)
+    both = {"intermediate_size": 80, "importance": "activation", "repair": "none"}  # each by itself
+    assert part("intermediate_size", **both) == pytest.approx(0.40 * 1.5 * 3.0, rel=0.1)
+    assert part("num_hidden_layers", num_hidden_layers=4, drop_from="kl") == pytest.approx(0.10)
+    assert part("num_hidden_layers", num_hidden_layers=4, drop_from="importance") == pytest.approx(0.30, rel=0.05)
+    of_both = cut(own, num_hidden_layers=3, drop_from="kl", **narrow, repair="stream")
+    assert table.parts(of_both) == {
+        "num_hidden_layers": pytest.approx(0.8 * 0.30),  # stream was not scored there
+        "intermediate_size": pytest.approx(0.20, rel=0.05),
+    }
+    wide = {"intermediate_size": 80, "importance": "energy"}
+    known, assumed = (table.loss(cut(own, **wide, repair=repair)) for repair in ("stream", "distill"))
+    assert assumed[0] == pytest.approx(0.20)
+    assert assumed[1] > known[1]  # nothing was scored
+    quick = cut(own, **narrow, repair="ridge", precision="W8A8")
+    assert table.share(cut(quick, repair="stream"), quick) == pytest.approx(0.5, rel=0.05)
+    assert table.share(cut(own, precision="W8A8"), own) is None
+
+
+def test_the_table_scores_every_choice_of_the_space_at_one_level(prepared, monkeypatch):
+    monkeypatch.setattr(damage_plans, "LONG_ON_A_CPU", ())
+    own = prepared.model.identity
+    searched = prepared.file.space.model_copy(
+        update={
+            "drop_from": ["kl", "importance"],
+            "hidden_size": Range(low=76, high=96, step=4),
+            "intermediate_size": Range(low=80, high=160, step=8),
+            "importance": ["energy", "activation"],
+            "repair": ["stream", "distill"],
+            "quantizer": ["nearest", "gptq"],
+        }
+    )
+    study = dataclasses.replace(prepared, file=prepared.file.model_copy(update={"space": searched}))
+    plans = damage_plans.wanted(study)
+    assert len(set(plans)) == len(plans)
+    cut = dataclasses.replace
+    narrow = cut(own, intermediate_size=112, importance="energy", repair="ridge")
+    assert {cut(narrow, importance="activation"), cut(narrow, repair="stream")} < set(plans)
+    drops = {(plan.drop_from, plan.repair) for plan in plans if plan.num_hidden_layers == 3}
+    assert drops == {("kl", "none"), ("importance", "none"), ("kl", "stream")}
+    assert not any(plan.repair == "distill" for plan in plans)  # it takes minutes
+    thin = [plan.hidden_size for plan in plans if plan.hidden_size != own.hidden_size]
+    assert thin  # six heads divide no size of this space but the base model's own and 84
+    assert all(size % own.num_attention_heads == 0 for size in thin)
+    assert {plan.quantizer for plan in plans if plan.precision == "W8A8"} == {"nearest", "gptq"}
+
+
+def test_stream_is_scored_with_few_tokens_and_leaves_no_file(prepared, monkeypatch):
+    searched = prepared.file.space.model_copy(update={"repair": ["stream"], "precision": None})
+    study = dataclasses.replace(prepared, file=prepared.file.model_copy(update={"space": searched}))
+    fitted = []
+    refit = stream.refit
+
+    def spy(cut, base, family, stays, parts, windows, *rest, **named):
+        fitted.append({name: len(some) for name, some in windows.items()})
+        return refit(cut, base, family, stays, parts, windows, *rest, **named)
+
+    monkeypatch.setattr(stream, "refit", spy)
+    assert not any(plan.repair == "stream" for plan in damage_plans.wanted(study))  # on a CPU it takes minutes
+    monkeypatch.setattr(damage_plans, "LONG_ON_A_CPU", ())
+    monkeypatch.setattr("search.stages.build.TOKENS", 3 * 3 * 32)
+    table = damage_table.damage_table(study, Screener(study), silent)
+    scored = [entry for entry in table.entries if entry.plan.repair == "stream"]
+    assert len(scored) == len(fitted) == 3  # depth, key/value heads and width
+    assert all(counts == dict.fromkeys(("topics", "docstrings", "code"), 3) for counts in fitted)
+    assert not list(study.outputs.rglob("stream-*"))
+    whole = Screener(study).screen(scored[0].plan, silent)  # a trial's own repair takes all of the text
+    assert all(count > 3 for count in fitted[-1].values())
+    assert whole.nll
+    assert list(study.outputs.rglob("stream-*.safetensors"))
 
 
 def test_between_levels_a_loss_lies_between_theirs_and_grows_with_the_cut(prepared):

@@ -19,7 +19,8 @@ from search.setup.definition import of_file
 from search.setup.goal import Bound, Goal, Known
 from search.show import goal_text
 from search.stages import speed_table
-from search.stages.damage_table import DamageTable, Entry, Loss
+from search.stages.damage_curves import Loss
+from search.stages.damage_table import DamageTable, Entry
 from search.stages.forecast import Forecast
 from search.study import best, chance, constraints, ending, space
 from search.study import storage as study_storage

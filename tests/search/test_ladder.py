@@ -226,9 +226,12 @@ def test_pruners_see_the_shards_alone():
 
 
 def test_the_gain_of_a_repair_is_learnt_from_trials_that_had_both_screens():
-    assert Gain.learnt([(0.2, 0.1)] * 2) == Gain()  # too few
-    gain = Gain.learnt([(0.2, 0.1), (0.4, 0.2), (0.1, 0.06), (0.001, 5.0)])  # the last says nothing
+    assert Gain.learnt(0.6, [(0.5, 0.2, 0.1)] * 2).share == 0.6  # too few
+    right, nothing = [(0.8, 0.2, 0.16), (0.4, 0.4, 0.16), (0.3, 0.1, 0.04)], (0.5, 0.001, 5.0)  # too small a loss
+    gain = Gain.learnt(0.5, [*right, nothing])
     assert gain.share == pytest.approx(0.5)
+    halved = Gain.learnt(0.8, [(0.8, 0.2, 0.08), (0.4, 0.4, 0.08), (0.3, 0.1, 0.016)])
+    assert halved.share == pytest.approx(0.4)
     assert gain.loss(0.3, 0.0)[0] == pytest.approx(0.15)
     assert gain.loss(0.3, 0.1)[1] > gain.loss(0.3, 0.0)[1] > 0
     assert gain.loss(-0.1, 0.0) == (0.0, 0.0)

@@ -25,7 +25,7 @@ from search.say import silent
 from search.setup import keys, own_text, setting
 from search.setup.texts import calibration_documents, tokenizer_of
 from search.show import forecast_view
-from search.stages import damage_table, screen
+from search.stages import damage_plans, damage_table, screen
 from search.stages.forecast import Forecast
 from search.stages.step_times import StepTimes
 from search.study import outlook
@@ -202,7 +202,7 @@ def test_plans_that_need_no_text_of_the_model_are_scored_while_it_writes(prepare
 
     monkeypatch.setattr(own_text.Writer, "domains", writing)
     monkeypatch.setattr(screen.Screener, "cheap", scoring)
-    plans = damage_table.wanted(study)
+    plans = damage_plans.wanted(study)
     damage_table.while_writing(study, screener, plans, told.append)
     assert scored
     assert not any(build.needs_moments(plan) for plan in scored)

@@ -255,9 +255,9 @@ def test_mlflow_that_can_not_be_reached_is_told_without_user_and_token(tmp_path,
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     told = []
-    mlflow_runs.log_by_hand(Tracking(), "before", {}, {}, 0.0, told.append)  # to mlflow.db, which must not stay the place
+    mlflow_runs.log_by_hand(Tracking(), "before", {}, {}, 0.0, told.append)
     assert not told
-    assert (tmp_path / "mlflow.db").is_file()
+    assert (tmp_path / "mlflow.db").is_file()  # which must not stay the place
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"https://ann9876:{PW}@127.0.0.1:9/x")
     mlflow_runs.log_by_hand(Tracking(), "one", {}, {}, 0.0, told.append)
     assert len(told) == 1

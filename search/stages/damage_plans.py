@@ -1,0 +1,85 @@
+"""Which plans the damage table scores: sizes, precisions, and the choices that a study searches."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from compressors import build
+from compressors.choices import SCHEMES
+from compressors.plan import CHOICES, DIMENSIONS, CompressionPlan, canonical
+from search.config.space_section import Range
+from search.setup.setting import Setting
+
+LEVELS = (0.0, 0.4, 0.7)  # shares of the way from a dimension's low to its high end
+LONG = ("distill", "kl-look-ahead")  # choices that take too long for a forecast
+LONG_ON_A_CPU = ("stream",)  # two minutes for 135M parameters and few tokens, on two cores
+
+
+def wanted(setting: Setting) -> list[CompressionPlan]:
+    """Return the plans to score, as far as they can be built.
+
+    Each searched size is cut to LEVELS, and each searched precision made by each of its methods, with the first of each
+    choice and ridge for any repair. Every other choice that goes with a cut is scored at the middle level.
+    """
+    left_out = LONG if setting.machine.device == "cuda" else (*LONG, *LONG_ON_A_CPU)
+    own, space = setting.model.identity, setting.file.space
+    searched = {name: getattr(space, name) for name in CHOICES if isinstance(getattr(space, name), list)}
+    repair = "ridge" if any(name != "none" for name in space.repair) else "none"
+    start = dataclasses.replace(own, **{**{name: values[0] for name, values in searched.items()}, "repair": repair})
+    plans: list[CompressionPlan] = []
+    others: list[CompressionPlan] = []
+    for name in DIMENSIONS:
+        cuts = [plan for cut in _cut(start, name, space, own) if (plan := _buildable_near(setting, cut)) is not None]
+        plans += cuts
+        for choice, values in searched.items() if cuts else ():
+            middle = cuts[len(cuts) // 2]
+            others += [dataclasses.replace(middle, **{choice: value}) for value in values if value not in left_out]
+    for precision in space.precision or []:
+        for quantizer, smoothing in itertools.product(space.quantizer, space.smoothing):
+            if precision not in SCHEMES and (quantizer, smoothing) != (space.quantizer[0], space.smoothing[0]):
+                continue
+            plans.append(dataclasses.replace(start, precision=precision, quantizer=quantizer, smoothing=smoothing))
+    distinct = dict.fromkeys(canonical(plan, own) for plan in [*plans, *others])
+    return [plan for plan in distinct if plan != canonical(start, own) and _is_buildable(setting, plan)]
+
+
+def _cut(start: CompressionPlan, name: str, space: Any, own: CompressionPlan) -> Iterator[CompressionPlan]:
+    wanted, full = getattr(space, name), getattr(own, name)
+    if wanted is None:
+        return
+    values = [wanted] if not isinstance(wanted, Range) else []
+    for level in LEVELS if isinstance(wanted, Range) else ():
+        values.append(wanted.low + round((wanted.high - wanted.low) // wanted.step * level) * wanted.step)
+    each = own.num_attention_heads // own.num_key_value_heads
+    for value in dict.fromkeys(values):
+        if value == full:
+            continue
+        if name == "num_key_value_heads":
+            yield dataclasses.replace(start, num_key_value_heads=value, num_attention_heads=value * each)
+        elif name == "num_attention_heads":
+            shared = max(value // own.num_key_value_heads, 1) * own.num_key_value_heads
+            yield dataclasses.replace(start, num_attention_heads=shared)
+        else:
+            yield dataclasses.replace(start, **{name: value})
+
+
+def _buildable_near(setting: Setting, plan: CompressionPlan) -> CompressionPlan | None:
+    """Return the plan, or the nearest one with another hidden_size, that can be built; None without one.
+
+    Some families want a hidden_size that their heads divide. One that fewer heads divide is searched together with
+    them, and alone it still loses about what its neighbours lose.
+    """
+    own = setting.model.identity
+    most = own.num_attention_heads if plan.hidden_size != own.hidden_size else 0
+    for step in sorted(range(-most, most + 1), key=lambda step: (abs(step), step)):
+        near = dataclasses.replace(plan, hidden_size=plan.hidden_size + step)
+        if (step == 0 or near.hidden_size < own.hidden_size) and _is_buildable(setting, canonical(near, own)):
+            return near
+    return None
+
+
+def _is_buildable(setting: Setting, plan: CompressionPlan) -> bool:
+    return build.check(plan, setting.model.checkpoint, setting.model.family) is None
