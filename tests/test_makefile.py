@@ -26,13 +26,13 @@ def would_run(tmp_path):
 
 def test_a_target_sets_itself_up_where_nothing_is_installed(would_run):
     commands = would_run("demo")
-    assert "install --quiet --editable '.[demo,dev]'" in commands
+    assert "install --quiet --no-compile --editable '.[demo,dev]'" in commands
     assert commands.index("'torch==2.13.0'") < commands.index(".[demo,dev]") < commands.index("run --study demo")
 
 
 def test_setup_with_more_extras_installs_them_after_the_demo(would_run):
     commands = would_run("setup", "EXTRAS=demo,dev,vllm", installed="demo,dev")
-    assert "install --quiet --editable '.[demo,dev,vllm]'" in commands
+    assert "install --quiet --no-compile --editable '.[demo,dev,vllm]'" in commands
     assert "'torch==" not in commands  # vLLM installs its own
 
 
