@@ -115,6 +115,7 @@ def times(out: pathlib.Path, setting: settings.Setting) -> None:
         row["forecast_speed_norm"] = round(expected.speed_norm, 5)
         row["forecast_score_se"] = round(expected.score_se, 5)
     table["speed"] = None if forecast.speed is None else forecast.speed.to_dict()
+    table["damage"] = None if forecast.damage is None else forecast.damage.to_dict()
     table["tables_s"] = round(table["tables_s"] + spent, 1)
     write(out, table, rows)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from compressors import build
@@ -14,6 +14,7 @@ from search.config.space_section import Range
 from search.setup.setting import Setting
 
 LEVELS = (0.0, 0.4, 0.7)  # shares of the way from a dimension's low to its high end
+LEVELS_ON_A_CPU = (0.0, 0.5)  # where one takes ten seconds
 LONG = ("distill", "kl-look-ahead")  # choices that take too long for a forecast
 LONG_ON_A_CPU = ("stream",)  # two minutes for 135M parameters and few tokens, on two cores
 
@@ -21,10 +22,11 @@ LONG_ON_A_CPU = ("stream",)  # two minutes for 135M parameters and few tokens, o
 def wanted(setting: Setting) -> list[CompressionPlan]:
     """Return the plans to score, as far as they can be built.
 
-    Each searched size is cut to LEVELS, and each searched precision made by each of its methods, with the first of each
-    choice and ridge for any repair. Every other choice that goes with a cut is scored at the middle level.
+    Each searched size is cut to a few levels, and each searched precision made by each of its methods, with the first
+    of each choice and ridge for any repair. Every other choice that goes with a cut is scored at the middle level.
     """
-    left_out = LONG if setting.machine.device == "cuda" else (*LONG, *LONG_ON_A_CPU)
+    quick = setting.machine.device == "cuda"
+    levels, left_out = (LEVELS, LONG) if quick else (LEVELS_ON_A_CPU, (*LONG, *LONG_ON_A_CPU))
     own, space = setting.model.identity, setting.file.space
     searched = {name: getattr(space, name) for name in CHOICES if isinstance(getattr(space, name), list)}
     repair = "ridge" if any(name != "none" for name in space.repair) else "none"
@@ -32,7 +34,8 @@ def wanted(setting: Setting) -> list[CompressionPlan]:
     plans: list[CompressionPlan] = []
     others: list[CompressionPlan] = []
     for name in DIMENSIONS:
-        cuts = [plan for cut in _cut(start, name, space, own) if (plan := _buildable_near(setting, cut)) is not None]
+        near = (_buildable_near(setting, cut) for cut in _cut(start, name, space, own, levels))
+        cuts = [plan for plan in near if plan is not None]
         plans += cuts
         for choice, values in searched.items() if cuts else ():
             middle = cuts[len(cuts) // 2]
@@ -46,12 +49,14 @@ def wanted(setting: Setting) -> list[CompressionPlan]:
     return [plan for plan in distinct if plan != canonical(start, own) and _is_buildable(setting, plan)]
 
 
-def _cut(start: CompressionPlan, name: str, space: Any, own: CompressionPlan) -> Iterator[CompressionPlan]:
+def _cut(
+    start: CompressionPlan, name: str, space: Any, own: CompressionPlan, levels: Sequence[float]
+) -> Iterator[CompressionPlan]:
     wanted, full = getattr(space, name), getattr(own, name)
     if wanted is None:
         return
     values = [wanted] if not isinstance(wanted, Range) else []
-    for level in LEVELS if isinstance(wanted, Range) else ():
+    for level in levels if isinstance(wanted, Range) else ():
         values.append(wanted.low + round((wanted.high - wanted.low) // wanted.step * level) * wanted.step)
     each = own.num_attention_heads // own.num_key_value_heads
     for value in dict.fromkeys(values):

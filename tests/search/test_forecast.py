@@ -249,9 +249,9 @@ def test_the_table_scores_every_choice_of_the_space_at_one_level(prepared, monke
     plans = damage_plans.wanted(study)
     assert len(set(plans)) == len(plans)
     cut = dataclasses.replace
-    narrow = cut(own, intermediate_size=112, importance="energy", repair="ridge")
+    narrow = cut(own, intermediate_size=120, importance="energy", repair="ridge")
     assert {cut(narrow, importance="activation"), cut(narrow, repair="stream")} < set(plans)
-    drops = {(plan.drop_from, plan.repair) for plan in plans if plan.num_hidden_layers == 3}
+    drops = {(plan.drop_from, plan.repair) for plan in plans if plan.num_hidden_layers == 4}
     assert drops == {("kl", "none"), ("importance", "none"), ("kl", "stream")}
     assert not any(plan.repair == "distill" for plan in plans)  # it takes minutes
     thin = [plan.hidden_size for plan in plans if plan.hidden_size != own.hidden_size]
