@@ -60,6 +60,9 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="a line for each row is appended to it")
     arguments = parser.parse_args()
 
+    unknown = set(arguments.how).difference(*(choices(arguments.plans[cut]) for cut in arguments.cuts))
+    if unknown:
+        parser.error(f"--how: {', '.join(sorted(unknown))}: no cut knows it")
     path = sources.resolve(arguments.model, files.CACHE)
     base = Checkpoint.read(path)
     kind, identity = family.family_of(base), CompressionPlan.identity(base.config)

@@ -52,7 +52,7 @@ def main() -> None:
     screens(arguments, setting)
     if arguments.only is None:
         times(arguments.out, setting)
-    agreement(json.loads(arguments.out.read_text()))
+    agreement(json.loads(arguments.out.read_text()), setting)
 
 
 def screens(arguments: argparse.Namespace, setting: settings.Setting) -> None:
@@ -61,7 +61,8 @@ def screens(arguments: argparse.Namespace, setting: settings.Setting) -> None:
     found = len(plans)
     if arguments.drawn:
         plans = dict(random.Random(arguments.seed).sample(sorted(plans.items(), key=str), arguments.drawn))
-    rows = json.loads(arguments.out.read_text())["plans"] if arguments.out.is_file() else []
+    table = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"speed": None}
+    rows = table.pop("plans", [])
     held = {space.plan_of(row["params"], setting.file.space, setting.model.identity) for row in rows}
     wanted = [plan for plan in plans if plan not in held]
     said(f"{len(wanted)} plans to screen of {len(plans)}, of {found} in the space")
@@ -82,14 +83,13 @@ def screens(arguments: argparse.Namespace, setting: settings.Setting) -> None:
             screened = pool.starmap(screen_all, parts)
     known = dict(itertools.chain.from_iterable(part.items() for part in screened))
     said(f"{len(known)} plans screened in {time.monotonic() - began:.0f} s")
-    table = {
+    table |= {
         "study": setting.file.study_name,
         "device": setting.machine.device_name,
         "config": setting.model.checkpoint.config,
-        "tables_s": round(json.loads(arguments.out.read_text())["tables_s"] if rows else damage_s, 1),
+        "damage_s": table.get("damage_s", round(damage_s, 1)),
         "base_nll": [round(value, 5) for value in base_nll],
-        "speed": None,
-        "damage": None if damage is None else damage.to_dict(),
+        "damage": damage.to_dict(),
     }
     rows += [{"params": plans[plan], **known[plan], "time_ratio": None, "time_ratio_se": None}
              for plan in wanted if plan in known]  # fmt: skip
@@ -97,7 +97,7 @@ def screens(arguments: argparse.Namespace, setting: settings.Setting) -> None:
 
 
 def times(out: pathlib.Path, setting: settings.Setting) -> None:
-    """Make the table of speed and time every shape; write that and the forecasts beside what is known of the plans."""
+    """Make the table of speed and time every shape; write that and the forecasts to the file."""
     table = json.loads(out.read_text())
     rows = table.pop("plans")
     began = time.monotonic()
@@ -116,7 +116,7 @@ def times(out: pathlib.Path, setting: settings.Setting) -> None:
         row["forecast_score_se"] = round(expected.score_se, 5)
     table["speed"] = None if forecast.speed is None else forecast.speed.to_dict()
     table["damage"] = None if forecast.damage is None else forecast.damage.to_dict()
-    table["tables_s"] = round(table["tables_s"] + spent, 1)
+    table["tables_s"] = round(table["damage_s"] + spent, 1)
     write(out, table, rows)
 
 
@@ -215,26 +215,32 @@ def write(path: pathlib.Path, table: dict, rows: list[dict]) -> None:
     path.write_text(f'{head}, "plans": [\n{lines}\n]}}\n')
 
 
-def agreement(table: dict) -> None:
-    """Print how well the forecasts order what was screened and measured."""
+def agreement(table: dict, setting: settings.Setting) -> None:
+    """Print how well the forecasts order what was screened and timed."""
     from scipy.stats import kendalltau
 
-    base = sum(table["base_nll"]) / len(table["base_nll"])
-    rows = [row for row in table["plans"] if row["time_ratio"] is not None]
-    if not rows:
-        return
+    base, rows = sum(table["base_nll"]) / len(table["base_nll"]), table["plans"]
+    damage = damage_table.DamageTable.from_dict(table["damage"])
+    plans = [space.plan_of(row["params"], setting.file.space, setting.model.identity) for row in rows]
+    forecast = [math.exp(-damage.loss(plan)[0]) for plan in plans]
     perf = [math.exp(base - sum(row["nll"]) / len(row["nll"])) for row in rows]
-    forecast = [row["forecast_perf_norm"] for row in rows]
-    off = sorted(abs(a - b) for a, b in zip(forecast, perf, strict=True))
-    print(f"PerfNorm, forecast against screened: Kendall tau {kendalltau(forecast, perf).statistic:.3f}, median error "
-          f"{off[len(off) // 2]:.4f}, largest {off[-1]:.4f} over {len(rows)} plans")  # fmt: skip
-    forecast_speed, speed_norm = [row["forecast_speed_norm"] for row in rows], [1 - row["time_ratio"] for row in rows]
-    off = sorted(abs(a - b) for a, b in zip(forecast_speed, speed_norm, strict=True))
-    print(f"SpeedNorm, forecast against timed: tau {kendalltau(forecast_speed, speed_norm).statistic:.3f}, "
-          f"median error {off[len(off) // 2]:.4f}, largest {off[-1]:.4f}")  # fmt: skip
-    scores = [tuple(a + b for a, b in zip(one, other, strict=True))
-              for one, other in ((forecast, forecast_speed), (perf, speed_norm))]  # fmt: skip
-    print(f"Score: tau {kendalltau(*scores).statistic:.3f}")
+    compare("PerfNorm, forecast against screened", forecast, perf)
+    timed = [place for place, row in enumerate(rows) if row["time_ratio"] is not None]
+    if timed:
+        speed_forecast = [rows[place]["forecast_speed_norm"] for place in timed]
+        speed_norm = [1 - rows[place]["time_ratio"] for place in timed]
+        compare("SpeedNorm, forecast against timed", speed_forecast, speed_norm)
+        scores = [[perf_norm[place] + speed for place, speed in zip(timed, speeds, strict=True)]
+                  for perf_norm, speeds in ((forecast, speed_forecast), (perf, speed_norm))]  # fmt: skip
+        print(f"Score: tau {kendalltau(*scores).statistic:.3f}")
+
+
+def compare(what: str, forecast: list[float], found: list[float]) -> None:
+    from scipy.stats import kendalltau
+
+    off = sorted(abs(a - b) for a, b in zip(forecast, found, strict=True))
+    print(f"{what}: Kendall tau {kendalltau(forecast, found).statistic:.3f}, median error "
+          f"{off[len(off) // 2]:.4f}, largest {off[-1]:.4f} over {len(found)} plans")  # fmt: skip
 
 
 if __name__ == "__main__":

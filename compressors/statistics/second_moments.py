@@ -84,7 +84,7 @@ class Moments:
         weights: How much each domain counts; None: all the same.
         strength: Strength of `compressors.methods.repair`, in place of the one that is chosen for each projection,
             which takes several times as long as the repair; None: it is chosen.
-        tokens: The most tokens that `stream` is fitted on, for a look at what it gains; None: all. The result is kept
+        tokens: About how many tokens `stream` is fitted on, for a look at what it gains; None: all. The result is kept
             in memory alone.
         more: Returns the windows of token ids that a distillation learns from, by domain; None: those of the moments.
     """
@@ -169,13 +169,13 @@ class Moments:
             raise _unreadable(self.path / WINDOWS, error) from None
 
     def first_windows(self) -> dict[str, list[list[int]]]:
-        """Return the first windows of each domain, of `tokens` tokens in all. Raises what `windows` raises."""
-        found = self.windows()
+        """Return the first windows of each domain, of about `tokens` tokens in all. Raises what `windows` raises."""
+        every = self.windows()
         if self.tokens is None:
-            return found
-        longest = max(len(window) for windows in found.values() for window in windows)
-        count = max(LEAST_WINDOWS, self.tokens // (longest * len(found)))
-        return {domain: windows[:count] for domain, windows in found.items()}
+            return every
+        longest = max(len(window) for windows in every.values() for window in windows)
+        count = max(LEAST_WINDOWS, self.tokens // (longest * len(every)))
+        return {domain: windows[:count] for domain, windows in every.items()}
 
     def lessons(self) -> Mapping[str, Sequence[Sequence[int]]]:
         """Return the windows of token ids that a distillation learns from, by domain. Raises what `windows` raises."""

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from compressors.plan import CompressionPlan, canonical
 
 LONG = ("stream", "distill")  # the repairs that take long
-SHARE = 0.8  # of the loss with ridge, what stays with one of them where no table foretells it
 RELATIVE_SE = 0.3  # of what is foretold, before any trial has shown it
 LEAST_RELATIVE_SE = 0.12
 LEARNS_FROM = 3  # trials

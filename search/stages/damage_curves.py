@@ -1,7 +1,7 @@
 """What an axis of a plan loses: by its size, and by the choices that go with the cut.
 
 A curve runs through the levels that were scored with the choices that the table begins with. Another choice, such as
-`repair: stream` in place of ridge, was scored at one level, and is taken to change the loss by the same share at all.
+`repair: stream` in place of ridge, was scored at one level. Its share of the loss is taken for all levels.
 """
 
 from __future__ import annotations
@@ -59,13 +59,11 @@ class AxisLosses:
     """The losses along one axis.
 
     Attributes:
-        curve: The losses with the choices of most levels.
-        choices: These choices.
-        shares: Other choices that were scored, each with the share of the curve's loss that it leaves.
+        curves: The curve of each set of choices that was scored at two levels or more; of the first set in any case.
+        shares: Sets of choices that were scored at one level, with the share of the first curve's loss that they leave.
     """
 
-    curve: Curve
-    choices: Mapping[str, Value]
+    curves: Sequence[tuple[Mapping[str, Value], Curve]]
     shares: Sequence[tuple[Mapping[str, Value], float]]
 
     @classmethod
@@ -81,20 +79,20 @@ class AxisLosses:
             groups.setdefault(tuple(sorted(one.choices.items())), {})[one.size] = one.loss
         if not groups:
             return None
-        first = max(groups, key=lambda choices: len(groups[choices]))  # the first of those with as many
-        levels = groups.pop(first)
+        first = max(groups, key=lambda choices: len(groups[choices]))  # the first of those with as many levels
+        nothing = {own_size: Loss(0.0, 0.0, 0.0)}
+        curves = [(dict(first), Curve.through({**groups.pop(first), **nothing}))]
         shares = []
         for choices, losses in groups.items():
-            both = [(losses[size].nll, levels[size].nll) for size in losses if size in levels]
-            if both:
-                theirs, reference = (
-                    math.fsum(max(nll, 0.0) + EVEN for nll in column) for column in zip(*both, strict=True)
-                )
-                shares.append((dict(choices), theirs / reference))
-        return cls(Curve.through({**levels, own_size: Loss(0.0, 0.0, 0.0)}), dict(first), shares)
+            if len(losses) > 1:
+                curves.append((dict(choices), Curve.through({**losses, **nothing})))
+            theirs = math.fsum(max(loss.nll, 0.0) + EVEN for loss in losses.values())
+            reference = math.fsum(max(curves[0][1].at(size), 0.0) + EVEN for size in losses)
+            shares.append((dict(choices), theirs / reference))
+        return cls(curves, shares)
 
-    def at(self, size: float, choices: Mapping[str, Value]) -> tuple[float, float]:
-        """Return the loss of a cut in nats per token, and its standard error.
+    def at(self, size: float, choices: Mapping[str, Value]) -> AxisLoss:
+        """Return the forecast loss of a cut.
 
         A choice that was not scored together with the plan's others counts by itself.
 
@@ -102,24 +100,48 @@ class AxisLosses:
             size: The size along the axis.
             choices: The plan's choices, by their names.
         """
-        loss = self.curve.at(size)
-        share, assumed = self._share(choices)
-        return share * loss, math.hypot(share * self.curve.error, ASSUMED_ERROR * share * loss if assumed else 0.0)
+        for known, curve in self.curves:
+            if known == choices:
+                return AxisLoss(curve.at(size), curve.error)
+        _, first = self.curves[0]
+        loss, (share, assumed) = first.at(size), self._share(choices)
+        scaled = share * max(loss, 0.0) + min(loss, 0.0)  # noise below zero is no gain that a choice could multiply
+        return AxisLoss(scaled, share * first.error, ASSUMED_ERROR * scaled if assumed else 0.0)
 
     def _share(self, choices: Mapping[str, Value]) -> tuple[float, bool]:
-        """Return the share of the curve's loss that these choices leave, and whether some of it is assumed."""
-        for known, share in self.shares:
-            if known == choices:
-                return share, False
-        total, assumed = 1.0, False
+        """Return the share of the first curve's loss that these choices leave, and whether some of it is assumed."""
+        known = self._known(choices)
+        if known is not None:
+            return known, False
+        (reference, _), total, assumed = self.curves[0], 1.0, False
         for name, value in choices.items():
-            if value == self.choices[name]:
+            if value == reference[name]:
                 continue
-            alone = {**self.choices, name: value}
-            scored = [share for known, share in self.shares if known == alone]
-            assumed |= not scored
-            total *= scored[0] if scored else ASSUMED.get(str(value), 1.0) if name == "repair" else 1.0
+            share = self._known({**reference, name: value})
+            if share is None:
+                assumed, share = True, 1.0
+                if name == "repair" and value in ASSUMED:  # of what ridge leaves
+                    share = ASSUMED[str(value)] * (self._known({**reference, name: "ridge"}) or 1.0)
+            total *= share
         return total, assumed
+
+    def _known(self, choices: Mapping[str, Value]) -> float | None:
+        return next((share for known, share in self.shares if known == choices), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisLoss:
+    """The forecast loss of a cut along one axis, in nats per token.
+
+    Attributes:
+        nll: The loss.
+        error: Its standard error, from the shards.
+        assumed: The standard error of what was not scored.
+    """
+
+    nll: float
+    error: float
+    assumed: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

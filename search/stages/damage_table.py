@@ -1,9 +1,9 @@
-"""The damage table of a study: what each size, precision and choice of the space loses by itself, in memory.
+"""The damage table of a study: what each size and each precision of the space loses by itself, in memory.
 
 One dimension at a time is cut to a few levels, with the cheap repair, and scored on the first shards of the search
-text; so is, at one level, what the other choices and repairs of the space make of it. A plan's loss is forecast as the
-sum of what its parts lose: for single losses of medium strength that is what NVIDIA's and Intel's tools rely on (HIGGS,
-https://arxiv.org/abs/2411.17525). It fails for strong cuts, so the error grows with the loss.
+text. Every other choice that goes with the cut is scored at one of the levels, but for the slow ones. A plan's loss is
+forecast as the sum of what its parts lose: for single losses of medium strength that is what NVIDIA's and Intel's tools
+rely on (HIGGS, https://arxiv.org/abs/2411.17525). It fails for strong cuts, so the error grows with the loss.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from compressors.files import digest_of_json
 from compressors.plan import CHOICES, DIMENSIONS, CompressionPlan, canonical, short
 from evaluator import score
 from evaluator.errors import EvaluationError, NotFinite
+from search import secrets
+from search.failures import OUT_OF_MEMORY
 from search.say import Say
 from search.setup import keys
 from search.setup.setting import Setting
 from search.stages import damage_plans, screen
-from search.stages.damage_curves import AxisLosses, Loss, Scored
+from search.stages.damage_curves import AxisLoss, AxisLosses, Loss, Scored
 from search.stages.screen import Screener
 
 VERSION = 2
@@ -36,6 +38,7 @@ RELATIVE_ERROR = 0.25  # of a sum of losses, as long as no trial has said more
 LEAST_RELATIVE_ERROR = 0.05
 LEAST_ERROR = 0.003  # nats per token
 LEAST_LOSS = 0.03  # nats per token, below which the absolute error counts and no ratio
+OF_CUTS = tuple(name for name, record in CHOICES.items() if not record.schemes)  # those that no scheme brings
 QUERIES = "queries for each key/value head"  # the axis of num_attention_heads once key/value heads are chosen
 
 
@@ -61,14 +64,15 @@ class DamageTable:
             plan: The plan.
             relative_error: The standard error of a sum of losses, over the sum; see `relative_error`.
         """
-        cuts = self._cuts(plan)
-        total = math.fsum([*(loss for loss, _ in cuts.values()), self.of_precision(plan)])
-        errors = [error for _, error in cuts.values()]
+        cuts = self._cuts(plan).values()
+        total = math.fsum([*(cut.nll for cut in cuts), self.of_precision(plan)])
+        shown = relative_error / RELATIVE_ERROR  # what trials have shown, they have shown of what was assumed too
+        errors = [math.hypot(cut.error, shown * cut.assumed) for cut in cuts]
         return max(total, 0.0), math.hypot(relative_error * total, LEAST_ERROR, *errors)
 
     def parts(self, plan: CompressionPlan) -> dict[str, float]:
         """Return what each axis of the plan is forecast to lose, in nats per token."""
-        parts = {name: loss for name, (loss, _) in self._cuts(plan).items()}
+        parts = {name: cut.nll for name, cut in self._cuts(plan).items()}
         return parts if plan.precision == self.own.precision else {**parts, "precision": self.of_precision(plan)}
 
     def share(self, plan: CompressionPlan, other: CompressionPlan) -> float | None:
@@ -81,13 +85,13 @@ class DamageTable:
         Returns:
             The share; None where the other's loss is too small for one.
         """
-        loss, reference = (math.fsum(loss for loss, _ in self._cuts(each).values()) for each in (plan, other))
+        loss, reference = (math.fsum(cut.nll for cut in self._cuts(each).values()) for each in (plan, other))
         return max(loss, 0.0) / reference if reference > LEAST_LOSS else None
 
-    def _cuts(self, plan: CompressionPlan) -> dict[str, tuple[float, float]]:
-        """Return the loss of each axis on which the plan differs from the base model, and its standard error."""
+    def _cuts(self, plan: CompressionPlan) -> dict[str, AxisLoss]:
+        """Return the loss along each axis on which the plan differs from the base model."""
         own, theirs = axes(self.own), axes(plan)
-        chosen = tuple(getattr(plan, name) for name in CHOICES)
+        chosen = tuple(getattr(plan, name) for name in OF_CUTS)
         return {
             name: losses.at(theirs[name], self._alone(name, theirs[name], chosen))
             for name, losses in self._axes.items()
@@ -106,9 +110,9 @@ class DamageTable:
             elif axis == "num_key_value_heads":
                 each = own.num_attention_heads // own.num_key_value_heads
                 cut["num_attention_heads"] = cut["num_key_value_heads"] * each
-            changes: dict[str, Any] = {**dict(zip(CHOICES, chosen, strict=True)), **cut}
+            changes: dict[str, Any] = {**dict(zip(OF_CUTS, chosen, strict=True)), **cut}
             plan = canonical(dataclasses.replace(own, **changes), own)
-            return {name: getattr(plan, name) for name in CHOICES}
+            return {name: getattr(plan, name) for name in OF_CUTS}
 
         return functools.cache(alone)
 
@@ -120,7 +124,7 @@ class DamageTable:
             theirs = axes(entry.plan)
             changed = [name for name in own if theirs[name] != own[name]]
             if len(changed) == 1 and entry.plan.precision == self.own.precision:
-                (axis,), chosen = changed, tuple(getattr(entry.plan, name) for name in CHOICES)
+                (axis,), chosen = changed, tuple(getattr(entry.plan, name) for name in OF_CUTS)
                 scored[axis].append(Scored(theirs[axis], self._alone(axis, theirs[axis], chosen), entry.loss))
         losses = {axis: AxisLosses.of(own[axis], some) for axis, some in scored.items()}
         return {axis: of_axis for axis, of_axis in losses.items() if of_axis is not None}
@@ -220,8 +224,8 @@ def damage_table(setting: Setting, screener: Screener, say: Say) -> DamageTable:
         say(f"damage table: plan {number} of {len(missing)}")
         try:
             loss = _scored(screener, plan, base, say, on_own=fits)
-        except (CompressionError, EvaluationError) as error:
-            say(f"damage table: left out: {error}")
+        except (CompressionError, EvaluationError, *OUT_OF_MEMORY) as error:
+            say(f"damage table: left out: {secrets.line_of(error)}")
             continue
         table = dataclasses.replace(table, entries=(*table.entries, Entry(plan, loss)))
         cached.keep_json(path_of(setting), table.to_dict())

@@ -156,7 +156,8 @@ class Screener:
 
     def _cheap_path(self, plan: CompressionPlan) -> Path:
         full = path_of(self._setting, plan)
-        return full.with_name(f"cheap-{full.name}")
+        tokens = f"{build.TOKENS}-" if plan.repair == "stream" else ""
+        return full.with_name(f"cheap-{tokens}{full.name}")
 
     def screen_of(self, model: Any, say: Say) -> Screen:
         """Return the quality of a stock transformers model on the setting's device that no plan made."""

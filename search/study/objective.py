@@ -34,6 +34,7 @@ from search.setup.goal import Known
 from search.stages import baseline as base_stage
 from search.stages import cheap_screen, measure, measurements
 from search.stages.bench import Bench
+from search.stages.damage_curves import ASSUMED
 from search.stages.forecast import Forecast
 from search.stages.screen import Screen, with_screen
 from search.study import best, chance, constraints, dashboard, first_answers, rungs, space, trials
@@ -246,10 +247,10 @@ class Objective:
         return cheap_screen.Gain.learnt(self._foretold(plan), seen)
 
     def _foretold(self, plan: CompressionPlan) -> float:
-        """Return the share of the loss in the cheap screen that the damage table foretells of the plan's own repair."""
+        """Return the share of the loss in the cheap screen that the plan's own repair is foretold to leave."""
         quick, table = cheap_screen.cut_alone(plan, self.setting.model.identity), self.forecast.damage
         share = None if quick is None or table is None else table.share(plan, quick)
-        return cheap_screen.SHARE if share is None else share
+        return ASSUMED[plan.repair] if share is None else share
 
     def _of_precision(self, plan: CompressionPlan) -> float:
         return 0.0 if self.forecast.damage is None else self.forecast.damage.of_precision(plan)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from optuna.trial import FrozenTrial
 
+from compressors.plan import CompressionPlan
 from search.stages.forecast import Forecast
 
 
@@ -15,8 +15,8 @@ def taught(forecast: Forecast, everything: Sequence[FrozenTrial]) -> Forecast:
     losses, ratios = [], []
     for trial in everything:
         known = trial.user_attrs
-        if "forecast_perf_norm" in known and "loss" in known:
-            losses.append((-math.log(known["forecast_perf_norm"]), known["loss"]))
+        if "loss" in known and "plan" in known and forecast.damage is not None:
+            losses.append((forecast.damage.loss(CompressionPlan.from_dict(known["plan"]))[0], known["loss"]))
         if "forecast_speed_norm" in known and "speed_norm" in known:
             ratios.append((1.0 - known["forecast_speed_norm"], 1.0 - known["speed_norm"]))
     return forecast.taught(losses, ratios) if losses else forecast
