@@ -53,7 +53,7 @@ confirmed() {
     --json "$out/confirmed.json" "${words[@]}" outputs="$work/confirmed" text.calibration=embedded 2> >(stamped >"$out/confirmed.err")
 }
 tau() {
-  python3 "$here/benchmarks/search/collect.py" "$out/tau.json" "${study[@]}" --drawn 40 --processes 3 "${words[@]}" \
+  python3 "$here/benchmarks/search/collect.py" "$out/tau.json" "${study[@]}" --drawn 40 --processes 2 "${words[@]}" \
     text.calibration=embedded text.moments_windows=24 2>&1 | quiet
 }
 size() {
