@@ -23,7 +23,7 @@ from search.stages import intact
 
 BUILDING = ".building-"  # + the worker's mark: where a checkpoint is until it is whole
 STRENGTH = 0.1  # of a quick ridge: choosing one for each projection takes longer than all the rest
-TOKENS = 24_576  # of a quick stream, which then takes a sixth of its time
+TOKENS = 24_576  # of a quick stream: four windows of 1,024 for each of six domains
 SHARE_OF_FREE = 8  # of the free memory, at most one part in so many holds rounded weights
 _rounded: dict[str, dict[str, Rounded]] = {}  # weights that the last screen rounded, by the plan's digest
 
