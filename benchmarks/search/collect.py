@@ -23,6 +23,7 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from compressors.plan import CompressionPlan
 from evaluator import speed
+from evaluator.speed_table import SpeedTable
 from search.config import compose
 from search.setup import setting as settings
 from search.stages import damage_table, speed_table
@@ -97,7 +98,7 @@ def screens(arguments: argparse.Namespace, setting: settings.Setting) -> None:
 
 
 def times(out: pathlib.Path, setting: settings.Setting) -> None:
-    """Make the table of speed and time every shape; write that and the forecasts to the file."""
+    """Make the table of speed and time every shape; write both to the file."""
     table = json.loads(out.read_text())
     rows = table.pop("plans")
     began = time.monotonic()
@@ -109,11 +110,7 @@ def times(out: pathlib.Path, setting: settings.Setting) -> None:
     plans = [space.plan_of(row["params"], setting.file.space, setting.model.identity) for row in rows]
     timed = time_shapes(setting, {speed_table.shape_of(setting, plan) for plan in plans})
     for row, plan in zip(rows, plans, strict=True):
-        expected = forecast.expected(plan)
         row["time_ratio"], row["time_ratio_se"] = timed.get(speed_table.shape_of(setting, plan), (None, None))
-        row["forecast_perf_norm"] = round(expected.perf_norm, 5)
-        row["forecast_speed_norm"] = round(expected.speed_norm, 5)
-        row["forecast_score_se"] = round(expected.score_se, 5)
     table["speed"] = None if forecast.speed is None else forecast.speed.to_dict()
     table["damage"] = None if forecast.damage is None else forecast.damage.to_dict()
     table["tables_s"] = round(table["damage_s"] + spent, 1)
@@ -220,14 +217,16 @@ def agreement(table: dict, setting: settings.Setting) -> None:
     from scipy.stats import kendalltau
 
     base, rows = sum(table["base_nll"]) / len(table["base_nll"]), table["plans"]
-    damage = damage_table.DamageTable.from_dict(table["damage"])
+    speeds = None if table["speed"] is None else SpeedTable.from_dict(table["speed"])
+    made = Forecast(setting, speeds, damage_table.DamageTable.from_dict(table["damage"]))
     plans = [space.plan_of(row["params"], setting.file.space, setting.model.identity) for row in rows]
-    forecast = [math.exp(-damage.loss(plan)[0]) for plan in plans]
+    expected = [made.expected(plan) for plan in plans]
+    forecast = [each.perf_norm for each in expected]
     perf = [math.exp(base - sum(row["nll"]) / len(row["nll"])) for row in rows]
     compare("PerfNorm, forecast against screened", forecast, perf)
     timed = [place for place, row in enumerate(rows) if row["time_ratio"] is not None]
     if timed:
-        speed_forecast = [rows[place]["forecast_speed_norm"] for place in timed]
+        speed_forecast = [expected[place].speed_norm for place in timed]
         speed_norm = [1 - rows[place]["time_ratio"] for place in timed]
         compare("SpeedNorm, forecast against timed", speed_forecast, speed_norm)
         scores = [[perf_norm[place] + speed for place, speed in zip(timed, speeds, strict=True)]
