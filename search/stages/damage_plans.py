@@ -12,6 +12,7 @@ from compressors.choices import SCHEMES
 from compressors.plan import CHOICES, DIMENSIONS, CompressionPlan, canonical
 from search.config.space_section import Range
 from search.setup.setting import Setting
+from search.stages.damage_axes import QUERIES, along
 
 LEVELS = (0.0, 0.4, 0.7)  # shares of the way from a dimension's low to its high end
 LEVELS_ON_A_CPU = (0.0, 0.5)  # where one takes ten seconds
@@ -37,16 +38,16 @@ def wanted(setting: Setting) -> list[CompressionPlan]:
         near = (_buildable_near(setting, cut) for cut in _cut(start, name, space, own, levels))
         cuts = [plan for plan in near if plan is not None]
         plans += cuts
-        for choice, values in searched.items() if cuts else ():
-            middle = cuts[len(cuts) // 2]
-            others += [dataclasses.replace(middle, **{choice: value}) for value in values if value not in left_out]
+        for middle in cuts[len(cuts) // 2 :][:1]:
+            for choice, values in searched.items():
+                others += [dataclasses.replace(middle, **{choice: value}) for value in values if value not in left_out]
     for precision in space.precision or []:
         for quantizer, smoothing in itertools.product(space.quantizer, space.smoothing):
             if precision not in SCHEMES and (quantizer, smoothing) != (space.quantizer[0], space.smoothing[0]):
                 continue
             plans.append(dataclasses.replace(start, precision=precision, quantizer=quantizer, smoothing=smoothing))
     distinct = dict.fromkeys(canonical(plan, own) for plan in [*plans, *others])
-    return [plan for plan in distinct if plan != canonical(start, own) and _is_buildable(setting, plan)]
+    return [plan for plan in distinct if plan != own and _is_buildable(setting, plan)]
 
 
 def _cut(
@@ -58,17 +59,14 @@ def _cut(
     values = [wanted] if not isinstance(wanted, Range) else []
     for level in levels if isinstance(wanted, Range) else ():
         values.append(wanted.low + round((wanted.high - wanted.low) // wanted.step * level) * wanted.step)
-    each = own.num_attention_heads // own.num_key_value_heads
     for value in dict.fromkeys(values):
         if value == full:
             continue
-        if name == "num_key_value_heads":
-            yield dataclasses.replace(start, num_key_value_heads=value, num_attention_heads=value * each)
-        elif name == "num_attention_heads":
-            shared = max(value // own.num_key_value_heads, 1) * own.num_key_value_heads
-            yield dataclasses.replace(start, num_attention_heads=shared)
-        else:
-            yield dataclasses.replace(start, **{name: value})
+        axis, size = name, value
+        if name == "num_attention_heads":
+            axis, size = QUERIES, max(value // own.num_key_value_heads, 1)
+        changes: dict[str, Any] = {**along(own, axis, size)}
+        yield dataclasses.replace(start, **changes)
 
 
 def _buildable_near(setting: Setting, plan: CompressionPlan) -> CompressionPlan | None:

@@ -21,7 +21,7 @@ from compressors import build, cached
 from compressors.choices import PRECISIONS, Value
 from compressors.errors import CompressionError
 from compressors.files import digest_of_json
-from compressors.plan import CHOICES, DIMENSIONS, CompressionPlan, canonical, short
+from compressors.plan import CHOICES, CompressionPlan, canonical, short
 from evaluator import score
 from evaluator.errors import EvaluationError, NotFinite
 from search import secrets
@@ -30,6 +30,7 @@ from search.say import Say
 from search.setup import keys
 from search.setup.setting import Setting
 from search.stages import damage_plans, screen
+from search.stages.damage_axes import along, axes
 from search.stages.damage_curves import AxisLoss, AxisLosses, Loss, Scored
 from search.stages.screen import Screener
 
@@ -39,7 +40,6 @@ LEAST_RELATIVE_ERROR = 0.05
 LEAST_ERROR = 0.003  # nats per token
 LEAST_LOSS = 0.03  # nats per token, below which the absolute error counts and no ratio
 OF_CUTS = tuple(name for name, record in CHOICES.items() if not record.schemes)  # those that no scheme brings
-QUERIES = "queries for each key/value head"  # the axis of num_attention_heads once key/value heads are chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,13 +104,7 @@ class DamageTable:
         own = self.own
 
         def alone(axis: str, size: float, chosen: tuple[Value, ...]) -> Mapping[str, Value]:
-            cut = {axis: int(size)}
-            if axis == QUERIES:
-                cut = {"num_attention_heads": round(size * own.num_key_value_heads)}
-            elif axis == "num_key_value_heads":
-                each = own.num_attention_heads // own.num_key_value_heads
-                cut["num_attention_heads"] = cut["num_key_value_heads"] * each
-            changes: dict[str, Any] = {**dict(zip(OF_CUTS, chosen, strict=True)), **cut}
+            changes: dict[str, Any] = {**dict(zip(OF_CUTS, chosen, strict=True)), **along(own, axis, size)}
             plan = canonical(dataclasses.replace(own, **changes), own)
             return {name: getattr(plan, name) for name in OF_CUTS}
 
@@ -181,12 +175,6 @@ def relative_error(seen: Sequence[tuple[float, float]]) -> float:
     errors = [(screened - forecast) / max(forecast, LEAST_LOSS) for forecast, screened in seen]
     total = RELATIVE_ERROR**2 + math.fsum(error * error for error in errors)
     return max(math.sqrt(total / (1 + len(errors))), LEAST_RELATIVE_ERROR)
-
-
-def axes(plan: CompressionPlan) -> dict[str, float]:
-    """Return the sizes of a plan whose losses are added; query heads count for each key/value head."""
-    values = {name: float(getattr(plan, name)) for name in DIMENSIONS if name != "num_attention_heads"}
-    return {**values, QUERIES: plan.num_attention_heads / plan.num_key_value_heads}
 
 
 def path_of(setting: Setting) -> Path:

@@ -12,7 +12,7 @@ from compressors.plan import CHOICES, CompressionPlan
 from evaluator import backends
 from search.setup.setting import Setting
 from search.show.forecast_view import Best, Costs, ForecastView, Pays, Step
-from search.stages import damage_table, speed_table
+from search.stages import damage_axes, speed_table
 from search.stages.forecast import Forecast
 from search.stages.step_times import StepTimes
 from search.study.forecast_sampler import ForecastSampler
@@ -97,7 +97,7 @@ def _costs(made: Forecast) -> tuple[Costs, ...]:
 
 def _change(plan: CompressionPlan, own: CompressionPlan) -> str:
     """Return how a plan differs from the base model, in words."""
-    theirs, base = damage_table.axes(plan), damage_table.axes(own)
+    theirs, base = damage_axes.axes(plan), damage_axes.axes(own)
     words = [f"{name} {theirs[name]:g} of {base[name]:g}" for name in base if theirs[name] != base[name]]
     if plan.precision != own.precision:
         words.append(plan.precision)
