@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from evaluator import backends, serve_bench, served, server, speed
 from evaluator.errors import EngineCrashed
 from evaluator.workload import Workload
+from tests.waiting import gone, runs, until
 
 RESULT = json.loads((Path(__file__).parent / "results" / "vllm_bench_serve.json").read_text())
 
@@ -110,41 +110,25 @@ def test_lengths_become_a_mean_and_a_share():
     assert serve_bench.spread((128, 128)) == (128, 0.0)
 
 
-def gone(pid, within=10.0):
-    deadline = time.monotonic() + within
-    while time.monotonic() < deadline:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.05)
-    return False
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("who", ["caller", "keeper"])
 def test_what_a_keeper_runs_ends_with_its_caller(tmp_path, who):
     """Both are killed by SIGKILL, which nothing can catch; the command's own children go with the caller too."""
-    words = "import os, subprocess, sys, time; child = subprocess.Popen(['sleep', '300']); "
+    words = "import os, subprocess, sys, time; child = subprocess.Popen(['sleep', '1000']); "
     words += f"open({str(tmp_path / 'new')!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}'); "
-    words += f"os.rename({str(tmp_path / 'new')!r}, {str(tmp_path / 'pids')!r}); time.sleep(300)"
+    words += f"os.rename({str(tmp_path / 'new')!r}, {str(tmp_path / 'pids')!r}); time.sleep(1000)"
     keeper = [sys.executable, "-m", "evaluator.keeper", sys.executable, "-c", words]
     start = (
         f"import subprocess, time; k = subprocess.Popen({keeper!r}, stdin=subprocess.PIPE, start_new_session=True); "
     )
-    start += f"open({str(tmp_path / 'keeper')!r}, 'w').write(str(k.pid)); time.sleep(300)"
+    start += f"open({str(tmp_path / 'keeper')!r}, 'w').write(str(k.pid)); time.sleep(1000)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or "." for entry in sys.path)}
     caller = subprocess.Popen([sys.executable, "-c", start], env=environment)
     try:
-        for _ in range(400):
-            if (tmp_path / "pids").exists():
-                break
-            time.sleep(0.05)
+        assert until((tmp_path / "pids").exists)
         command, child = map(int, (tmp_path / "pids").read_text().split())
         pid = caller.pid if who == "caller" else int((tmp_path / "keeper").read_text())
-        assert not gone(command, 0.2)
+        assert runs(command)
         os.kill(pid, signal.SIGKILL)
         assert gone(command)
         if who == "caller":

@@ -14,6 +14,7 @@ from evaluator import chat
 from evaluator.errors import TextError
 from search.setup import guarded_chat
 from search.setup.texts import tokenizer_of
+from tests.waiting import AT_ONCE_S
 
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "7 < 8 & 'yes'?\nSay é."}]
 TALK = [*QUESTION, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Why?"}]
@@ -117,7 +118,7 @@ def test_a_hostile_template_is_stopped(case, with_template, monkeypatch):
     began = time.monotonic()
     with pytest.raises((CheckpointError, TextError)) as caught:
         chat.chat_ids(ours, QUESTION)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < AT_ONCE_S
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
     if case == "runs for ever":

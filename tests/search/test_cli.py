@@ -1,5 +1,6 @@
 """Tests of the command line: outputs, exit statuses and error messages."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.waiting import AT_ONCE_S, until
 
 STUDY = """
 defaults: [_base, _self_]
@@ -140,7 +143,6 @@ def test_only_the_best_checkpoints_stay_and_other_trials_can_still_be_exported(c
 
 def test_the_dashboard_serves_notes_numbers_and_measurement_files(finished):
     import socket
-    import time
     import urllib.request
 
     home, state = finished
@@ -153,18 +155,18 @@ def test_the_dashboard_serves_notes_numbers_and_measurement_files(finished):
         cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
+    def answers():
+        with contextlib.suppress(OSError):
+            return bool(get("/api/studies"))
+
     def get(path):
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=AT_ONCE_S) as answer:
             return answer.read()
 
     try:
-        for _ in range(120):
-            try:
-                summaries = json.loads(get("/api/studies"))["study_summaries"]
-                break
-            except OSError:
-                assert server.poll() is None
-                time.sleep(0.5)
+        assert until(lambda: server.poll() is not None or answers())
+        assert server.poll() is None
+        summaries = json.loads(get("/api/studies"))["study_summaries"]
         (study,) = [s for s in summaries if s["study_name"] == "small"]
         detail = json.loads(get(f"/api/studies/{study['study_id']}"))
         best = next(t for t in detail["trials"] if t["number"] == state["best"]["trial"])

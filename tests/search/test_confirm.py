@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import optuna
@@ -26,6 +25,7 @@ from search.stages import confirm as stage
 from search.stages import confirmed
 from search.study import best as best_trials
 from search.study import status, storage, workers
+from tests.waiting import until
 
 STUDY = """
 defaults: [_base, _self_]
@@ -189,11 +189,8 @@ def test_a_kill_between_two_pairs_loses_only_the_pair_in_flight(home):
     words = [sys.executable, "-m", "search.cli", "confirm", "--study", "sure", "--top", "1", "--pairs", "30"]
     root = str(Path(commands.__file__).parents[2])
     running = subprocess.Popen(words, cwd=home, env={**os.environ, "PYTHONPATH": root}, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not any(map(len, pairs_in(home).values())):
-        assert time.monotonic() < deadline
-        assert running.poll() is None
-        time.sleep(0.02)
+    assert until(lambda: running.poll() is not None or any(map(len, pairs_in(home).values())))
+    assert running.poll() is None
     running.send_signal(signal.SIGKILL)
     running.wait()
     ((name, before),) = pairs_in(home).items()

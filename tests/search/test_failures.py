@@ -28,7 +28,7 @@ def file(tmp_path, pico_llama):
         "model": {"source": str(pico_llama)},
         "space": {"precision": ["bfloat16", "float16", "float32", "W8A8"]},  # the first four trials, one each
         "text": {"window": 32, "calibration_windows": 4, "shards": 4},
-        "evaluation": {"backend": "transformers", "device": "cpu", "speed": "predicted", "call_timeout_s": 5.0},
+        "evaluation": {"backend": "transformers", "device": "cpu", "speed": "predicted", "call_timeout_s": 10.0},
         "pruner": {"name": "none"},
         "tracking": {"mlflow": False},
     }
@@ -60,7 +60,7 @@ def test_a_hanging_engine_and_one_without_memory_fail_only_their_trials(file, mo
     ]
     hung, starved = trials[1].user_attrs, trials[2].user_attrs
     assert (hung["failure"], hung["stage"]) == ("EngineTimeout", "measure")
-    assert "took longer than 5 s" in hung["reason"]
+    assert "took longer than 10 s" in hung["reason"]
     assert (starved["failure"], starved["stage"]) == ("EngineOutOfMemory", "measure")
     assert "memory" in starved["reason"]
     for pid in struck:

@@ -22,6 +22,7 @@ from optuna.trial import TrialState
 
 from search.study import storage as study_storage
 from search.study import trials as study_trials
+from tests.waiting import AT_ONCE_S, LONG_S, until
 
 TRIALS = 8
 
@@ -128,7 +129,7 @@ def start(home, *words, kill_in=None):
 
 def finish(home, *words):
     process = start(home, *words)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=LONG_S)
     assert process.returncode == 0, err[-2000:]
     return json.loads(out)
 
@@ -167,22 +168,18 @@ def whole(make_study, expected, cli):
 
 
 def no_process_left(home):
-    deadline = time.monotonic() + 15
-    while time.monotonic() < deadline:
-        left = subprocess.run(["pgrep", "-f", str(home)], capture_output=True, text=True).stdout.split()
-        if not left:
-            return True
-        time.sleep(0.2)
-    return False
+    return until(
+        lambda: subprocess.run(["pgrep", "-f", str(home)], stdout=subprocess.DEVNULL).returncode == 1, AT_ONCE_S
+    )
 
 
 @pytest.mark.parametrize(  # in "measure" PostgreSQL's is killed below
     "kill_in", ["build:2", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("screen:15", "measure:9"))]
 )
-def test_a_study_killed_in_any_stage_resumes_to_the_same_results(make_study, whole, kill_in):
+def test_a_study_killed_in_any_stage_resumes_to_the_same_results(make_study, whole, cli, kill_in):
     home = make_study("again")
     process = start(home, kill_in=kill_in)
-    process.communicate(timeout=300)
+    process.communicate(timeout=LONG_S)
     assert process.returncode == -signal.SIGKILL, "the run ended before it reached the stage it was to die in"
     before = results(storage_of(home))
     assert 0 < len(before) < TRIALS
@@ -190,7 +187,7 @@ def test_a_study_killed_in_any_stage_resumes_to_the_same_results(make_study, who
         states=(TrialState.RUNNING,)
     )
     assert [trial.user_attrs["stage"] for trial in killed] == [kill_in.partition(":")[0]]
-    state = finish(home)
+    state = finish_here(cli, home)
     after = results(storage_of(home))
     assert after[: len(before)] == before, "a finished trial was lost or repeated"
     assert after == whole
@@ -201,7 +198,7 @@ def test_a_study_killed_in_any_stage_resumes_to_the_same_results(make_study, who
 
 
 @pytest.mark.slow
-def test_a_study_killed_at_any_moment_resumes_to_the_same_results(make_study, whole):
+def test_a_study_killed_at_any_moment_resumes_to_the_same_results(make_study, whole, cli):
     home = make_study("again")
     delays = random.Random(3)
     kills = 0
@@ -214,7 +211,7 @@ def test_a_study_killed_at_any_moment_resumes_to_the_same_results(make_study, wh
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             kills += 1
-    finish(home)
+    finish_here(cli, home)
     assert kills > 0
     assert results(storage_of(home)) == whole
 
@@ -226,7 +223,7 @@ def test_ctrl_c_records_the_running_trial_and_the_next_run_resumes(make_study, w
         while process.poll() is None and not _second_trial_began(home):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=LONG_S)
         if process.returncode != 0:
             break
     assert process.returncode == 130, err
@@ -280,7 +277,7 @@ def database(server, name):
 def test_a_study_in_postgresql_resumes_to_the_same_results(make_study, whole, postgres, cli):
     home = make_study("pg", database(postgres, "killed"))
     process = start(home, kill_in="measure:9")
-    process.communicate(timeout=300)
+    process.communicate(timeout=LONG_S)
     assert process.returncode == -signal.SIGKILL
     assert finish_here(cli, home)["finished"] == TRIALS
     assert results(storage_of(home)) == whole

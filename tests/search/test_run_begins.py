@@ -19,6 +19,7 @@ from search.errors import StudyMismatch
 from search.setup import load
 from search.setup.definition import of_file
 from search.study import early, space, storage, time_left
+from tests.waiting import LONG_S
 
 ROOT = Path(__file__).parents[2]
 BASE = CompressionPlan(5, 6, 3, 96, 160, "bfloat16")
@@ -122,7 +123,7 @@ def test_a_refusal_imports_no_torch_and_takes_no_time(stored):
             print({{"torch", "transformers", "mlflow"}} & set(sys.modules), time.process_time() / imported)
     """
     ended = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, timeout=LONG_S
     )
     imported, times = ended.stdout.split()
     assert imported == "set()", ended.stderr
@@ -189,7 +190,7 @@ def test_the_time_left_counts_each_stage_with_the_share_that_reaches_it():
 
 # -- other processes -------------------------------------------------------------------------------------------
 
-SPIN = "import time\nend = time.time() + 20\nprint(flush=True)\nwhile time.time() < end: pass"
+SPIN = "import time\nend = time.time() + 600\nprint(flush=True)\nwhile time.time() < end: pass"
 
 
 def test_another_process_that_loads_the_machine_is_named_and_a_child_is_not_another(monkeypatch):

@@ -3,8 +3,6 @@
 import dataclasses
 import os
 import threading
-import time
-from pathlib import Path
 
 import pytest
 
@@ -13,6 +11,7 @@ from search.setup import setting as settings
 from search.stages import side_by_side
 from search.stages.engines import Engines
 from search.stages.side_by_side import Ahead, SideBySide
+from tests.waiting import LONG_S, gone, until
 
 STUDY = """
 defaults: [_base, _self_]
@@ -37,15 +36,6 @@ def plans(prepared):
     return [dataclasses.replace(own, num_hidden_layers=layers) for layers in (2, 3)]
 
 
-def gone(pids, within_s=30.0):
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
-            return True
-        time.sleep(0.05)
-    return False
-
-
 def test_every_plan_gets_an_engine_of_its_shape_and_nothing_is_left(prepared):
     with Engines(prepared) as engines:
         with SideBySide(prepared, engines, plans(prepared)) as group:
@@ -54,7 +44,7 @@ def test_every_plan_gets_an_engine_of_its_shape_and_nothing_is_left(prepared):
             assert all(engine.decode_steps(1, 4, 2, 0) for engine in running)
             assert len(list((prepared.outputs / "forecast").glob("probes-*/*/*/config.json"))) == 2
             pids = [engine.pid for engine in running]
-        assert gone(pids)
+        assert all(map(gone, pids))
     assert not list((prepared.outputs / "forecast").glob("probes-*"))
 
 
@@ -66,19 +56,16 @@ def test_an_engine_that_is_closed_while_it_starts_ends(prepared, monkeypatch):
         def slow(*arguments, **options):
             engine = start(*arguments, **options)
             started.append(engine.pid)
-            assert closed.wait(60.0)
+            assert closed.wait(LONG_S)
             return engine
 
         monkeypatch.setattr(engines, "start", slow)
         group = SideBySide(prepared, engines, plans(prepared))
-        deadline = time.monotonic() + 60.0
-        while len(started) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert len(started) == 2
+        assert until(lambda: len(started) == 2)
         group.close()
         closed.set()
         assert group.ready(pytest.fail) == [None, None]
-        assert gone(started)
+        assert all(map(gone, started))
 
 
 def test_a_plan_that_cannot_be_built_leaves_the_others(prepared):

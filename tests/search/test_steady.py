@@ -21,6 +21,7 @@ from search.errors import StorageError, StudyMismatch, StudyStopped, no_space
 from search.study import faults, steady
 from search.study import storage as study_storage
 from search.study import trials as study_trials
+from tests.waiting import until
 
 DEFINITION = {"model": {"digest": "a"}}
 
@@ -144,14 +145,14 @@ def test_a_database_that_is_away_for_a_while_costs_one_warning(open_patiently, t
 
 
 def test_a_database_that_stays_away_stops_the_study_in_one_line_and_for_good(open_patiently, told, tmp_path):
-    study = study_storage.create_or_resume(open_patiently(1), "s", DEFINITION)
+    study = study_storage.create_or_resume(open_patiently(3), "s", DEFINITION)
     with held_by_another(tmp_path):
         with pytest.raises(StudyStopped) as caught:
             study.set_user_attr("a", 1)
         began = time.monotonic()
         with pytest.raises(StudyStopped):
             study.set_user_attr("a", 1)
-        assert time.monotonic() - began < 0.9  # it waited a second the first time
+        assert time.monotonic() - began < 2.5  # it waited three seconds the first time
     assert "\n" not in str(caught.value)
     assert "studies.db" in str(caught.value)
     assert "nothing is lost" in str(caught.value)
@@ -176,7 +177,7 @@ def test_a_signal_ends_the_waiting_for_a_database(open_patiently, told, tmp_path
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 40  # it would have waited a minute
 
 
 @pytest.mark.parametrize("call", ["create_new_trial", "set_trial_state_values"])
@@ -226,10 +227,7 @@ def test_a_silent_worker_is_given_time_after_an_outage(url, monkeypatch):
 def test_a_zombie_is_dead():
     child = subprocess.Popen([sys.executable, "-c", ""])
     worker = {**processes.identify_worker(), "pid": child.pid, "started": processes._started(child.pid)}
-    deadline = time.monotonic() + 10
-    while processes.alive(worker) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert processes.alive(worker) is False  # not yet waited for
+    assert until(lambda: processes.alive(worker) is False)  # not yet waited for
     child.wait()
 
 

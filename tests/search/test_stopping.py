@@ -16,6 +16,7 @@ from search import processes
 from search.study import one_trial
 from search.study import storage as study_storage
 from search.study import trials as study_trials
+from tests.waiting import AT_ONCE_S
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +134,7 @@ SLOW_TO_STOP = """
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
     with processes.Stop() as stop, stop.held():
         print("ready", flush=True)
-        time.sleep(60)
+        time.sleep(600)
 """
 
 
@@ -154,7 +155,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once_in_one_line(signals, status):
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(processes.IMPATIENT_S + 0.2)
     process.send_signal(signals[1])
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=AT_ONCE_S)
     assert process.returncode == status
     assert err == "stopped at once; run the same command again to resume\n"
 
