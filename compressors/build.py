@@ -156,6 +156,11 @@ def versions(plan: CompressionPlan) -> list[str]:
     return [tag for of_step in ordered for (name, value), tag in of_step.items() if getattr(plan, name) == value]
 
 
+def all_versions() -> list[str]:
+    """Return the version tags of all methods."""
+    return sorted(tag for step in steps().values() for tag in step.VERSIONS.values())
+
+
 def predicted_bytes(plan: CompressionPlan, base: Checkpoint, family: Family) -> int:
     """Return the size of the plan's model.safetensors, header included, before anything is built.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,13 @@ def moments_key(setting: Setting) -> str:
     parts = [PLAN_VERSION, "packed", arithmetic(setting), setting.model.digest, windows]
     text = json.dumps(parts)  # without sorted keys: the order of the domains is part of the key
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def fitted_to(setting: Setting) -> str:
+    """Name the text that second moments are collected on, without asking the base model for its part of it."""
+    moments, text = setting.texts.moments, setting.file.text
+    weights = list(text.calibration.items()) if isinstance(text.calibration, Mapping) else []
+    return digest_of_json([moments.given_digest, weights, text.moments_windows, text.window, text.writes_beside], 16)
 
 
 def arithmetic(setting: Setting) -> str:

@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 
 from compressors import cached
 from compressors.errors import CheckpointError, MachineError
+from compressors.files import digest_of_json
 from compressors.model import config_types, model_directory
 from compressors.typed_json import typed
 from evaluator import embedded_texts, shared_text, texts
@@ -83,6 +84,11 @@ class MomentsText:
             name: texts.windows(self.tokenizer, documents, self.length, self.count)
             for name, documents in {**self.domains, **self.own()}.items()
         }
+
+    @functools.cached_property
+    def given_digest(self) -> str:
+        """The digest of the given domains' documents, in 16 hexadecimal digits."""
+        return digest_of_json({name: [each.text for each in documents] for name, documents in self.domains.items()}, 16)
 
     @functools.cached_property
     def digest(self) -> str:

@@ -39,6 +39,8 @@ RELATIVE_ERROR = 0.25  # of a sum of losses, as long as no trial has said more
 LEAST_RELATIVE_ERROR = 0.05
 LEAST_ERROR = 0.003  # nats per token
 LEAST_LOSS = 0.03  # nats per token, below which the absolute error counts and no ratio
+NOT_SCORED = 0.1  # nats per token that are assumed, and their error, for a part of a plan that could not be scored
+BROKEN = 10.0  # nats per token of a plan whose loss is NaN: about what a model loses that knows nothing
 OF_CUTS = tuple(name for name, record in CHOICES.items() if not record.schemes)  # those that no scheme brings
 
 
@@ -64,10 +66,10 @@ class DamageTable:
             plan: The plan.
             relative_error: The standard error of a sum of losses, over the sum; see `relative_error`.
         """
-        cuts = self._cuts(plan).values()
-        total = math.fsum([*(cut.nll for cut in cuts), self.of_precision(plan)])
+        parts = [*self._cuts(plan).values(), self._of_precision(plan)]
+        total = math.fsum(part.nll for part in parts)
         shown = relative_error / RELATIVE_ERROR  # what trials have shown, they have shown of what was assumed too
-        errors = [math.hypot(cut.error, shown * cut.assumed) for cut in cuts]
+        errors = [math.hypot(part.error, shown * part.assumed) for part in parts]
         return max(total, 0.0), math.hypot(relative_error * total, LEAST_ERROR, *errors)
 
     def parts(self, plan: CompressionPlan) -> dict[str, float]:
@@ -92,10 +94,12 @@ class DamageTable:
         """Return the loss along each axis on which the plan differs from the base model."""
         own, theirs = axes(self.own), axes(plan)
         chosen = tuple(getattr(plan, name) for name in OF_CUTS)
+        changed = [name for name in own if theirs[name] != own[name]]
         return {
-            name: losses.at(theirs[name], self._alone(name, theirs[name], chosen))
-            for name, losses in self._axes.items()
-            if theirs[name] != own[name]
+            name: self._axes[name].at(theirs[name], self._alone(name, theirs[name], chosen))
+            if name in self._axes
+            else AxisLoss(NOT_SCORED, 0.0, NOT_SCORED)
+            for name in changed
         }
 
     @functools.cached_property
@@ -133,14 +137,19 @@ class DamageTable:
 
         That is the loss of the entry with this precision that shares most of the plan's other choices.
         """
+        return self._of_precision(plan).nll
+
+    def _of_precision(self, plan: CompressionPlan) -> AxisLoss:
         if plan.precision == self.own.precision:
-            return 0.0
+            return AxisLoss(0.0, 0.0)
         same = self._by_precision.get(plan.precision, [])
 
         def shared(entry: Entry) -> int:
             return sum(getattr(entry.plan, name) == getattr(plan, name) for name in CHOICES)
 
-        return max(same, key=shared).loss.nll if same else 0.0
+        if not same:
+            return AxisLoss(NOT_SCORED, 0.0, NOT_SCORED)
+        return AxisLoss(max(same, key=shared).loss.nll, 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as JSON values."""
@@ -180,7 +189,8 @@ def relative_error(seen: Sequence[tuple[float, float]]) -> float:
 def path_of(setting: Setting) -> Path:
     """Return the file that keeps the table."""
     shards = [list(map(list, shard)) for shard in setting.texts.shards[: screen.FEW]]
-    key = [VERSION, setting.model.digest, keys.calibration_key(setting), digest_of_json(shards, 16)]
+    fitted = [keys.fitted_to(setting), build.all_versions()]
+    key = [VERSION, setting.model.digest, keys.calibration_key(setting), digest_of_json(shards, 16), *fitted]
     return setting.outputs / "forecast" / f"damage-{digest_of_json(key, 16)}.json"
 
 
@@ -212,6 +222,9 @@ def damage_table(setting: Setting, screener: Screener, say: Say) -> DamageTable:
         say(f"damage table: plan {number} of {len(missing)}")
         try:
             loss = _scored(screener, plan, base, say, on_own=fits)
+        except NotFinite as error:
+            say(f"damage table: {short(plan)}: {secrets.line_of(error)}")
+            loss = Loss(BROKEN, 0.0, None)
         except (CompressionError, EvaluationError, *OUT_OF_MEMORY) as error:
             say(f"damage table: left out: {secrets.line_of(error)}")
             continue
@@ -233,7 +246,7 @@ def while_writing(setting: Setting, screener: Screener, plans: Sequence[Compress
     threading.Thread(target=write, daemon=True).start()
     for plan in plans:
         if not build.needs_moments(plan):
-            with contextlib.suppress(CompressionError, EvaluationError):
+            with contextlib.suppress(CompressionError, EvaluationError, *OUT_OF_MEMORY):
                 screener.cheap(plan, say)
 
 
@@ -241,8 +254,6 @@ def _scored(screener: Screener, plan: CompressionPlan, base: Sequence[float], sa
     own_kl = screen.mean_known(screener.unseen(plan, say).kl) if on_own else None
     scored = screener.cheap(plan, say)
     gains = scored.lost(base)
-    if not all(map(math.isfinite, gains)):
-        raise NotFinite(f"the loss of {short(plan)} is NaN or infinite")
     return Loss(
         nll=math.fsum(gains) / len(gains),
         nll_se=score.standard_error(gains),

@@ -61,7 +61,10 @@ class Screen:
         return cached.known(path, whole)
 
     def write(self, path: Path) -> None:
-        """Keep the screen in a JSON file."""
+        """Keep the screen in a JSON file; raises NotFinite for one of a plan that breaks the model."""
+        broken = next((index for index, nll in enumerate(self.nll) if not math.isfinite(nll)), None)
+        if broken is not None:
+            raise NotFinite(f"screen: the loss on shard {broken} is {self.nll[broken]}; this plan breaks the model")
         cached.keep_json(path, dataclasses.asdict(self), digest=False)
 
     def lost(self, base: Sequence[float]) -> list[float]:
