@@ -16,7 +16,7 @@ from pathlib import Path
 from compressors import build
 from compressors.errors import CompressionError
 from compressors.files import write_json
-from compressors.plan import CompressionPlan
+from compressors.plan import CompressionPlan, short
 from evaluator import backends
 from evaluator.closing import Closing
 from evaluator.errors import EvaluationError
@@ -79,7 +79,7 @@ class SideBySide(Closing):
         for thread in self._threads:
             thread.join()
         for at, reason in sorted(self._refusals.items()):
-            say(f"speed table: {self.plans[at].precision} is left out: {reason}")
+            say(f"speed table: {short(self.plans[at])} is left out: {reason}")
         return list(self._running)
 
     def close(self) -> None:

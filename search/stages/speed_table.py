@@ -20,7 +20,7 @@ from typing import Any
 
 from compressors import build, cached
 from compressors.choices import SCHEMES
-from compressors.files import digest_of_json
+from compressors.files import alone, digest_of_json
 from compressors.model.family import head_dim
 from compressors.plan import CompressionPlan
 from evaluator import backends, batch, speed
@@ -45,10 +45,26 @@ TRIED = 200  # plans near one that the engine refuses
 WIDTHS = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_size")
 
 
-def known(setting: Setting) -> SpeedTable | None:
-    """Return the table if it holds any probe."""
-    table = cached.known(path_of(setting), lambda path: SpeedTable.from_dict(cached.read_json(path)))
+def known(setting: Setting, *, held: bool = False) -> SpeedTable | None:
+    """Return the table if it holds any probe.
+
+    Args:
+        setting: What the study shares.
+        held: Whether the caller holds `alone(path_of(setting))`.
+    """
+    table = cached.known(path_of(setting), lambda path: SpeedTable.from_dict(cached.read_json(path)), held=held)
     return table if table is not None and table.probes else None
+
+
+def _keep(setting: Setting, made: SpeedTable) -> SpeedTable:
+    """Keep a table together with what another run has added meanwhile, and return both."""
+    path = path_of(setting)
+    with alone(path):
+        table = known(setting, held=True) or made
+        for probe in made.probes:
+            table = table.with_probe(probe)
+        cached.keep_json(path, table.to_dict())
+    return table
 
 
 def path_of(setting: Setting) -> Path:
@@ -278,10 +294,10 @@ def _made(
         last = done + len(group.plans)
         say(f"speed table: {f'model {last}' if last == done + 1 else f'models {done + 1} to {last}'} of {total}")
         with group:
-            pairs = [(plan, left.pop(plan)) for plan in group.plans]
-            table = _timed(setting, engines, table, pairs, group, workloads, say)
+            checks = [left.pop(plan, None) for plan in group.plans]  # None: another run has timed it meanwhile
+            table = _timed(setting, engines, table, checks, group, workloads, say)
         done = last
-        cached.keep_json(path_of(setting), table.to_dict())
+        table = _keep(setting, table)
     return table if table.probes else None
 
 
@@ -289,14 +305,18 @@ def _timed(
     setting: Setting,
     engines: Engines,
     table: SpeedTable,
-    pairs: Sequence[tuple[CompressionPlan, bool]],
+    checks: Sequence[bool | None],
     group: SideBySide,
     workloads: Sequence[Workload],
     say: Say,
 ) -> SpeedTable:
     baseline = engines.baseline()
     running = group.ready(say)
-    ready = [(pair, engine) for pair, engine in zip(pairs, running, strict=True) if engine is not None]
+    ready = [
+        (plan, check, engine)
+        for plan, check, engine in zip(group.plans, checks, running, strict=True)
+        if engine is not None and check is not None
+    ]
     if not ready:
         return table
     watch = GpuWatch.of(baseline.facts())
@@ -305,11 +325,11 @@ def _timed(
         watch.look()
         say(f"speed table: timing, turn {done} of {total}")
 
-    each = [engine for _, engine in ready]
+    each = [engine for _, _, engine in ready]
     every = watch.steady(lambda: _every(each, baseline, [_few_turns(setting, one) for one in workloads], progress))
     for text in watch.record.warnings if watch.record else ():
         LOG.warning("speed table: %s", text)
-    for (plan, check), timings in zip([pair for pair, _ in ready], every, strict=True):
+    for (plan, check, _), timings in zip(ready, every, strict=True):
         probe = Probe(
             shape_of(setting, plan),
             {size: timing.time_ratio for size, timing in timings.items()},
