@@ -20,6 +20,7 @@ from evaluator.errors import NotFinite
 from evaluator.measurement import Measurement
 
 PERPLEXITY = "perplexity"  # the part of Perf that is not a task
+NO_BETTER = 2.0  # standard errors by which a task may flatter a compressed model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +165,19 @@ def _task_ratio(name: str, measurement: Measurement, baseline: Measurement) -> t
     ratio = model.value / base.value
     residuals = [(c - ratio * b) / base.value for c, b in zip(model.correct, base.correct, strict=True)]
     return ratio, standard_error(residuals)
+
+
+def most_of_tasks(baseline: Measurement) -> dict[str, float]:
+    """Return the most that each task of the baseline can give a compressed model, over the base model's accuracy.
+
+    A model that was compressed is no better than its base but by chance: by NO_BETTER standard errors of the difference
+    of two models that answer the same number of items independently, and by no more than all items.
+    """
+    most = {}
+    for name, base in baseline.tasks.items():
+        by_chance = math.sqrt(2.0 * (1.0 - base.value) / (base.value * base.items)) if base.value > 0 else math.inf
+        most[name] = min(1.0 + NO_BETTER * by_chance, 1.0 / base.value if base.value > 0 else math.inf)
+    return most
 
 
 def standard_error(values: Sequence[float]) -> float:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from compressors.plan import CompressionPlan
-from evaluator.score import Score
+from evaluator.score import PERPLEXITY, Score
 from evaluator.speed_table import SpeedTable
 from search.setup.goal import Known
 from search.setup.setting import Setting
@@ -32,6 +32,7 @@ class Forecast:
         damage: The damage table; None: nothing is known of PerfNorm, which is then forecast as 1.
         relative_error: The relative error of the damage table's losses, as far as trials have shown it.
         ratio_error: The error of the speed table's time ratios, as far as trials have shown it; None: the table's own.
+        most_of_tasks: The most that each task of Perf can give, over the base model's, see `evaluator.score`.
     """
 
     setting: Setting
@@ -39,6 +40,7 @@ class Forecast:
     damage: DamageTable | None
     relative_error: float = damage_table.RELATIVE_ERROR
     ratio_error: float | None = None
+    most_of_tasks: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def known(cls, setting: Setting) -> Forecast:
@@ -91,6 +93,34 @@ class Forecast:
             errors["score_se"] = math.inf
         return Known(dataclasses.replace(score, **errors), self.setting.size_ratio(plan))
 
+    def possible(self, plan: CompressionPlan, expected: Score | None = None, *, by_bytes: bool = False) -> Known:
+        """Return what a plan may reach at best before it is measured, with the error of what is foreseen of it.
+
+        Without tasks that is `known_of`. No text tells what a plan answers, so each task counts as the most that it can
+        give (`most_of_tasks`), and the part of the text as foreseen.
+
+        Args:
+            plan: The plan.
+            expected: What the plan is forecast to score, where its own loss is known; None: as `expected` has it.
+            by_bytes: Take the time that bytes predict, with its error, where no table tells the time.
+        """
+        known = self.known_of(plan, expected)
+        score, text = known.score, expected or self.expected(plan)
+        perf_norm, perf_norm_se = score.perf_norm, score.perf_norm_se
+        if self.setting.tasks and self.most_of_tasks:
+            parts = dict(self.setting.formula.perf)
+            total, of_text = math.fsum(parts.values()), parts.pop(PERPLEXITY, 0.0)
+            of_tasks = math.fsum(weight * self.most_of_tasks[name] for name, weight in parts.items())
+            perf_norm = (of_text * text.perf_norm + of_tasks) / total
+            told = expected is not None or self.damage is not None or of_text == 0.0
+            perf_norm_se = of_text / total * text.perf_norm_se if told else math.inf
+        speed_norm_se = text.speed_norm_se if by_bytes else score.speed_norm_se
+        formula = self.setting.formula
+        value = formula.weight_perf * perf_norm + formula.weight_speed * score.speed_norm
+        error = math.hypot(formula.weight_perf * perf_norm_se, formula.weight_speed * speed_norm_se)
+        best = Score(perf_norm, perf_norm_se, score.speed_norm, speed_norm_se, max(value, 0.0), error)
+        return dataclasses.replace(known, score=best)
+
     def taught(self, losses: Sequence[tuple[float, float]], ratios: Sequence[tuple[float, float]]) -> Forecast:
         """Return the forecast with the errors that trials show.
 
@@ -98,12 +128,12 @@ class Forecast:
             losses: The forecast and the screened loss of each trial, in nats per token.
             ratios: The forecast and the measured time ratio of each measured trial.
         """
+        learnt = dataclasses.replace(self, relative_error=damage_table.relative_error(losses))
         if self.speed is None:
-            return dataclasses.replace(self, relative_error=damage_table.relative_error(losses))
+            return learnt
         own = self._table_error(self.speed)  # counts as one trial
         squares = own**2 + math.fsum((measured - forecast) ** 2 for forecast, measured in ratios)
-        error = max(math.sqrt(squares / (1 + len(ratios))), LEAST_RATIO_ERROR)
-        return dataclasses.replace(self, relative_error=damage_table.relative_error(losses), ratio_error=error)
+        return dataclasses.replace(learnt, ratio_error=max(math.sqrt(squares / (1 + len(ratios))), LEAST_RATIO_ERROR))
 
     def of_loss(self, plan: CompressionPlan, loss: float, loss_se: float) -> Score:
         """Return what the plan is forecast to score if it loses so much, in nats per token."""

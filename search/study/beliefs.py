@@ -58,8 +58,6 @@ def observed(
     trials: Sequence[FrozenTrial],
     forecast: Forecast,
     plan_of: Callable[[Params], CompressionPlan],
-    *,
-    running_mean: bool,
 ) -> list[Observation]:
     """Return what finished trials teach of a quantity, those pruned at the screen among them.
 
@@ -68,9 +66,9 @@ def observed(
         trials: The trials, which have a value for all that is searched.
         forecast: The study's forecast.
         plan_of: The plan of a trial's parameters.
-        running_mean: Whether intermediate values are running means and not those of single shards.
     """
     found, shards = [], len(forecast.setting.texts.shards)
+    running_mean = rungs.are_running_means(forecast.setting.file.pruner)
     for trial in trials:
         value = learnt(quantity, trial, shards, running_mean=running_mean)
         if value is not None:

@@ -30,6 +30,7 @@ from search.show import goal_text
 from search.stages.forecast import Forecast
 from search.study import beliefs, best, front, space
 from search.study.beliefs import Params
+from search.study.trials import finished
 
 DRAWN = 1000  # plans of the random sample
 FRONT_OF = 400  # plans at random, and as many of the best, among which the front is looked for
@@ -47,11 +48,10 @@ class ForecastSampler(optuna.samplers.BaseSampler):
     Args:
         forecast: The study's forecast.
         seed: The random seed of this trial.
-        running_mean: Whether intermediate values are running means and not those of single shards.
     """
 
-    def __init__(self, forecast: Forecast, seed: int, *, running_mean: bool = False) -> None:
-        self._forecast, self._running_mean = forecast, running_mean
+    def __init__(self, forecast: Forecast, seed: int) -> None:
+        self._forecast = forecast
         self._random = np.random.default_rng(seed)
         self._independent = optuna.samplers.RandomSampler(seed=seed)
         self._plans: dict[tuple[tuple[str, Any], ...], CompressionPlan] = {}
@@ -205,7 +205,7 @@ class ForecastSampler(optuna.samplers.BaseSampler):
         """Return what finished trials teach of a quantity, those pruned at the screen among them."""
         last = {self._plan(trial.params): trial for trial in trials if _complete(trial, search_space)}
         known = list(last.values())  # of a plan that waited and went on, what its screen said at last
-        return beliefs.observed(quantity, known, self._forecast, self._plan, running_mean=self._running_mean)
+        return beliefs.observed(quantity, known, self._forecast, self._plan)
 
     def _beliefs(self, trials: Sequence[FrozenTrial], search_space: Mapping[str, BaseDistribution]) -> beliefs.Beliefs:
         goal, residuals = self._forecast.setting.goal, {}
@@ -256,9 +256,9 @@ def _forecast_text(goal: Goal, known: Known) -> str:
 
 
 def _waits_in_a_row(trials: Sequence[FrozenTrial]) -> int:
-    """Return how many of the last finished trials wait."""
-    finished = [trial for trial in trials if trial.state.is_finished()]
-    return sum(1 for _ in itertools.takewhile(lambda trial: WAITS in trial.system_attrs, reversed(finished)))
+    """Return how many of the last finished trials wait; those that were stopped and are tried again do not count."""
+    ended = reversed(finished(list(trials)))
+    return sum(1 for _ in itertools.takewhile(lambda trial: WAITS in trial.system_attrs, ended))
 
 
 def _complete(trial: FrozenTrial, search_space: Mapping[str, BaseDistribution]) -> bool:

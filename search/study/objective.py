@@ -12,6 +12,7 @@ What a trial's value is, and what it must reach, is the study's goal (`search.se
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import torch
 from compressors.errors import CompressionError, InfeasiblePlan, MachineError
 from compressors.plan import CompressionPlan
 from evaluator import lengths, score, speed
-from evaluator.errors import EngineOutOfMemory, EvaluationError, NotFinite
+from evaluator.errors import EngineOutOfMemory, EvaluationError
 from evaluator.measure import Partial
 from evaluator.measurement import Measurement
 from search import failures, processes, secrets, stages
@@ -80,7 +81,8 @@ class Objective:
         self.on_stage = on_stage
         self.on_end = on_end
         self.interruptible = interruptible
-        self.forecast = forecast or Forecast.known(bench.setting)
+        known = forecast or Forecast.known(bench.setting)
+        self.forecast = dataclasses.replace(known, most_of_tasks=score.most_of_tasks(baseline))
         self.goal = bench.setting.goal
         self._stage_since = 0.0
 
@@ -201,10 +203,11 @@ class Objective:
         if NOTHING_LEFT in attributes:
             record.reason = f"forecast: no plan is left that could win: {attributes[NOTHING_LEFT]}"
             raise optuna.TrialPruned(record.reason)
+        possible = self.forecast.possible(plan)
         if self.setting.file.sampler.name == "forecast" and "fixed_params" not in attributes:
-            known = known.without_forecast()  # the sampler knows more of what it proposes: what trials have shown
+            possible = possible.without_forecast()  # the sampler knows more of what it proposes: what trials have shown
         if prune:
-            self._require_chance(trial, record, "forecast", known)
+            self._require_chance(trial, record, "forecast", possible)
 
     def _cheap_screen(self, trial: optuna.Trial, record: Record, plan: CompressionPlan) -> None:
         """Look at the cut alone, with a repair that takes no time, before the plan's own repair is paid for."""
@@ -214,8 +217,6 @@ class Objective:
             return
         self._enter(trial, record, "cheap screen")
         gains = self.bench.screener.cheap(quick, self.say).lost(self.bench.base_nll(self.say))
-        if not all(map(math.isfinite, gains)):
-            raise NotFinite("cheap screen: the loss is NaN or infinite; this plan breaks the model")
         record.cheap_loss = sum(gains) / len(gains)
         loss, loss_se = self._gain(trial.study, plan).loss(record.cheap_loss, score.standard_error(gains))
         expected = self.forecast.of_loss(plan, loss + self._of_precision(plan), loss_se)
@@ -230,7 +231,8 @@ class Objective:
         by_sampler = self.setting.file.sampler.name == "forecast" and "fixed_params" not in seen.system_attrs
         if not by_sampler or not self.goal.is_default:
             return
-        why = ForecastSampler(self.forecast, trial.number).promises_more(trial.study, seen)
+        seed = len(trials.finished(trial.study.get_trials(deepcopy=False)))  # the same after a kill, unlike the number
+        why = ForecastSampler(self.forecast, seed).promises_more(trial.study, seen)
         if why is not None:
             trial.storage.set_trial_system_attr(trial._trial_id, WAITS, why)
             record.reason = f"cheap screen: {why}"
@@ -239,7 +241,7 @@ class Objective:
     def _gain(self, study: optuna.Study, plan: CompressionPlan) -> cheap_screen.Gain:
         """Return what the plan's repair gains, as the damage table and the trials so far have it."""
         seen = []
-        for trial in study.get_trials(deepcopy=False):
+        for trial in trials.finished(study.get_trials(deepcopy=False)):
             known = trial.user_attrs
             if {"cheap_loss", "loss", "plan"} <= known.keys() and known["plan"]["repair"] == plan.repair:
                 other = CompressionPlan.from_dict(known["plan"])
@@ -261,7 +263,7 @@ class Objective:
             return
         why = chance.why_none(self.goal, known, best.best_trial(trial.study))
         if why is not None:
-            record.reason = f"{rung}: {why}"
+            record.reason = f"{rung}: at best, {why}" if self.setting.tasks else f"{rung}: {why}"
             constraints.of_goal(trial, self.goal, known)
             raise optuna.TrialPruned(record.reason)
 

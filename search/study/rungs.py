@@ -19,6 +19,8 @@ from collections.abc import Mapping
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from search.config.study_file import Pruner
+
 FORECAST = 0
 
 
@@ -58,6 +60,14 @@ class ShardsAlone(optuna.pruners.BasePruner):
         seen = copy.copy(trial)
         seen.intermediate_values = of_shards(trial.intermediate_values, self._shards)
         return self._pruner.prune(study, seen)
+
+
+def are_running_means(settings: Pruner) -> bool:
+    """Return whether running means of the shards are reported, which the pruner compares.
+
+    Wilcoxon pairs the value of each shard.
+    """
+    return settings.name in ("median", "hyperband")
 
 
 def learnt(trial: FrozenTrial, shards: int, *, running_mean: bool) -> float | None:

@@ -50,8 +50,3 @@ def pruner(settings: Pruner, shards: int) -> optuna.pruners.BasePruner:
             reduction_factor=settings.reduction_factor,
         )
     return optuna.pruners.NopPruner()
-
-
-def wants_running_mean(settings: Pruner) -> bool:
-    """Return whether the pruner compares running means; Wilcoxon pairs the raw values of each shard."""
-    return settings.name in ("median", "hyperband")

@@ -25,7 +25,7 @@ from search.stages import screen
 from search.stages.bench import Bench
 from search.stages.forecast import Forecast
 from search.stages.screen import Screen
-from search.study import best, chance, constraints, rungs, samplers
+from search.study import best, chance, constraints, rungs
 from search.study.record import Record
 
 FEW = 2  # shards, below which an error says nothing
@@ -56,7 +56,7 @@ class Screening:
         path = screen.path_of(setting, plan)
         before = Screen.read(path, self._shards)
         base = self.bench.base_nll(self.say)
-        running_mean = samplers.wants_running_mean(setting.file.pruner)
+        running_mean = rungs.are_running_means(setting.file.pruner)
         shards: Iterable[quality.ShardQuality] = (
             self.bench.shards(plan, self.say) if before is None else before.shards()
         )
@@ -104,9 +104,11 @@ class Screening:
         return formula.weight_perf * perf_norm + formula.weight_speed * speed_norm
 
     def _known(self, plan: CompressionPlan, losses: Sequence[float]) -> Known:
-        """Return what is known of a plan after so many shards, each by its loss in nats per token."""
-        expected = self.forecast.of_loss(plan, sum(losses) / len(losses), score.standard_error(losses))
-        return self.forecast.known_of(plan, expected)
+        """Return what a plan may reach, after so many shards, each by its loss in nats per token."""
+        return self.forecast.possible(plan, self._expected(plan, losses))
+
+    def _expected(self, plan: CompressionPlan, losses: Sequence[float]) -> score.Score:
+        return self.forecast.of_loss(plan, sum(losses) / len(losses), score.standard_error(losses))
 
     def _why_end(
         self, trial: optuna.Trial, plan: CompressionPlan, values: Sequence[float], losses: Sequence[float]
@@ -127,11 +129,15 @@ class Screening:
         return None
 
     def _may_be_faster(self, trial: optuna.Trial, plan: CompressionPlan, losses: Sequence[float]) -> bool:
-        """Return whether the error of the forecast time alone leaves the plan a chance: the pruner knows none of it."""
+        """Return whether the error of the forecast time, or what no text tells, alone leaves the plan a chance.
+
+        The pruner knows none of that.
+        """
         leader = best.best_trial(trial.study)
-        if leader is None or not self.forecast.complete:
+        if leader is None:
             return False
-        return self.setting.goal.can_beat(self._known(plan, losses), leader.value or 0.0)
+        possible = self.forecast.possible(plan, self._expected(plan, losses), by_bytes=True)
+        return self.setting.goal.can_beat(possible, leader.value or 0.0)
 
     def _best_of(self, trial: optuna.Trial, shards: int) -> str:
         """What the best trial had on the same shards in the same screen; its value itself was measured later."""
@@ -142,5 +148,5 @@ class Screening:
         values = [seen[step] for step in sorted(seen)]
         if not values:
             return ""
-        mean = values[-1] if samplers.wants_running_mean(self.setting.file.pruner) else sum(values) / len(values)
+        mean = values[-1] if rungs.are_running_means(self.setting.file.pruner) else sum(values) / len(values)
         return f" against {mean:.3f} of trial {leader.number}"

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from evaluator import lengths
+from evaluator import lengths, score
 from evaluator.errors import NotFinite
 from evaluator.measurement import Measurement
 from evaluator.score import Formula, perf_ratio, score_of, standard_error
@@ -153,6 +153,23 @@ def test_the_error_of_a_task_is_that_of_a_simulation():
     assert sum(errors) / len(errors) == pytest.approx(spread, rel=0.06)
     unpaired = mean * math.hypot(*(math.sqrt(p * (1 - p) / 200) / p for p in (0.6, 0.57)))
     assert spread < 0.8 * unpaired
+
+
+@pytest.mark.parametrize(("accuracy", "items"), [(0.7, 100), (0.5, 60), (0.95, 200)])
+def test_what_a_task_can_give_is_more_than_luck_gives_an_equal_model(accuracy, items):
+    """Two models of one ability: the ratio of what they answer stays below that in 14 draws of 15 or more."""
+    generator = random.Random(3)
+
+    def answers():
+        return [float(generator.random() < accuracy) for _ in range(items)]
+
+    right = round(accuracy * items)
+    known = with_tasks(BASELINE, quiz=[1.0] * right + [0.0] * (items - right))
+    most = score.most_of_tasks(known)["quiz"]
+    assert 1.0 < most <= 1.0 / accuracy
+    ratios = [sum(answers()) / sum(answers()) for _ in range(2000)]
+    assert sum(ratio <= most for ratio in ratios) / len(ratios) > 14 / 15
+    assert sum(ratio <= 1.0 + (most - 1.0) / 2 for ratio in ratios) / len(ratios) < 14 / 15
 
 
 def test_a_model_that_answers_as_the_base_does_has_no_error():

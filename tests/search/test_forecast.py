@@ -6,12 +6,14 @@ import itertools
 import json
 import math
 import random
+import types
 from pathlib import Path
 
 import optuna
 import pytest
 import rich.console
 
+from compressors import cached
 from compressors.methods import stream
 from compressors.plan import CompressionPlan
 from evaluator.score import Score
@@ -25,12 +27,15 @@ from search.stages import damage_plans, damage_table, speed_table, step_times
 from search.stages.bench import Bench
 from search.stages.damage_curves import Loss
 from search.stages.damage_table import DamageTable, Entry
+from search.stages.engines import Engines
 from search.stages.forecast import Forecast
 from search.stages.screen import Screener
+from search.stages.side_by_side import SideBySide
 from search.stages.step_times import StepTimes
-from search.study import outlook, rungs, space, workers
+from search.study import forecast_sampler, outlook, rungs, space, workers
 from search.study.forecast_sampler import NOTHING_LEFT, WAIT_IN_A_ROW, WAITS, ForecastSampler
 from search.study.objective import Objective
+from tests.measurements import measurement
 
 STUDY = """
 defaults: [_base, _self_]
@@ -242,7 +247,7 @@ def test_the_cheap_screen_expects_of_a_repair_what_the_table_foretells(prepared)
     distilled = dataclasses.replace(narrow, repair="distill")
 
     def foretold(plan, damage):
-        trial = Objective(Bench.of(prepared), None, silent, forecast=Forecast(prepared, None, damage))
+        trial = Objective(Bench.of(prepared), measurement(), silent, forecast=Forecast(prepared, None, damage))
         return trial._gain(optuna.create_study(), plan).share
 
     assert foretold(narrow, with_choices(own)) == pytest.approx(0.5, rel=0.05)
@@ -592,6 +597,132 @@ def test_a_plan_that_waits_teaches_until_it_goes_on(prepared):
     plans = [tuple(each.params.items()) for each in seen]
     assert len(set(plans)) == len(plans)
     assert len(plans) > 4
+
+
+def test_trials_that_were_stopped_do_not_end_the_row_of_those_that_wait():
+    states = optuna.trial.TrialState
+
+    def ended(state, **attributes):
+        return optuna.trial.create_trial(
+            state=state,
+            value=0.5 if state == states.COMPLETE else None,
+            user_attrs={"failure": "Interrupted"} if state == states.FAIL else {},
+            system_attrs=attributes,
+        )
+
+    waits = [ended(states.PRUNED, waits="another promises more") for _ in range(2)]
+    assert forecast_sampler._waits_in_a_row([ended(states.COMPLETE), *waits, ended(states.FAIL), waits[0]]) == 3
+    assert forecast_sampler._waits_in_a_row([*waits, ended(states.COMPLETE), waits[0]]) == 1
+
+
+# -- what can't be scored, and what two runs make together -----------------------------------------------------
+
+
+def test_a_plan_whose_loss_is_nan_is_kept_as_one_that_knows_nothing_and_ends_no_run(prepared, monkeypatch):
+    """float16 ends at 65504."""
+    own, told = prepared.model.identity, []
+    plans = [dataclasses.replace(own, precision="float16"), dataclasses.replace(own, num_hidden_layers=4)]
+    monkeypatch.setattr(damage_plans, "wanted", lambda setting: plans)
+    checkpoint = prepared.model.checkpoint
+
+    def scaled(name, factor):
+        key = f"model.layers.0.self_attn.{name}_proj.weight"
+        tensor = checkpoint.tensors[key]
+        return {key: dataclasses.replace(tensor, load=lambda: tensor.load() * factor)}
+
+    tensors = {**checkpoint.tensors, **scaled("v", 2.0**20), **scaled("o", 2.0**-20)}  # the same model in bfloat16
+    prepared = dataclasses.replace(
+        prepared, model=dataclasses.replace(prepared.model, checkpoint=dataclasses.replace(checkpoint, tensors=tensors))
+    )
+    table = damage_table.damage_table(prepared, Screener(prepared), told.append)
+    assert [entry.plan for entry in table.entries] == plans
+    assert table.loss(plans[0])[0] == damage_table.BROKEN
+    assert table.loss(plans[1])[0] < damage_table.BROKEN
+    assert any("this plan breaks the model" in line for line in told)
+    assert damage_table.known(prepared).entries == table.entries
+
+
+def test_what_could_not_be_scored_is_not_forecast_to_lose_nothing(prepared, monkeypatch):
+    """Memory ran out for W8A8 and for one depth."""
+    own, cheap = prepared.model.identity, Screener.cheap
+    plans = [dataclasses.replace(own, **changes) for changes in (
+        {"precision": "W8A8"}, {"num_hidden_layers": 4}, {"intermediate_size": 128})]  # fmt: skip
+    monkeypatch.setattr(damage_plans, "wanted", lambda setting: plans)
+
+    def without_memory(self, plan, say):
+        if plan in plans[:2]:
+            raise MemoryError
+        return cheap(self, plan, say)
+
+    monkeypatch.setattr(Screener, "cheap", without_memory)
+    table = damage_table.damage_table(prepared, Screener(prepared), silent)
+    assert [entry.plan for entry in table.entries] == plans[2:]
+    for plan in plans[:2]:
+        loss, error = table.loss(plan)
+        assert loss == damage_table.NOT_SCORED
+        assert error >= damage_table.NOT_SCORED
+    damage_table.while_writing(prepared, Screener(prepared), plans, silent)  # the same beside the writing ends nothing
+
+
+def test_another_text_or_method_makes_another_damage_table(prepared, home, monkeypatch):
+    def path(*words):
+        return damage_table.path_of(settings.prepare(compose.load("forecast", list(words), home)))
+
+    own = path()
+    assert own == path("space.num_hidden_layers={low: 3, high: 5}")
+    (home / "more.txt").write_text("\n\n".join(f"Paragraph {place} says something else." for place in range(400)))
+    others = [path("text.moments_windows=8"), path("text.calibration=[embedded, self]"),
+              path(f"text.calibration=[embedded, {home}/more.txt]")]  # fmt: skip
+    monkeypatch.setattr(damage_table.build, "all_versions", lambda: ["stream-99"])
+    assert len({own, *others, path()}) == 5
+
+
+def test_two_runs_share_a_speed_table(prepared):
+    """What the other has timed meanwhile is neither timed again nor lost."""
+    missing = [plan for plan, _ in speed_table.missing(prepared)]
+    with Engines(prepared) as engines:
+        group = SideBySide(prepared, engines, missing[:2])
+        theirs = SpeedTable(
+            speed_table.shape_of(prepared, prepared.model.identity),
+            {1: 2.0},
+            (Probe(speed_table.shape_of(prepared, missing[0]), {1: 0.123}, {1: 0.001}),),
+        )
+        cached.keep_json(speed_table.path_of(prepared), theirs.to_dict())
+        table = speed_table.speed_table(prepared, engines, silent, types.SimpleNamespace(take=lambda: group))
+    shapes = {probe.shape: probe for probe in table.probes}
+    assert shapes[speed_table.shape_of(prepared, missing[0])].ratio == {1: 0.123}
+    assert set(shapes) == {speed_table.shape_of(prepared, plan) for plan in missing}
+    later = dataclasses.replace(theirs, probes=(Probe(theirs.base, {1: 1.5}, {1: 0.001}),))
+    assert len(speed_table._keep(prepared, later).probes) == len(table.probes) + 1
+
+
+@pytest.mark.parametrize(("of_task", "may_win"), [(0.9, False), (1.2, True)])
+def test_a_task_counts_as_the_most_that_it_can_give(home, of_task, may_win):
+    """A quarter of PerfNorm is perplexity: of 4 layers the table tells .905, and their SpeedNorm is .16."""
+    (home / "quiz.jsonl").write_text('{"prompt": "One and one is", "answer": "two"}\n')
+    task = f"{{metric: generation, name: quiz, files: ['{home}/quiz.jsonl'], match: exact, weight: 3}}"
+    words = [f"evaluation.perf=[{{metric: perplexity, weight: 1}}, {task}]"]
+    prepared = settings.prepare(compose.load("forecast", words, home))
+    made = Forecast(prepared, speeds(prepared), damages(prepared.model.identity), most_of_tasks={"quiz": of_task})
+    plan = dataclasses.replace(prepared.model.identity, num_hidden_layers=4)
+    possible, text = made.possible(plan).score, made.expected(plan)
+    assert possible.perf_norm == pytest.approx(0.25 * text.perf_norm + 0.75 * of_task)
+    assert possible.perf_norm_se == pytest.approx(0.25 * text.perf_norm_se)
+    assert possible.score == pytest.approx(0.5 * possible.perf_norm + 0.5 * text.speed_norm)
+    assert prepared.goal.can_beat(made.possible(plan), 0.57) == may_win
+    assert math.isinf(made.known_of(plan).score.perf_norm_se)
+    assert math.isinf(Forecast(prepared, None, None, most_of_tasks={"quiz": 1.0}).possible(plan).score.perf_norm_se)
+
+
+def test_without_a_table_the_error_of_predicted_times_leaves_a_plan_its_chance(prepared):
+    """W8A8 is predicted to be faster than it is on many GPUs; a cut that is predicted right must not lose to that."""
+    made = Forecast(prepared, None, None)
+    plan = dataclasses.replace(prepared.model.identity, num_hidden_layers=4)
+    expected = made.of_loss(plan, 0.02, 0.005)
+    leader = expected.score + 0.05
+    assert prepared.goal.can_beat(made.possible(plan, expected, by_bytes=True), leader)
+    assert not prepared.goal.can_beat(made.possible(plan, expected, by_bytes=True), leader + 0.1)
+    assert math.isinf(made.possible(plan, expected).score.score_se)
 
 
 @pytest.mark.parametrize("tasks", [(), (object(),)])

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from search.config.study_file import Pruner, Sampler
 from search.errors import StorageError, StudyMismatch, UsageError
-from search.study import samplers
+from search.study import rungs, samplers
 from search.study import storage as study_storage
 from search.study import trials as study_trials
 
@@ -190,7 +190,7 @@ def test_a_resumed_sampler_draws_the_same_values_as_an_uninterrupted_one(url):
 @pytest.mark.parametrize("name", ["wilcoxon", "median", "hyperband"])
 def test_each_pruner_prunes_a_clearly_worse_trial(name):
     settings = Pruner(name=name, n_startup_steps=2, n_startup_trials=2)
-    running_mean = samplers.wants_running_mean(settings)
+    running_mean = rungs.are_running_means(settings)
     # hyperband's brackets depend on the study's name
     study = optuna.create_study(study_name="a", direction="maximize", pruner=samplers.pruner(settings, shards=9))
     shards = [0.1, 0.5, -0.3, 0.2, -0.1, 0.4, 0.0, -0.2, 0.3]
