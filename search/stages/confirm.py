@@ -25,6 +25,7 @@ from search.failures import FAILURES, why
 from search.say import Say, silent
 from search.setup.setting import Setting
 from search.stages import build, confirmed
+from search.stages import measure as stage
 from search.stages.confirmed import Asked, Model, Record, Result
 from search.stages.engines import (
     HOST_BYTES,
@@ -145,13 +146,17 @@ class _Confirmation:
         self.failed[model] = Failed(model, str(told["failure"]), str(told["reason"]))
         self.warn(f"confirm: {model.name}: {told['reason']}")
 
+    @property
+    def _server_arguments(self) -> dict[str, Any]:
+        return {**server_arguments(self.setting), **(self.setting.file.confirm.server or {})}
+
     def _saying(self, prefix: str) -> Say:
         return lambda text: self.say(f"confirm: {prefix}{text}")
 
     def _together(self) -> int:
         """Return how many models run side by side beside the base model: what the memory holds."""
         if self.setting.workload.kind == "serve" and self.asked.timed:
-            share = float(server_arguments(self.setting)["gpu_memory_utilization"] or 1.0)
+            share = float(self._server_arguments["gpu_memory_utilization"] or 1.0)
             return max(1, min(TOGETHER, int(SHARE_OF_SERVERS / share) - 1))
         size, server = self.setting.model.checkpoint.size_bytes, self.setting.file.confirm.server or {}
         if self.setting.machine.device == "cuda":
@@ -201,15 +206,14 @@ class _Confirmation:
 
         if self.setting.workload.kind == "serve":
             with self._served(base, engines, number) as (server, servers):
-                self._time_all(server, servers, servers, progress, number)
+                self._time_all(server, servers, progress, number)
         else:
-            self._time_all(base, engines, engines, progress, number)
+            self._time_all(base, engines, progress, number)
 
     def _time_all(
         self,
         base: speed.Timed | speed.TimedServer,
-        timed: Mapping[Model, speed.Timed | speed.TimedServer],
-        engines: Mapping[Model, EngineProcess | Timed],
+        timed: Mapping[Model, EngineProcess | Timed],
         progress: Callable[[int, int], None],
         number: int,
     ) -> None:
@@ -223,11 +227,11 @@ class _Confirmation:
                 progress,
             )
         except EvaluationError as error:
-            for model, engine in engines.items():
+            for model, engine in timed.items():
                 if not engine.alive:
                     raise _OfModel(model, error) from error
             raise
-        for model, (turns, of_base) in zip(engines, every, strict=True):
+        for model, (turns, of_base) in zip(timed, every, strict=True):
             self._add(model, pair=speed.estimate(turns, of_base, speed.share_of(self.setting.workload)))
 
     @contextlib.contextmanager
@@ -235,12 +239,11 @@ class _Confirmation:
         self, base: EngineProcess, engines: Mapping[Model, EngineProcess], number: int
     ) -> Iterator[tuple[Timed, dict[Model, Timed]]]:
         """Start a fresh server of the base model and of each model, one after the other; end them all."""
-        arguments = {**server_arguments(self.setting), **(self.setting.file.confirm.server or {})}
         tell = self._saying(f"pair {number}, ")
 
         def start(path: Path, place: int) -> Timed:
             log = self.setting.outputs / "logs" / f"server-confirm-{place}.log"
-            server = stack.enter_context(Server(path, log, arguments, self.settings.start_timeout_s))
+            server = stack.enter_context(Server(path, log, self._server_arguments, self.settings.start_timeout_s))
             return Timed(server, self.setting.workload, self.settings.call_timeout_s, tell)
 
         with contextlib.ExitStack() as stack:
@@ -255,9 +258,12 @@ class _Confirmation:
             yield own, served
 
     def _quality(self, path: Path, engine: EngineProcess, name: str) -> Any:
-        return measure.measure_candidate(
+        measured = measure.measure_candidate(
             path, engine, self.asked.request, None, progress=self._saying(f"{name}, {self.asked.text}: ")
         )
+        if self.asked.timed:
+            return measured
+        return stage.with_predicted_time(measured, stage.predicted_ratio_of(self.setting, path))
 
     def _add(self, model: Model, *, pair: Any = None, measurement: Any = None) -> None:
         record = self.records[model]

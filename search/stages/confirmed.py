@@ -18,7 +18,6 @@ from search.json_values import measurement_from
 from search.setup import keys
 from search.setup.setting import Setting
 from search.setup.texts import Shard, report_shards
-from search.stages import measure as stage
 
 VERSION = 1  # raised when the same model would give other numbers
 MOST_REPLACED = 2  # pairs with a slow process that are replaced, of each model
@@ -73,7 +72,8 @@ class Asked:
         circumstances = {name: value for name, value in keys.circumstances(self.setting).items() if name != "text"}
         text = [window for shard in self.shards for window in shard]
         server = self.setting.file.confirm.server or {}
-        return digest_of_json([VERSION, self.setting.model.digest, circumstances, server, text], 16)
+        predicted = [] if self.timed else ["from what was written"]
+        return digest_of_json([VERSION, self.setting.model.digest, circumstances, server, text, *predicted], 16)
 
     def path_of(self, plan: CompressionPlan | None) -> Path:
         """Return the file of a plan's record; of the base model's own as what all are compared with, for None."""
@@ -90,7 +90,7 @@ class Record:
 
     Attributes:
         pairs: The timings of all pairs of fresh processes, in the order in which they were taken.
-        measurement: Its quality on the text, without times; None where it is not measured yet.
+        measurement: Its quality on the text, with a predicted time or none; None where it is not measured yet.
     """
 
     pairs: tuple[Timing, ...] = ()
@@ -191,10 +191,7 @@ def _result(
 ) -> Result:
     setting, formula = asked.setting, asked.setting.formula
     assert record.measurement is not None
-    if ratio is None:
-        measured = stage.with_predicted_time(record.measurement, stage.predicted_ratio(setting, model.plan))
-    else:
-        measured = measure.with_timing(record.measurement, _mean(pairs, ratio))
+    measured = record.measurement if ratio is None else measure.with_timing(record.measurement, _mean(pairs, ratio))
     measured = lengths.with_ratio(measured, baseline)
     scored = score.score_of(measured, baseline, formula)
     degrees = 1.0 if ratio is None else ratio.estimate.degrees
