@@ -35,7 +35,7 @@ def main() -> None:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{scratch}/runs.db"
         mlflow_runs.load_environment()
         began = time.thread_time()
-        runs = mlflow_runs._Runs("overhead", study.study_name, baseline, 0.5)
+        runs = mlflow_runs._Runs("overhead", {mlflow_runs.PARENT: study.study_name}, baseline, 0.5, ())
         started = time.thread_time()
         runs.catch_up(study)
         ended = time.thread_time()

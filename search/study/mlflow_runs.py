@@ -3,20 +3,22 @@
 The parent run has the study's result (`search.study.mlflow_result`), which is written again whenever it has changed.
 
 A separate thread writes the runs from what the study's storage holds, so that no trial waits for a server. Trials that
-were not tracked when a study was killed are tracked when it is resumed. A server that can't be reached costs one
-warning. No other module imports MLflow.
+were not tracked when a study was killed are tracked when it is resumed. Where several processes run one study, each
+writes the trials of its own workers, and at its end what nobody else is there to write. A server that can't be reached
+costs one warning. No other module imports MLflow.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import queue
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ import optuna
 
 from evaluator import measurement
 from evaluator.measurement import Measurement
-from search import secrets
+from search import processes, secrets
 from search.config.study_file import Tracking
 from search.errors import StudyStopped
 from search.study import best
@@ -33,6 +35,8 @@ from search.study.mlflow_result import METRICS, PARAMETERS, SIZES, Result
 from search.study.trials import finished
 
 PARENT, TRIAL = "optuna_search.study", "optuna_search.trial"
+ID = "optuna_search.id"  # of a study, in its attributes and its parent run: another may have had its name before
+WRITER = "optuna_search.writer"  # the process that writes a run
 NAMED = {  # the names of these in the manual; each is written once
     "num_hidden_layers": "number_of_layers",
     "num_attention_heads": "number_of_heads",
@@ -61,7 +65,8 @@ class Tracker:
         warn: Callable[[str], None],
     ) -> None:
         self._settings = settings
-        self._study_name, self._storage = study.study_name, study._storage
+        self._study_name, self._storage, self._id = study.study_name, study._storage, study.user_attrs.get(ID, "")
+        self._pids: set[int] = set()
         self._baseline, self._baseline_score = baseline, baseline_score
         self._warn = warn
         self._files = True
@@ -71,8 +76,9 @@ class Tracker:
             load_environment()
             self._thread.start()
 
-    def trial_ended(self) -> None:
-        """Have the thread write the trials that have ended."""
+    def trial_ended(self, pids: set[int]) -> None:
+        """Have the thread write the trials that have ended, those of these processes among them."""
+        self._pids |= pids
         self._wake.put(True)
 
     def close(self, *, files: bool = True) -> None:
@@ -86,7 +92,8 @@ class Tracker:
 
     def _follow(self) -> None:
         try:
-            runs = _Runs(self._settings.experiment, self._study_name, self._baseline, self._baseline_score)
+            named = {PARENT: self._study_name, **({ID: self._id} if self._id else {})}
+            runs = _Runs(self._settings.experiment, named, self._baseline, self._baseline_score, self._pids)
             study = optuna.load_study(storage=self._storage, study_name=self._study_name)
             more = True
             while more:
@@ -95,7 +102,7 @@ class Tracker:
                 with contextlib.suppress(queue.Empty):
                     while more:  # several trials may have ended meanwhile: catch up once for all of them
                         more = self._wake.get_nowait()
-            runs.catch_up(study)
+            runs.catch_up(study, all_ended=True)
             runs.end()
             if self._files:
                 self._store_files(runs, study)
@@ -169,6 +176,7 @@ def _log(
 ) -> None:
     from mlflow.entities import Metric, Param
 
+    tags = {**tags, WRITER: json.dumps(processes.identify_worker())}
     run = client.create_run(experiment, start_time=start, tags=secrets.masked_values(tags), run_name=name)
     metrics = [Metric(key, float(values[key]), end, 0) for key in METRICS if values.get(key) is not None]
     named = {NAMED.get(key, key): value for key, value in values.items() if key not in METRICS or key in SIZES}
@@ -178,21 +186,22 @@ def _log(
 
 
 class _Runs:
-    def __init__(self, experiment: str, study_name: str, baseline: Measurement, baseline_score: float) -> None:
+    def __init__(
+        self,
+        experiment: str,
+        named: Mapping[str, str],
+        baseline: Measurement,
+        baseline_score: float,
+        pids: Collection[int],
+    ) -> None:
         self._client, self._experiment = _client(experiment)
-        self._parent = self._only_run({PARENT: study_name}, study_name)
+        self._parent = self._only_run(named, named[PARENT])
         self._client.update_run(self._parent, status="RUNNING")  # a resumed study has ended before
         self._known: tuple[Mapping[str, float], Mapping[str, str]] | None = None
-        self._tracked = set()
-        has_baseline = False
-        for run in self._search({"mlflow.parentRunId": self._parent}):
-            if run.info.status == "RUNNING":  # it was being written when the study was killed: write it again
-                self._client.set_terminated(run.info.run_id, status="KILLED")
-            elif run.info.status != "KILLED":
-                has_baseline |= "baseline" in run.data.tags
-                self._tracked |= {int(run.data.tags[TRIAL])} if TRIAL in run.data.tags else set()
+        self._pids = pids
+        self._tracked: set[int] = set()
         tags = {"mlflow.parentRunId": self._parent, "baseline": "true"}
-        if not has_baseline:
+        if not self._look():
             now = int(time.time() * 1000)
             _log(
                 self._client,
@@ -205,14 +214,43 @@ class _Runs:
                 now,
             )
 
-    def catch_up(self, study: optuna.Study) -> None:
-        """Write the trials that have ended and are not written yet, and the study's result."""
-        self._log_trials(finished(study.get_trials(deepcopy=False)))
+    def _look(self) -> bool:
+        """Find which trials are written; return whether the baseline is."""
+        has_baseline = False
+        for run in self._search({"mlflow.parentRunId": self._parent}):
+            tags = run.data.tags
+            if run.info.status == "RUNNING" and _is_abandoned(tags):  # it is written again
+                self._client.set_terminated(run.info.run_id, status="KILLED")
+            elif run.info.status != "KILLED":
+                has_baseline |= "baseline" in tags
+                self._tracked |= {int(tags[TRIAL])} if TRIAL in tags else set()
+        return has_baseline
+
+    def catch_up(self, study: optuna.Study, *, all_ended: bool = False) -> None:
+        """Write the trials that have ended and are not written yet, and the study's result.
+
+        Args:
+            study: The study.
+            all_ended: Write the trials of other machines' processes too, which can't be seen from here.
+        """
+        trials = [trial for trial in finished(study.get_trials(deepcopy=False)) if trial.number not in self._tracked]
+        mine = [trial for trial in trials if self._is_mine(trial, all_ended=all_ended)]
+        if mine and all_ended:
+            self._look()
+        self._log_trials([trial for trial in mine if trial.number not in self._tracked])
         result = Result.of(study)
         known = (result.metrics(), result.tags())
         if known != self._known:
             self._log_result(*known)
             self._known = known
+
+    def _is_mine(self, trial: optuna.trial.FrozenTrial, *, all_ended: bool) -> bool:
+        """Return whether this process is to write a trial: its worker is one of its own, or is gone."""
+        worker = trial.user_attrs.get("worker")
+        if worker is None or (worker["pid"] in self._pids and processes.visible(worker)):
+            return True
+        is_there = processes.alive(worker)
+        return all_ended if is_there is None else not is_there
 
     def store_files(self, study: optuna.Study) -> None:
         """Write the tables and plots of the study; those of the same name are replaced."""
@@ -233,8 +271,6 @@ class _Runs:
 
     def _log_trials(self, trials: list[optuna.trial.FrozenTrial]) -> None:
         for trial in trials:
-            if trial.number in self._tracked:
-                continue
             attrs = trial.user_attrs
             values: dict[str, Any] = {name: attrs[name] for name in (*PARAMETERS, *METRICS) if name in attrs}
             values["score"] = best.score_of(trial)
@@ -278,6 +314,11 @@ class _Runs:
             token = page.token
             if not token:
                 return runs
+
+
+def _is_abandoned(tags: Mapping[str, str]) -> bool:
+    """Return whether the process that began to write a run is gone, as far as that can be seen."""
+    return WRITER not in tags or processes.alive(json.loads(tags[WRITER])) is not True
 
 
 def measured(values: Measurement) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import torch
 from search import processes, secrets
 from search.config.study_file import StudyFile
 from search.errors import SearchError
+from search.failures import FAILURES, why
 from search.say import print_warnings
 from search.setup.setting import prepare
 from search.stages.bench import Bench
@@ -72,6 +73,9 @@ def main(index: int, threads: int) -> None:
         except SearchError as error:
             watch({"event": "stopped", "text": str(error)})
             sys.exit(error.exit_status)
+        except FAILURES as error:  # it could not start: its GPU may be full, or its engine's library broken
+            watch({"event": "warn", "text": f"worker {index}: {why(error)['reason']}"})
+            sys.exit(1)
 
 
 def _work(index: int, threads: int, file: StudyFile, lines: Iterator[str], watch: Watch, stop: processes.Stop) -> None:

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,6 +39,7 @@ from search.study.steady import Patience
 from search.study.team import InProcess, Processes, Team
 
 AGAIN_S = 2.0  # between two looks at what another run does
+BUILT = ("build", "measure")  # the stages in which a pruned trial has a checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +171,9 @@ def _open(database: Any, setting: Setting, baseline: Measurement) -> optuna.Stud
     file = setting.file
     study = storage.create_or_resume(database, file.study_name, keys.definition(setting), setting.goal.metric)
     study.set_user_attr("file", file.stored())
+    if mlflow_runs.ID not in study.user_attrs:
+        began = any(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+        study.set_user_attr(mlflow_runs.ID, "" if began else uuid.uuid4().hex)  # an older study's run is named alone
     if study.user_attrs.get("baseline") != baseline.to_dict():
         study.set_user_attr("baseline", baseline.to_dict())
     _enqueue_uncut(study, setting, Forecast.known(setting))
@@ -221,7 +226,7 @@ def _until_finished(running: _Running, team: Team) -> None:
         if had_one:
             running.describe()
             keep_best_checkpoints(study, running.setting)
-            running.tracker.trial_ended()
+            running.tracker.trial_ended(team.pids)
 
 
 def _why_early(
@@ -269,15 +274,16 @@ def shared(setting: Setting, workers: int) -> Setting:
 def keep_best_checkpoints(study: optuna.Study, setting: Setting) -> None:
     """Delete this study's checkpoints except those of its best trials; `export` builds any of them again, bit for bit.
 
-    Those of trials that failed after they were built go too.
+    Those of trials that failed or were pruned after they were built go too.
     """
     everything = study.get_trials(deepcopy=False)
     complete = [trial for trial in best.by_nearness(everything) if not trials.is_base_model(trial)]
     kept_trials = complete[: setting.file.limits.keep_checkpoints]
     running = [trial for trial in everything if trial.state == TrialState.RUNNING]
     kept = {trial.user_attrs.get("checkpoint") for trial in (*kept_trials, *running)}
+    pruned = [each for each in everything if each.state == TrialState.PRUNED and each.user_attrs.get("stage") in BUILT]
     failed = [trial for trial in everything if trial.state == TrialState.FAIL]
-    for trial in (*complete, *failed):
+    for trial in (*complete, *pruned, *failed):
         name = trial.user_attrs.get("checkpoint")
         if name is not None and name not in kept:
             shutil.rmtree(setting.outputs / "checkpoints" / name, ignore_errors=True)

@@ -256,6 +256,7 @@ def test_a_plan_that_can_not_answer_any_more_ends_after_sixteen_questions(cli, h
         assert "at best, Score" in reason
         assert "trial 0's 0.900" in reason
         assert "perf_norm" not in trial.user_attrs
+        assert not (home / "short" / "checkpoints" / trial.user_attrs["checkpoint"]).exists()
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import pytest
 
 from compressors.plan import CompressionPlan
 from evaluator.measurement import OF_ANSWERS
+from search import processes
 from search.config.study_file import Tracking
 from search.study import mlflow_runs
 from search.study.mlflow_result import COUNTS
@@ -96,13 +97,13 @@ def measured():
     return measurement(shard_nll=(1.0,), model_size_mb=0.5, total_parameters=1000)
 
 
-def add(study, layers, score=None, reason=""):
+def add(study, layers, score=None, reason="", **more):
     """A trial that has ended: measured with a Score, or pruned for a reason."""
     plan = dataclasses.replace(BASE, num_hidden_layers=layers).to_dict()
     numbers = {"perf_norm": 0.9, "perf_norm_se": 0.02, "speed_norm": layers / 10, "speed_norm_se": 0.0,
                "score_se": 0.01, "perplexity": 20.0, "time_per_token_ms": 2.0, "tokens_per_sec": 500.0,
                "model_size_mb": layers / 10, "total_parameters": 200 * layers}  # fmt: skip
-    attrs = {"plan": plan, "stage": "done", **({"reason": reason} if score is None else numbers)}
+    attrs = {"plan": plan, "stage": "done", **({"reason": reason} if score is None else numbers), **more}
     states = optuna.trial.TrialState
     study.add_trial(
         optuna.trial.create_trial(
@@ -131,7 +132,7 @@ def track(store, tmp_path, monkeypatch):
         said = []
         tracker = Tracker(Tracking(experiment=experiment), study, measured(), 0.5, said.append)
         change()
-        tracker.trial_ended()
+        tracker.trial_ended(set())
         tracker.close(**options)
         return said
 
@@ -212,6 +213,50 @@ def test_files_that_can_not_be_stored_cost_one_warning_and_no_number(store, trac
     assert said.startswith("MLflow: the study's tables and plots are not stored: ")
     _, parent, _, trials = runs_of(store, study.study_name)
     assert (parent.info.status, parent.data.metrics["score"], sorted(trials)) == ("FINISHED", 0.6, [0])
+
+
+# -- studies of one name, and several processes of one study ---------------------------------------------------
+
+
+def test_a_study_that_is_begun_anew_under_the_same_name_has_runs_of_its_own(store, track, tmp_path):
+    import mlflow
+
+    name = tmp_path.name
+    for number, score in enumerate((0.6, 0.7)):
+        again = optuna.create_study(storage=f"sqlite:///{tmp_path}/{number}.db", study_name=name, direction="maximize")
+        again.set_user_attr("file", {"trials": 4, "score": {"weight_perf": 0.5, "weight_speed": 0.5}})
+        again.set_user_attr("baseline", measured().to_dict())
+        again.set_user_attr(mlflow_runs.ID, f"begun-{number}")
+        add(again, 3, score)
+        for _ in range(2):
+            assert track(again, name, files=False) == []
+    client = mlflow.MlflowClient(store)
+    runs = client.search_runs([client.get_experiment_by_name(name).experiment_id])
+    parents = [run for run in runs if PARENT in run.data.tags]
+    assert sorted(run.data.metrics["score"] for run in parents) == [0.6, 0.7]
+    for parent in parents:
+        nested = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+        assert len(nested) == 2  # the baseline and the trial
+        (trial,) = [run for run in nested if TRIAL in run.data.tags]
+        assert trial.data.metrics["score"] == parent.data.metrics["score"]
+
+
+def test_trials_of_a_process_that_is_still_there_are_left_to_it(store, track, study):
+    other = subprocess.Popen(["sleep", "1000"])
+    worker = {**processes.identify_worker(), "pid": other.pid, "started": processes._started(other.pid)}
+    try:
+        add(study, 3, 0.6)
+        add(study, 2, 0.7, worker=worker)
+        add(study, 4, 0.65, worker={**worker, "boot": "another machine"})
+        track(study, study.study_name, files=False)
+        *_, trials = runs_of(store, study.study_name)
+        assert sorted(trials) == [0, 2]  # a process of another machine can't be seen, and may be gone
+    finally:
+        other.kill()
+        other.wait()
+    track(study, study.study_name, files=False)
+    *_, trials = runs_of(store, study.study_name)
+    assert sorted(trials) == [0, 1, 2]
 
 
 # -- servers that can't be reached -----------------------------------------------------------------------------
