@@ -32,6 +32,7 @@ class Machine:
         engine_version: The versions that decide how fast and how exactly a checkpoint runs.
         threads: Threads of each engine on a CPU, where several workers share it; None: one per core.
         capability: The compute capability of the CUDA GPU as (major, minor); None elsewhere.
+        memory: The bytes of memory that the CUDA GPU has; None elsewhere.
     """
 
     backend: str
@@ -40,6 +41,7 @@ class Machine:
     engine_version: str
     threads: int | None = None
     capability: tuple[int, int] | None = None
+    memory: int | None = None
 
 
 def choose_engine(file: StudyFile, needed: bool) -> tuple[str, str]:

@@ -34,8 +34,17 @@ from search.errors import UsageError
 from search.files import CACHE
 from search.say import Say, silent
 from search.setup import sources
+from search.setup.engine_memory import tokens_that_fit
 from search.setup.goal import Goal
-from search.setup.machine import Machine, choose_engine, compute_capability, device_name, engine_version, require_memory
+from search.setup.machine import (
+    Machine,
+    choose_engine,
+    compute_capability,
+    device_name,
+    engine_version,
+    require_memory,
+    total_memory,
+)
 from search.setup.own_text import OwnText, Writer
 from search.setup.requests import Prompts, read_prompts, require_room
 from search.setup.server import require_server, require_serving
@@ -158,9 +167,12 @@ class Setting:
             timed, together, kv_tokens = workload.prompt_tokens + workload.decode_steps + prefills + 16, None, None
             if any(task.writes for task in self.tasks):
                 together = max(WRITTEN_TOGETHER, *workload.batch_sizes)
+        longest = max(self.file.text.window + 8, timed, *(task.longest + 8 for task in self.tasks))
+        if together is not None:
+            kv_tokens = self._that_fit(kv_tokens or together * longest, longest)
         return EngineSettings(
             device=self.machine.device,
-            max_model_len=max(self.file.text.window + 8, timed, *(task.longest + 8 for task in self.tasks)),
+            max_model_len=longest,
             batch_sizes=workload.batch_sizes,
             gpu_memory_utilization=evaluation.gpu_memory_utilization,
             compile=evaluation.compile,
@@ -169,6 +181,24 @@ class Setting:
             call_timeout_s=evaluation.call_timeout_s,
             max_num_seqs=together,
             kv_tokens=kv_tokens,
+        )
+
+    def _that_fit(self, tokens: int, longest: int) -> int:
+        """Return how many of these tokens' keys and values each of the two engines has room for."""
+        base = self.model.checkpoint
+        return tokens_that_fit(tokens, longest, base.size_bytes, backends.kv_bytes(base.config), self.machine.memory)
+
+    @property
+    def room_warning(self) -> str | None:
+        """Say that fewer requests are generated at once than the workload names; None where all have room."""
+        workload, held = self.workload, self.engine_settings.kv_tokens
+        wanted = batch.kv_tokens(workload) if workload.kind == "batch" else 0
+        if held is None or held >= wanted:
+            return None
+        return (
+            f"evaluation.workload: its requests hold the keys and values of {wanted:,} tokens at once, and each of the "
+            f"two engines on this GPU has room for {held:,}: fewer are generated at once than by a server that has the "
+            "whole GPU. Lower max_num_seqs, or the lengths, if that is not to be"
         )
 
     def size_ratio(self, plan: CompressionPlan) -> float:
@@ -263,7 +293,12 @@ def prepare(
         model=BaseModel(path, base, digest.result(), its_family, identity),
         texts=its_texts,
         machine=Machine(
-            backend, device, device_name(device), engine_version(backend), capability=compute_capability(device)
+            backend,
+            device,
+            device_name(device),
+            engine_version(backend),
+            capability=compute_capability(device),
+            memory=total_memory(device) if device == "cuda" else None,
         ),
         tasks=_tasks(file, tokenizer, base.config) if engine else (),
         prompts=read_prompts(file, tokenizer) if engine else (),
@@ -272,6 +307,8 @@ def prepare(
         require_serving(file, backend, setting.workload)
     if engine and setting.workload.kind != "decode":
         require_room(setting.workload, base.config.get("max_position_embeddings"))
+        if setting.room_warning is not None:
+            warn(setting.room_warning)
     if search and engine:
         require_server(file, backend, setting.engine_settings.max_model_len)
     return setting

@@ -18,13 +18,12 @@ from evaluator.process import EngineProcess
 from evaluator.serve_bench import Timed
 from evaluator.server import Server
 from search.say import Say
+from search.setup.engine_memory import ENGINE_BYTES, GENERATING_BYTES
 from search.setup.machine import free_memory
 from search.setup.setting import Setting
 
 T = TypeVar("T")
 PORT_TAKEN, PORT_TRIES = "EADDRINUSE", 3  # vLLM looks for a free port first and takes it later
-ENGINE_BYTES = 3 << 29  # of a GPU's memory that an engine takes beside its weights and what `engine_bytes` adds
-GENERATING_BYTES = 1 << 30  # the same of one that generates: activations of 16,384 tokens in a step
 HOST_BYTES = 1 << 29  # of a machine's memory that an engine on the CPU takes beside its weights
 SHARE_OF_HOST = 0.5  # of a machine's free memory that engines on the CPU may take
 SHARE_OF_FREE = 0.8  # of a GPU's free memory that engines side by side may take

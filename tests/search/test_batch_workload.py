@@ -1,5 +1,6 @@
 """A workload of whole requests in a study: its keys, its engines, what is refused, and a study from end to end."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,9 +13,10 @@ from search.config import compose, validation
 from search.errors import UsageError
 from search.say import silent
 from search.setup import definition, keys, setting
+from search.setup.engine_memory import ENGINE_BYTES, GENERATING_BYTES, PAIR_SHARE, tokens_that_fit
 from search.show import forecast_view
 from search.stages import speed_table
-from search.stages.engines import ENGINE_BYTES, GENERATING_BYTES, Engines, engine_bytes
+from search.stages.engines import Engines, engine_bytes
 
 BATCH = {"kind": "batch", "requests": 10, "input_tokens": "20..60", "output_tokens": 30, "max_num_seqs": 4}
 TEMPLATE = (
@@ -105,6 +107,30 @@ def test_engines_hold_all_requests_that_run_at_once(prepared):
     # 5 layers of 3 heads of 24, keys and values in 2 bytes
     assert kv_bytes(ours.model.checkpoint.config) == 5 * 3 * 24 * 2 * 2
     assert engine_bytes(ours) == ENGINE_BYTES + GENERATING_BYTES + settings.kv_tokens * 5 * 3 * 24 * 2 * 2
+
+
+def test_two_engines_fit_on_one_gpu():
+    """256 requests of EXAONE-4.0-1.2B on an NVIDIA L4: 2.4 GB of weights, 61,440 bytes a token, 24 GB in all."""
+    wanted, weights, each, memory = 215_000, 2_400_000_000, 61_440, 23_600_000_000
+    tokens = tokens_that_fit(wanted, 1280, weights, each, memory)
+    assert 60_000 < tokens < 130_000
+    assert 2 * (tokens * each + weights + ENGINE_BYTES + GENERATING_BYTES) <= PAIR_SHARE * memory
+    assert tokens_that_fit(wanted, 1280, weights, each, 2 * memory) == wanted
+    assert tokens_that_fit(wanted, 1280, weights, each, None) == wanted
+    assert tokens_that_fit(wanted, 1280, 4 * weights, each, memory) == 1280
+
+
+def test_a_gpu_without_room_for_all_requests_generates_fewer_at_once_and_it_is_told(prepared):
+    ours = prepared()
+    assert ours.room_warning is None
+    wanted = ours.engine_settings.kv_tokens
+    needed = ours.model.checkpoint.size_bytes + ENGINE_BYTES + GENERATING_BYTES
+    memory = int((needed + wanted // 2 * kv_bytes(ours.model.checkpoint.config)) * 2 / PAIR_SHARE)
+    small = dataclasses.replace(ours, machine=dataclasses.replace(ours.machine, memory=memory))
+    held = small.engine_settings.kv_tokens
+    assert wanted // 2 - 2 <= held <= wanted // 2
+    assert f"{wanted:,} tokens at once" in small.room_warning
+    assert f"has room for {held:,}:" in small.room_warning
 
 
 def test_what_cannot_be_asked_is_refused_before_anything_starts(prepared, chats):
