@@ -100,7 +100,8 @@ def study_options(command: Callable[..., None]) -> Callable[..., None]:
             show_envvar=True,
             callback=_choose_study,
             shell_complete=completion.studies,
-            help="Study file: demo, exaone4-1.2b, or your own [default: the only one in ./studies, else demo].",
+            help="Study file: demo, exaone4-1.2b, exaone4-1.2b-contest, or your own "
+            "[default: your only one in ./studies, else demo].",
         ),
     ):
         command = option(command)
