@@ -152,10 +152,10 @@ def test_the_directory_that_is_named_decides(cli, tmp_path, monkeypatch):
 
 def test_help_shows_the_groups_where_they_make_a_difference(cli, tmp_path):
     for words, groups in {
-        ("run",): {"model", "space", "evaluation", "tracking"},
+        ("run",): {"model", "space", "methods", "evaluation", "tracking"},
         ("compress",): {"model", "evaluation", "tracking", "experiments"},
         ("compress", "quantize"): {"model", "evaluation", "tracking"},
-        ("config",): {"model", "space", "evaluation", "tracking", "experiments"},
+        ("config",): {"model", "space", "methods", "evaluation", "tracking", "experiments"},
         ("analyze",): {"model"},
         ("status",): set(),
         ("export",): set(),
