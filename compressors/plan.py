@@ -39,13 +39,13 @@ def _can_be_repaired(plan: CompressionPlan, base: CompressionPlan) -> bool:
     return (
         _cuts_heads_or_ffn(plan, base)
         or _cuts_hidden(plan, base)
-        or (plan.repair == "stream" and _leaves_gap(plan, base))
+        or (plan.repair == "stream" and leaves_gap(plan, base))
         or (plan.repair == "distill" and _cuts_layers(plan, base))
     )
 
 
-def _leaves_gap(plan: CompressionPlan, base: CompressionPlan) -> bool:
-    """Whether a layer that goes has one before it that stays, whose last projection `stream` can refit."""
+def leaves_gap(plan: CompressionPlan, base: CompressionPlan) -> bool:
+    """Return whether a layer that goes has one before it that stays, whose last projection `stream` can refit."""
     going = base.num_hidden_layers - plan.num_hidden_layers
     first = plan.drop_from == "bottom" or layers_named(plan.drop_from) == tuple(range(going))
     return going > 0 and not first
@@ -130,7 +130,7 @@ class CompressionPlan:
             "none": "the weights stay as they are",
             "ridge": "each projection takes over from the inputs that it lost",
             "stream": "layer after layer, so that the residual stream becomes the base model's again",
-            "distill": "as ridge; then all weights learn from the base model for a short time, on a GPU in seconds",
+            "distill": "as ridge, where layers went as stream; then all weights learn from the base model for a while",
         },
         methods=("drop_layers", "prune_heads", "reduce_hidden", "reduce_ffn"),
         short="{}",

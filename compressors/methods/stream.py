@@ -56,6 +56,8 @@ def take_over(
     moments: Moments,
     device: str = "cpu",
     say: Callable[[str], None] = lambda _: None,
+    *,
+    before: str | None = None,
 ) -> Checkpoint:
     """Return `cut` with the weights to repair replaced by ones that are refit when one of them is first read.
 
@@ -70,6 +72,7 @@ def take_over(
         moments: The second moments, for their text and directory.
         device: The device that both models run on.
         say: A function that is called with what is being done.
+        before: Names what has repaired `cut` already; None: nothing has.
 
     Raises:
         CheckpointError: On reading a weight, when activations are not finite.
@@ -91,17 +94,18 @@ def take_over(
         return refitted
 
     def key() -> str:
-        return _key(cut, stays, device, moments.weights)
+        return _key(cut, stays, device, moments.weights, before)
 
     if moments.tokens is not None:
         return fitted_in_memory(cut, names, fit)
     return fitted(cut, names, moments.path, "stream", key, fit, say)
 
 
-def _key(cut: Checkpoint, stays: Stays, device: str, weights: Sequence[float] | None) -> str:
+def _key(cut: Checkpoint, stays: Stays, device: str, weights: Sequence[float] | None, before: str | None) -> str:
     """Return a digest of what is cut, how it is fit, and the norms and biases, which a cut of hidden_size changes."""
     chosen = {part: [index.tolist() for index in of_layer] for part, of_layer in sorted(stays.inputs.items())}
-    how = [VERSION, STRENGTHS, ROWS, device, list(stays.layers), chosen, *([weights] if weights else [])]
+    more = [each for each in (weights, before) if each]
+    how = [VERSION, STRENGTHS, ROWS, device, list(stays.layers), chosen, *more]
     digest = hashlib.sha256(json.dumps(how).encode())
     for name in sorted(cut.tensors):
         if len(cut.tensors[name].shape) == 1:

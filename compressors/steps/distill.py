@@ -12,13 +12,13 @@ import torch
 from compressors.choices import Value
 from compressors.device import release
 from compressors.distillation import repair as distillation
-from compressors.methods import repair, rotation
+from compressors.methods import repair, rotation, stream
 from compressors.methods.kept_fits import fitted
 from compressors.plan import CompressionPlan
 from compressors.steps import Build
 
 VERSIONS: Mapping[tuple[str, Value], str] = {
-    ("repair", "distill"): f"distill {distillation.VERSION} after ridge {repair.VERSION}"
+    ("repair", "distill"): f"distill {distillation.VERSION} after ridge {repair.VERSION} and stream {stream.VERSION}"
 }
 
 

@@ -1,4 +1,8 @@
-"""Refit what writes to the residual stream, so that the stream becomes the base model's again."""
+"""Refit what writes to the residual stream, so that the stream becomes the base model's again.
+
+Where layers were dropped a distillation begins from that too: ridge changes nothing there, and what a closed form gives
+in seconds would take many updates.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,9 @@ from collections.abc import Mapping
 
 from compressors.choices import Value
 from compressors.methods import repair, stream
-from compressors.plan import CompressionPlan
+from compressors.plan import CompressionPlan, leaves_gap
 from compressors.statistics.residual_streams import Stays
-from compressors.steps import Build
+from compressors.steps import BEGIN_WITH_RIDGE, Build
 
 VERSIONS: Mapping[tuple[str, Value], str] = {
     ("repair", "stream"): f"stream {stream.VERSION}",
@@ -19,7 +23,7 @@ VERSIONS: Mapping[tuple[str, Value], str] = {
 
 def applies(plan: CompressionPlan, base: CompressionPlan) -> bool:
     """Say whether the plan repairs through the whole model."""
-    return plan.repair == "stream"
+    return plan.repair == "stream" or (plan.repair == "distill" and leaves_gap(plan, base))
 
 
 def shapes(made: Build) -> Build:
@@ -35,5 +39,8 @@ def run(made: Build) -> Build:
     if made.basis is not None and kept is not None:
         kept = made.basis[:, kept]
     stays = Stays(made.layers, kept, made.inputs, made.outputs)
-    refit = stream.take_over(made.checkpoint, made.base, made.family, stays, made.moments, made.device, made.say)
+    before = f"ridge {repair.VERSION}" if made.plan.repair in BEGIN_WITH_RIDGE else None
+    refit = stream.take_over(
+        made.checkpoint, made.base, made.family, stays, made.moments, made.device, made.say, before=before
+    )
     return dataclasses.replace(made, checkpoint=refit)

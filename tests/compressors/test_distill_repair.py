@@ -85,6 +85,27 @@ def test_every_kind_of_cut_can_be_distilled(pico_llama, maker, cut):
     assert gains(base, maker(base), cut)
 
 
+@pytest.mark.parametrize("order", [("stream", "distill"), ("distill", "stream")], ids=" first, then ".join)
+def test_where_layers_went_it_begins_from_what_stream_gives(pico_llama, maker, monkeypatch, order):
+    """At a learning rate of almost 0 the beginning is the end. With fewer channels stream begins from ridge there."""
+    make = maker(Checkpoint.read(pico_llama))
+    monkeypatch.setattr(distillation, "LEARNING_RATE", 1e-30)
+    monkeypatch.setattr(distillation, "TOKENS", 512)
+
+    def same(one, other):
+        return all(torch.equal(one[name], other[name]) for name in one)
+
+    for more in ({}, FFN):  # what one repair keeps on disk must not be taken for the other's
+        made = {
+            repair: {
+                name: each.load() for name, each in make(num_hidden_layers=3, **more, repair=repair).tensors.items()
+            }
+            for repair in (*order, "none")
+        }
+        assert not same(made["distill"], made["none"])
+        assert same(made["distill"], made["stream"]) == (more == {})
+
+
 def test_it_is_made_once_and_for_all_precisions(pico_llama, maker, tmp_path):
     make, said = maker(Checkpoint.read(pico_llama)), []
     first = {name: tensor.load() for name, tensor in make(said, **FFN, repair="distill").tensors.items()}
