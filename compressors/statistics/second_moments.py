@@ -1,7 +1,8 @@
 """Collect the second moments of every projection's input, by domain of the calibration text, for OBS, repair and GPTQ.
 
-They are collected once from the base model, layer by layer, and kept in one file per layer. Neither collecting nor
-using them takes more memory than one layer. Symbols: K input width of a Linear, B windows of T tokens.
+They are collected once from the base model, layer by layer, and kept in one file per layer. Beside the model,
+collecting takes the memory of the residual streams and of a few layers' moments, which wait in main memory where a GPU
+has little left. Using them takes one layer's. Symbols: K input width of a Linear, B windows of T tokens.
 
 A single token can hold nearly all of trace(H). The massive activations of a first token are a thousand times those of
 the others: https://arxiv.org/abs/2402.17762. Such tokens are scaled down to CLIP times the median norm of their window,
@@ -364,6 +365,7 @@ class _Work:
         called: Called = {}
         streams = {name: Layers(model, family, some, self.batch, called) for name, some in self.domains.items()}
         waiting: list[Future[None]] = []
+        of_layer = file_bytes(self.base, len(self.domains)) // self.layers
         with ThreadPoolExecutor(WRITERS) as writers:
             for index in range(max(wanted) + 1):
                 tensors: dict[str, torch.Tensor] = {}
@@ -371,8 +373,9 @@ class _Work:
                 for name, stream in streams.items():
                     sums = {part: _Sum() for part in inputs(family)}
                     stream.forward(index, {part: of_part.add for part, of_part in sums.items()})
+                    kept_at = home(self.device, (WRITERS + 2) * of_layer)
                     for part, of_part in sums.items():
-                        tensors[f"{name}.{part}.second"] = pack(of_part.second / of_part.tokens)
+                        tensors[f"{name}.{part}.second"] = pack(of_part.second / of_part.tokens).to(kept_at)
                         tensors[f"{name}.{part}.mean"] = of_part.mean / of_part.tokens
                         tokens[name] = of_part.tokens
                 if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
