@@ -37,7 +37,7 @@ class GivenText(click.types.StringParamType):
 
 PATH = GivenPath(path_type=Path)
 TEXT = GivenText()
-ALL_GROUPS = ("model", "space", "evaluation", "tracking", "experiments")
+ALL_GROUPS = ("model", "space", "methods", "evaluation", "tracking", "experiments")
 
 
 class StudyCommand(click.Command):

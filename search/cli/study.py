@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from search.show.study_state import StudyState
 
 
-@main.command("run", cls=StudyCommand, groups=("model", "space", "evaluation", "tracking"))
+@main.command("run", cls=StudyCommand, groups=("model", "space", "methods", "evaluation", "tracking"))
 @storage_options
 @click.option(
     "--trials",

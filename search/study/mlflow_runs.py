@@ -176,7 +176,6 @@ def _log(
 ) -> None:
     from mlflow.entities import Metric, Param
 
-    tags = {**tags, WRITER: json.dumps(processes.identify_worker())}
     run = client.create_run(experiment, start_time=start, tags=secrets.masked_values(tags), run_name=name)
     metrics = [Metric(key, float(values[key]), end, 0) for key in METRICS if values.get(key) is not None]
     named = {NAMED.get(key, key): value for key, value in values.items() if key not in METRICS or key in SIZES}
@@ -200,7 +199,7 @@ class _Runs:
         self._known: tuple[Mapping[str, float], Mapping[str, str]] | None = None
         self._pids = pids
         self._tracked: set[int] = set()
-        tags = {"mlflow.parentRunId": self._parent, "baseline": "true"}
+        tags = {"mlflow.parentRunId": self._parent, "baseline": "true", **_writer()}
         if not self._look():
             now = int(time.time() * 1000)
             _log(
@@ -276,6 +275,7 @@ class _Runs:
             values["score"] = best.score_of(trial)
             tags = {
                 "mlflow.parentRunId": self._parent,
+                **_writer(),
                 TRIAL: str(trial.number),
                 "state": trial.state.name,
                 "stage": attrs.get("stage", ""),
@@ -314,6 +314,10 @@ class _Runs:
             token = page.token
             if not token:
                 return runs
+
+
+def _writer() -> dict[str, str]:
+    return {WRITER: json.dumps(processes.identify_worker())}
 
 
 def _is_abandoned(tags: Mapping[str, str]) -> bool:
