@@ -66,7 +66,7 @@ class Tracker:
     ) -> None:
         self._settings = settings
         self._study_name, self._storage, self._id = study.study_name, study._storage, study.user_attrs.get(ID, "")
-        self._pids: set[int] = set()
+        self._pids = {os.getpid()}
         self._baseline, self._baseline_score = baseline, baseline_score
         self._warn = warn
         self._files = True
