@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from search.setup import setting as settings
 from search.stages import side_by_side
 from search.stages.engines import Engines
 from search.stages.side_by_side import Ahead, SideBySide
-from tests.waiting import LONG_S, gone, until
+from tests.waiting import AT_ONCE_S, LONG_S, until
 
 STUDY = """
 defaults: [_base, _self_]
@@ -36,6 +37,11 @@ def plans(prepared):
     return [dataclasses.replace(own, num_hidden_layers=layers) for layers in (2, 3)]
 
 
+def gone(pids):
+    """Whether no process is left within a while, and no zombie either."""
+    return until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), AT_ONCE_S)
+
+
 def test_every_plan_gets_an_engine_of_its_shape_and_nothing_is_left(prepared):
     with Engines(prepared) as engines:
         with SideBySide(prepared, engines, plans(prepared)) as group:
@@ -44,7 +50,7 @@ def test_every_plan_gets_an_engine_of_its_shape_and_nothing_is_left(prepared):
             assert all(engine.decode_steps(1, 4, 2, 0) for engine in running)
             assert len(list((prepared.outputs / "forecast").glob("probes-*/*/*/config.json"))) == 2
             pids = [engine.pid for engine in running]
-        assert all(map(gone, pids))
+        assert gone(pids)
     assert not list((prepared.outputs / "forecast").glob("probes-*"))
 
 
@@ -65,7 +71,7 @@ def test_an_engine_that_is_closed_while_it_starts_ends(prepared, monkeypatch):
         group.close()
         closed.set()
         assert group.ready(pytest.fail) == [None, None]
-        assert all(map(gone, started))
+        assert gone(started)
 
 
 def test_a_plan_that_cannot_be_built_leaves_the_others(prepared):
