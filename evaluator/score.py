@@ -18,6 +18,7 @@ from typing import Any
 
 from evaluator.errors import NotFinite
 from evaluator.measurement import Measurement
+from evaluator.task_result import TaskResult
 
 PERPLEXITY = "perplexity"  # the part of Perf that is not a task
 NO_BETTER = 2.0  # standard errors by which a task may flatter a compressed model
@@ -171,13 +172,15 @@ def most_of_tasks(baseline: Measurement) -> dict[str, float]:
     """Return the most that each task of the baseline can give a compressed model, over the base model's accuracy.
 
     A model that was compressed is no better than its base but by chance: by NO_BETTER standard errors of the difference
-    of two models that answer the same number of items independently, and by no more than all items.
+    of two models that answer the same number of items independently, and by no more than all items. The base model
+    solves some of each task, or nothing could be scored (`perf_ratio`).
     """
-    most = {}
-    for name, base in baseline.tasks.items():
-        by_chance = math.sqrt(2.0 * (1.0 - base.value) / (base.value * base.items)) if base.value > 0 else math.inf
-        most[name] = min(1.0 + NO_BETTER * by_chance, 1.0 / base.value if base.value > 0 else math.inf)
-    return most
+
+    def most(base: TaskResult) -> float:
+        by_chance = math.sqrt(2.0 * (1.0 - base.value) / (base.value * base.items))
+        return min(1.0 + NO_BETTER * by_chance, 1.0 / base.value)
+
+    return {name: most(base) for name, base in baseline.tasks.items()}
 
 
 def standard_error(values: Sequence[float]) -> float:

@@ -17,7 +17,7 @@ from search.config import compose
 from search.config.study_file import StudyFile
 from search.json_values import measurement_from
 from search.say import Say
-from search.setup.goal import Goal, Known
+from search.setup.goal import Known
 from search.setup.server import require_server
 from search.setup.setting import Setting
 from search.show import goal_text
@@ -54,12 +54,7 @@ def why_nothing(study: optuna.Study, file: StudyFile) -> str | None:
         measured = best.by_nearness(study.get_trials(deepcopy=False))
         closest = next((trial for trial in measured if not trials.is_base_model(trial)), None)
         if closest is not None:
-            goal = Goal.stored(study.user_attrs["file"])
-            return (
-                f"study {study.study_name!r} has no trial that reaches the goal's bounds ({goal}); the closest is "
-                f"trial {closest.number}: {goal_text.of_known(goal, best.known_of(goal, closest))}. Run it for longer, "
-                "or lower the bound"
-            )
+            return f"{best.none_reaches(study, closest)}. Run it for longer, or lower the bound"
         return (
             f"study {study.study_name!r} has no measured trial but the base model's, so that there is nothing to "
             "confirm; run it until another is complete"

@@ -369,11 +369,10 @@ class _Work:
         with ThreadPoolExecutor(WRITERS) as writers:
             for index in range(max(wanted) + 1):
                 tensors: dict[str, torch.Tensor] = {}
-                tokens = {}
+                tokens, kept_at = {}, home(self.device, (WRITERS + 2) * of_layer)
                 for name, stream in streams.items():
                     sums = {part: _Sum() for part in inputs(family)}
                     stream.forward(index, {part: of_part.add for part, of_part in sums.items()})
-                    kept_at = home(self.device, (WRITERS + 2) * of_layer)
                     for part, of_part in sums.items():
                         tensors[f"{name}.{part}.second"] = pack(of_part.second / of_part.tokens).to(kept_at)
                         tensors[f"{name}.{part}.mean"] = of_part.mean / of_part.tokens

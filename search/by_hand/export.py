@@ -106,11 +106,8 @@ def _best(study: optuna.Study) -> FrozenTrial:
         return leader
     if closest is None:
         raise UsageError(f"study {study.study_name!r} has no measured trial yet; run it until one is complete")
-    goal = best.goal_of(study)
     raise UsageError(
-        f"study {study.study_name!r} has no trial that reaches its goal ({goal}); the closest is trial "
-        f"{closest.number}: {goal_text.of_known(goal, best.known_of(goal, closest))}. Run it for longer, or export "
-        f"that one with --trial {closest.number}"
+        f"{best.none_reaches(study, closest)}. Run it for longer, or export that one with --trial {closest.number}"
     )
 
 

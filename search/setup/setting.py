@@ -307,8 +307,8 @@ def prepare(
         require_serving(file, backend, setting.workload)
     if engine and setting.workload.kind != "decode":
         require_room(setting.workload, base.config.get("max_position_embeddings"))
-        if setting.room_warning is not None:
-            warn(setting.room_warning)
+        if (little := setting.room_warning) is not None:
+            warn(little)
     if search and engine:
         require_server(file, backend, setting.engine_settings.max_model_len)
     return setting

@@ -40,6 +40,7 @@ LEAST_RELATIVE_ERROR = 0.05
 LEAST_ERROR = 0.003  # nats per token
 LEAST_LOSS = 0.03  # nats per token, below which the absolute error counts and no ratio
 NOT_SCORED = 0.1  # nats per token that are assumed, and their error, for a part of a plan that could not be scored
+UNKNOWN = AxisLoss(NOT_SCORED, 0.0, NOT_SCORED)
 BROKEN = 10.0  # nats per token of a plan whose loss is NaN: about what a model loses that knows nothing
 OF_CUTS = tuple(name for name, record in CHOICES.items() if not record.schemes)  # those that no scheme brings
 
@@ -98,7 +99,7 @@ class DamageTable:
         return {
             name: self._axes[name].at(theirs[name], self._alone(name, theirs[name], chosen))
             if name in self._axes
-            else AxisLoss(NOT_SCORED, 0.0, NOT_SCORED)
+            else UNKNOWN
             for name in changed
         }
 
@@ -147,9 +148,7 @@ class DamageTable:
         def shared(entry: Entry) -> int:
             return sum(getattr(entry.plan, name) == getattr(plan, name) for name in CHOICES)
 
-        if not same:
-            return AxisLoss(NOT_SCORED, 0.0, NOT_SCORED)
-        return AxisLoss(max(same, key=shared).loss.nll, 0.0)
+        return AxisLoss(max(same, key=shared).loss.nll, 0.0) if same else UNKNOWN
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as JSON values."""
@@ -211,7 +210,7 @@ def damage_table(setting: Setting, screener: Screener, say: Say) -> DamageTable:
     Raises:
         NotFinite: The base model is broken.
     """
-    table = known(setting) or DamageTable(setting.model.identity, ())
+    path, table = path_of(setting), known(setting) or DamageTable(setting.model.identity, ())
     scored = {entry.plan for entry in table.entries}
     missing = [plan for plan in damage_plans.wanted(setting) if plan not in scored]
     base = screener.base_nll(say)
@@ -229,7 +228,7 @@ def damage_table(setting: Setting, screener: Screener, say: Say) -> DamageTable:
             say(f"damage table: left out: {secrets.line_of(error)}")
             continue
         table = dataclasses.replace(table, entries=(*table.entries, Entry(plan, loss)))
-        cached.keep_json(path_of(setting), table.to_dict())
+        cached.keep_json(path, table.to_dict())
     return table
 
 

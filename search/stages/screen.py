@@ -62,9 +62,8 @@ class Screen:
 
     def write(self, path: Path) -> None:
         """Keep the screen in a JSON file; raises NotFinite for one of a plan that breaks the model."""
-        broken = next((index for index, nll in enumerate(self.nll) if not math.isfinite(nll)), None)
-        if broken is not None:
-            raise NotFinite(f"screen: the loss on shard {broken} is {self.nll[broken]}; this plan breaks the model")
+        for index, nll in enumerate(self.nll):
+            require_finite(index, nll)
         cached.keep_json(path, dataclasses.asdict(self), digest=False)
 
     def lost(self, base: Sequence[float]) -> list[float]:
@@ -75,6 +74,12 @@ class Screen:
         """Return the quality of each shard in turn."""
         for nll, kl, agreement in zip(self.nll, self.kl, self.agreement, strict=True):
             yield quality.ShardQuality(nll=nll, tokens=0, kl=kl, agreement=agreement)
+
+
+def require_finite(shard: int, nll: float) -> None:
+    """Raise NotFinite where a plan's loss on a shard, in nats per token, is NaN or infinite."""
+    if not math.isfinite(nll):
+        raise NotFinite(f"screen: the loss on shard {shard} is {nll}; this plan breaks the model")
 
 
 def path_of(setting: Setting, plan: CompressionPlan) -> Path:

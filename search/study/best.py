@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from evaluator.score import Score
 from search.setup.goal import Goal, Known
+from search.show import goal_text
 
 
 def goal_of(study: optuna.Study) -> Goal:
@@ -44,6 +45,15 @@ def best_trial(study: optuna.Study) -> FrozenTrial | None:
 def closest_of(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
     """Return the measured trial that misses its bounds by the least in all; None without a measured one."""
     return next(iter(by_nearness(trials)), None)
+
+
+def none_reaches(study: optuna.Study, closest: FrozenTrial) -> str:
+    """Say that no trial of a study reaches its goal, and which measured one is the closest."""
+    goal = goal_of(study)
+    return (
+        f"study {study.study_name!r} has no trial that reaches its goal ({goal}); the closest is trial "
+        f"{closest.number}: {goal_text.of_known(goal, known_of(goal, closest))}"
+    )
 
 
 def by_nearness(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:

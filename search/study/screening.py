@@ -17,7 +17,6 @@ import optuna
 
 from compressors.plan import CompressionPlan
 from evaluator import quality, score
-from evaluator.errors import NotFinite
 from search.say import Say
 from search.setup.goal import Known
 from search.setup.setting import Setting
@@ -63,8 +62,7 @@ class Screening:
         scored: list[quality.ShardQuality] = []
         values, losses = record.shard_values, list[float]()
         for index, shard in enumerate(shards):
-            if not math.isfinite(shard.nll):
-                raise NotFinite(f"screen: the loss on shard {index} is {shard.nll}; this plan breaks the model")
+            screen.require_finite(index, shard.nll)
             scored.append(shard)
             losses.append(shard.nll - base[index])
             record.loss = sum(losses) / len(losses)
