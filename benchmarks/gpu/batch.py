@@ -1,4 +1,4 @@
-"""Time whole requests: the base model against itself, recipes against it, and all as `vllm bench throughput` does.
+"""Time whole requests: recipes against the base model, all as `vllm bench throughput` does, and an A/A.
 
     PYTHONPATH=.:$PYTHONPATH python3 benchmarks/gpu/batch.py --study NAME --config-dir DIR [--repeats 10]
         [--reference] [--json FILE] [KEY=VALUE ...]
@@ -52,6 +52,11 @@ def main() -> None:
         "runs": [],
     }
     paths = {"base model": setting.model.path}
+
+    def keep() -> None:
+        if arguments.json:
+            arguments.json.write_text(json.dumps(found, indent=1))
+
     print(f"{'model':>12} {'us a token':>10} {'base':>7} {'ratio':>7} {'se':>7} {'seconds':>8}", flush=True)
     with Bench.of(setting) as bench:
         base = bench.baseline(said)
@@ -64,6 +69,7 @@ def main() -> None:
                 "ratio": one.time_ratio, "se": one.time_ratio_se, "seconds": time.monotonic() - began,
             }  # fmt: skip
             found["runs"].append(ran)
+            keep()
             print(
                 f"{name:>12} {ran['us']:10.2f} {ran['base_us']:7.2f} {ran['ratio']:7.4f} {ran['se']:7.4f} "
                 f"{ran['seconds']:8.1f}",
@@ -71,11 +77,6 @@ def main() -> None:
             )
             return one.time_ratio
 
-        same = [timed("base model", setting.model.path, base.weights_sha256) for _ in range(arguments.repeats)]
-        if len(same) > 1:
-            print(
-                f"A/A: mean {statistics.fmean(same):.4f}, standard deviation {statistics.stdev(same):.4f}", flush=True
-            )
         for name, plan in plans.items():
             path, sha = bench.build(plan, said)
             kept = setting.outputs / "kept" / name.replace(" ", "-")
@@ -85,10 +86,14 @@ def main() -> None:
                 (kept / part.name).hardlink_to(part)
             paths[name] = kept
             timed(name, kept, sha)
-    if arguments.reference:
-        found["reference"] = reference(setting, paths)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1))
+        if arguments.reference:
+            found["reference"] = reference(setting, paths)
+            keep()
+        same = [timed("base model", setting.model.path, base.weights_sha256) for _ in range(arguments.repeats)]
+        if len(same) > 1:
+            print(
+                f"A/A: mean {statistics.fmean(same):.4f}, standard deviation {statistics.stdev(same):.4f}", flush=True
+            )
 
 
 def reference(setting: settings.Setting, paths: dict[str, pathlib.Path]) -> dict[str, list[float]]:
