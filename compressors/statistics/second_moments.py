@@ -7,6 +7,10 @@ has little left. Using them takes one layer's. Symbols: K input width of a Linea
 A single token can hold nearly all of trace(H). The massive activations of a first token are a thousand times those of
 the others: https://arxiv.org/abs/2402.17762. Such tokens are scaled down to CLIP times the median norm of their window,
 so that they count without outweighing the rest.
+
+Where a norm follows a projection (EXAONE 4, Gemma 3), it divides each token's output by its root mean square, so an
+error counts relative to that output: such a token weighs 1 / (mean((W x)²) + ε), with the norm's own ε. That takes the
+place of CLIP. Of an EXAONE 4 of 31M parameters with three quarters of its FFN, KL fell by 4 to 8%.
 """
 
 from __future__ import annotations
@@ -31,12 +35,13 @@ from compressors.model import cached_tensors
 from compressors.model.cached_tensors import Shapes
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family, family_of, head_dim
-from compressors.statistics.layerwise import Called, Layers
+from compressors.statistics.layerwise import Called, Inputs, Layers
 from compressors.statistics.symmetric import pack, packed_size, unpack
 
 DESCRIBED = "moments.json"
 WINDOWS = "windows.json"
 LEAST_WINDOWS = 2  # of a domain, where tokens are limited: what is fitted on one is judged on the other
+WEIGHTING = 1  # increase it when tokens are weighed otherwise where a norm follows
 CLIP = 4.0  # times the median L2 norm of a window's tokens
 WRITERS = 4  # threads that write layers while the next ones are computed
 
@@ -261,6 +266,11 @@ def collect(
     return Moments(path, tuple(domains), tuple(range(work.layers)), again=work.again, weights=counted)
 
 
+def weighting(family: Family) -> tuple[str, ...]:
+    """Return what a key has to hold beside the text: how tokens are weighed, where that is not by their number."""
+    return (f"weighed as their norms divide {WEIGHTING}",) if family.output_norms else ()
+
+
 def file_bytes(base: Checkpoint, domains: int) -> int:
     """Return about how many bytes `collect` writes for a number of domains."""
     config = base.config
@@ -363,6 +373,7 @@ class _Work:
         family = family_of(self.base)
         model = self.base.to_model(self.device, dtype=compute_dtype(self.device))
         called: Called = {}
+        norm_eps = float(model.config.rms_norm_eps)
         streams = {name: Layers(model, family, some, self.batch, called) for name, some in self.domains.items()}
         waiting: list[Future[None]] = []
         of_layer = file_bytes(self.base, len(self.domains)) // self.layers
@@ -372,10 +383,11 @@ class _Work:
                 tokens, kept_at = {}, home(self.device, (WRITERS + 2) * of_layer)
                 for name, stream in streams.items():
                     sums = {part: _Sum() for part in inputs(family)}
-                    stream.forward(index, {part: of_part.add for part, of_part in sums.items()})
+                    norms = {norm: sums[part].weigh(norm_eps) for part, norm in family.output_norms.items()}
+                    stream.forward(index, norms | {part: of_part.add for part, of_part in sums.items()})
                     for part, of_part in sums.items():
-                        tensors[f"{name}.{part}.second"] = pack(of_part.second / of_part.tokens).to(kept_at)
-                        tensors[f"{name}.{part}.mean"] = of_part.mean / of_part.tokens
+                        tensors[f"{name}.{part}.second"] = pack(of_part.second / of_part.weight).to(kept_at)
+                        tensors[f"{name}.{part}.mean"] = of_part.mean / of_part.weight
                         tokens[name] = of_part.tokens
                 if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
                     raise CheckpointError(
@@ -428,18 +440,41 @@ def input_of(family: Family, part: str) -> str:
 
 
 class _Sum:
-    """_Sum adds up Σ x xᵀ and Σ x of clipped tokens, in float32 on the model's device."""
+    """_Sum adds up Σ w x xᵀ, Σ w x and Σ w of tokens, in float32 on the model's device.
+
+    Tokens are clipped and weigh 1, but for those whose weights `weigh` has been told.
+    """
 
     def __init__(self) -> None:
         self.second: Any = 0.0
         self.mean: Any = 0.0
+        self.weight = 0.0
         self.tokens = 0
+        self._next: torch.Tensor | None = None
+
+    def weigh(self, norm_eps: float) -> Inputs:
+        """Return a function that takes W x [B, T, N] of the tokens that `add` gets next, and weighs them by it."""
+
+        def put_out(outputs: torch.Tensor) -> None:
+            self._next = 1 / (outputs.float().square().mean(-1, keepdim=True) + norm_eps)  # (B, T, 1)
+
+        return put_out
 
     def add(self, x: torch.Tensor) -> None:
-        x = clipped(x.float()).flatten(0, -2)  # (B·T, K)
+        """Add the tokens x [B, T, K]."""
+        if self._next is None:
+            x = clipped(x.float()).flatten(0, -2)  # (B·T, K)
+            total = x.sum(0)
+            self.weight += len(x)
+        else:
+            root = self._next.sqrt().flatten(0, -2)  # on both sides, so that rounding leaves no negative eigenvalue
+            x = root * x.float().flatten(0, -2)
+            total = (root * x).sum(0)
+            self.weight += float(self._next.sum(dtype=torch.float64))
+            self._next = None
         with tensor_cores(x.device):
             self.second = self.second + x.T @ x
-        self.mean = self.mean + x.sum(0)
+        self.mean = self.mean + total
         self.tokens += len(x)
 
 

@@ -13,6 +13,7 @@ from compressors import build
 from compressors.files import digest_of_json
 from compressors.plan import CHOICES, CompressionPlan
 from compressors.plan import VERSION as PLAN_VERSION
+from compressors.statistics.second_moments import weighting
 from evaluator import measurement
 from search.setup.definition import of_file
 from search.setup.setting import Setting
@@ -68,7 +69,9 @@ def _may_need_moments(setting: Setting) -> bool:
 
 def plan_digest(setting: Setting, plan: CompressionPlan) -> str:
     """Name the checkpoint that the plan makes of this base model and calibration text: 16 hexadecimal digits."""
-    fitted = [setting.texts.moments.digest, *build.versions(plan)] if build.needs_moments(plan) else []
+    fitted = []
+    if build.needs_moments(plan):
+        fitted = [setting.texts.moments.digest, *weighting(setting.model.family), *build.versions(plan)]
     if plan.repair == "distill":
         fitted.append(setting.texts.distillation.digest)
     return plan.digest(" ".join([setting.model.digest, calibration_key(setting), *fitted]))
@@ -94,7 +97,14 @@ def calibration_key(setting: Setting) -> str:
 def moments_key(setting: Setting) -> str:
     """Name the second moments of this base model on this calibration text: 24 hexadecimal digits."""
     windows = setting.texts.moments.windows
-    parts = [PLAN_VERSION, "packed", arithmetic(setting), setting.model.digest, windows]
+    parts = [
+        PLAN_VERSION,
+        "packed",
+        arithmetic(setting),
+        setting.model.digest,
+        windows,
+        *weighting(setting.model.family),
+    ]
     text = json.dumps(parts)  # without sorted keys: the order of the domains is part of the key
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -103,7 +113,8 @@ def fitted_to(setting: Setting) -> str:
     """Name the text that second moments are collected on, without asking the base model for its part of it."""
     moments, text = setting.texts.moments, setting.file.text
     weights = list(text.calibration.items()) if isinstance(text.calibration, Mapping) else []
-    return digest_of_json([moments.given_digest, weights, text.moments_windows, text.window, text.writes_beside], 16)
+    given = [moments.given_digest, weights, text.moments_windows, text.window, text.writes_beside]
+    return digest_of_json([*given, *weighting(setting.model.family)], 16)
 
 
 def arithmetic(setting: Setting) -> str:

@@ -45,18 +45,30 @@ def test_second_moments_equal_those_of_a_whole_forward_pass(base, its_family, do
     names = dict(model.named_modules())
     for domain, windows in domains.items():
         for layer, part in itertools.product(range(collected.layers[-1] + 1), its_family.linears):
-            seen = []
+            seen, put_out = [], []
             module = names[its_family.in_layer(layer, part)]
-            hook = module.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0][0]))
+
+            def told(module, args, out, seen=seen, put_out=put_out):
+                seen.append(args[0][0])
+                put_out.append(out[0])
+
+            hook = module.register_forward_hook(told)
             with torch.inference_mode():
                 for window in windows:
                     model(input_ids=torch.tensor([window]), use_cache=False)
             hook.remove()
-            x = second_moments.clipped(torch.stack(seen)).flatten(0, 1)
+            if part in its_family.output_norms:  # a token counts as much as the norm magnifies what it puts out
+                x = torch.cat(seen)
+                weights = 1 / (torch.cat(put_out).square().mean(-1, keepdim=True) + model.config.rms_norm_eps)
+                weights = weights / weights.sum()
+                assert float(weights.max() / weights.min()) > 2
+            else:
+                x = second_moments.clipped(torch.stack(seen)).flatten(0, 1)
+                weights = torch.full((len(x), 1), 1 / len(x))
             found = collected.of(layer, second_moments.input_of(its_family, part))[domain]
             assert found.tokens == len(x) == len(windows) * 24
-            torch.testing.assert_close(found.second, x.T @ x / len(x), rtol=1e-3, atol=1e-5)
-            torch.testing.assert_close(found.mean, x.mean(0), rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(found.second, (weights * x).T @ x, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(found.mean, (weights * x).sum(0), rtol=1e-3, atol=1e-5)
 
 
 def test_a_massive_token_does_not_hold_the_trace():

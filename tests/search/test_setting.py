@@ -105,6 +105,25 @@ def test_files_that_judge_take_turns_however_long_the_first_one_is(prepared, tmp
     assert sum(are_of(judged.texts.moments.tokenizer, [window for (window,) in report], 9)) == 4
 
 
+@pytest.mark.parametrize(
+    ("family", "weighed"), [("llama", False), ("qwen3", False), ("exaone4", True), ("gemma3_text", True)]
+)
+def test_keys_say_how_tokens_are_weighed_where_a_norm_follows(
+    prepared, write_pico_model, tmp_path, monkeypatch, family, weighed
+):
+    of_model = prepared(model=write_pico_model(tmp_path / "model", family))
+    by_size = dataclasses.replace(of_model.model.identity, intermediate_size=128)
+    repaired = dataclasses.replace(by_size, repair="ridge")
+
+    def named():
+        return keys.plan_digest(of_model, repaired), keys.moments_key(of_model), keys.fitted_to(of_model)
+
+    before, of_activations = named(), keys.plan_digest(of_model, by_size)
+    monkeypatch.setattr(second_moments, "WEIGHTING", 0)
+    assert [one != other for one, other in zip(before, named(), strict=True)] == [weighed] * 3
+    assert keys.plan_digest(of_model, by_size) == of_activations
+
+
 def test_weights_decide_what_repairs_are_fitted_to(prepared, tmp_path):
     (tmp_path / "more.txt").write_text(prose(50_000, 120))
     names = [str(tmp_path / name) for name in ("fit.txt", "more.txt")]
