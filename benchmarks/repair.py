@@ -20,6 +20,7 @@ import torch
 from transformers import AutoTokenizer
 
 from compressors import build
+from compressors.files import digest_of_json
 from compressors.model import family
 from compressors.model.checkpoint import Checkpoint
 from compressors.plan import CompressionPlan
@@ -116,7 +117,8 @@ def main() -> None:
         name: [[w] for w in texts.windows(tokenizer, documents, arguments.window, arguments.tokens // arguments.window)]
         for name, documents in judged.items()
     }
-    digest = texts.text_digest([window for those in windows.values() for window in those])
+    text = texts.text_digest([window for those in windows.values() for window in those])
+    digest = digest_of_json([text, *second_moments.weighting(kind)], 16)
     started = time.monotonic()
     moment = second_moments.collect(base, windows, arguments.work / f"moments-{base.digest()[:8]}-{digest}", device)
     print(f"second moments: {time.monotonic() - started:.0f} s", flush=True)

@@ -10,7 +10,8 @@ so that they count without outweighing the rest.
 
 Where a norm follows a projection (EXAONE 4, Gemma 3), it divides each token's output by its root mean square, so an
 error counts relative to that output: such a token weighs 1 / (mean((W x)²) + ε), with the norm's own ε. That takes the
-place of CLIP. Of an EXAONE 4 of 31M parameters with three quarters of its FFN, KL fell by 4 to 8%.
+place of CLIP. Over the number of tokens, tr(W H Wᵀ) is then that of outputs in each domain, so domains count alike too.
+Of an EXAONE 4 of 31M parameters with three quarters of its FFN, KL fell by 12 to 14%, the mean over its two languages.
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ class Moment:
     """Moment holds the moments of an input x [K] over tokens.
 
     Attributes:
-        second: [K, K], the mean of x xᵀ, float32.
-        mean: [K], the mean of x.
+        second: [K, K], the mean of x xᵀ over tokens, or of w x xᵀ where a norm follows the projection; float32.
+        mean: [K], the mean of x; or Σ w x / √(n Σ w) over n tokens, so that second − mean meanᵀ is w's mean times the
+            covariance.
         tokens: The number of tokens.
         weight: How much they count in a mean with those of other texts.
     """
@@ -386,8 +388,8 @@ class _Work:
                     norms = {norm: sums[part].weigh(norm_eps) for part, norm in family.output_norms.items()}
                     stream.forward(index, norms | {part: of_part.add for part, of_part in sums.items()})
                     for part, of_part in sums.items():
-                        tensors[f"{name}.{part}.second"] = pack(of_part.second / of_part.weight).to(kept_at)
-                        tensors[f"{name}.{part}.mean"] = of_part.mean / of_part.weight
+                        tensors[f"{name}.{part}.second"] = pack(of_part.second / of_part.tokens).to(kept_at)
+                        tensors[f"{name}.{part}.mean"] = of_part.mean / (of_part.tokens * of_part.weight) ** 0.5
                         tokens[name] = of_part.tokens
                 if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
                     raise CheckpointError(
@@ -448,7 +450,7 @@ class _Sum:
     def __init__(self) -> None:
         self.second: Any = 0.0
         self.mean: Any = 0.0
-        self.weight = 0.0
+        self.weight: Any = 0.0
         self.tokens = 0
         self._next: torch.Tensor | None = None
 
@@ -456,7 +458,8 @@ class _Sum:
         """Return a function that takes W x [B, T, N] of the tokens that `add` gets next, and weighs them by it."""
 
         def put_out(outputs: torch.Tensor) -> None:
-            self._next = 1 / (outputs.float().square().mean(-1, keepdim=True) + norm_eps)  # (B, T, 1)
+            square = outputs.float().square().mean(-1, keepdim=True)  # (B, T, 1)
+            self._next = 1 / (square + norm_eps).clamp_min(1e-30)
 
         return put_out
 
@@ -470,7 +473,7 @@ class _Sum:
             root = self._next.sqrt().flatten(0, -2)  # on both sides, so that rounding leaves no negative eigenvalue
             x = root * x.float().flatten(0, -2)
             total = (root * x).sum(0)
-            self.weight += float(self._next.sum(dtype=torch.float64))
+            self.weight = self.weight + self._next.sum()
             self._next = None
         with tensor_cores(x.device):
             self.second = self.second + x.T @ x

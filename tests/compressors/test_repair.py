@@ -60,15 +60,23 @@ def test_second_moments_equal_those_of_a_whole_forward_pass(base, its_family, do
             if part in its_family.output_norms:  # a token counts as much as the norm magnifies what it puts out
                 x = torch.cat(seen)
                 weights = 1 / (torch.cat(put_out).square().mean(-1, keepdim=True) + model.config.rms_norm_eps)
-                weights = weights / weights.sum()
                 assert float(weights.max() / weights.min()) > 2
             else:
                 x = second_moments.clipped(torch.stack(seen)).flatten(0, 1)
-                weights = torch.full((len(x), 1), 1 / len(x))
+                weights = torch.ones(len(x), 1)
             found = collected.of(layer, second_moments.input_of(its_family, part))[domain]
             assert found.tokens == len(x) == len(windows) * 24
-            torch.testing.assert_close(found.second, (weights * x).T @ x, rtol=1e-3, atol=1e-5)
-            torch.testing.assert_close(found.mean, (weights * x).sum(0), rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(found.second, (weights * x).T @ x / len(x), rtol=1e-3, atol=1e-5)
+            mean, share = (weights * x).sum(0) / weights.sum(), weights.mean()
+            torch.testing.assert_close(found.mean, mean * share.sqrt(), rtol=1e-3, atol=1e-5)
+            if part in its_family.output_norms:  # what is lost counts relative to what is put out, in each domain
+                weight = names[its_family.in_layer(layer, part)].weight
+                whole = float(((weight @ found.second) * weight).sum()) / len(weight)
+                assert whole == pytest.approx(1.0, abs=0.01), (domain, layer, part)
+            variance = found.second.diagonal() - found.mean.square()
+            torch.testing.assert_close(
+                variance, share * ((weights * (x - mean).square()).sum(0) / weights.sum()), rtol=1e-2, atol=1e-4
+            )
 
 
 def test_a_massive_token_does_not_hold_the_trace():
