@@ -87,6 +87,7 @@ def main() -> None:
             paths[name] = kept
             timed(name, kept, sha)
         if arguments.reference:
+            bench.close()  # the reference has the GPU and its host for itself
             found["reference"] = reference(setting, paths)
             keep()
         same = [timed("base model", setting.model.path, base.weights_sha256) for _ in range(arguments.repeats)]
