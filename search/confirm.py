@@ -59,7 +59,7 @@ def why_nothing(study: optuna.Study, file: StudyFile) -> str | None:
             f"study {study.study_name!r} has no measured trial but the base model's, so that there is nothing to "
             "confirm; run it until another is complete"
         )
-    if file.evaluation.speed != "measured" and file.text.report is None:
+    if not file.evaluation.is_timed and file.text.report is None:
         return (
             "confirm: evaluation.speed is predicted and text.report is null, so that every number would be the "
             "trial's own; name a report text, or set evaluation.speed=measured"

@@ -112,7 +112,7 @@ def evaluate(bench: Bench, path: Path, name: str, say: Say, warn: Warn, words: S
 
 
 def _warn_of_load(setting: Setting, warn: Warn) -> None:
-    if setting.file.evaluation.speed == "measured":
+    if setting.file.evaluation.is_timed:
         _warn_if(load.others(setting.machine.device), warn)
 
 

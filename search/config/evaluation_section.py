@@ -145,6 +145,11 @@ class Evaluation(Section):
     # the difference of an answer's length from the base model's that makes none, as a share, beyond its standard error
     length_tolerance: Annotated[float, Field(ge=0)] = 0.1
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether times are measured, and not predicted from bytes and layers."""
+        return self.speed == "measured"
+
     @field_validator("perf", mode="before")
     @classmethod
     def _lists(cls, value: Any) -> Any:

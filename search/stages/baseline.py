@@ -36,7 +36,7 @@ def baseline(setting: Setting, engines: Engines, say: Say, *, again: bool = Fals
 
     def take(path: Path) -> None:
         say("baseline: starting the engine")
-        timed = setting.file.evaluation.speed == "measured"
+        timed = setting.file.evaluation.is_timed
         request = measure.Request(setting.texts.shards, setting.workload, setting.tasks, timed=timed)
         measured = once_more(
             lambda: measure.measure_base(

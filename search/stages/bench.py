@@ -108,7 +108,7 @@ class Bench(Closing):
         """
         if not forecast:
             return self.baseline(say)
-        timed = self.setting.file.evaluation.speed == "measured"
+        timed = self.setting.file.evaluation.is_timed
         early = timed and not speed_table.stand_ins(self.setting)  # those have engines of their own
         probes = [plan for plan, _ in speed_table.missing(self.setting)] if early else []
         with Ahead(self.setting, self.engines, probes) as ahead:

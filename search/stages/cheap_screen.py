@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from compressors.plan import CompressionPlan, canonical
 
-LONG = ("stream", "distill")  # the repairs that take long
+SLOW_REPAIRS = ("stream", "distill")  # the repairs that take long
 RELATIVE_SE = 0.3  # of what is foretold, before any trial has shown it
 LEAST_RELATIVE_SE = 0.12
 LEARNS_FROM = 3  # trials
@@ -60,7 +60,7 @@ def cut_alone(plan: CompressionPlan, own: CompressionPlan) -> CompressionPlan | 
         plan: The plan.
         own: The plan of the base model itself.
     """
-    if plan.repair not in LONG:
+    if plan.repair not in SLOW_REPAIRS:
         return None
     quick = canonical(dataclasses.replace(plan, repair="ridge", precision=own.precision), own)
     return None if quick == own else quick

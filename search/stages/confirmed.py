@@ -59,7 +59,7 @@ class Asked:
     @property
     def timed(self) -> bool:
         """Whether engines are timed."""
-        return self.setting.file.evaluation.speed == "measured"
+        return self.setting.file.evaluation.is_timed
 
     @property
     def request(self) -> measure.Request:

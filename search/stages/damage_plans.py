@@ -16,8 +16,8 @@ from search.stages.damage_axes import QUERIES, along
 
 LEVELS = (0.0, 0.4, 0.7)  # shares of the way from a dimension's low to its high end
 LEVELS_ON_A_CPU = (0.0, 0.5)  # where one takes ten seconds
-LONG = ("distill", "kl-look-ahead")  # choices that take too long for a forecast
-LONG_ON_A_CPU = ("stream",)  # two minutes for 135M parameters and few tokens, on two cores
+LEFT_OUT = ("distill", "kl-look-ahead")  # choices that take too long for a forecast
+LEFT_OUT_ON_A_CPU = ("stream",)  # as well: two minutes for 135M parameters and few tokens, on two cores
 
 
 def wanted(setting: Setting) -> list[CompressionPlan]:
@@ -27,7 +27,7 @@ def wanted(setting: Setting) -> list[CompressionPlan]:
     of each choice and ridge for any repair. Every other choice that goes with a cut is scored at the middle level.
     """
     quick = setting.machine.device == "cuda"
-    levels, left_out = (LEVELS, LONG) if quick else (LEVELS_ON_A_CPU, (*LONG, *LONG_ON_A_CPU))
+    levels, left_out = (LEVELS, LEFT_OUT) if quick else (LEVELS_ON_A_CPU, (*LEFT_OUT, *LEFT_OUT_ON_A_CPU))
     own, space = setting.model.identity, setting.file.space
     searched = {name: getattr(space, name) for name in CHOICES if isinstance(getattr(space, name), list)}
     repair = "ridge" if any(name != "none" for name in space.repair) else "none"

@@ -54,7 +54,7 @@ class Forecast:
 
     @property
     def _is_timed(self) -> bool:
-        return self.setting.file.evaluation.speed == "measured"
+        return self.setting.file.evaluation.is_timed
 
     def time_ratio(self, plan: CompressionPlan) -> tuple[float, float]:
         """Return the time per token over the base model's, and its standard error."""

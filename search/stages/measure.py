@@ -53,7 +53,7 @@ def measure_checkpoint(
     Raises:
         EvaluationError: The model is broken, or the engine failed.
     """
-    timed = setting.file.evaluation.speed == "measured"
+    timed = setting.file.evaluation.is_timed
     serving = timed and setting.workload.kind == "serve"
     request = measure.Request(setting.texts.shards, setting.workload, setting.tasks, timed=timed)
 

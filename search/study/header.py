@@ -24,7 +24,7 @@ def lines(setting: Setting, finished: int, dashboard: str) -> list[str]:
     """
     file, model, machine = setting.file, setting.model, setting.machine
     base = model.checkpoint
-    speed = "timed in turn with the base model" if file.evaluation.speed == "measured" else "speed predicted"
+    speed = "timed in turn with the base model" if file.evaluation.is_timed else "speed predicted"
     dimensions = space.searched(file.space)
     count, exact = space.count_plans(file.space, model.identity)
     plans = f"{'' if exact else 'up to '}{count:,} plan{'' if count == 1 else 's'}"

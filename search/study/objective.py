@@ -318,7 +318,7 @@ class Objective:
         if lost is None:
             return
         best_case = first_answers.at_best(known, self.baseline)
-        if self.setting.file.evaluation.speed == "predicted":
+        if not self.setting.file.evaluation.is_timed:
             best_case = measure.with_predicted_time(best_case, measure.predicted_ratio_of(self.setting, path))
         scored = score.score_of(best_case, self.baseline, self.setting.formula)
         possible = Known(scored, measure.size_ratio_of(self.setting, path))

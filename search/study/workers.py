@@ -101,7 +101,7 @@ def run_study(
         known = storage.find(existing, file.study_name, keys.definition(setting))
         finished = 0 if known is None else len(trials.finished(known.get_trials(deepcopy=False)))
     watch({"event": "header", "lines": header.lines(setting, finished, dashboard_command)})
-    _warn_of_noise(load.others(setting.machine.device) if file.evaluation.speed == "measured" else None, watch)
+    _warn_of_noise(load.others(setting.machine.device) if file.evaluation.is_timed else None, watch)
     build.remove_unfinished(setting.outputs / "checkpoints")
     with Bench.of(setting) as bench:
         forecast = wants_forecast(setting)
