@@ -3,7 +3,7 @@
 Coordinate descent, SWEEPS times through the model. It starts from the groups that add the least to their layer's output
 (`methods.importance.energy`). Layer after layer it chooses those that are cheapest to leave out while the other layers
 go without theirs. The effect of one group depends on which others are absent: SmolLM2's groups chosen one by one, by
-the KL of leaving each out of the whole model, were worse than by energy (benchmarks/README.md). Knows no plan.
+the KL of leaving each out of the whole model, were worse than by energy (benchmarks/notes/repair.md). Knows no plan.
 """
 
 from __future__ import annotations
