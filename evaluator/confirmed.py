@@ -22,7 +22,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from evaluator.measurement import Timing
 from evaluator.speed import surely_slower
@@ -45,7 +45,7 @@ class Estimate:
     @property
     def half_width(self) -> float:
         """Half of the width of the interval that holds the true number in 95 of 100 cases."""
-        return 0.0 if self.se == 0 else float(student.ppf((1 + LEVEL) / 2, self.degrees)) * self.se
+        return 0.0 if self.se == 0 else float(stdtrit(self.degrees, (1 + LEVEL) / 2)) * self.se
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _what_decides(difference: Estimate, margin: float, pairs: int, timed: float)
 
     def enough(number: int, text: float) -> bool:
         degrees = difference.degrees * max((number - 1) / max(pairs - 1, 1), 1.0)
-        quantile = float(student.ppf((1 + LEVEL) / 2, degrees))
+        quantile = float(stdtrit(degrees, (1 + LEVEL) / 2))
         return quantile * math.sqrt(of_time * pairs / max(number, 1) + of_text / text) < needed
 
     if pairs and of_time:

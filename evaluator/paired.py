@@ -6,8 +6,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from scipy.stats import binomtest, wilcoxon
-
 from evaluator.score import standard_error
 
 
@@ -62,6 +60,8 @@ def mcnemar(better: int, worse: int) -> float:
     Of the questions that two models answer differently, each is as likely to be better under the hypothesis: the
     binomial test of `better` among `better + worse` at 1/2 (McNemar 1947, https://doi.org/10.1007/BF02295996).
     """
+    from scipy.stats import binomtest  # here and below: a second of importing, which only answers need
+
     return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
@@ -74,6 +74,8 @@ def highest_accuracy(scores: Sequence[float], level: float = 0.99) -> float:
         scores: The scores of the questions that were answered, from 0 to 1.
         level: The probability with which the interval holds the accuracy.
     """
+    from scipy.stats import binomtest
+
     right = min(math.ceil(math.fsum(scores)), len(scores))
     found = binomtest(right, len(scores), alternative="less").proportion_ci(level, method="exact")
     return float(found.high)
@@ -81,5 +83,7 @@ def highest_accuracy(scores: Sequence[float], level: float = 0.99) -> float:
 
 def _signed_rank(differences: Sequence[float]) -> float:
     """Return the two-sided p-value of Wilcoxon's signed-rank test (1945, https://doi.org/10.2307/3001968)."""
+    from scipy.stats import wilcoxon
+
     unequal = [each for each in differences if each]
     return float(wilcoxon(unequal).pvalue) if unequal else 1.0

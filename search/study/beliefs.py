@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from compressors.plan import CompressionPlan
 from evaluator.score import Score
@@ -140,13 +140,14 @@ class Beliefs:
         """
         mean, error = self.of(self.goal.objective, candidates)
         gain = (mean - (best or 0.0)) / error
-        improvement: NDArray[np.float64] = error * (gain * norm.cdf(gain) + norm.pdf(gain))
+        density = np.exp(-gain * gain / 2) / math.sqrt(2 * math.pi)
+        improvement: NDArray[np.float64] = error * (gain * ndtr(gain) + density)
         if not self.goal.bounds:
             return improvement
         chance = np.ones(len(mean))
         for bound in self.goal.bounds:
             its_mean, its_error = self.of(bound.quantity, candidates)
-            chance = chance * norm.cdf((its_mean - bound.least) / its_error)
+            chance = chance * ndtr((its_mean - bound.least) / its_error)
         return chance + TIE * improvement if best is None else chance * improvement
 
     def known(self, candidates: Sequence[Params]) -> list[Known]:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.trial import FrozenTrial
-from optuna_dashboard import save_note
 
 from evaluator.measurement import METRICS, Measurement
 from evaluator.metrics import shown
@@ -29,6 +28,8 @@ if TYPE_CHECKING:
 
 def describe_trial(trial: optuna.Trial, record: Record, baseline: Measurement, artifacts: Path) -> None:
     """Write the trial's note, and its measurement as an artifact in the directory `artifacts`."""
+    from optuna_dashboard import save_note  # two seconds of importing, which the first trial's end can wait for
+
     save_note(trial, trial_note(record, baseline))
     if record.measurement is None:
         return
@@ -146,6 +147,8 @@ def describe_study(study: optuna.Study, baseline: Measurement, baseline_score: f
     lines += _confirmed(study)
     body = "\n".join(lines)
     if study.user_attrs.get("note") != body:  # saving a note is a transaction: only when it has changed
+        from optuna_dashboard import save_note
+
         save_note(study, body)
         study.set_user_attr("note", body)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from optuna.trial import FrozenTrial, TrialState
-from scipy.stats import kendalltau
 
 from search.show.study_state import Rung
 from search.study import rungs
@@ -55,5 +54,7 @@ def _pairs(trials: Sequence[FrozenTrial], one: int, other: int) -> list[tuple[fl
 def _kendall(pairs: Sequence[tuple[float, float]]) -> float | None:
     if len(pairs) < FEW:
         return None
+    from scipy.stats import kendalltau  # a second of importing, which only a study with trials needs
+
     value = float(kendalltau(*zip(*pairs, strict=True)).statistic)
     return value if value == value else None  # NaN where all are equal

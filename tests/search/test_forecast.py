@@ -289,7 +289,7 @@ def test_noise_below_zero_is_no_gain_that_a_choice_multiplies(prepared):
 
 
 def test_the_table_scores_every_choice_of_the_space_at_one_level(prepared, monkeypatch):
-    monkeypatch.setattr(damage_plans, "LONG_ON_A_CPU", ())
+    monkeypatch.setattr(damage_plans, "LEFT_OUT_ON_A_CPU", ())
     own = prepared.model.identity
     searched = prepared.file.space.model_copy(
         update={
@@ -327,7 +327,7 @@ def test_stream_is_scored_with_few_tokens_and_leaves_no_file(prepared, monkeypat
 
     monkeypatch.setattr(stream, "refit", spy)
     assert not any(plan.repair == "stream" for plan in damage_plans.wanted(study))  # on a CPU it takes minutes
-    monkeypatch.setattr(damage_plans, "LONG_ON_A_CPU", ())
+    monkeypatch.setattr(damage_plans, "LEFT_OUT_ON_A_CPU", ())
     monkeypatch.setattr("search.stages.build.TOKENS", 3 * 3 * 32)
     table = damage_table.damage_table(study, Screener(study), silent)
     scored = [entry for entry in table.entries if entry.plan.repair == "stream"]

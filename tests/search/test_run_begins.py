@@ -130,6 +130,18 @@ def test_a_refusal_imports_no_torch_and_takes_no_time(stored):
     assert float(times) < 3  # as long as the command line itself takes to import
 
 
+def test_a_run_begins_without_what_only_its_trials_need():
+    program = """
+        import sys
+        import search.confirm, search.finalists, search.stages.forecast, search.study.worker, search.study.workers
+        print({"torch"} & set(sys.modules), {"mlflow", "optuna_dashboard", "scipy.stats", "sklearn"} & set(sys.modules))
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, timeout=LONG_S
+    )
+    assert ended.stdout.strip() == "{'torch'} set()", ended.stderr
+
+
 # -- the header ------------------------------------------------------------------------------------------------
 
 
