@@ -24,7 +24,6 @@ from transformers import AutoTokenizer
 
 from compressors import build
 from compressors.distillation import repair as distillation
-from compressors.files import digest_of_json
 from compressors.methods import stream
 from compressors.model import family
 from compressors.model.checkpoint import Checkpoint
@@ -105,9 +104,7 @@ def main() -> None:
                 name: texts.windows(tokenizer, documents, arguments.window, count)
                 for name, documents in domains.items()
             }
-            text = texts.text_digest([window for those in windows.values() for window in those])
-            digest = digest_of_json([text, *second_moments.weighting(kind)], 16)
-            place = arguments.work / f"moments-{base.digest()[:8]}-{digest}"
+            place = repair.place_of_moments(arguments.work, base, windows)
             began = time.monotonic()
             moments = second_moments.collect(base, windows, place, device)
             collected = time.monotonic() - began

@@ -117,10 +117,8 @@ def main() -> None:
         name: [[w] for w in texts.windows(tokenizer, documents, arguments.window, arguments.tokens // arguments.window)]
         for name, documents in judged.items()
     }
-    text = texts.text_digest([window for those in windows.values() for window in those])
-    digest = digest_of_json([text, *second_moments.weighting(kind)], 16)
     started = time.monotonic()
-    moment = second_moments.collect(base, windows, arguments.work / f"moments-{base.digest()[:8]}-{digest}", device)
+    moment = second_moments.collect(base, windows, place_of_moments(arguments.work, base, windows), device)
     print(f"second moments: {time.monotonic() - started:.0f} s", flush=True)
     statistics = activations.calibrate(base, [window for those in windows.values() for window in those], device)
     model = base.to_model(device, torch.float32)
@@ -149,6 +147,13 @@ def main() -> None:
             )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def place_of_moments(work: pathlib.Path, base: Checkpoint, windows: dict[str, list[list[int]]]) -> pathlib.Path:
+    """Return the directory for the second moments of a model on these windows, by what decides them."""
+    text = texts.text_digest([window for those in windows.values() for window in those])
+    digest = digest_of_json([text, *second_moments.weighting(family.family_of(base))], 16)
+    return work / f"moments-{base.digest()[:8]}-{digest}"
 
 
 def say(what: str) -> None:

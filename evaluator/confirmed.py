@@ -45,7 +45,7 @@ class Estimate:
     @property
     def half_width(self) -> float:
         """Half of the width of the interval that holds the true number in 95 of 100 cases."""
-        return 0.0 if self.se == 0 else float(stdtrit(self.degrees, (1 + LEVEL) / 2)) * self.se
+        return 0.0 if self.se == 0 else _quantile(self.degrees) * self.se
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +190,11 @@ def verdict(
     return Verdict(UNDECIDED, f"{UNDECIDED}: {shown}; {_what_decides(difference, margin, pairs, timed)}")
 
 
+def _quantile(degrees: float) -> float:
+    """Return half of the width, in standard errors, of the interval that holds the true number at LEVEL."""
+    return float(stdtrit(degrees, (1 + LEVEL) / 2))
+
+
 def _what_decides(difference: Estimate, margin: float, pairs: int, timed: float) -> str:
     """Say how many more pairs, or how much more text, would make the interval small enough for a verdict."""
     needed = max(abs(difference.value), margin - abs(difference.value))
@@ -197,8 +202,7 @@ def _what_decides(difference: Estimate, margin: float, pairs: int, timed: float)
 
     def enough(number: int, text: float) -> bool:
         degrees = difference.degrees * max((number - 1) / max(pairs - 1, 1), 1.0)
-        quantile = float(stdtrit(degrees, (1 + LEVEL) / 2))
-        return quantile * math.sqrt(of_time * pairs / max(number, 1) + of_text / text) < needed
+        return _quantile(degrees) * math.sqrt(of_time * pairs / max(number, 1) + of_text / text) < needed
 
     if pairs and of_time:
         for number in range(pairs + 1, MOST_PAIRS):

@@ -97,14 +97,8 @@ def calibration_key(setting: Setting) -> str:
 def moments_key(setting: Setting) -> str:
     """Name the second moments of this base model on this calibration text: 24 hexadecimal digits."""
     windows = setting.texts.moments.windows
-    parts = [
-        PLAN_VERSION,
-        "packed",
-        arithmetic(setting),
-        setting.model.digest,
-        windows,
-        *weighting(setting.model.family),
-    ]
+    weighed = weighting(setting.model.family)
+    parts = [PLAN_VERSION, "packed", arithmetic(setting), setting.model.digest, windows, *weighed]
     text = json.dumps(parts)  # without sorted keys: the order of the domains is part of the key
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 

@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 
 def describe_trial(trial: optuna.Trial, record: Record, baseline: Measurement, artifacts: Path) -> None:
     """Write the trial's note, and its measurement as an artifact in the directory `artifacts`."""
-    from optuna_dashboard import save_note  # two seconds of importing, which the first trial's end can wait for
-
-    save_note(trial, trial_note(record, baseline))
+    _save_note(trial, trial_note(record, baseline))
     if record.measurement is None:
         return
     artifacts.mkdir(parents=True, exist_ok=True)
@@ -44,6 +42,12 @@ def describe_trial(trial: optuna.Trial, record: Record, baseline: Measurement, a
             study_or_trial=trial,
             mimetype="application/json",
         )
+
+
+def _save_note(of: optuna.Trial | optuna.Study, body: str) -> None:
+    from optuna_dashboard import save_note  # two seconds of importing, which the first trial's end can wait for
+
+    save_note(of, body)
 
 
 def trial_note(record: Record, baseline: Measurement) -> str:
@@ -147,9 +151,7 @@ def describe_study(study: optuna.Study, baseline: Measurement, baseline_score: f
     lines += _confirmed(study)
     body = "\n".join(lines)
     if study.user_attrs.get("note") != body:  # saving a note is a transaction: only when it has changed
-        from optuna_dashboard import save_note
-
-        save_note(study, body)
+        _save_note(study, body)
         study.set_user_attr("note", body)
 
 
