@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=left_out_texts.KINDS)
     parser.add_argument("--half", action="store_true")
     parser.add_argument("--fit", nargs="+", default=["embedded"], help="calibration texts, joined by +")
-    parser.add_argument("--windows", type=int, nargs="+", default=[32], help="of each domain")
+    parser.add_argument("--windows", type=int, nargs="+", default=[32], help="of each domain, or what it has")
     parser.add_argument("--cuts", nargs="+", default=["FFN 1152"])
     parser.add_argument("--how", nargs="+", default=["energy, stream"], help="each for the cuts that know it")
     parser.add_argument("--tokens", type=int, default=8192, help="in domain")
@@ -100,10 +100,8 @@ def main() -> None:
     del model
     for fit, domains in mixes.items():
         for count in arguments.windows:
-            windows = {
-                name: texts.windows(tokenizer, documents, arguments.window, count)
-                for name, documents in domains.items()
-            }
+            windows = {name: at_most(tokenizer, documents, arguments.window, count)
+                       for name, documents in domains.items()}  # fmt: skip
             place = repair.place_of_moments(arguments.work, base, windows)
             began = time.monotonic()
             moments = second_moments.collect(base, windows, place, device)
@@ -125,9 +123,16 @@ def main() -> None:
 
 
 def choices(cut: dict) -> dict[str, dict]:
-    """Return the choices that `repair` names for a cut of this dimension."""
+    """Return the choices that `repair` names for a cut of this dimension; what cuts nothing has none."""
+    if "precision" in cut:
+        return {"none": {}}
     dimension = repair.DEPTH if "num_hidden_layers" in cut else repair.HIDDEN if "hidden_size" in cut else repair.HOW
     return {**dimension, "none": {}}
+
+
+def at_most(tokenizer, documents, length, count):  # type: ignore[no-untyped-def]
+    """Return so many windows, or as many as a shorter text has."""
+    return texts.windows(tokenizer, documents, length, min(count, len(texts.all_windows(tokenizer, documents, length))))
 
 
 def calibration(fit: str, own: Callable[[], dict[str, list[texts.Document]]]) -> dict[str, list[texts.Document]]:

@@ -20,6 +20,7 @@ import time
 import torch
 
 from compressors import build
+from compressors.distillation import repair as distillation
 from compressors.model import family
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.model_directory import WEIGHTS
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=262144)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--fitted", type=int, default=24, help="windows of each domain")
+    parser.add_argument("--distilled", type=int, default=262144, help="tokens that a distillation learns from")
     parser.add_argument("--vocabulary", type=int, default=8000, help="token ids are below it")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("outputs/benchmark"))
     parser.add_argument("--only", nargs="+", help="steps, by the beginning of their names")
@@ -102,8 +104,14 @@ def main() -> None:
     read = f"{3 * arguments.fitted * arguments.window:,} tokens"
     built(f"build {what}", cut)
     built(f"build {what}, flap", {**cut, "importance": "flap"})
-    built(f"build {what}, flap + ridge", {**cut, "importance": "flap", "repair": "ridge"})
-    built(f"build {what}, flap + stream ({read})", {**cut, "importance": "flap", "repair": "stream"}, few)
+    built(f"build {what}, energy + ridge", {**cut, "importance": "energy", "repair": "ridge"})
+    built(f"build {what}, energy + stream ({read})", {**cut, "importance": "energy", "repair": "stream"}, few)
+    count = arguments.distilled // 3 // arguments.window
+    lessons = {name: random_windows(arguments, count, 3 + seed) for seed, name in enumerate(fitted)}
+    distillation.TOKENS = distillation.TOKENS_ON_GPU = 3 * count * arguments.window
+    taught = dataclasses.replace(few, more=lambda: lessons)
+    distilled = {**cut, "importance": "energy", "repair": "distill"}
+    built(f"build {what}, energy + distill ({3 * count * arguments.window:,} tokens)", distilled, taught)
     built("build W8A8, nearest", {"precision": "W8A8"})
     built("build FP8_DYNAMIC, nearest", {"precision": "FP8_DYNAMIC"})
     built("build W4A16, nearest", {"precision": "W4A16", "group_size": 64})
