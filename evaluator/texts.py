@@ -241,7 +241,9 @@ def split(documents: Sequence[Document], calibration_share: float = 0.6) -> tupl
     return calibration, search
 
 
-def windows(tokenizer: Any, documents: Sequence[Document], length: int, count: int) -> list[list[int]]:
+def windows(
+    tokenizer: Any, documents: Sequence[Document], length: int, count: int, *, or_fewer: bool = False
+) -> list[list[int]]:
     """Return windows of token ids, without overlap or BOS, spread evenly over the text.
 
     Args:
@@ -249,10 +251,13 @@ def windows(tokenizer: Any, documents: Sequence[Document], length: int, count: i
         documents: The text.
         length: The token ids of a window.
         count: The number of windows.
+        or_fewer: Whether a shorter text gives what it has, at least one window.
 
     Raises:
         TextError: The text is too short.
     """
+    if or_fewer:
+        count = min(count, max(len(_stream(tokenizer, documents, length * count)) // length, 1))
     return mixed_windows(tokenizer, {"text": documents}, length, count)
 
 

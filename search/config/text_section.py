@@ -39,7 +39,7 @@ class Text(Section):
     report: Texts | None = "embedded"  # text that no search saw, for confirmation; null: none
     window: Annotated[int, Field(ge=16)] = 256  # tokens
     calibration_windows: Annotated[int, Field(ge=1)] = 16
-    moments_windows: Annotated[int, Field(ge=1)] = 32  # for each domain, where `build.needs_moments`
+    moments_windows: Annotated[int, Field(ge=1)] | None = None  # for each domain, where `build.needs_moments`
     shards: Annotated[int, Field(ge=2)] = 16
     windows_per_shard: Annotated[int, Field(ge=1)] = 1
     prompts: str | None = None  # a file of requests that a workload of kind batch or serve times; null: random ids

@@ -44,7 +44,7 @@ def definition(setting: Setting) -> dict[str, Any]:
     del evaluation["engine_version"]  # a newer engine measures its own baseline
     fitted: dict[str, Any] = {}
     if _may_need_moments(setting):
-        fitted = {"moments_windows": file.text.moments_windows, **({"self": True} if file.text.writes_beside else {})}
+        fitted = {"moments_windows": setting.texts.moments.count, **({"self": True} if file.text.writes_beside else {})}
     parts = {"perf": dict(setting.formula.perf)} if setting.tasks else {}
     return {
         **by_file,
@@ -107,7 +107,7 @@ def fitted_to(setting: Setting) -> str:
     """Name the text that second moments are collected on, without asking the base model for its part of it."""
     moments, text = setting.texts.moments, setting.file.text
     weights = list(text.calibration.items()) if isinstance(text.calibration, Mapping) else []
-    given = [moments.given_digest, weights, text.moments_windows, text.window, text.writes_beside]
+    given = [moments.given_digest, weights, moments.count, text.window, text.writes_beside]
     return digest_of_json([*given, *weighting(setting.model.family)], 16)
 
 

@@ -21,6 +21,7 @@ from compressors.errors import CheckpointError, CompressionError
 from compressors.model import checkpoint, family
 from compressors.model.transformers_version import config_for
 from compressors.plan import DIMENSIONS, CompressionPlan
+from compressors.statistics import second_moments
 from evaluator import backends, batch, checkpoint_files, gpus, lengths, speed, tasks, texts
 from evaluator.backends import EngineSettings
 from evaluator.errors import TextError
@@ -316,7 +317,9 @@ def prepare(
 
 def _texts(file: StudyFile, tokenizer: Any, write: Callable[[int, int], Domains], device: str, warn: Say) -> StudyTexts:
     """Read the study's texts; `write` has the base model write text, see `Writer.domains`."""
-    own = OwnText(write, tokenizer, file.text.window, max(file.text.moments_windows, file.text.calibration_windows))
+    length, count = file.text.window, file.text.moments_windows
+    fitted = count or second_moments.windows_on(device, length)
+    own = OwnText(write, tokenizer, length, max(fitted, file.text.calibration_windows))
     domains, shards, windows = read_texts(file, tokenizer, own.fitted, warn)
     weigh = functools.partial(calibration_weights, file)
     alone = set(file.text.calibration_names) == {SELF}
@@ -327,9 +330,9 @@ def _texts(file: StudyFile, tokenizer: Any, write: Callable[[int, int], Domains]
     return StudyTexts(
         shards=shards,
         calibration_windows=windows,
-        moments=MomentsText(domains, tokenizer, file.text.window, file.text.moments_windows, beside, weigh),
+        moments=MomentsText(domains, tokenizer, length, fitted, count is None, beside, weigh),
         distillation=DistillationText(
-            {} if alone else domains, writes, tokenizer, file.text.window, distillation.tokens_on(device), weigh
+            {} if alone else domains, writes, tokenizer, length, distillation.tokens_on(device), weigh
         ),
         digest=texts.text_digest([window for shard in shards for window in shard]),
         unseen=own.unseen if SELF in file.text.calibration_names else tuple,

@@ -56,6 +56,7 @@ class MomentsText:
         tokenizer: The tokenizer of the base model.
         length: The tokens in a window.
         count: The number of windows from each domain.
+        or_fewer: Whether a shorter domain gives what it has.
         own: Returns the domains that the base model writes, beside others; there may be none.
         weigh: Returns how much each of these domains counts; None: all count the same.
     """
@@ -64,6 +65,7 @@ class MomentsText:
     tokenizer: Any
     length: int
     count: int
+    or_fewer: bool = False
     own: Callable[[], Domains] = dict
     weigh: Callable[[Iterable[str]], dict[str, float] | None] = lambda domains: None
 
@@ -81,7 +83,7 @@ class MomentsText:
             TextError: A domain is too short.
         """
         return {
-            name: texts.windows(self.tokenizer, documents, self.length, self.count)
+            name: texts.windows(self.tokenizer, documents, self.length, self.count, or_fewer=self.or_fewer)
             for name, documents in {**self.domains, **self.own()}.items()
         }
 

@@ -100,6 +100,15 @@ def test_a_missing_file_is_refused(tmp_path):
         texts.read_documents([tmp_path / "none.txt"])
 
 
+def test_a_shorter_text_gives_what_it_has_where_that_is_enough():
+    documents = [Document("a", " ".join("x" * (i % 50 + 1) for i in range(25)))]
+    for asked, given in ((40, 2), (1, 1)):
+        found = texts.windows(Words(), documents, 10, asked, or_fewer=True)
+        assert found == texts.windows(Words(), documents, 10, given)
+    with pytest.raises(TextError, match="1 windows of 50 tokens were asked for"):
+        texts.windows(Words(), documents, 50, 40, or_fewer=True)
+
+
 def test_digest_tells_windows_apart():
     assert texts.text_digest([[1, 2], [3]]) != texts.text_digest([[1], [2, 3]])
     assert texts.text_digest([[1, 2]]) == texts.text_digest([(1, 2)])

@@ -13,6 +13,7 @@ from compressors.errors import CheckpointError, InfeasiblePlan
 from compressors.statistics import second_moments
 from compressors.steps import stream
 from evaluator import texts
+from evaluator.errors import EvaluationError
 from search.by_hand import compress
 from search.config import validation
 from search.errors import ConfigError, UsageError
@@ -103,6 +104,22 @@ def test_files_that_judge_take_turns_however_long_the_first_one_is(prepared, tmp
     judged = prepared(report=names, shards=8, window=64)
     report = setup_texts.report_shards(judged.file, judged.texts)
     assert sum(are_of(judged.texts.moments.tokenizer, [window for (window,) in report], 9)) == 4
+
+
+def test_moments_take_8192_tokens_of_each_domain_on_a_cpu_or_what_it_has(prepared, tmp_path):
+    long, short = tmp_path / "long.txt", tmp_path / "short.txt"
+    long.write_text(prose(3000, 3000))
+    short.write_text(prose(7000, 60))
+    both = prepared(calibration=[str(long), str(short)], moments_windows=None).texts.moments.windows
+    assert len(both["0-long"]) == 8192 // 32 == second_moments.windows_on("cpu", 32)
+    tokens = sum(map(len, both["1-short"]))
+    assert 0 < tokens < 8192
+    with pytest.raises(
+        EvaluationError, match=f"256 windows of 32 tokens were asked for.* makes {len(both['1-short'])}"
+    ):
+        _ = prepared(calibration=[str(long), str(short)], moments_windows=256).texts.moments.windows
+    assert second_moments.windows_on("cuda", 1024) == 32
+    assert second_moments.windows_on("cpu", 1 << 20) == 2  # what is fitted on one is judged on the other
 
 
 @pytest.mark.parametrize(
