@@ -54,7 +54,9 @@ def main() -> None:
     parser.add_argument("--left-out-tokens", type=int, default=4096, help="of each kind")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--distill-tokens", type=int, help="[default: the shipped number on this device]")
-    parser.add_argument("--learning-rate", type=float, default=distillation.LEARNING_RATE, help="at a width of 576")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=distillation.RATES, help="of learning, over the typical weight"
+    )
     parser.add_argument("--plans", type=json.loads, default={**repair.SMOLLM2, **WHOLE})
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("outputs/benchmark"))
     parser.add_argument("--json", type=pathlib.Path, help="a line for each row is appended to it")
@@ -67,7 +69,7 @@ def main() -> None:
     base = Checkpoint.read(path)
     kind, identity = family.family_of(base), CompressionPlan.identity(base.config)
     tokenizer, device = AutoTokenizer.from_pretrained(path), machine.best_device()
-    distillation.LEARNING_RATE = arguments.learning_rate
+    distillation.RATES = tuple(arguments.rates)
     if arguments.distill_tokens is not None:
         distillation.TOKENS = distillation.TOKENS_ON_GPU = arguments.distill_tokens
     if arguments.half:
@@ -100,8 +102,10 @@ def main() -> None:
     del model
     for fit, domains in mixes.items():
         for count in arguments.windows:
-            windows = {name: at_most(tokenizer, documents, arguments.window, count)
-                       for name, documents in domains.items()}  # fmt: skip
+            windows = {
+                name: texts.windows(tokenizer, documents, arguments.window, count, or_fewer=True)
+                for name, documents in domains.items()
+            }
             place = repair.place_of_moments(arguments.work, base, windows)
             began = time.monotonic()
             moments = second_moments.collect(base, windows, place, device)
@@ -128,11 +132,6 @@ def choices(cut: dict) -> dict[str, dict]:
         return {"none": {}}
     dimension = repair.DEPTH if "num_hidden_layers" in cut else repair.HIDDEN if "hidden_size" in cut else repair.HOW
     return {**dimension, "none": {}}
-
-
-def at_most(tokenizer, documents, length, count):  # type: ignore[no-untyped-def]
-    """Return so many windows, or as many as a shorter text has."""
-    return texts.windows(tokenizer, documents, length, min(count, len(texts.all_windows(tokenizer, documents, length))))
 
 
 def calibration(fit: str, own: Callable[[], dict[str, list[texts.Document]]]) -> dict[str, list[texts.Document]]:

@@ -31,7 +31,21 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import FLOATS
 from compressors.model.model_directory import require_json
 
-__all__ = ["Distillation", "Distilled", "Evaluation", "Progress", "batch_of", "best", "distill", "learning_rate"]
+__all__ = [
+    "Distillation",
+    "Distilled",
+    "Diverged",
+    "Evaluation",
+    "Progress",
+    "batch_of",
+    "best",
+    "distill",
+    "learning_rate",
+]
+
+
+class Diverged(CompressionError):
+    """Diverged says that the loss or its gradient was not finite several batches in a row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +177,7 @@ def best(student: Checkpoint, work: Path) -> Checkpoint | None:
 
 def _require_finite(standing: Standing, settings: Distillation, work: Path) -> None:
     if standing.ended == NOT_FINITE:
-        raise CompressionError(
+        raise Diverged(
             f"distill: the loss or its gradient was NaN or infinite {MOST_BAD} batches in a row, at {standing.step} of "
             f"{settings.steps}, learning rate {learning_rate(standing.step - 1, settings):.3g}; set a lower "
             f"learning_rate and another directory; the best so far (held-out KL "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,11 +21,12 @@ from compressors.distillation.settings import Distillation
 from compressors.model.checkpoint import Checkpoint, LazyTensor
 from compressors.model.family import FLOATS
 
-VERSION = 2  # increase it when the same cut would be repaired differently
+VERSION = 3  # increase it when the same cut would be repaired differently
 TOKENS, TOKENS_ON_GPU = 262_144, 1_048_576  # a GPU takes a minute or two for four times as many
 BATCH_TOKENS = 2048  # few, so that so few tokens are 128 updates
 EVALUATIONS = 4
-LEARNING_RATE, AT_WIDTH = 2e-4, 576  # at that hidden size; it falls with the square root of the width
+RATES = (1e-3, 3e-3)  # learning rates over the typical weight, the lowest first: models differ in what they bear
+TRIED, SHARE_TRIED = 32_768, 8  # tokens that try a rate, or so small a part of all where they are few
 JUDGES, MOST_JUDGES = 8, 48  # one of so many windows of each text judges, at most so many, and is not trained on
 
 Windows = Mapping[str, Sequence[Sequence[int]]]
@@ -35,7 +37,8 @@ def repaired(
 ) -> dict[str, torch.Tensor]:
     """Return the weights of `cut` after the distillation, by name, on the CPU and in their dtypes.
 
-    They are the cut model's own where no evaluation was better than before.
+    They are the cut model's own where no evaluation was better than before. The learning rate is the one of RATES that
+    a short training with it from the same start wins more by.
 
     Args:
         cut: The cut checkpoint, unquantized.
@@ -57,10 +60,33 @@ def repaired(
     with torch.inference_mode(False), torch.enable_grad():  # whoever reads the weights may have switched gradients off
         student = _in_memory(cut)
         how = settings(cut, len(trained[0]), len(judged), tokens_on(device))
-        made = distill.distill(student, base, trained, judged, how, device, work, progress).checkpoint
+
+        def learnt(how: Distillation, directory: Path) -> distill.Distilled:
+            return distill.distill(student, base, trained, judged, how, device, directory, progress)
+
+        def lost(tried: Distillation) -> float:
+            directory = work / f"tried-{tried.learning_rate:.3g}"
+            try:
+                return learnt(tried, directory).kl_best
+            except distill.Diverged:
+                return math.inf
+            finally:
+                shutil.rmtree(directory, ignore_errors=True)
+
+        made = learnt(dataclasses.replace(how, learning_rate=_best_rate(how, lost)), work / "all").checkpoint
         weights = {name: made.tensors[name].load() for name in names(cut)}
     shutil.rmtree(work, ignore_errors=True)
     return weights
+
+
+def _best_rate(how: Distillation, lost: Callable[[Distillation], float]) -> float:
+    """Return the rate of RATES after which a short training has lost least, where `how` has the lowest one."""
+    if len(RATES) == 1:
+        return how.learning_rate
+    tokens = max(min(TRIED, how.tokens // SHARE_TRIED), how.batch * how.window)
+    tried = dataclasses.replace(how, tokens=tokens, evaluate_every=tokens)
+    rates = [how.learning_rate * rate / RATES[0] for rate in RATES]
+    return min(rates, key=lambda rate: lost(dataclasses.replace(tried, learning_rate=rate)))
 
 
 def names(cut: Checkpoint) -> list[str]:
@@ -89,16 +115,29 @@ def tokens_on(device: str) -> int:
 
 
 def settings(cut: Checkpoint, length: int, judges: int, tokens: int) -> Distillation:
-    """Return the settings of a distillation with so many tokens on windows of `length`, `judges` of which judge."""
-    width = int(cut.config["hidden_size"])
+    """Return the settings of a distillation with so many tokens on windows of `length`, `judges` of which judge.
+
+    The learning rate is the lowest of RATES. Adam moves each weight by about the learning rate in an update, whatever
+    its gradient, so the rate follows the size of the weights, as the relative steps of Adafactor do
+    (https://arxiv.org/abs/1804.04235, section 8).
+    """
     return Distillation(
         tokens=tokens,
         batch_tokens=max(BATCH_TOKENS, length),
         window=length,
-        learning_rate=LEARNING_RATE * math.sqrt(AT_WIDTH / max(width, AT_WIDTH)),
+        learning_rate=RATES[0] * typical_weight(cut),
         evaluate_every=tokens // EVALUATIONS,
         held_out_windows=judges,
         compiled=False,  # it would take longer than all the rest
+    )
+
+
+def typical_weight(checkpoint: Checkpoint) -> float:
+    """Return the median over matrices of the root mean square of their weights: .19 for SmolLM2, .016 for Qwen2.5."""
+    matrices = [tensor for tensor in map(checkpoint.tensors.__getitem__, names(checkpoint)) if len(tensor.shape) == 2]
+    return statistics.median(
+        float(torch.linalg.vector_norm(tensor.load(), dtype=torch.float32)) / math.sqrt(math.prod(tensor.shape))
+        for tensor in matrices
     )
 
 

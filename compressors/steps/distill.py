@@ -55,7 +55,7 @@ def _key(made: Build) -> str:
     turned = [made.plan.rotation, rotation.VERSION] if made.basis is not None else None
     assert made.moments is not None
     fitted_to = [made.moments.weights, made.moments.strength, made.moments.lessons()]
-    settings = [distillation.tokens_on(made.device), distillation.BATCH_TOKENS, distillation.LEARNING_RATE]
+    settings = [distillation.tokens_on(made.device), distillation.BATCH_TOKENS, distillation.RATES]
     how = [
         VERSIONS["repair", "distill"],
         settings,

@@ -25,9 +25,9 @@ def maker(tmp_path, monkeypatch):
     """Build plans of a base model by what differs from it."""
     monkeypatch.setattr(distillation, "TOKENS", 8192)
     monkeypatch.setattr(distillation, "BATCH_TOKENS", 256)
-    monkeypatch.setattr(distillation, "LEARNING_RATE", 3e-4)
 
     def of_base(base):
+        monkeypatch.setattr(distillation, "RATES", (3e-4 / distillation.typical_weight(base),))
         moments = second_moments.collect(base, DOMAINS, tmp_path / "m")
         statistics = activations.calibrate(base, DOMAINS["low"])
         own, its_family = CompressionPlan.identity(base.config), families.family_of(base)
@@ -89,7 +89,7 @@ def test_every_kind_of_cut_can_be_distilled(pico_llama, maker, cut):
 def test_where_layers_went_it_begins_from_what_stream_gives(pico_llama, maker, monkeypatch, order):
     """At a learning rate of almost 0 the beginning is the end. With fewer channels stream begins from ridge there."""
     make = maker(Checkpoint.read(pico_llama))
-    monkeypatch.setattr(distillation, "LEARNING_RATE", 1e-30)
+    monkeypatch.setattr(distillation, "RATES", (1e-30,))
     monkeypatch.setattr(distillation, "TOKENS", 512)
 
     def same(one, other):
@@ -124,6 +124,19 @@ def test_it_is_made_once_and_for_all_precisions(pico_llama, maker, tmp_path):
     assert again
 
 
+@pytest.mark.parametrize("useless", [1e-12, 30.0, 1e30], ids=["no progress", "destructive", "infinite"])
+def test_of_two_rates_the_one_that_learns_is_taken(pico_llama, maker, monkeypatch, useless):
+    base = Checkpoint.read(pico_llama)
+    make, said = maker(base), []
+    (useful,) = distillation.RATES
+    monkeypatch.setattr(distillation, "RATES", tuple(sorted((useful, useless))))
+    both = {name: tensor.load() for name, tensor in make(said, **FFN, repair="distill").tensors.items()}
+    assert sum(line.endswith("0 of 1024 tokens") and "loading" in line for line in said) >= 2  # each rate is tried
+    monkeypatch.setattr(distillation, "RATES", (useful,))
+    alone = make(**FFN, repair="distill").tensors
+    assert all(torch.equal(alone[name].load(), values) for name, values in both.items())
+
+
 def test_a_plan_that_cuts_nothing_is_not_distilled(base):
     own = CompressionPlan.identity(base.config)
     for precision in (own.precision, "W8A8"):
@@ -147,14 +160,23 @@ def test_of_much_text_a_few_windows_judge():
     assert sum(window[0] >= 3000 for window in judged) == pytest.approx(len(judged) / 4, abs=1)
 
 
-def test_the_learning_rate_falls_with_the_width(base):
-    rates = []
-    for width in (64, 576, 2304):
-        wide = dataclasses.replace(base, config={**base.config, "hidden_size": width})
-        settings = distillation.settings(wide, 512, 1, 262_144)
-        rates.append(settings.learning_rate)
-        assert (settings.window, settings.batch) == (512, 4)
-    assert rates == [2e-4, 2e-4, pytest.approx(1e-4)]
+def test_the_learning_rate_follows_the_size_of_the_weights(base):
+    """Adam's updates are as large as the rate, so what trains SmolLM2 breaks Qwen2.5, whose weights are a twelfth."""
+
+    def scaled(by):
+        tensors = {
+            name: dataclasses.replace(tensor, load=lambda tensor=tensor: tensor.load() * by)
+            for name, tensor in base.tensors.items()
+        }
+        return distillation.settings(dataclasses.replace(base, tensors=tensors), 512, 1, 262_144)
+
+    plain, small = scaled(1), scaled(1 / 16)
+    assert (plain.window, plain.batch) == (512, 4)
+    assert small.learning_rate == pytest.approx(plain.learning_rate / 16)
+    sizes = [tensor.load().float().square().mean().sqrt() for tensor in base.tensors.values() if len(tensor.shape) == 2]
+    assert plain.learning_rate == pytest.approx(
+        distillation.RATES[0] * float(torch.stack(sizes).quantile(0.5)), rel=1e-4
+    )
 
 
 def test_what_is_written_as_another_architecture_learns_as_that(write_pico_model, tmp_path, maker):
