@@ -256,9 +256,13 @@ def windows(
     Raises:
         TextError: The text is too short.
     """
-    if or_fewer:
-        count = min(count, max(len(_stream(tokenizer, documents, length * count)) // length, 1))
-    return mixed_windows(tokenizer, {"text": documents}, length, count)
+    try:
+        return mixed_windows(tokenizer, {"text": documents}, length, count)
+    except TextError:
+        fewer = len(_stream(tokenizer, documents)) // max(length, 1) if or_fewer else 0
+        if not 0 < fewer < count:
+            raise
+    return mixed_windows(tokenizer, {"text": documents}, length, fewer)
 
 
 def mixed_windows(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from compressors.device import release
 from compressors.distillation import distill
 from compressors.distillation.settings import Distillation
 from compressors.model.checkpoint import Checkpoint, LazyTensor
@@ -53,40 +54,52 @@ def repaired(
         CompressionError: The device has no memory left, or the loss is not finite.
     """
     trained, judged = parted(windows)
-
-    def progress(step: distill.Progress) -> None:
-        say(f"repair: distilling, {step.stage}, {step.tokens} of {step.total_tokens} tokens")
-
+    total = tokens_on(device)
     with torch.inference_mode(False), torch.enable_grad():  # whoever reads the weights may have switched gradients off
         student = _in_memory(cut)
-        how = settings(cut, len(trained[0]), len(judged), tokens_on(device))
 
-        def learnt(how: Distillation, directory: Path) -> distill.Distilled:
+        def learn(how: Distillation) -> distill.Distilled:
+            trying = f" a rate of {how.learning_rate:g} tried," if how.tokens < total else ""
+
+            def progress(step: distill.Progress) -> None:
+                say(f"repair: distilling,{trying} {step.stage}, {step.tokens} of {step.total_tokens} tokens")
+
+            release(device)  # the models of the training before refer to themselves
+            directory = work / f"{how.tokens}-{how.learning_rate:g}"
             return distill.distill(student, base, trained, judged, how, device, directory, progress)
 
-        def lost(tried: Distillation) -> float:
-            directory = work / f"tried-{tried.learning_rate:.3g}"
-            try:
-                return learnt(tried, directory).kl_best
-            except distill.Diverged:
-                return math.inf
-            finally:
-                shutil.rmtree(directory, ignore_errors=True)
-
-        made = learnt(dataclasses.replace(how, learning_rate=_best_rate(how, lost)), work / "all").checkpoint
+        made = _at_the_best_rate(settings(student, len(trained[0]), len(judged), total), learn).checkpoint
         weights = {name: made.tensors[name].load() for name in names(cut)}
     shutil.rmtree(work, ignore_errors=True)
     return weights
 
 
-def _best_rate(how: Distillation, lost: Callable[[Distillation], float]) -> float:
-    """Return the rate of RATES after which a short training has lost least, where `how` has the lowest one."""
-    if len(RATES) == 1:
-        return how.learning_rate
-    tokens = max(min(TRIED, how.tokens // SHARE_TRIED), how.batch * how.window)
-    tried = dataclasses.replace(how, tokens=tokens, evaluate_every=tokens)
-    rates = [how.learning_rate * rate / RATES[0] for rate in RATES]
-    return min(rates, key=lambda rate: lost(dataclasses.replace(tried, learning_rate=rate)))
+def _at_the_best_rate(how: Distillation, learn: Callable[[Distillation], distill.Distilled]) -> distill.Distilled:
+    """Learn with each of RATES for a short time, then with the one that lost least; `how` has the lowest one."""
+    lowest, *others = (_rounded(how.learning_rate * rate / RATES[0]) for rate in RATES)
+    best = lowest
+    if others:
+        tokens = max(min(TRIED, how.tokens // SHARE_TRIED), how.batch * how.window)
+        tried = dataclasses.replace(how, tokens=tokens, evaluate_every=tokens)
+
+        def lost(rate: float) -> float:
+            try:
+                return learn(dataclasses.replace(tried, learning_rate=rate)).kl_best
+            except distill.Diverged:
+                return math.inf
+
+        best = min((lowest, *others), key=lost)
+    try:
+        return learn(dataclasses.replace(how, learning_rate=best))
+    except distill.Diverged:
+        if best == lowest:
+            raise
+    return learn(dataclasses.replace(how, learning_rate=lowest))
+
+
+def _rounded(rate: float) -> float:
+    """Return the rate in three digits: sums over weights differ in their last ones, and a killed call goes on."""
+    return float(f"{rate:.3g}")
 
 
 def names(cut: Checkpoint) -> list[str]:
@@ -125,7 +138,7 @@ def settings(cut: Checkpoint, length: int, judges: int, tokens: int) -> Distilla
         tokens=tokens,
         batch_tokens=max(BATCH_TOKENS, length),
         window=length,
-        learning_rate=RATES[0] * typical_weight(cut),
+        learning_rate=_rounded(RATES[0] * typical_weight(cut)),
         evaluate_every=tokens // EVALUATIONS,
         held_out_windows=judges,
         compiled=False,  # it would take longer than all the rest

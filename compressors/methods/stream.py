@@ -88,7 +88,7 @@ def take_over(
 
     def fit() -> dict[str, torch.Tensor]:
         say("repair: reading both models")
-        windows, shares = moments.first_windows(), moments.shares()
+        windows, shares = moments.few_windows(), moments.shares()
         refitted = refit(cut, base, family, stays, parts, windows, device, progress=progress, shares=shares)[0]
         release(device)
         return refitted
@@ -234,13 +234,15 @@ def _load(
     dtype = compute_dtype(device)
     whole, small = base.to_model(device, dtype), cut.to_model(device, dtype)
     called: tuple[Called, Called] = ({}, {})
-    batch = max(1, min(batch, min(map(len, windows.values())) // 2))  # two batches at least: one is kept from the fit
     streams = []
     tokens = sum(len(window) for some in windows.values() for window in some)
     widths = 5 * int(base.config["hidden_size"]) + int(cut.config["intermediate_size"])  # see Streams
     kept_at = home(device, tokens * widths * whole.dtype.itemsize)
     for some in windows.values():
-        of_base, of_cut = Layers(whole, family, some, batch, called[0]), Layers(small, family, some, batch, called[1])
+        together = max(1, min(batch, len(some) // 2))  # two batches at least: one is kept from the fit
+        of_base, of_cut = (
+            Layers(model, family, some, together, seen) for model, seen in zip((whole, small), called, strict=True)
+        )
         streams.append(Streams(of_base, of_cut, family, stays, kept_at))
     weights = [1.0 if shares is None else shares[name] for name in windows]
     return _Models(cut, family, dict(small.named_modules()), streams, weights)

@@ -318,8 +318,8 @@ def prepare(
 def _texts(file: StudyFile, tokenizer: Any, write: Callable[[int, int], Domains], device: str, warn: Say) -> StudyTexts:
     """Read the study's texts; `write` has the base model write text, see `Writer.domains`."""
     length, count = file.text.window, file.text.moments_windows
-    fitted = count or second_moments.windows_on(device, length)
-    own = OwnText(write, tokenizer, length, max(fitted, file.text.calibration_windows))
+    of_each = count or second_moments.windows_on(device, length)
+    own = OwnText(write, tokenizer, length, max(of_each, file.text.calibration_windows))
     domains, shards, windows = read_texts(file, tokenizer, own.fitted, warn)
     weigh = functools.partial(calibration_weights, file)
     alone = set(file.text.calibration_names) == {SELF}
@@ -330,7 +330,7 @@ def _texts(file: StudyFile, tokenizer: Any, write: Callable[[int, int], Domains]
     return StudyTexts(
         shards=shards,
         calibration_windows=windows,
-        moments=MomentsText(domains, tokenizer, length, fitted, count is None, beside, weigh),
+        moments=MomentsText(domains, tokenizer, length, of_each, beside, weigh, or_fewer=count is None, warn=warn),
         distillation=DistillationText(
             {} if alone else domains, writes, tokenizer, length, distillation.tokens_on(device), weigh
         ),

@@ -56,18 +56,20 @@ class MomentsText:
         tokenizer: The tokenizer of the base model.
         length: The tokens in a window.
         count: The number of windows from each domain.
-        or_fewer: Whether a shorter domain gives what it has.
         own: Returns the domains that the base model writes, beside others; there may be none.
         weigh: Returns how much each of these domains counts; None: all count the same.
+        or_fewer: Whether a shorter domain gives what it has.
+        warn: Told of such domains.
     """
 
     domains: Domains
     tokenizer: Any
     length: int
     count: int
-    or_fewer: bool = False
     own: Callable[[], Domains] = dict
     weigh: Callable[[Iterable[str]], dict[str, float] | None] = lambda domains: None
+    or_fewer: bool = False
+    warn: Say = silent
 
     @property
     def shares(self) -> dict[str, float] | None:
@@ -82,10 +84,17 @@ class MomentsText:
         Raises:
             TextError: A domain is too short.
         """
-        return {
+        found = {
             name: texts.windows(self.tokenizer, documents, self.length, self.count, or_fewer=self.or_fewer)
             for name, documents in {**self.domains, **self.own()}.items()
         }
+        for name, windows in found.items():
+            if len(windows) < self.count:
+                self.warn(
+                    f"text.calibration {name}: {len(windows)} windows of {self.length} tokens, where others give up to "
+                    f"{self.count}; more text of this kind lets repairs hold on it"
+                )
+        return found
 
     @functools.cached_property
     def given_digest(self) -> str:

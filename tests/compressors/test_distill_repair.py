@@ -131,10 +131,41 @@ def test_of_two_rates_the_one_that_learns_is_taken(pico_llama, maker, monkeypatc
     (useful,) = distillation.RATES
     monkeypatch.setattr(distillation, "RATES", tuple(sorted((useful, useless))))
     both = {name: tensor.load() for name, tensor in make(said, **FFN, repair="distill").tensors.items()}
-    assert sum(line.endswith("0 of 1024 tokens") and "loading" in line for line in said) >= 2  # each rate is tried
+    tried = {line.split(" tried,")[0] for line in said if " tried," in line}
+    assert len(tried) == 2
+    assert any(line.startswith("repair: distilling, training") for line in said)
     monkeypatch.setattr(distillation, "RATES", (useful,))
     alone = make(**FFN, repair="distill").tensors
     assert all(torch.equal(alone[name].load(), values) for name, values in both.items())
+
+
+def test_a_killed_repair_tries_no_rate_again(pico_llama, maker, monkeypatch, tmp_path):
+    make = maker(Checkpoint.read(pico_llama))
+    (useful,) = distillation.RATES
+    monkeypatch.setattr(distillation, "RATES", (useful, 3 * useful))
+
+    class Killed(BaseException):
+        """Stands for a signal in the long training."""
+
+    class Until(list):
+        def append(self, line):
+            super().append(line)
+            if line.startswith("repair: distilling, training"):
+                raise Killed
+
+    def load(said):
+        return {name: tensor.load() for name, tensor in make(said, **FFN, repair="distill").tensors.items()}
+
+    first, second = Until(), []
+    with pytest.raises(Killed):
+        load(first)
+    assert any("tried, training" in line for line in first)
+    made = load(second)
+    assert not any("tried, training" in line for line in second)
+    assert not list((tmp_path / "m").glob("distilling-*"))
+    for file in (tmp_path / "m").glob("distill-*"):
+        file.unlink()
+    assert all(torch.equal(values, made[name]) for name, values in load([]).items())
 
 
 def test_a_plan_that_cuts_nothing_is_not_distilled(base):
@@ -172,10 +203,10 @@ def test_the_learning_rate_follows_the_size_of_the_weights(base):
 
     plain, small = scaled(1), scaled(1 / 16)
     assert (plain.window, plain.batch) == (512, 4)
-    assert small.learning_rate == pytest.approx(plain.learning_rate / 16)
+    assert small.learning_rate == pytest.approx(plain.learning_rate / 16, rel=0.01)
     sizes = [tensor.load().float().square().mean().sqrt() for tensor in base.tensors.values() if len(tensor.shape) == 2]
     assert plain.learning_rate == pytest.approx(
-        distillation.RATES[0] * float(torch.stack(sizes).quantile(0.5)), rel=1e-4
+        distillation.RATES[0] * float(torch.stack(sizes).quantile(0.5)), rel=0.01
     )
 
 

@@ -35,13 +35,14 @@ def prepared(tmp_path, pico_llama):
     (tmp_path / "fit.txt").write_text(prose(0, 120))
     (tmp_path / "search.txt").write_text(prose(1000, 80))
 
-    def prepare(model=pico_llama, export=None, limits=None, warn=silent, **text):
+    def prepare(model=pico_llama, export=None, limits=None, space=None, warn=silent, **text):
         values = {
             "study_name": "texts",
             "outputs": str(tmp_path / "outputs"),
             "model": {"source": str(model)},
             "export": export or {},
             "limits": limits or {},
+            "space": space or {},
             "evaluation": {"backend": "transformers", "device": "cpu"},
             "text": {
                 "window": 32,
@@ -110,16 +111,26 @@ def test_moments_take_8192_tokens_of_each_domain_on_a_cpu_or_what_it_has(prepare
     long, short = tmp_path / "long.txt", tmp_path / "short.txt"
     long.write_text(prose(3000, 3000))
     short.write_text(prose(7000, 60))
-    both = prepared(calibration=[str(long), str(short)], moments_windows=None).texts.moments.windows
+    said = []
+    both = prepared(calibration=[str(long), str(short)], moments_windows=None, warn=said.append).texts.moments.windows
     assert len(both["0-long"]) == 8192 // 32 == second_moments.windows_on("cpu", 32)
     tokens = sum(map(len, both["1-short"]))
     assert 0 < tokens < 8192
+    assert [line for line in said if "1-short" in line and f"{len(both['1-short'])} windows" in line]
     with pytest.raises(
         EvaluationError, match=f"256 windows of 32 tokens were asked for.* makes {len(both['1-short'])}"
     ):
         _ = prepared(calibration=[str(long), str(short)], moments_windows=256).texts.moments.windows
     assert second_moments.windows_on("cuda", 1024) == 32
     assert second_moments.windows_on("cpu", 1 << 20) == 2  # what is fitted on one is judged on the other
+
+
+def test_a_study_that_names_no_number_of_windows_is_the_one_that_names_that_number(prepared):
+    space = {"intermediate_size": {"low": 64, "high": 96, "step": 32}, "repair": ["ridge"]}
+    none, same, other = (prepared(space=space, moments_windows=count) for count in (None, 8192 // 32, 8))
+    for key in (keys.definition, keys.fitted_to):
+        assert key(none) == key(same) != key(other)
+    assert keys.definition(none)["moments_windows"] == 256
 
 
 @pytest.mark.parametrize(
@@ -172,7 +183,7 @@ def test_second_moments_use_the_text_as_it_was_when_the_study_began(prepared, tm
     repaired = dataclasses.replace(plan, repair="ridge")
     cut = collections.Counter()
     windows = texts.windows
-    monkeypatch.setattr(texts, "windows", lambda *args: cut.update(["cut"]) or windows(*args))
+    monkeypatch.setattr(texts, "windows", lambda *args, **more: cut.update(["cut"]) or windows(*args, **more))
     monkeypatch.setattr(setup_texts, "tokenizer_of", None)  # there is one already
     plain = keys.plan_digest(first, plan)
     assert not cut  # no moments are needed, and no text for them
