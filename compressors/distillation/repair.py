@@ -78,8 +78,8 @@ def _at_the_best_rate(how: Distillation, learn: Callable[[Distillation], distill
     """Learn with each of RATES for a short time, then with the one that lost least; `how` has the lowest one."""
     lowest, *others = (_rounded(how.learning_rate * rate / RATES[0]) for rate in RATES)
     best = lowest
-    if others:
-        tokens = max(min(TRIED, how.tokens // SHARE_TRIED), how.batch * how.window)
+    tokens = max(min(TRIED, how.tokens // SHARE_TRIED), how.batch * how.window)
+    if others and tokens < how.tokens:
         tried = dataclasses.replace(how, tokens=tokens, evaluate_every=tokens)
 
         def lost(rate: float) -> float:
