@@ -256,13 +256,7 @@ def windows(
     Raises:
         TextError: The text is too short.
     """
-    try:
-        return mixed_windows(tokenizer, {"text": documents}, length, count)
-    except TextError:
-        fewer = len(_stream(tokenizer, documents)) // max(length, 1) if or_fewer else 0
-        if not 0 < fewer < count:
-            raise
-    return mixed_windows(tokenizer, {"text": documents}, length, fewer)
+    return mixed_windows(tokenizer, {"text": documents}, length, count, or_fewer=or_fewer)
 
 
 def mixed_windows(
@@ -273,6 +267,7 @@ def mixed_windows(
     weights: Mapping[str, float] | None = None,
     *,
     in_turn: bool = False,
+    or_fewer: bool = False,
 ) -> list[list[int]]:
     """Return `windows` of several texts, domain after domain.
 
@@ -283,6 +278,7 @@ def mixed_windows(
         count: The number of windows in all.
         weights: What share of the windows each text gives, except where one is too short for that; None: all the same.
         in_turn: Whether the windows of the texts take turns, so that every beginning of the result is mixed alike.
+        or_fewer: Whether shorter texts give what they have, at least one window together.
 
     Raises:
         TextError: All texts together are too short.
@@ -291,6 +287,8 @@ def mixed_windows(
         raise TextError(f"text: {count} windows of {length} tokens: at least 1 of 2 tokens are needed")
     streams = {name: _stream(tokenizer, documents, length * count) for name, documents in domains.items()}
     possible = {name: len(stream) // length for name, stream in streams.items()}
+    if or_fewer:
+        count = min(count, sum(possible.values())) or count  # without one window the error names what was asked for
     shares = {name: 1.0 if weights is None else weights[name] for name in domains}
     taken: dict[str, int] = {}
     for name in sorted(possible, key=lambda name: possible[name] / shares[name]):  # the shortest leaves more to others

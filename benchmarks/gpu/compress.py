@@ -108,10 +108,11 @@ def main() -> None:
     built(f"build {what}, energy + stream ({read})", {**cut, "importance": "energy", "repair": "stream"}, few)
     count = arguments.distilled // 3 // arguments.window
     lessons = {name: random_windows(arguments, count, 3 + seed) for seed, name in enumerate(fitted)}
-    distillation.TOKENS = distillation.TOKENS_ON_GPU = 3 * count * arguments.window
+    learnt = 3 * count * arguments.window
+    distillation.TOKENS = distillation.TOKENS_ON_GPU = learnt
     taught = dataclasses.replace(few, more=lambda: lessons)
     distilled = {**cut, "importance": "energy", "repair": "distill"}
-    built(f"build {what}, energy + distill ({3 * count * arguments.window:,} tokens)", distilled, taught)
+    built(f"build {what}, energy + distill ({learnt:,} tokens)", distilled, taught)
     built("build W8A8, nearest", {"precision": "W8A8"})
     built("build FP8_DYNAMIC, nearest", {"precision": "FP8_DYNAMIC"})
     built("build W4A16, nearest", {"precision": "W4A16", "group_size": 64})

@@ -240,9 +240,8 @@ def _load(
     kept_at = home(device, tokens * widths * whole.dtype.itemsize)
     for some in windows.values():
         together = max(1, min(batch, len(some) // 2))  # two batches at least: one is kept from the fit
-        of_base, of_cut = (
-            Layers(model, family, some, together, seen) for model, seen in zip((whole, small), called, strict=True)
-        )
+        of_base = Layers(whole, family, some, together, called[0])
+        of_cut = Layers(small, family, some, together, called[1])
         streams.append(Streams(of_base, of_cut, family, stays, kept_at))
     weights = [1.0 if shares is None else shares[name] for name in windows]
     return _Models(cut, family, dict(small.named_modules()), streams, weights)

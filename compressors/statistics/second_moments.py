@@ -178,11 +178,11 @@ class Moments:
         except (OSError, ValueError, KeyError) as error:
             raise _unreadable(self.path / WINDOWS, error) from None
 
-    def few_windows(self) -> dict[str, Sequence[Sequence[int]]]:
+    def few_windows(self) -> Mapping[str, Sequence[Sequence[int]]]:
         """Return windows spread over each domain, of about `tokens` tokens in all. Raises what `windows` raises."""
         every = self.windows()
         if self.tokens is None:
-            return {**every}
+            return every
         longest = max(len(window) for windows in every.values() for window in windows)
         count = max(LEAST_WINDOWS, self.tokens // (longest * len(every)))
         return {domain: spread(windows, count) for domain, windows in every.items()}
