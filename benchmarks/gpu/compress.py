@@ -83,9 +83,13 @@ def main() -> None:
         lambda: second_moments.collect(base, domains, arguments.work / "all", device),
     )
     # `stream` and `kl` read the windows of the moments again: those of a study are fewer
-    few = second_moments.collect(base, fitted, arguments.work / "fitted", device)
     there = arguments.work / "all"
-    all_of_them = second_moments.opened(there) if there.is_dir() else few
+    all_of_them = second_moments.opened(there) if there.is_dir() else None
+    if all_of_them is not None and fitted == domains:
+        few = all_of_them
+    else:
+        few = second_moments.collect(base, fitted, arguments.work / "fitted", device)
+        all_of_them = all_of_them or few
 
     def built(name, changes, moment=all_of_them):  # type: ignore[no-untyped-def]
         plan = dataclasses.replace(own, **changes)

@@ -1,12 +1,13 @@
 """Screen and time the plans of a study's space, and write them as a table that searches can be replayed on.
 
     PYTHONPATH=.:$PYTHONPATH python3 benchmarks/search/collect.py OUT.json --study NAME --config-dir DIRECTORY
-        [--drawn 40] [--seed 0] [--processes 4] [--only screens] [KEY=VALUE ...]
+        [--drawn 40] [--seed 0] [--processes 4] [--only screens|times] [KEY=VALUE ...]
 
 All plans of the space, or so many drawn at random, are screened as a trial is, on all shards, by several processes that
 share the caches; the forecast's table of damage is made first. Then its table of speed, and every shape is timed in
 turn with the base model in an engine with random weights, which takes the time that real ones take. What OUT.json
-holds is not screened again, so that `--only screens` can run beside other work, and in parts; the times follow alone.
+holds is not screened or timed again, so that `--only screens` can run beside other work, and in parts; `--only times`
+runs alone, before or after them.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import multiprocessing
 import pathlib
 import random
 import time
+from typing import Any
 
 from optuna.distributions import CategoricalDistribution, IntDistribution
 
@@ -31,7 +33,7 @@ from search.stages.bench import Bench
 from search.stages.engines import Engines
 from search.stages.forecast import Forecast
 from search.stages.screen import Screener
-from search.stages.side_by_side import SideBySide, fitting
+from search.stages.side_by_side import Ahead, SideBySide, fitting
 from search.study import space
 
 RATIO_SE, TURNS = 0.006, 16  # hundreds of shapes are timed
@@ -47,26 +49,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--screen-s", type=float, default=math.inf, help="seconds after which no screen begins")
-    parser.add_argument("--only", choices=["screens"])
+    parser.add_argument("--only", choices=["screens", "times"])
     arguments = parser.parse_intermixed_args()
     setting = prepared(arguments)
-    screens(arguments, setting)
-    if arguments.only is None:
-        times(arguments.out, setting)
+    if arguments.only != "times":
+        screens(arguments, setting)
+    if arguments.only != "screens":
+        times(arguments, setting)
     agreement(json.loads(arguments.out.read_text()), setting)
 
 
 def screens(arguments: argparse.Namespace, setting: settings.Setting) -> None:
     """Make the table of damage, screen the plans that the file lacks, and write what is known of them."""
-    plans = listed(setting)
-    found = len(plans)
-    if arguments.drawn:
-        plans = dict(random.Random(arguments.seed).sample(sorted(plans.items(), key=str), arguments.drawn))
-    table = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"speed": None}
-    rows = table.pop("plans", [])
-    held = {space.plan_of(row["params"], setting.file.space, setting.model.identity) for row in rows}
-    wanted = [plan for plan in plans if plan not in held]
-    said(f"{len(wanted)} plans to screen of {len(plans)}, of {found} in the space")
+    table, rows = read(arguments, setting)
+    wanted = [plan for plan, row in rows.items() if row["nll"] is None]
+    said(f"{len(wanted)} plans to screen of {len(rows)}")
     if not wanted:
         return
     began = time.monotonic()
@@ -92,29 +89,45 @@ def screens(arguments: argparse.Namespace, setting: settings.Setting) -> None:
         "base_nll": [round(value, 5) for value in base_nll],
         "damage": damage.to_dict(),
     }
-    rows += [{"params": plans[plan], **known[plan], "time_ratio": None, "time_ratio_se": None}
-             for plan in wanted if plan in known]  # fmt: skip
+    for plan, row in known.items():
+        rows[plan] |= row
     write(arguments.out, table, rows)
 
 
-def times(out: pathlib.Path, setting: settings.Setting) -> None:
-    """Make the table of speed and time every shape; write both to the file."""
-    table = json.loads(out.read_text())
-    rows = table.pop("plans")
+def times(arguments: argparse.Namespace, setting: settings.Setting) -> None:
+    """Make the table of speed and time every shape that is not timed yet; write both to the file."""
+    table, rows = read(arguments, setting)
     began = time.monotonic()
-    with Bench.of(setting) as bench:
-        bench.begin(said, forecast=True)
+    probes = [] if speed_table.stand_ins(setting) else [plan for plan, _ in speed_table.missing(setting)]
+    with Bench.of(setting) as bench, Ahead(setting, bench.engines, probes) as ahead:
+        bench.baseline(said)
+        speed_table.speed_table(setting, bench.engines, said, ahead)
     spent = time.monotonic() - began
     said(f"table of speed after {spent:.0f} s")
     forecast = Forecast.known(setting)
-    plans = [space.plan_of(row["params"], setting.file.space, setting.model.identity) for row in rows]
-    timed = time_shapes(setting, {speed_table.shape_of(setting, plan) for plan in plans})
-    for row, plan in zip(rows, plans, strict=True):
-        row["time_ratio"], row["time_ratio_se"] = timed.get(speed_table.shape_of(setting, plan), (None, None))
+    wanted = [plan for plan, row in rows.items() if row["time_ratio"] is None]
+    timed = time_shapes(setting, {speed_table.shape_of(setting, plan) for plan in wanted})
+    for plan in wanted:
+        ratio, error = timed.get(speed_table.shape_of(setting, plan), (None, None))
+        rows[plan] |= {"time_ratio": ratio, "time_ratio_se": error}
     table["speed"] = None if forecast.speed is None else forecast.speed.to_dict()
-    table["damage"] = None if forecast.damage is None else forecast.damage.to_dict()
-    table["tables_s"] = round(table["damage_s"] + spent, 1)
-    write(out, table, rows)
+    table["tables_s"] = round(table.get("damage_s", 0.0) + spent, 1)
+    write(arguments.out, table, rows)
+
+
+def read(
+    arguments: argparse.Namespace, setting: settings.Setting
+) -> tuple[dict[str, Any], dict[CompressionPlan, dict[str, Any]]]:
+    """Return what the file holds beside its plans, and a row for each plan: those of the file and those wanted."""
+    plans = listed(setting)
+    if arguments.drawn:
+        plans = dict(random.Random(arguments.seed).sample(sorted(plans.items(), key=str), arguments.drawn))
+    new = {"nll": None, "kl": None, "screen_s": None, "time_ratio": None, "time_ratio_se": None}
+    rows = {plan: {"params": params, **new} for plan, params in plans.items()}
+    table = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"speed": None, "damage": None}
+    for row in table.pop("plans", []):
+        rows[space.plan_of(row["params"], setting.file.space, setting.model.identity)] = row
+    return table, rows
 
 
 def said(text: str) -> None:
@@ -204,10 +217,11 @@ def time_shapes(setting: settings.Setting, shapes: set) -> dict:
     return found
 
 
-def write(path: pathlib.Path, table: dict, rows: list[dict]) -> None:
-    """Write the table with a plan a line, which git shows well."""
+def write(path: pathlib.Path, table: dict, rows: dict[CompressionPlan, dict]) -> None:
+    """Write the table with a plan a line, which git shows well; plans of which nothing is known are left out."""
     head = json.dumps(table)[:-1]
-    lines = ",\n".join(json.dumps(row) for row in rows)
+    known = [row for row in rows.values() if row["nll"] is not None or row["time_ratio"] is not None]
+    lines = ",\n".join(map(json.dumps, known))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'{head}, "plans": [\n{lines}\n]}}\n')
 
@@ -216,7 +230,10 @@ def agreement(table: dict, setting: settings.Setting) -> None:
     """Print how well the forecasts order what was screened and timed."""
     from scipy.stats import kendalltau
 
-    base, rows = sum(table["base_nll"]) / len(table["base_nll"]), table["plans"]
+    rows = [row for row in table["plans"] if row["nll"] is not None]
+    if not rows or table["damage"] is None:
+        return
+    base = sum(table["base_nll"]) / len(table["base_nll"])
     speeds = None if table["speed"] is None else SpeedTable.from_dict(table["speed"])
     made = Forecast(setting, speeds, damage_table.DamageTable.from_dict(table["damage"]))
     plans = [space.plan_of(row["params"], setting.file.space, setting.model.identity) for row in rows]
