@@ -212,10 +212,10 @@ def test_readers_are_refit_from_where_the_streams_differ(pico_llama):
 
     assert parts() == [[]] * 5
     assert parts(inputs=[its_family.down]) == [[down], *[[readers, gated, down]] * 4]
-    assert parts(inputs=[its_family.o]) == [[o, gated], *[[readers, o, gated]] * 4]
+    assert parts(inputs=[its_family.o]) == [[o, gated, down], *[[readers, o, gated, down]] * 4]
     assert parts([0, 1, 3, 4]) == [[], [down], [], []]
     assert parts([0, 1, 2, 3]) == [[], [], [], [down]]
-    assert parts([0, 1, 3, 4], [its_family.o]) == [[o], [o, down], [o], [o]]
+    assert parts([0, 1, 3, 4], [its_family.o]) == [[o, down]] * 4
     assert parts([1, 2]) == [[], [down]]
 
 
@@ -335,7 +335,7 @@ def test_broken_weights_are_an_error_and_a_damaged_fit_is_made_again(pico_llama,
     (file,) = moment.path.glob("stream-*")
     for damage in damages:
         damage(file)
-        assert made.digest() == digest
+        assert dataclasses.replace(made).digest() == digest  # a checkpoint computes its digest once
         assert damages.told() == [file]
     name = f"{its_family.in_layer(0, its_family.gate)}.weight"
     broken = with_tensors(base, {name: torch.full_like(base.tensors[name].load(), torch.inf)})
