@@ -105,6 +105,8 @@ def distill(
     device: str,
     work: Path,
     progress: Callable[[Progress], None],
+    *,
+    keep_best: bool = True,
 ) -> Distilled:
     """Train the student on `windows`; `held_out` judges it and is not trained on.
 
@@ -118,6 +120,8 @@ def distill(
         work: A directory for this distillation alone, where its state is saved.
         progress: A function that is called before and after every micro-batch and group of evaluated windows, and for
             every tensor of a saved state.
+        keep_best: Whether the best student is kept in `work` and returned; without it the student is returned as it
+            was, and what is wanted is the KL divergence.
 
     Raises:
         CheckpointError: For models that can't be distilled, the `work` of another distillation, or one that can't be
@@ -143,7 +147,7 @@ def distill(
         try:
             report("loading")
             pair = distill_pair.make(student, teacher, COMPUTED_IN[dtype], device)
-            standing = train(pair, student, ids, held_out_ids, settings, definition, work, report, standing)
+            standing = train(pair, student, ids, held_out_ids, settings, definition, work, report, standing, keep_best)
         except torch.OutOfMemoryError:
             raise CompressionError(
                 f"distill: {device} has no memory left; set a smaller micro_batch, a smaller chunk, or "

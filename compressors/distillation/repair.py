@@ -66,7 +66,9 @@ def repaired(
 
             release(device)  # the models of the training before refer to themselves
             directory = work / f"{how.tokens}-{how.learning_rate:g}"
-            return distill.distill(student, base, trained, judged, how, device, directory, progress)
+            return distill.distill(
+                student, base, trained, judged, how, device, directory, progress, keep_best=how.tokens == total
+            )
 
         made = _at_the_best_rate(settings(student, len(trained[0]), len(judged), total), learn).checkpoint
         weights = {name: made.tensors[name].load() for name in names(cut)}

@@ -110,6 +110,7 @@ def train(
     work: Path,
     report: Report,
     standing: Standing | None,
+    keep_best: bool,
 ) -> Standing:
     """Train from `standing` to the end of the distillation, and return the standing there.
 
@@ -123,6 +124,7 @@ def train(
         work: The directory of the saved state.
         report: The report to keep up to date.
         standing: The saved standing to resume from; None: start.
+        keep_best: Whether the best student is saved.
 
     Raises:
         CheckpointError: When a model can't be distilled, or the state can't be read or written.
@@ -145,7 +147,7 @@ def train(
             if standing.step % every and standing.step < settings.steps:
                 continue
             standing, improved = _evaluate(pair, held_out, settings, standing, report)
-            if improved:
+            if improved and keep_best:
                 better = {
                     name: master.detach().to("cpu", student.tensors[name].dtype, copy=True)
                     for name, master in pair.masters.items()

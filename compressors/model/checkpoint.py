@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -162,7 +163,11 @@ class Checkpoint:
         return self.size_bytes - (0 if tied else embedding)
 
     def digest(self) -> str:
-        """Return 32 hexadecimal digits of a sha256 over the config and all tensors; every tensor is loaded."""
+        """Return 32 hexadecimal digits of a sha256 over the config and all tensors; every tensor is loaded, once."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name in sorted(self.tensors):
             tensor = self.tensors[name].load().contiguous()

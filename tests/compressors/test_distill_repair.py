@@ -160,6 +160,8 @@ def test_a_killed_repair_tries_no_rate_again(pico_llama, maker, monkeypatch, tmp
     with pytest.raises(Killed):
         load(first)
     assert any("tried, training" in line for line in first)
+    assert len(list((tmp_path / "m").glob("distilling-*/*/state.json"))) == 2
+    assert not list((tmp_path / "m").glob("distilling-*/*/*.safetensors"))  # a rate is tried for its loss alone
     made = load(second)
     assert not any("tried, training" in line for line in second)
     assert not list((tmp_path / "m").glob("distilling-*"))
