@@ -84,12 +84,8 @@ def main() -> None:
     )
     # `stream` and `kl` read the windows of the moments again: those of a study are fewer
     there = arguments.work / "all"
-    all_of_them = second_moments.opened(there) if there.is_dir() else None
-    if all_of_them is not None and fitted == domains:
-        few = all_of_them
-    else:
-        few = second_moments.collect(base, fitted, arguments.work / "fitted", device)
-        all_of_them = all_of_them or few
+    few = second_moments.collect(base, fitted, there if fitted == domains else arguments.work / "fitted", device)
+    all_of_them = second_moments.opened(there) if there.is_dir() else few
 
     def built(name, changes, moment=all_of_them):  # type: ignore[no-untyped-def]
         plan = dataclasses.replace(own, **changes)

@@ -6,8 +6,8 @@
 All plans of the space, or so many drawn at random, are screened as a trial is, on all shards, by several processes that
 share the caches; the forecast's table of damage is made first. Then its table of speed, and every shape is timed in
 turn with the base model in an engine with random weights, which takes the time that real ones take. What OUT.json
-holds is not screened or timed again, so that `--only screens` can run beside other work, and in parts; `--only times`
-runs alone, before or after them.
+holds is not timed again, nor screened again by the same methods, so that `--only screens` can run beside other work,
+and in parts; `--only times` runs alone, before or after them.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from compressors.plan import CompressionPlan
 from evaluator import speed
 from evaluator.speed_table import SpeedTable
 from search.config import compose
+from search.setup import keys
 from search.setup import setting as settings
 from search.stages import damage_table, speed_table
 from search.stages.bench import Bench
@@ -62,7 +63,7 @@ def main() -> None:
 def screens(arguments: argparse.Namespace, setting: settings.Setting) -> None:
     """Make the table of damage, screen the plans that the file lacks, and write what is known of them."""
     table, rows = read(arguments, setting)
-    wanted = [plan for plan, row in rows.items() if row["nll"] is None]
+    wanted = [plan for plan, row in rows.items() if row["nll"] is None or row["key"] != keys.plan_digest(setting, plan)]
     said(f"{len(wanted)} plans to screen of {len(rows)}")
     if not wanted:
         return
@@ -82,15 +83,12 @@ def screens(arguments: argparse.Namespace, setting: settings.Setting) -> None:
     known = dict(itertools.chain.from_iterable(part.items() for part in screened))
     said(f"{len(known)} plans screened in {time.monotonic() - began:.0f} s")
     table |= {
-        "study": setting.file.study_name,
-        "device": setting.machine.device_name,
-        "config": setting.model.checkpoint.config,
         "damage_s": table.get("damage_s", round(damage_s, 1)),
         "base_nll": [round(value, 5) for value in base_nll],
         "damage": damage.to_dict(),
     }
     for plan, row in known.items():
-        rows[plan] |= row
+        rows[plan] |= {"key": keys.plan_digest(setting, plan), **row}
     write(arguments.out, table, rows)
 
 
@@ -111,7 +109,7 @@ def times(arguments: argparse.Namespace, setting: settings.Setting) -> None:
         ratio, error = timed.get(speed_table.shape_of(setting, plan), (None, None))
         rows[plan] |= {"time_ratio": ratio, "time_ratio_se": error}
     table["speed"] = None if forecast.speed is None else forecast.speed.to_dict()
-    table["tables_s"] = round(table.get("damage_s", 0.0) + spent, 1)
+    table["speed_s"] = table.get("speed_s", round(spent, 1))
     write(arguments.out, table, rows)
 
 
@@ -122,11 +120,16 @@ def read(
     plans = listed(setting)
     if arguments.drawn:
         plans = dict(random.Random(arguments.seed).sample(sorted(plans.items(), key=str), arguments.drawn))
-    new = {"nll": None, "kl": None, "screen_s": None, "time_ratio": None, "time_ratio_se": None}
+    new = {"key": None, "nll": None, "kl": None, "screen_s": None, "time_ratio": None, "time_ratio_se": None}
     rows = {plan: {"params": params, **new} for plan, params in plans.items()}
     table = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"speed": None, "damage": None}
+    table |= {
+        "study": setting.file.study_name,
+        "device": setting.machine.device_name,
+        "config": setting.model.checkpoint.config,
+    }
     for row in table.pop("plans", []):
-        rows[space.plan_of(row["params"], setting.file.space, setting.model.identity)] = row
+        rows[space.plan_of(row["params"], setting.file.space, setting.model.identity)] = {**new, **row}
     return table, rows
 
 
@@ -195,6 +198,8 @@ def time_shapes(setting: settings.Setting, shapes: set) -> dict:
         if speed_table.shape_of(setting, plan) != speed_table.shape_of(setting, own):
             plans[shape] = plan
     found = {speed_table.shape_of(setting, own): (1.0, 0.0)}
+    if not plans:
+        return found
     began = time.monotonic()
     with Engines(setting) as engines:
         baseline = engines.baseline()
@@ -231,7 +236,7 @@ def agreement(table: dict, setting: settings.Setting) -> None:
     from scipy.stats import kendalltau
 
     rows = [row for row in table["plans"] if row["nll"] is not None]
-    if not rows or table["damage"] is None:
+    if not rows:
         return
     base = sum(table["base_nll"]) / len(table["base_nll"])
     speeds = None if table["speed"] is None else SpeedTable.from_dict(table["speed"])

@@ -76,14 +76,14 @@ class Table:
         shards = tuple(((index,),) for index in range(len(held["base_nll"])))  # never read
         moments = lessons = types.SimpleNamespace(digest="replay", windows=(), domains=())
         self.base_nll = tuple(held["base_nll"])
-        self.tables_s = float(held["tables_s"])
+        self.tables_s = float(held.get("tables_s") or held["damage_s"] + held["speed_s"])
         self.speed, self.damage = SpeedTable.from_dict(held["speed"]), DamageTable.from_dict(held["damage"])
         self.rows = {
             space.plan_of(row["params"], file.space, identity): Row(
                 tuple(row["nll"]), row["time_ratio"], row["screen_s"]
             )
             for row in held["plans"]
-            if row["time_ratio"] is not None
+            if row["nll"] is not None and row["time_ratio"] is not None
         }
         self.setting = Listed(
             listed=frozenset(self.rows),

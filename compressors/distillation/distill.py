@@ -154,7 +154,7 @@ def distill(
                 "gradient_checkpointing"
             ) from None
     _require_finite(standing, settings, work)
-    return _distilled(student, teacher, standing, settings, len(ids), work, dtype)
+    return _distilled(student, teacher, standing, settings, len(ids), work, dtype, keep_best)
 
 
 def best(student: Checkpoint, work: Path) -> Checkpoint | None:
@@ -197,12 +197,17 @@ def _distilled(
     windows: int,
     work: Path,
     dtype: str,
+    keep_best: bool,
 ) -> Distilled:
+    if keep_best and standing.best is None and best_kl(standing) < standing.evaluations[0].held_out_kl:
+        raise CheckpointError(
+            f"distill {work}: its best student was not kept; name another directory, or delete it and it starts again"
+        )
     tokens = standing.step * settings.batch * settings.window
     per_token = 6 * distill_pair.multiplied(student) + 2 * distill_pair.multiplied(teacher)
     rate = tokens / standing.training_seconds
     return Distilled(
-        checkpoint=best(student, work) or student,
+        checkpoint=(best(student, work) if keep_best else None) or student,
         tokens=tokens,
         epochs=standing.step * settings.batch / windows,
         updates=standing.updates,

@@ -63,6 +63,7 @@ def make(student: Checkpoint, teacher: Checkpoint, dtype: torch.dtype, device: s
     teaching = teacher.to_model(device, dtype)
     masters: dict[str, torch.Tensor] = {}
     for name, parameter in taught.named_parameters():
+        parameter.data = parameter.data.clone()  # a float32 tensor may be the checkpoint's own
         masters[name] = parameter
         if dtype != torch.float32:
             masters[name] = parameter.data

@@ -59,15 +59,16 @@ def repaired(
         student = _in_memory(cut)
 
         def learn(how: Distillation) -> distill.Distilled:
-            trying = f" a rate of {how.learning_rate:g} tried," if how.tokens < total else ""
+            trying = how.tokens < total
+            what = f" a rate of {how.learning_rate:g} tried," if trying else ""
 
             def progress(step: distill.Progress) -> None:
-                say(f"repair: distilling,{trying} {step.stage}, {step.tokens} of {step.total_tokens} tokens")
+                say(f"repair: distilling,{what} {step.stage}, {step.tokens} of {step.total_tokens} tokens")
 
             release(device)  # the models of the training before refer to themselves
             directory = work / f"{how.tokens}-{how.learning_rate:g}"
             return distill.distill(
-                student, base, trained, judged, how, device, directory, progress, keep_best=how.tokens == total
+                student, base, trained, judged, how, device, directory, progress, keep_best=not trying
             )
 
         made = _at_the_best_rate(settings(student, len(trained[0]), len(judged), total), learn).checkpoint

@@ -163,7 +163,7 @@ class Checkpoint:
         return self.size_bytes - (0 if tied else embedding)
 
     def digest(self) -> str:
-        """Return 32 hexadecimal digits of a sha256 over the config and all tensors; every tensor is loaded, once."""
+        """Return 32 hexadecimal digits of a sha256 over the config and all tensors; the first call loads them all."""
         return self._digest
 
     @functools.cached_property

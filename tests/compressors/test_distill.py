@@ -364,6 +364,20 @@ def good_then_bad(seed):
 # -- what it is asked for ------------------------------------------------------------------------------------
 
 
+def test_a_student_that_was_not_kept_is_not_taken_for_the_best(pico_llama, tmp_path):
+    """Nor is the student as it was, beside a KL that another one had."""
+    student, teacher = pair_of(pico_llama)
+    given = (student, teacher, text(32, 0), text(8, 1), SETTINGS, "cpu", tmp_path / "work", quiet)
+    tried = distill(*given, keep_best=False)
+    assert tried.kl_best < tried.kl_before
+    assert all(
+        torch.equal(tensor.load(), student.tensors[name].load()) for name, tensor in tried.checkpoint.tensors.items()
+    )
+    assert not list((tmp_path / "work").glob("*.safetensors"))
+    with pytest.raises(CheckpointError, match="its best student was not kept"):
+        distill(*given)
+
+
 def test_the_learning_rate_rises_and_falls_along_a_cosine():
     settings = Distillation(tokens=100 * 128, batch_tokens=128, window=32, learning_rate=0.8, warmup_share=0.2)
     rates = [learning_rate(step, settings) for step in range(100)]

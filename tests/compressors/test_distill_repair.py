@@ -124,9 +124,13 @@ def test_it_is_made_once_and_for_all_precisions(pico_llama, maker, tmp_path):
     assert again
 
 
-@pytest.mark.parametrize("useless", [1e-12, 30.0, 1e30], ids=["no progress", "destructive", "infinite"])
-def test_of_two_rates_the_one_that_learns_is_taken(pico_llama, maker, monkeypatch, useless):
-    base = Checkpoint.read(pico_llama)
+@pytest.mark.parametrize(
+    ("useless", "dtype"),
+    [(1e-12, "bfloat16"), (30.0, "bfloat16"), (1e30, "bfloat16"), (30.0, "float32")],
+    ids=["no progress", "destructive", "infinite", "destructive, and no rate trains the cut model's own tensors"],
+)
+def test_of_two_rates_the_one_that_learns_is_taken(write_pico_model, tmp_path, maker, monkeypatch, useless, dtype):
+    base = Checkpoint.read(write_pico_model(tmp_path / "llama", "llama", dtype=dtype))
     make, said = maker(base), []
     (useful,) = distillation.RATES
     monkeypatch.setattr(distillation, "RATES", tuple(sorted((useful, useless))))
