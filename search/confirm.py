@@ -27,6 +27,8 @@ from search.stages.confirm import Failed
 from search.stages.confirmed import Asked, Model, Result
 from search.study import best, dashboard, status, trials, workers
 
+BATCHES = 3  # of confirm.top trials, until one reaches the goal's bounds
+
 
 def study_file(study: optuna.Study, given: StudyFile) -> StudyFile:
     """Return the study file that the study was run with, with the confirmation and the report text of the given one."""
@@ -70,6 +72,9 @@ def why_nothing(study: optuna.Study, file: StudyFile) -> str | None:
 def confirm_study(setting: Setting, study: optuna.Study, say: Say, warn: Say) -> list[ConfirmedRow]:
     """Confirm the study's best trials; store the rows with the study and return them, the best first.
 
+    Where a goal has bounds and none of them reaches it, those that come next are confirmed too, BATCHES times at most:
+    the smallest model that reached a bound as it was measured has often done so by luck.
+
     What is confirmed already under the same settings is not measured again. KeyboardInterrupt loses no more than the
     pairs in flight; a later call does the rest.
 
@@ -84,20 +89,30 @@ def confirm_study(setting: Setting, study: optuna.Study, say: Say, warn: Say) ->
         EvaluationError: The base model's engine failed.
     """
     wanted = setting.file.confirm
-    chosen = choose(study, wanted.top)
     require_server(setting.file, setting.machine.backend, setting.engine_settings.max_model_len)
-    asked = Asked.of(setting)
+    asked, goal = Asked.of(setting), best.goal_of(study)
+    chosen = choose(study, wanted.top * (BATCHES if goal.bounds else 1))
+    rows: list[ConfirmedRow] = []
+    for start in range(0, len(chosen), wanted.top):
+        rows += _confirmed(asked, study, chosen[start : start + wanted.top], say, warn)
+        _store(study, asked, rows)
+        if any(row.score is not None and goal.reaches(row.known) for row in rows):
+            break
+    return confirmed_by_goal(rows, goal)
+
+
+def _confirmed(
+    asked: Asked, study: optuna.Study, chosen: Sequence[FrozenTrial], say: Say, warn: Say
+) -> list[ConfirmedRow]:
     models = {
         Model(f"trial {trial.number}", CompressionPlan.from_dict(trial.user_attrs["plan"])): trial for trial in chosen
     }
     try:
-        done, failed = stage.confirm(asked, list(models), wanted.pairs, say, warn)
+        done, failed = stage.confirm(asked, list(models), asked.setting.file.confirm.pairs, say, warn)
     finally:
-        workers.keep_best_checkpoints(study, setting)
+        workers.keep_best_checkpoints(study, asked.setting)
     rows = [_row(asked, models[result.model].number, result) for result in done]
-    rows += [_failed(asked, models[one.model].number, one) for one in failed]
-    _store(study, asked, rows)
-    return confirmed_by_goal(rows, best.goal_of(study))
+    return rows + [_failed(asked, models[one.model].number, one) for one in failed]
 
 
 def _row(asked: Asked, number: int, result: Result) -> ConfirmedRow:

@@ -24,7 +24,7 @@ from search.setup import keys
 from search.setup.goal import Known
 from search.setup.machine import require_disk
 from search.setup.setting import Setting
-from search.show import goal_text
+from search.show import goal_text, verdict
 from search.show.confirmed_row import ConfirmedRow
 from search.stages import measurements
 from search.stages.baseline import as_trial
@@ -72,12 +72,18 @@ def choose(study: optuna.Study, number: int | None) -> tuple[FrozenTrial, Confir
     whose Score needs no confirmation, stays the best where no confirmed Score is higher.
 
     Raises:
-        UsageError: It was not measured.
+        UsageError: It was not measured, or no confirmed trial reaches the goal.
     """
     if number is None:
         leading = _best(study)
         row = status.confirmed_best(study)
         if row is None:
+            miss = status.confirmed_miss(study)
+            if miss is not None:
+                raise UsageError(
+                    f"{verdict.no_confirmed(best.goal_of(study), miss)}. Run the study for longer, or export that one "
+                    f"with --trial {miss.trial}"
+                )
             return leading, None
         goal, measured = best.goal_of(study), best.ranked(study.get_trials(deepcopy=False))
         base = next((one for one in measured if is_base_model(one)), None)

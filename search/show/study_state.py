@@ -284,6 +284,7 @@ class StudyState:
         rungs: The rungs that its trials reached.
         confirmed: The trials that were measured again in fresh engine processes, the best Score first.
         confirmed_best: The best of them; None where the best measured trial is not among them.
+        confirmed_miss: The best measured trial as confirmed, where no confirmed trial reaches the goal's bounds.
         goal: What the study searches for.
         closest: Where no measured trial reaches the goal's bounds, the one that misses them by the least.
     """
@@ -310,6 +311,7 @@ class StudyState:
     rungs: tuple[Rung, ...] = ()
     confirmed: tuple[ConfirmedRow, ...] = ()
     confirmed_best: ConfirmedRow | None = None
+    confirmed_miss: ConfirmedRow | None = None
     goal: Goal = dataclasses.field(default_factory=Goal)
     closest: TrialSummary | None = None
 
@@ -323,7 +325,7 @@ class StudyState:
             values[name] = [one.to_dict() for one in values[name]]
         values["pruned_at"] = dict(self.pruned_at)
         absent = [name for name in ("stopped", "closest") if not values[name]]
-        for name in ("base_score", "contenders", "confirmed_best", *absent):
+        for name in ("base_score", "contenders", "confirmed_best", "confirmed_miss", *absent):
             del values[name]
         if self.passed_over is None:
             del values["passed_over"]

@@ -13,7 +13,6 @@ from compressors.plan import short
 from evaluator.measurement import METRICS
 from evaluator.metrics import SCORE_COLUMN, UNKNOWN, Shown, short_count, shown
 from search.show import baseline_text, verdict
-from search.show.confirmed_row import ConfirmedRow
 from search.show.rows import Result, Row, by_score
 from search.show.study_state import BestOfAll, FinalistRow, Rung, StudyState, TrialSummary
 
@@ -58,7 +57,7 @@ def status_table(state: StudyState, *, everything: bool = False, option: str = "
     if state.rungs:
         parts.append(_ladder(state.rungs))
     if state.confirmed:
-        parts += _confirmed(state.confirmed, state.confirmed_best)
+        parts += _confirmed(state)
     if state.distilled and state.best_of_all is not None:
         parts += _distilled(state.distilled, state.best_of_all)
     parts += [Text(line) for line in (_noisy(state), verdict.of_study(state)) if line is not None]
@@ -69,7 +68,7 @@ def confirmed_table(state: StudyState) -> RenderableType:
     """Return the confirmed trials of a study, and the verdict on the best of them."""
     sentence = verdict.of_study(state)
     lines = [] if sentence is None else [Text(sentence)]
-    return Group(*_confirmed(state.confirmed, state.confirmed_best), *lines)
+    return Group(*_confirmed(state), *lines)
 
 
 def _ladder(rungs: Sequence[Rung]) -> Table:
@@ -223,8 +222,9 @@ def _distilled(rows: Sequence[FinalistRow], best: BestOfAll) -> list[RenderableT
     return [*([table] if table.row_count else []), *failed, Text(best_of_all_line(best))]
 
 
-def _confirmed(rows: Sequence[ConfirmedRow], best: ConfirmedRow | None) -> list[RenderableType]:
+def _confirmed(state: StudyState) -> list[RenderableType]:
     """Return the table of the confirmed trials, and a line for each that failed and for each remark."""
+    rows, best = state.confirmed, state.confirmed_best
     texts = sorted({row.text for row in rows if row.text is not None})
     star = "the best trial" if any(row.of_goal is not None for row in rows) else "the best Score"
     table = Table(
@@ -254,7 +254,7 @@ def _confirmed(rows: Sequence[ConfirmedRow], best: ConfirmedRow | None) -> list[
         )
         remarks = row.notes if row.of_goal is None else (row.of_goal, *row.notes)
         lines += [Text(f"trial {row.trial}: {remark}") for remark in remarks]
-    if table.row_count and best is None:
+    if table.row_count and best is None and state.confirmed_miss is None:
         lines.append(
             Text("no confirmed trial stands for the best: `optuna-search confirm` confirms what is measured since")
         )

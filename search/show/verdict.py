@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from search.setup.goal import Goal
 from search.show.confirmed_row import ConfirmedRow
 from search.show.study_state import Contender, StudyState, TrialSummary
 
@@ -17,6 +18,8 @@ def of_study(state: StudyState) -> str | None:
     """
     if state.confirmed_best is not None:
         return of_confirmed(state.confirmed_best)
+    if state.confirmed_miss is not None:
+        return no_confirmed(state.goal, state.confirmed_miss)
     if not state.goal.is_default:
         return _of_goal(state)
     base, others = state.base_score, state.contenders
@@ -49,6 +52,14 @@ def of_confirmed(row: ConfirmedRow) -> str:
     if row.verdict not in than:
         return f"{how}: whether trial {row.trial} ({score}) beats the base model is UNDECIDED: {numbers}"
     return f"{how}: trial {row.trial} ({score}) {than[row.verdict]} the base model: {numbers}"
+
+
+def no_confirmed(goal: Goal, row: ConfirmedRow) -> str:
+    """Return the sentence for a study whose confirmed trials all miss the goal's bounds, with the best measured one."""
+    return (
+        f"no confirmed trial reaches the goal ({goal}): trial {row.trial}, the best as it was measured, has "
+        f"{row.of_goal} on the {row.text}"
+    )
 
 
 def of_trial(trial: TrialSummary, base: float | None) -> str | None:

@@ -148,7 +148,10 @@ class DamageTable:
         def shared(entry: Entry) -> int:
             return sum(getattr(entry.plan, name) == getattr(plan, name) for name in CHOICES)
 
-        return AxisLoss(max(same, key=shared).loss.nll, 0.0) if same else UNKNOWN
+        if not same:
+            return UNKNOWN
+        found = max(same, key=shared).loss
+        return AxisLoss(found.nll, found.nll_se)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as JSON values."""

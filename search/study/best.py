@@ -42,6 +42,19 @@ def best_trial(study: optuna.Study) -> FrozenTrial | None:
     return best_of(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
 
+def to_beat(study: optuna.Study) -> FrozenTrial | None:
+    """Return the measured trial that others have to beat: the best one of those that hold each bound by its error.
+
+    The best of all may hold a bound by luck. What lies between the two then decides, so it must not be ruled out.
+    """
+    return to_beat_of(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+
+
+def to_beat_of(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
+    """Return the trial of these that others have to beat; see `to_beat`."""
+    return next(filter(_holds_by_its_error, ranked(trials)), None)
+
+
 def closest_of(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
     """Return the measured trial that misses its bounds by the least in all; None without a measured one."""
     return next(iter(by_nearness(trials)), None)
@@ -79,6 +92,11 @@ def known_of(goal: Goal, trial: FrozenTrial) -> Known:
 
 def _measured(trials: Iterable[FrozenTrial]) -> Iterable[FrozenTrial]:
     return (trial for trial in trials if trial.state == TrialState.COMPLETE)
+
+
+def _holds_by_its_error(trial: FrozenTrial) -> bool:
+    errors = {name: trial.user_attrs.get(f"{name}_se") or 0.0 for name in trial.constraints}
+    return all(value + errors[name] <= 0 for name, value in trial.constraints.items())
 
 
 def _value(trial: FrozenTrial) -> float:

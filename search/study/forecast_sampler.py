@@ -72,13 +72,13 @@ class ForecastSampler(optuna.samplers.BaseSampler):
     ) -> Params:
         """Return the values of the next plan; {} for a trial that was enqueued with its own.
 
-        A plan that can't reach the best trial is proposed only if no other is left; the trial is marked NOTHING_LEFT.
+        A plan that can't beat what it has to is proposed only if no other is left; the trial is marked NOTHING_LEFT.
         """
         if not search_space or "fixed_params" in trial.system_attrs:
             return {}
         trials = [other for other in study.get_trials(deepcopy=False) if _complete(other, search_space)]
         believed = self._beliefs(trials, search_space)
-        leader = best.best_of(trials)
+        leader = best.to_beat_of(trials)
         value = None if leader is None else leader.value
         candidates = self._ranked(trials, search_space, believed, value)
         first = next(filter(self._is_feasible, candidates), None)

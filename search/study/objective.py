@@ -212,7 +212,7 @@ class Objective:
     def _cheap_screen(self, trial: optuna.Trial, record: Record, plan: CompressionPlan) -> None:
         """Look at the cut alone, with a repair that takes no time, before the plan's own repair is paid for."""
         quick = cheap_screen.cut_alone(plan, self.setting.model.identity)
-        may_end = self.goal.bound("perf_norm") is not None or best.best_trial(trial.study) is not None
+        may_end = self.goal.bound("perf_norm") is not None or best.to_beat(trial.study) is not None
         if quick is None or not self._may_prune or self.setting.tasks or not may_end:
             return
         self._enter(trial, record, "cheap screen")
@@ -261,7 +261,7 @@ class Objective:
         """Prune a plan that is expected to miss a bound or to stay below the best trial, whatever the error of that."""
         if not self._may_prune:
             return
-        why = chance.why_none(self.goal, known, best.best_trial(trial.study))
+        why = chance.why_none(self.goal, known, best.to_beat(trial.study))
         if why is not None:
             record.reason = f"{rung}: at best, {why}" if self.setting.tasks else f"{rung}: {why}"
             constraints.of_goal(trial, self.goal, known)
@@ -275,7 +275,7 @@ class Objective:
             return speed.ALL_TURNS
         if not self.setting.tasks:
             perf_norm = math.exp(sum(base) / len(base) - sum(its_screen.nll) / len(its_screen.nll))
-        leader = best.best_trial(trial.study)
+        leader = best.to_beat(trial.study)
         value = None if leader is None else leader.value
         lost = self.goal.lost_above(value, perf_norm, (formula.weight_perf, formula.weight_speed))
         return speed.Enough(wanted, lost)
@@ -322,7 +322,7 @@ class Objective:
             best_case = measure.with_predicted_time(best_case, measure.predicted_ratio_of(self.setting, path))
         scored = score.score_of(best_case, self.baseline, self.setting.formula)
         possible = Known(scored, measure.size_ratio_of(self.setting, path))
-        why = chance.why_none(self.goal, possible, best.best_trial(trial.study))
+        why = chance.why_none(self.goal, possible, best.to_beat(trial.study))
         if why is not None:
             record.reason = f"answers: {lost}; at best, {why}"
             constraints.of_goal(trial, self.goal, possible)

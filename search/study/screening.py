@@ -115,7 +115,10 @@ class Screening:
         goal, pruner = self.setting.goal, self.setting.file.pruner
         bounded = goal.bound("perf_norm") is not None and pruner.name != "none"
         if bounded and len(losses) >= max(FEW, pruner.n_startup_steps):
-            missed = chance.misses(goal, self._known(plan, losses))
+            known = self._known(plan, losses)
+            missed = chance.misses(goal, known)
+            if missed is None and len(losses) == self._shards and not self.setting.tasks:
+                missed = chance.misses_as_screened(goal, known)
             if missed is not None:
                 return f"{missed} ({len(losses)} of {self._shards} shards)"
         if goal.by_text and trial.should_prune() and not self._may_be_faster(trial, plan, losses):
@@ -131,7 +134,7 @@ class Screening:
 
         The pruner knows none of that.
         """
-        leader = best.best_trial(trial.study)
+        leader = best.to_beat(trial.study)
         if leader is None:
             return False
         possible = self.forecast.possible(plan, self._expected(plan, losses), by_bytes=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ def of(study: optuna.Study) -> StudyState:
         rungs=ladder(done, file.get("text", {}).get("shards", 0)),
         confirmed=tuple(confirmed_of(study)),
         confirmed_best=confirmed_best(study),
+        confirmed_miss=confirmed_miss(study),
         goal=goal,
         closest=None if closest is None or leader is not None else summary(closest, goal),
     )
@@ -106,12 +107,28 @@ def confirmed_best(study: optuna.Study) -> ConfirmedRow | None:
     Trials of one plan are one: the first of them stands for the others. One that misses the goal's bounds is no best.
     """
     rows = confirmed_of(study)
+    if not rows or rows[0].score is None or not best.goal_of(study).reaches(rows[0].known):
+        return None
+    return None if _of_leader(study, rows) is None else rows[0]
+
+
+def confirmed_miss(study: optuna.Study) -> ConfirmedRow | None:
+    """Return the best measured trial as confirmed, where no confirmed trial reaches the goal's bounds; else None."""
+    rows = confirmed_of(study)
+    if not rows or best.goal_of(study).reaches(rows[0].known):
+        return None
+    row = _of_leader(study, rows)
+    return None if row is None or row.score is None else row
+
+
+def _of_leader(study: optuna.Study, rows: Sequence[ConfirmedRow]) -> ConfirmedRow | None:
+    """Return the row of the best measured trial's plan, the base model's apart; None where it was not confirmed."""
     measured = best.ranked(study.get_trials(deepcopy=False))
     leader = next((trial for trial in measured if not is_base_model(trial)), None)
-    if leader is None or not rows or rows[0].score is None or not best.goal_of(study).reaches(rows[0].known):
+    if leader is None:
         return None
     plan = plan_from(leader.user_attrs["plan"])
-    return rows[0] if any(plan == row.plan for row in rows) else None
+    return next((row for row in rows if row.plan == plan), None)
 
 
 def best_of_all(

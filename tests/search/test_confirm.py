@@ -174,6 +174,30 @@ def test_the_base_model_stays_the_best_where_no_confirmed_score_is_higher(done, 
     assert export.choose(study, rows[0].trial)[1] == rows[0]
 
 
+@pytest.mark.parametrize(("least", "confirmed_trials"), [(0.1, 1), (1.9, 3)])
+def test_where_a_bound_is_missed_the_next_trials_are_confirmed_and_none_is_exported(home, least, confirmed_trials):
+    study = study_in(home)
+    goal = {"minimize": "size", "perf_norm": f">= {least}"}
+    study.set_user_attr("file", {**study.user_attrs["file"], "goal": goal})
+    ended = invoke("confirm", "--top", "1", "--pairs", "1")
+    assert ended.exit_code == 0, ended.stderr
+    rows, leader = status.confirmed_of(study), best_trials.ranked(study.get_trials())[0].number
+    assert len(rows) == confirmed_trials
+    said, shown = "no confirmed trial reaches the goal (minimize size, perf_norm >= 1.9)", invoke("status")
+    for printed in (ended.stdout, shown.stdout):
+        assert (said in " ".join(printed.split())) == (confirmed_trials == 3)
+        assert "no confirmed trial stands for the best" not in printed
+    if confirmed_trials == 1:
+        assert export.choose(study, None)[1] == rows[0]
+        return
+    refused = invoke("export")
+    assert refused.exit_code == 2
+    assert said in refused.stderr
+    assert f"export that one with --trial {leader}" in refused.stderr
+    assert not (home / "submit").exists()
+    assert export.choose(study, leader)[0].number == leader
+
+
 def test_a_better_trial_that_is_not_confirmed_yet_makes_the_confirmation_old(done, tmp_path):
     home = Path(shutil.copytree(done[0], tmp_path / "home"))
     study = study_in(home)

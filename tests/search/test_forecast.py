@@ -473,6 +473,14 @@ def test_a_width_of_which_little_is_cut_is_timed_narrower(prepared):
     assert middle.intermediate_size == 152  # what is checked is a plan of the space
 
 
+def test_the_error_of_a_precisions_loss_counts(prepared):
+    own = prepared.model.identity
+    narrow = dataclasses.replace(own, precision="W4A16")
+    for error in (0.0, 0.05):
+        table = DamageTable(own, (Entry(narrow, Loss(0.04, error, None)),))
+        assert table.loss(narrow, 0.0)[1] == pytest.approx(math.hypot(error, damage_table.LEAST_ERROR))
+
+
 def test_the_precision_that_is_forecast_to_do_best_is_tried_first(prepared):
     """The base model itself comes before all; without a forecast the study file's order stays."""
     precisions = ["float16", "W8A8", "bfloat16", "FP8_DYNAMIC"]
