@@ -193,7 +193,8 @@ def refit(
         for streams in models.streams:
             streams.advance_base(skipped, old, range(old + 1, following[new]), readers, look=not alike)
         for group in parts[new]:
-            for name, (weight, strength) in _refit_group(models, new, group).items():
+            jumps = group[0] == family.down and following[new] > old + 1
+            for name, (weight, strength) in _refit_group(models, new, group, jumps=jumps).items():
                 weights[name], strengths[name] = weight, strength
         for streams in models.streams:
             streams.advance_cut(new, alike=alike)
@@ -254,8 +255,14 @@ def _writes(family: Family, group: Sequence[str]) -> bool:
     return group[0] in (family.o, family.down)
 
 
-def _refit_group(models: _Models, layer: int, group: Sequence[str]) -> dict[str, tuple[torch.Tensor, Strength]]:
-    """Refit the projections of one input in the model in memory; return their new weights by name."""
+def _refit_group(
+    models: _Models, layer: int, group: Sequence[str], *, jumps: bool
+) -> dict[str, tuple[torch.Tensor, Strength]]:
+    """Refit the projections of one input in the model in memory; return their new weights by name.
+
+    One that `jumps` aims at the stream after a gap: it has much more to add than those of other layers, so that its
+    strength is its own.
+    """
     refitted = {}
     halves, rows = _sums(models, layer, group)
     sums = [tensor for pair in halves for half in pair if half.tokens for tensor in (half.second, half.cross)]
@@ -264,9 +271,9 @@ def _refit_group(models: _Models, layer: int, group: Sequence[str]) -> dict[str,
             f"repair: the inputs or outputs of {models.family.in_layer(layer, group[0])}.weight are NaN or infinite; "
             "the weights are broken, copy them again"
         )
-    taken = [None if layer % EXPLORED == 0 else models.chosen.get(part) for part in group]
+    taken = [None if jumps or layer % EXPLORED == 0 else models.chosen.get(part) for part in group]
     for part, (delta, strength) in zip(group, changes(halves, rows, taken), strict=True):
-        if strength.factor in STRENGTHS:
+        if strength.factor in STRENGTHS and not jumps:
             models.chosen[part] = strength.factor
         module_name = models.family.in_layer(layer, part)
         module = models.modules[module_name]

@@ -219,6 +219,22 @@ def test_readers_are_refit_from_where_the_streams_differ(pico_llama):
     assert parts([1, 2]) == [[], [down]]
 
 
+def test_what_aims_past_a_gap_has_a_strength_of_its_own(base, its_family, domains, monkeypatch):
+    """It has much to add where its neighbours have little, whose strength would hold it back."""
+    layers, kept = (0, 1, 2, 4), [torch.arange(0, 160, 2)] * 4
+    cut = ffn.cut(depth.cut(base, its_family, layers), its_family, kept)
+    inputs, outputs = of_ffn(its_family, kept)
+    looked_for, plain = [], stream.changes
+
+    def changes(fits, rows, taken):
+        looked_for.append(taken == [None])
+        return plain(fits, rows, taken)
+
+    monkeypatch.setattr(stream, "changes", changes)
+    refit(cut, base, its_family, domains, layers=layers, inputs=inputs, outputs=outputs)
+    assert looked_for == [True, False, True, False]  # the first layer, and the one before the gap
+
+
 def test_domains_that_contradict_each_other_change_nothing():
     x = torch.randn(1, 400, 6, generator=torch.Generator().manual_seed(0))
     change = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
