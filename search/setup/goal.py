@@ -163,6 +163,11 @@ class Goal:
             limits.append(1.0 - (best - weights[0] * perf_norm) / weights[1])
         return min(limits, default=None)
 
+    def wants_time(self, weight_speed: float) -> bool:
+        """Return whether times decide anything, where SpeedNorm has this weight in the Score."""
+        asked = self.objective in ("speed_norm", "time_per_token") or self.bound("speed_norm") is not None
+        return asked or (self.is_score and weight_speed > 0)
+
     def time_ratio_se(self, wanted: float, weight_speed: float) -> float:
         """Return the standard error of the time ratio that is small enough where the value's should be `wanted`.
 

@@ -97,11 +97,19 @@ class Setting:
     _sizes: dict[CompressionPlan, float] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _bytes: dict[CompressionPlan, tuple[int, int]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def outputs(self) -> Path:
         """The directory of checkpoints, measurements and caches."""
         return self.file.outputs
+
+    @property
+    def wants_time(self) -> bool:
+        """Whether plans are timed, and their times decide anything."""
+        return self.file.evaluation.is_timed and self.goal.wants_time(self.formula.weight_speed)
 
     @functools.cached_property
     def workload(self) -> Workload:
@@ -212,11 +220,21 @@ class Setting:
         if plan not in self._sizes:
             model = self.model
             try:
-                predicted = build.predicted_bytes(plan, model.checkpoint, model.family)
-                self._sizes[plan] = predicted / checkpoint_files.describe(model.path).bytes
+                self._sizes[plan] = self.bytes_of(plan)[0] / checkpoint_files.describe(model.path).bytes
             except CompressionError:  # also a config that transformers refuses
                 self._sizes[plan] = math.inf
         return self._sizes[plan]
+
+    def bytes_of(self, plan: CompressionPlan) -> tuple[int, int]:
+        """Return the bytes of a plan's weight file, and those that a decode step reads, from shapes.
+
+        Raises:
+            InfeasiblePlan: The plan can't be built from this model.
+        """
+        if plan not in self._bytes:
+            shapes = build.shapes(plan, self.model.checkpoint, self.model.family)
+            self._bytes[plan] = shapes.file_bytes, shapes.decode_bytes
+        return self._bytes[plan]
 
     def infeasible(self, plan: CompressionPlan) -> str | None:
         """Say why the plan can't be built, served or exported here; None where it can."""

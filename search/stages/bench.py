@@ -98,6 +98,7 @@ class Bench(Closing):
         """Return the base model's measurement; make the tables that forecast plans, as far as they are missing.
 
         The damage table comes first: the base model's engine and, on a GPU, those of the speed table start meanwhile.
+        There is no speed table where times decide nothing.
 
         Args:
             say: Told what is done.
@@ -108,7 +109,7 @@ class Bench(Closing):
         """
         if not forecast:
             return self.baseline(say)
-        timed = self.setting.file.evaluation.is_timed
+        timed = self.setting.wants_time
         early = timed and not speed_table.stand_ins(self.setting)  # those have engines of their own
         probes = [plan for plan, _ in speed_table.missing(self.setting)] if early else []
         with Ahead(self.setting, self.engines, probes) as ahead:

@@ -49,8 +49,8 @@ class Forecast:
 
     @property
     def complete(self) -> bool:
-        """Whether both PerfNorm and SpeedNorm are forecast from measurements, or SpeedNorm is predicted anyway."""
-        return self.damage is not None and (self.speed is not None or not self._is_timed)
+        """Whether PerfNorm, and SpeedNorm where times decide anything, are forecast from measurements."""
+        return self.damage is not None and (self.speed is not None or not self.setting.wants_time)
 
     @property
     def _is_timed(self) -> bool:

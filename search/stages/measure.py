@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from compressors import build
 from compressors.model import structure
 from compressors.plan import CompressionPlan
 from evaluator import backends, checkpoint_files, lengths, measure, speed
@@ -116,7 +115,7 @@ def predicted_ratio(setting: Setting, plan: CompressionPlan) -> float:
     """Predict a plan's time per token over the base model's, from the bytes that a decode step reads."""
     base, own = setting.model.checkpoint, setting.model.identity
     return speed.predicted_time_ratio(
-        candidate_bytes=_served(setting, build.shapes(plan, base, setting.model.family).decode_bytes, plan.precision),
+        candidate_bytes=_served(setting, setting.bytes_of(plan)[1], plan.precision),
         base_bytes=_served(setting, base.decode_bytes, own.precision),
         layers=plan.num_hidden_layers,
         base_layers=own.num_hidden_layers,

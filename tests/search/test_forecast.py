@@ -13,7 +13,7 @@ import optuna
 import pytest
 import rich.console
 
-from compressors import cached
+from compressors import build, cached
 from compressors.methods import stream
 from compressors.plan import CompressionPlan
 from evaluator.score import Score
@@ -471,6 +471,29 @@ def test_a_width_of_which_little_is_cut_is_timed_narrower(prepared):
     assert narrow.intermediate_size == 120
     ((middle, _),) = (pair for pair in speed_table.probes(setting) if pair[1])
     assert middle.intermediate_size == 152  # what is checked is a plan of the space
+
+
+def test_no_model_is_timed_for_a_forecast_where_no_time_decides(home, prepared):
+    sized = settings.prepare(compose.load("forecast", ['goal={minimize: size, perf_norm: ">= 0.9"}'], home))
+    with Bench.of(sized) as bench:
+        assert bench.begin(silent, forecast=True).time_per_token_ms is not None
+    assert speed_table.known(sized) is None
+    made = Forecast.known(sized)
+    assert made.complete
+    assert made.damage is not None
+    assert not Forecast(prepared, None, made.damage).complete
+    assert Forecast(prepared, speeds(prepared), made.damage).complete
+
+
+def test_a_plan_is_laid_out_once_for_its_size_and_its_predicted_time(prepared, monkeypatch):
+    plan, counted = dataclasses.replace(prepared.model.identity, intermediate_size=80), []
+    plain = build.shapes
+    monkeypatch.setattr(build, "shapes", lambda *given: counted.append(given[0]) or plain(*given))
+    made = Forecast(prepared, None, None)
+    for _ in range(3):
+        assert made.time_ratio(plan)[0] < 1.0
+        assert prepared.size_ratio(plan) < 1.0
+    assert counted == [plan]
 
 
 def test_the_error_of_a_precisions_loss_counts(prepared):

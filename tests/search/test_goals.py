@@ -101,6 +101,17 @@ def test_the_error_that_is_wanted_is_that_of_what_the_goal_asks_for():
     assert {goal.time_ratio_se(0.0, 0.5) for goal in (Goal(), SMALL, FAST, GOOD)} == {0.0}  # all turns
 
 
+def test_times_are_wanted_where_they_decide_anything():
+    fast = (Bound("speed_norm", 0.1),)
+    assert Goal().wants_time(0.5)
+    assert not Goal().wants_time(0.0)
+    assert Goal("time_per_token").wants_time(0.0)
+    assert not SMALL.wants_time(0.5)
+    assert Goal("size", fast).wants_time(0.0)
+    assert not Goal("perf_norm").wants_time(0.5)
+    assert Goal("perf_norm", fast).wants_time(0.5)
+
+
 def test_what_is_shown_names_the_quantity_and_its_bound():
     plan = known(perf=0.974, perf_se=0.003, speed=0.1, speed_se=0.02, size=0.62)
     assert goal_text.of_known(SMALL, plan) == "size 0.620 of the base model's, PerfNorm 0.974 ± 0.003 (>= 0.97)"
