@@ -76,7 +76,7 @@ class Table:
         shards = tuple(((index,),) for index in range(len(held["base_nll"])))  # never read
         moments = lessons = types.SimpleNamespace(digest="replay", windows=(), domains=())
         self.base_nll = tuple(held["base_nll"])
-        self.tables_s = float(held.get("tables_s") or held["damage_s"] + held["speed_s"])
+        self.tables_s = float(held["damage_s"] + held["speed_s"] if "speed_s" in held else held["tables_s"])
         self.speed, self.damage = SpeedTable.from_dict(held["speed"]), DamageTable.from_dict(held["damage"])
         self.rows = {
             space.plan_of(row["params"], file.space, identity): Row(
