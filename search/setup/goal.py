@@ -165,8 +165,12 @@ class Goal:
 
     def wants_time(self, weight_speed: float) -> bool:
         """Return whether times decide anything, where SpeedNorm has this weight in the Score."""
-        asked = self.objective in ("speed_norm", "time_per_token") or self.bound("speed_norm") is not None
-        return asked or (self.is_score and weight_speed > 0)
+        return self._asks_for_time or (self.is_score and weight_speed > 0)
+
+    @property
+    def _asks_for_time(self) -> bool:
+        """Whether a time is optimized or bounded by itself."""
+        return self.objective in ("speed_norm", "time_per_token") or self.bound("speed_norm") is not None
 
     def time_ratio_se(self, wanted: float, weight_speed: float) -> float:
         """Return the standard error of the time ratio that is small enough where the value's should be `wanted`.
@@ -174,7 +178,7 @@ class Goal:
         Where time counts by itself it is `wanted`. Else the Score, which is recorded for every goal, decides; 0: it
         wants no time.
         """
-        if self.objective in ("speed_norm", "time_per_token") or self.bound("speed_norm") is not None:
+        if self._asks_for_time:
             by_score = wanted / weight_speed if self.is_score and weight_speed else wanted
             return min(wanted, by_score)
         return wanted / weight_speed if weight_speed else 0.0

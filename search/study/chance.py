@@ -16,7 +16,7 @@ def why_none(goal: Goal, known: Known, best: FrozenTrial | None) -> str | None:
     Args:
         goal: The study's goal.
         known: What is known of the plan so far.
-        best: The best feasible trial; None without one.
+        best: The trial to beat, see `search.study.best.to_beat`; None without one.
     """
     return misses(goal, known) or (None if best is None else _loses(goal, known, best))
 
@@ -32,10 +32,10 @@ def misses_as_screened(goal: Goal, known: Known) -> str | None:
 
     The sampling error of that text is not in question there: a measurement differs from the screen by its kernels.
     """
-    bound = next((bound for bound in goal.bounds if bound.quantity == "perf_norm"), None)
-    if bound is None or known.score.perf_norm >= bound.least - KERNELS:
+    least = goal.bound("perf_norm")
+    if least is None or known.score.perf_norm >= least - KERNELS:
         return None
-    return _below(bound, known)
+    return _below(Bound("perf_norm", least), known)
 
 
 def _below(bound: Bound, known: Known) -> str:

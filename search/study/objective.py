@@ -258,7 +258,7 @@ class Objective:
         return 0.0 if self.forecast.damage is None else self.forecast.damage.of_precision(plan)
 
     def _require_chance(self, trial: optuna.Trial, record: Record, rung: str, known: Known) -> None:
-        """Prune a plan that is expected to miss a bound or to stay below the best trial, whatever the error of that."""
+        """Prune a plan that is expected to miss a bound or to stay below the trial to beat, whatever the error."""
         if not self._may_prune:
             return
         why = chance.why_none(self.goal, known, best.to_beat(trial.study))
