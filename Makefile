@@ -20,7 +20,7 @@ STUDY  ?= demo
 ARGS   ?=
 SEARCH := $(BIN)/optuna-search
 
-.PHONY: help setup demo analyze train eval eval-model report submit test test-slow test-vllm lint format docs pictures clean
+.PHONY: help setup demo analyze train eval eval-model report submit test test-long test-slow test-vllm lint format docs pictures clean
 
 help:
 	@echo 'make setup      install optuna-search in a virtual environment, $(VENV) (EXTRAS=demo,dev,vllm on a GPU machine)'
@@ -34,8 +34,9 @@ help:
 	@echo 'make report     report MODEL under the name RUN; without RUN, compare all evaluated models in a table'
 	@echo 'make submit     pack MODEL into submit.zip'
 	@echo
-	@echo 'make test       run the tests'
-	@echo 'make test-slow  run the slow tests too'
+	@echo 'make test       run the tests, but for those that take ten seconds and more'
+	@echo 'make test-long  run those, but for the ones of minutes'
+	@echo 'make test-slow  run all of them'
 	@echo 'make test-vllm  run the tests that need vLLM on the CPU, in a separate virtual environment'
 	@echo 'make lint       run ruff, codespell, mypy --strict and import-linter'
 	@echo 'make docs       build the documentation in site/'
@@ -79,6 +80,9 @@ submit: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+test-long: $(READY)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'long and not slow and not vllm and not gpu'
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not vllm and not gpu'

@@ -82,6 +82,7 @@ def by_hand(model, energy, keep, windows):
     return gone, costs
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("keep", [6, 3])
 def test_each_layer_loses_the_groups_that_cost_least_given_the_other_layers(model, domains, collected, tmp_path, keep):
     its = family.family_of(model)

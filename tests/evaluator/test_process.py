@@ -211,6 +211,7 @@ def run_program(tiny, tmp_path, more):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("busy", [True, False], ids=["in a call", "between calls"])
 def test_engines_die_with_a_killed_program(tiny, tmp_path, busy):
     call = "engine.decode_steps(8, 64, 10**9, 0)" if busy else "threading.Event().wait()"
@@ -228,6 +229,7 @@ def test_engines_die_with_a_killed_program(tiny, tmp_path, busy):
             program.kill()
 
 
+@pytest.mark.long
 def test_engines_die_with_the_warm_process(tiny, tmp_path):
     more = textwrap.dedent("""
         from evaluator.errors import EngineCrashed
@@ -250,6 +252,7 @@ def test_engines_die_with_the_warm_process(tiny, tmp_path):
     assert gone(int(lines[1].split()[1]))
 
 
+@pytest.mark.long
 def test_a_fork_that_a_signal_interrupts_leaves_no_engine_and_no_answer_for_the_next_call(tiny, tmp_path):
     more = textwrap.dedent("""
         import os, signal
@@ -276,6 +279,7 @@ def test_a_fork_that_a_signal_interrupts_leaves_no_engine_and_no_answer_for_the_
     assert gone(int(lines[1].split()[1]))
 
 
+@pytest.mark.long
 def test_a_program_ends_by_itself_and_is_not_run_again(tiny, tmp_path):
     """No `main runs` from the warm process or the engine, and nothing is left when it is over."""
     with run_program(tiny, tmp_path, "print(len(engine.nll([[1, 2, 3]])[0]), flush=True)") as program:
@@ -322,6 +326,7 @@ def ahead(tmp_path, more, *arguments):
     ).stdout.split()
 
 
+@pytest.mark.long
 def test_an_engine_is_forked_from_what_was_imported_ahead(tiny, tmp_path):
     more = """
         engine = process.EngineProcess("transformers", sys.argv[1], EngineSettings(device="cpu"), sys.argv[2])

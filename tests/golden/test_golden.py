@@ -1,7 +1,7 @@
 """What must stay as it is while the project is rebuilt: names, keys, digests, weights, numbers, refusals.
 
-The expected values are in values.json, made by `OPTUNA_SEARCH_RECORD=1 python -m pytest tests/golden`. Record again
-only for a change that users are told of: a digest that changes makes all that they have measured unknown.
+The expected values are in values.json, made by `OPTUNA_SEARCH_RECORD=1 python -m pytest -m long tests/golden`. Record
+again only for a change that users are told of: a digest that changes makes all that they have measured unknown.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+
+pytestmark = pytest.mark.long
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -107,6 +107,7 @@ def silent(tmp_path_factory, model):
     return changed_head(model, tmp_path_factory.mktemp("silent") / "silent", _silence)
 
 
+@pytest.mark.long
 def test_a_model_that_rambles_is_flagged_and_slower_where_length_counts(cli, home, rambling):
     found, done = evaluated(cli, home, rambling)
     task, base = found["measurement"]["tasks"]["quiz"], found["baseline"]["tasks"]["quiz"]
@@ -146,6 +147,7 @@ def test_a_model_that_says_nothing_does_not_win(cli, home, silent):
         assert "100% empty" in done.err
 
 
+@pytest.mark.long
 def test_a_study_asks_flags_and_confirms(cli, home):
     done = cli("run", "--study", "answers", cwd=home)
     assert done.status == 0, done.err

@@ -183,6 +183,7 @@ def home(tmp_path, pico_llama):
     return tmp_path
 
 
+@pytest.mark.long
 def test_a_study_of_whole_requests(home, cli):
     """Baseline, trials, confirmation; then it is resumed, and refused under another kind."""
     words = ("--study", "requests", "--config-dir", home, "--json")

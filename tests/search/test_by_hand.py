@@ -79,6 +79,7 @@ def documented():
     return [line for row in rows for line in re.findall(r"`([^`]+)`", row)]
 
 
+@pytest.mark.long
 def test_every_command_line_of_the_workflow_works(cli, tmp_path, deep_model, monkeypatch):
     home = make_home(tmp_path / "home", deep_model)
     study = (home / "studies" / "hand.yaml").read_text().replace("tracking: {mlflow: false}", "")
@@ -174,6 +175,7 @@ def test_a_plan_by_hand_is_measured_as_the_study_measures_it(cli, shared, precis
     assert mine["baseline"].items() <= baseline.items()
 
 
+@pytest.mark.long
 def test_a_multirun_compares_and_a_second_call_skips_what_is_done(cli, shared):
     words = ("compress", "--study", "hand", "-m", "compression.keep_layers=range(2,4)", "tracking=off")
     first = cli(*words, "--json", cwd=shared)
@@ -391,6 +393,7 @@ def test_options_reach_the_plan(cli, shared):
     assert found.status == 0, found.err
 
 
+@pytest.mark.long
 def test_a_report_says_what_was_measured_and_how_to_do_it_again(cli, shared):
     path = shared / "submit" / "reported"
     words = ("compress", "--study", "hand", "compression.keep_layers=4", "compression.drop_from=[1]")

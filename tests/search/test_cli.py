@@ -98,6 +98,7 @@ def test_status_draws_the_pareto_front(cli, finished, tmp_path):
     assert ".png or .html" in refused.err
 
 
+@pytest.mark.long
 def test_export_writes_a_model_that_stock_transformers_loads_and_scores_the_same(finished, tmp_path):
     import math
 

@@ -209,6 +209,7 @@ def test_a_better_trial_that_is_not_confirmed_yet_makes_the_confirmation_old(don
     assert export.choose(study, None)[0].number == study.best_trial.number
 
 
+@pytest.mark.long
 def test_a_kill_between_two_pairs_loses_only_the_pair_in_flight(home):
     words = [sys.executable, "-m", "search.cli", "confirm", "--study", "sure", "--top", "1", "--pairs", "30"]
     root = str(Path(commands.__file__).parents[2])

@@ -35,6 +35,7 @@ def file(tmp_path, pico_llama):
     return validation.validate(values, "this test")
 
 
+@pytest.mark.long
 def test_a_hanging_engine_and_one_without_memory_fail_only_their_trials(file, monkeypatch):
     # trial 0 is the base model itself, and needs no engine; a killed one is started again
     strikes = iter([signal.SIGSTOP, signal.SIGKILL, signal.SIGKILL, None])

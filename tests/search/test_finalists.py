@@ -168,6 +168,7 @@ def test_the_best_of_all_is_named_with_the_command_that_packs_it(done, cli):
     assert (home / "submit.zip").is_file()
 
 
+@pytest.mark.long
 def test_other_tokens_are_another_distillation_and_what_is_not_ours_stays(done, cli, tmp_path):
     home = Path(shutil.copytree(done[0], tmp_path / "home"))
     mine = home / "submit" / "model_kd_drop3"
@@ -333,6 +334,7 @@ KILLED = """
 """
 
 
+@pytest.mark.long
 def test_a_killed_and_interrupted_call_is_resumed_to_the_same_result(done, cli, home, monkeypatch):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     killed = subprocess.run(

@@ -62,6 +62,7 @@ def trials_of(home):
     return optuna.load_study(study_name="ladder", storage=f"sqlite:///{home}/studies.db").trials
 
 
+@pytest.mark.long
 def test_every_rung_is_reported_and_a_pruned_trial_has_the_value_of_its_last_one(home, cli):
     ended = run(cli, home)
     trials = trials_of(home)
@@ -121,6 +122,7 @@ KILLED = """
 slow = pytest.mark.slow
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(  # test_resume kills within the other stages
     "rung", ["cheap screen", *(pytest.param(name, marks=slow) for name in ("forecast", "screen", "build", "measure"))]
 )

@@ -173,6 +173,7 @@ def no_process_left(home):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(  # in "measure" PostgreSQL's is killed below
     "kill_in", ["build:2", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("screen:15", "measure:9"))]
 )
@@ -216,6 +217,7 @@ def test_a_study_killed_at_any_moment_resumes_to_the_same_results(make_study, wh
     assert results(storage_of(home)) == whole
 
 
+@pytest.mark.long
 def test_ctrl_c_records_the_running_trial_and_the_next_run_resumes(make_study, whole, cli):
     for attempt in range(5):  # trials take a tenth of a second: on a fast machine the signal may come too late
         home = make_study(f"again{attempt}")
@@ -274,6 +276,7 @@ def database(server, name):
     return server.get_uri().replace("/postgres?", f"/{name}?")
 
 
+@pytest.mark.long
 def test_a_study_in_postgresql_resumes_to_the_same_results(make_study, whole, postgres, cli):
     home = make_study("pg", database(postgres, "killed"))
     process = start(home, kill_in="measure:9")

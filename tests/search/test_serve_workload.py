@@ -181,6 +181,7 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(setting, "require_serving", lambda *_: None)
 
 
+@pytest.mark.long
 def test_a_study_of_servers(cli, stand_ins, tmp_path, pico_llama):
     """Baseline, trials and the confirmation are timed by servers, in fresh ones of its own; what they did is kept."""
     (tmp_path / "served.yaml").write_text(STUDY.format(home=tmp_path, model=pico_llama, workload=TWO_AT_ONCE))

@@ -28,6 +28,7 @@ def test_the_embedded_model_has_smollm2s_own_tokenizer(tokenizer):
     assert "<|im_start|>user\nhi<|im_end|>" in chat
 
 
+@pytest.mark.long
 def test_the_embedded_model_has_a_low_perplexity_on_english(model, tokenizer):
     """The perplexity is about 15; with transformers' own conversion of the tokenizer it is 20."""
     prose = "\n\n".join(document.text for document in embedded_texts.documents()[:20])

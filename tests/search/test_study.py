@@ -124,6 +124,7 @@ def test_a_killed_workers_trial_is_failed_and_queued_again_at_once(url):
     assert study_trials.finished(study.trials) == []
 
 
+@pytest.mark.long
 def test_a_trial_that_always_kills_its_worker_is_not_tried_for_ever(url):
     study = study_storage.create_or_resume(study_storage.open_storage(url), "s", DEFINITION)
     for _ in range(study_trials.MAX_RETRIES + 1):

@@ -67,6 +67,7 @@ def runs_of(uri, name="optuna-search"):
     return client, parent, baseline, trials
 
 
+@pytest.mark.long
 def test_a_study_is_a_parent_run_with_a_nested_run_for_each_trial_and_the_baseline(home):
     uri = f"sqlite:///{home}/runs.db"
     run(home, uri)
@@ -262,6 +263,7 @@ def test_trials_of_a_process_that_is_still_there_are_left_to_it(store, track, st
 # -- servers that can't be reached -----------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_an_unreachable_server_costs_a_few_seconds_and_no_trial(home):
     began = time.monotonic()
     done = run(home, "http://127.0.0.1:9")
