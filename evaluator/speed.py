@@ -81,7 +81,8 @@ class Enough:
     """When a timing may end before it has taken all of its turns.
 
     Attributes:
-        time_ratio_se: The standard error of the time ratio that is small enough; 0: all turns are taken.
+        time_ratio_se: The standard error of the time ratio that is small enough; 0: all turns are taken; infinite: a
+            round of them is.
         lost_above: The time ratio above which a candidate has lost; None: there is none.
     """
 

@@ -20,7 +20,6 @@ from search import files
 from search.by_hand.evaluation import RESULT, evaluation_of
 from search.errors import SearchError, UsageError
 from search.files import read_json
-from search.setup import keys
 from search.setup.goal import Known
 from search.setup.machine import require_disk
 from search.setup.setting import Setting
@@ -194,8 +193,8 @@ def export(
 
 
 def _path_of(trial: FrozenTrial, plan: CompressionPlan, setting: Setting) -> Path:
-    name = trial.user_attrs.get("measurement", keys.measurement_key(setting, plan))
-    return setting.outputs / "measurements" / f"{name}.json"
+    name = trial.user_attrs.get("measurement")
+    return measurements.path_of(setting, plan) if name is None else measurements.measured_as(setting, name)
 
 
 def _require_measured(trial: FrozenTrial, plan: CompressionPlan, setting: Setting) -> None:

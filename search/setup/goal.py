@@ -175,10 +175,13 @@ class Goal:
     def time_ratio_se(self, wanted: float, weight_speed: float) -> float:
         """Return the standard error of the time ratio that is small enough where the value's should be `wanted`.
 
-        Where time counts by itself it is `wanted`. Else the Score, which is recorded for every goal, decides; 0: it
-        wants no time.
+        Where times decide nothing, and are only told, any is: the first round of turns.
+
+        Args:
+            wanted: The standard error of the value; 0: as small as all turns make it.
+            weight_speed: The weight of SpeedNorm in the Score.
         """
-        if self._asks_for_time:
-            by_score = wanted / weight_speed if self.is_score and weight_speed else wanted
-            return min(wanted, by_score)
-        return wanted / weight_speed if weight_speed else 0.0
+        if wanted and not self.wants_time(weight_speed):
+            return math.inf
+        by_score = wanted / weight_speed if self.is_score and weight_speed else wanted
+        return min(wanted, by_score) if self._asks_for_time else by_score

@@ -6,9 +6,28 @@ import math
 from pathlib import Path
 
 from compressors import cached
+from compressors.plan import CompressionPlan
 from evaluator.measurement import Measurement
 from search.json_values import measurement_from
+from search.setup import keys
 from search.setup.setting import Setting
+
+
+def path_of(setting: Setting, plan: CompressionPlan) -> Path:
+    """Return the file that keeps the plan's measurement.
+
+    Where times decide nothing, a plan is timed by few turns: a study in which they do must not take such a measurement
+    for its own. A measurement with all turns serves both.
+    """
+    path = measured_as(setting, keys.measurement_key(setting, plan))
+    if setting.wants_time or not setting.file.evaluation.is_timed or known(path, setting) is not None:
+        return path
+    return path.with_stem(f"{path.stem}-brief")
+
+
+def measured_as(setting: Setting, name: str) -> Path:
+    """Return the file of the measurement with this name, as a trial has it."""
+    return setting.outputs / "measurements" / f"{name}.json"
 
 
 def read(path: Path, setting: Setting) -> Measurement:

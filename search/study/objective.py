@@ -129,7 +129,7 @@ class Objective:
             raise optuna.TrialPruned(record.reason)
         if plan == setting.model.identity:
             return self._base_model(trial, record)
-        path = setting.outputs / "measurements" / f"{keys.measurement_key(setting, plan)}.json"
+        path = measurements.path_of(setting, plan)
         known = measurements.known(path, setting)
         record.reused = known is not None
         trial.set_user_attr("checkpoint", keys.plan_digest(setting, plan))

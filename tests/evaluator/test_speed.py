@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -157,6 +158,9 @@ def test_timing_ends_when_its_error_is_small_enough():
     timing = speed.time_in_turn(quiet, Noisy(2e-3, 0.001, 2), WORKLOAD, enough=speed.Enough(time_ratio_se=0.006))
     assert quiet.turns == 1 + speed.ROUND
     assert timing.time_ratio == pytest.approx(0.5, abs=0.01)
+    told = Noisy(1e-3, 0.8, 1)
+    speed.time_in_turn(told, Noisy(2e-3, 0.8, 2), WORKLOAD, enough=speed.Enough(time_ratio_se=math.inf))
+    assert told.turns == 1 + speed.ROUND
     loud = Noisy(1e-3, 0.8, 1)
     speed.time_in_turn(loud, Noisy(2e-3, 0.8, 2), WORKLOAD, enough=speed.Enough(time_ratio_se=0.0001))
     assert loud.turns == 1 + WORKLOAD.turns
