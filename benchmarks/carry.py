@@ -127,9 +127,9 @@ def main() -> None:
 
 
 def choices(cut: dict) -> dict[str, dict]:
-    """Return the choices that `repair` names for a cut of this dimension; what cuts nothing has none."""
+    """Return the choices that `repair` names for a cut of this dimension; of what cuts nothing the scales can learn."""
     if "precision" in cut:
-        return {"none": {}}
+        return {"none": {}, "distill": {"repair": "distill"}}
     dimension = repair.DEPTH if "num_hidden_layers" in cut else repair.HIDDEN if "hidden_size" in cut else repair.HOW
     return {**dimension, "none": {}}
 

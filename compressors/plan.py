@@ -14,7 +14,7 @@ from compressors.files import digest_of_json
 
 VERSION = 1  # raised whenever the same plan would be built otherwise: what was cached before is then built again
 # the order in which a build is carried out, see `compressors.steps`
-STEPS = ("rotation", "depth", "heads", "ffn", "hidden", "stream", "recast", "distill", "quantize")
+STEPS = ("rotation", "depth", "heads", "ffn", "hidden", "stream", "recast", "distill", "scales", "quantize")
 
 
 def _cuts_layers(plan: CompressionPlan, base: CompressionPlan) -> bool:
@@ -35,13 +35,23 @@ def _cuts_hidden(plan: CompressionPlan, base: CompressionPlan) -> bool:
 
 
 def _can_be_repaired(plan: CompressionPlan, base: CompressionPlan) -> bool:
-    """Whether a projection lost inputs, `stream` can refit one before a dropped layer, or `distill` has any cut."""
+    """Whether a projection lost inputs, `stream` can refit one before a dropped layer, or `distill` finds anything."""
     return (
         _cuts_heads_or_ffn(plan, base)
         or _cuts_hidden(plan, base)
         or (plan.repair == "stream" and leaves_gap(plan, base))
-        or (plan.repair == "distill" and _cuts_layers(plan, base))
+        or (plan.repair == "distill" and (_cuts_layers(plan, base) or learns_scales(plan)))
     )
+
+
+def is_cut(plan: CompressionPlan, base: CompressionPlan) -> bool:
+    """Return whether the plan is smaller than the base model along any dimension."""
+    return any(getattr(plan, name) != getattr(base, name) for name in DIMENSIONS)
+
+
+def learns_scales(plan: CompressionPlan) -> bool:
+    """Return whether the plan rounds weights alone, and a distillation follows."""
+    return plan.repair == "distill" and plan.precision == "W4A16"
 
 
 def leaves_gap(plan: CompressionPlan, base: CompressionPlan) -> bool:
@@ -130,9 +140,10 @@ class CompressionPlan:
             "none": "the weights stay as they are",
             "ridge": "each projection takes over from the inputs that it lost",
             "stream": "layer after layer, so that the residual stream becomes the base model's again",
-            "distill": "as ridge, where layers went as stream; then all weights learn from the base model for a while",
+            "distill": "as ridge, where layers went as stream; then all weights learn from the base model for a while, "
+            "of W4A16 the scales",
         },
-        methods=("drop_layers", "prune_heads", "reduce_hidden", "reduce_ffn"),
+        methods=("drop_layers", "prune_heads", "reduce_hidden", "reduce_ffn", "quantize"),
         short="{}",
         applies=_can_be_repaired,
         needs=needed_unless("none"),

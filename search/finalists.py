@@ -263,7 +263,8 @@ def _apply_precision(finalist: Finalist, source: Path, path: Path, key: str, wan
     setting = wanted.setting
     distilled = checkpoint.Checkpoint.read(source)
     own = CompressionPlan.identity(distilled.config)
-    to_apply = canonical(finalist.plan, own)  # the dimensions are those of `own` already: precision is left
+    # the dimensions are those of `own` already and the repair was the distillation: precision is left
+    to_apply = canonical(dataclasses.replace(finalist.plan, repair="none"), own)
     its_family = family.family_of(distilled)
     moments = None
     if build.needs_moments(to_apply):

@@ -66,7 +66,8 @@ def fit(
 
 def saved_bytes(pair: Pair, window: torch.Tensor) -> int:
     """Return the bytes that the student keeps of one window [T] until its backward pass, weights not counted."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in pair.student.parameters()}
+    of_student = (*pair.student.parameters(), *pair.student.buffers())
+    weights = {tensor.untyped_storage().data_ptr() for tensor in of_student}
     sizes: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

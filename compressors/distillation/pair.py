@@ -208,9 +208,9 @@ def multiplied(checkpoint: Checkpoint) -> int:
     family = family_of(checkpoint)
     tied = checkpoint.config.get("tie_word_embeddings", False)
     return sum(
-        tensor.shape[0] * tensor.shape[1]
-        for name, tensor in checkpoint.tensors.items()
-        if len(tensor.shape) == 2 and (tied or name != f"{family.embedding}.weight")
+        shape[0] * shape[1]
+        for name, shape in checkpoint.shapes.items()
+        if len(shape) == 2 and (tied or name != f"{family.embedding}.weight")
     )
 
 

@@ -22,7 +22,7 @@ from compressors.distillation.settings import Distillation
 from compressors.model.checkpoint import Checkpoint, LazyTensor
 from compressors.model.family import FLOATS
 
-VERSION = 3  # increase it when the same cut would be repaired differently
+VERSION = 4  # increase it when the same cut would be repaired differently
 TOKENS, TOKENS_ON_GPU = 262_144, 1_048_576  # a GPU takes a minute or two for four times as many
 BATCH_TOKENS = 2048  # few, so that so few tokens are 128 updates
 EVALUATIONS = 4
@@ -42,7 +42,7 @@ def repaired(
     a short training with it from the same start wins more by.
 
     Args:
-        cut: The cut checkpoint, unquantized.
+        cut: The cut checkpoint, unquantized, or with integers in memory (`Checkpoint.values`) whose scales learn.
         base: The base model's checkpoint.
         windows: The windows of token ids by text, all of one length.
         device: The device that both models run on.
@@ -149,7 +149,10 @@ def settings(cut: Checkpoint, length: int, judges: int, tokens: int) -> Distilla
 
 
 def typical_weight(checkpoint: Checkpoint) -> float:
-    """Return the median over matrices of the root mean square of their weights: .19 for SmolLM2, .016 for Qwen2.5."""
+    """Return the median over matrices of the root mean square of their weights: .19 for SmolLM2, .016 for Qwen2.5.
+
+    Where weights are integers it is that of their scales.
+    """
     matrices = [tensor for tensor in map(checkpoint.tensors.__getitem__, names(checkpoint)) if len(tensor.shape) == 2]
     return statistics.median(
         float(torch.linalg.vector_norm(tensor.load(), dtype=torch.float32)) / math.sqrt(math.prod(tensor.shape))

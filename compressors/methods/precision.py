@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ GROUP_SIZES = (128, 64, 32)
 BITS = {"W4A16": 4, "W8A16": 8}  # of packed weights
 
 Moments = Callable[[str], torch.Tensor]
+Given = Mapping[str, Callable[[], Rounded]]
 
 
 def cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
@@ -99,6 +100,7 @@ def quantize(
     moments: Moments | None = None,
     device: str = "cpu",
     known: dict[str, Rounded] | None = None,
+    given: Given | None = None,
 ) -> Checkpoint:
     """Return a compressed-tensors checkpoint that stock vLLM and transformers load.
 
@@ -121,6 +123,7 @@ def quantize(
         moments: A function that returns the second moment E[x xᵀ] [K, K] of a module's input in `checkpoint`.
         device: The device on which weights are rounded, one at a time.
         known: What `simulate` has rounded by the same arguments, by module: it is taken out and not rounded again.
+        given: What the weight of each quantized Linear of the layers is rounded to; None: what the quantizer says.
 
     Raises:
         InfeasiblePlan: The sizes, or the modules to keep, don't go with the scheme.
@@ -128,7 +131,7 @@ def quantize(
     parameters = checkpoint.total_parameters
     size = _checked(checkpoint, family, scheme, quantizer, group_size, keep, kv_cache_fp8)
     checkpoint = in_16_bits(checkpoint)
-    rounded = _Rounding(quantizer, moments, device, known)
+    rounded = _Rounding(quantizer, moments, device, known, given)
     tensors = _with_linears_stored(checkpoint, family, scheme, size, keep, rounded)
     config = dict(checkpoint.config)
     if lm_head_8bit:
@@ -171,6 +174,7 @@ def simulate(
     moments: Moments | None = None,
     device: str = "cpu",
     known: dict[str, Rounded] | None = None,
+    given: Given | None = None,
 ) -> Checkpoint:
     """Return the quantized model for scoring in memory: dequantized weights, and activations rounded at run time.
 
@@ -182,7 +186,7 @@ def simulate(
     """
     size = _checked(checkpoint, family, scheme, quantizer, group_size, keep, kv_cache_fp8)
     checkpoint = in_16_bits(checkpoint)
-    rounded = _Rounding(quantizer, moments, device, known)
+    rounded = _Rounding(quantizer, moments, device, known, given)
     tensors = dict(checkpoint.tensors)
     schemes = dict.fromkeys((name for name in linears(checkpoint, family) if name not in keep), scheme)
     config = dict(checkpoint.config)
@@ -197,6 +201,40 @@ def simulate(
         tensors[f"{module}.weight"] = tensors[f"{module}.weight"].map(function, torch.float32)
     activations = {module: its for module, its in schemes.items() if its not in BITS}
     return dataclasses.replace(checkpoint, config=config, tensors=tensors, activations=activations)
+
+
+def rounded(
+    checkpoint: Checkpoint,
+    family: Family,
+    scheme: str,
+    *,
+    quantizer: str,
+    group_size: int,
+    keep: Collection[str],
+    moments: Moments | None,
+    device: str,
+) -> dict[str, tuple[LazyTensor, LazyTensor]]:
+    """Return the values, int8 [N, K], and scales [N, K/g] of each Linear that `quantize` rounds, by module.
+
+    A module's values and scales are rounded together when one of them is loaded; load them one after the other. The
+    arguments are those of `quantize`, for a checkpoint in 16 bits and a scheme of integers.
+
+    Raises:
+        InfeasiblePlan: The sizes, or the modules to keep, don't go with the scheme.
+    """
+    size = _checked(checkpoint, family, scheme, quantizer, group_size, keep, False)
+    by = _Rounding(quantizer, moments, device)
+
+    def of(module: str) -> tuple[LazyTensor, LazyTensor]:
+        weight = checkpoint.tensors[f"{module}.weight"]
+        rows, columns = weight.shape
+        values = LazyTensor(weight.shape, torch.int8, lambda: by.once(module, weight, scheme, size)[0].to(torch.int8))
+        scales = LazyTensor(
+            (rows, columns // (size or columns)), weight.dtype, lambda: by.once(module, weight, scheme, size)[1]
+        )
+        return values, scales
+
+    return {module: of(module) for module in linears(checkpoint, family) if module not in keep}
 
 
 def head_scheme(scheme: str) -> str:
@@ -295,12 +333,20 @@ class _Rounding:
     """Rounds one Linear at a time, and keeps the last result: values and scales are loaded one after the other."""
 
     def __init__(
-        self, quantizer: str, moments: Moments | None, device: str, known: dict[str, Rounded] | None = None
+        self,
+        quantizer: str,
+        moments: Moments | None,
+        device: str,
+        known: dict[str, Rounded] | None = None,
+        given: Given | None = None,
     ) -> None:
-        self.quantizer, self.moments, self.device, self.known = quantizer, moments, device, known
+        self.quantizer, self.moments, self.device, self.known, self.given = quantizer, moments, device, known, given
         self.last: dict[str, Rounded] = {}
 
     def round(self, module: str, weight: torch.Tensor, scheme: str, size: int | None) -> Rounded:
+        if self.given is not None:
+            values, scales = self.given[module]()
+            return values.to(self.device), scales.to(self.device)
         moments = self.moments
         moment = None if moments is None else (lambda: moments(module).to(self.device))
         by = quantizers.quantizer(self.quantizer)

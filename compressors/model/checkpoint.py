@@ -29,7 +29,7 @@ from compressors.model import config_types, config_values, exaone3, model_direct
 from compressors.model.config_values import SIZES
 from compressors.model.model_directory import CARRIED, WEIGHTS, require_json, weight_files
 from compressors.model.shards import stored_weights
-from compressors.model.stock_model import imitate_activations, make_buffers
+from compressors.model.stock_model import imitate_activations, make_buffers, with_values
 from readers import regular
 from readers.errors import ReadError
 
@@ -75,6 +75,8 @@ class Checkpoint:
         files: The files to copy along, such as the tokenizer's, by file name.
         parameters: The number of parameters before quantization packed them; None: count the tensors.
         activations: The scheme whose activation quantization a model in memory imitates, by module name.
+        values: Integers, int8 [N, K], that a model in memory multiplies by scales [N, K/g], by module name: the tensors
+            hold `weight_scale` there and no `weight`.
     """
 
     config: dict[str, Any]
@@ -82,6 +84,7 @@ class Checkpoint:
     files: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     parameters: int | None = None
     activations: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    values: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path) -> Checkpoint:
@@ -146,6 +149,15 @@ class Checkpoint:
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of its weights by name; integers and their scales are the weight that they stand for."""
+        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        for module, values in self.values.items():
+            del shapes[f"{module}.weight_scale"]
+            shapes[f"{module}.weight"] = tuple(values.shape)
+        return shapes
+
+    @property
     def size_bytes(self) -> int:
         """Return the bytes of all tensors, without the file's header."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -169,8 +181,10 @@ class Checkpoint:
     @functools.cached_property
     def _digest(self) -> str:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name in sorted(self.tensors):
-            tensor = self.tensors[name].load().contiguous()
+        loaders = {name: tensor.load for name, tensor in self.tensors.items()}
+        loaders |= {f"{module}.values": values.cpu for module, values in self.values.items()}
+        for name in sorted(loaders):
+            tensor = loaders[name]().contiguous()
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:32]
@@ -184,6 +198,7 @@ class Checkpoint:
         Raises:
             MachineError: When the directory can't be written; then nothing is changed at `path`.
         """
+        assert not self.values, "integers beside the tensors are for a model in memory"
         path = Path(path)
         scratch = old = None
         try:
@@ -231,6 +246,8 @@ class Checkpoint:
                 model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
         except Exception as error:  # model classes raise errors of many types
             raise CheckpointError(config_values.refusal(self.config, error)) from None
+        groups = {name: self.tensors[f"{name}.weight_scale"].shape[1] for name in self.values}
+        with_values(model, {name: its.to(device) for name, its in self.values.items()}, groups)
         state = _on_device(self.tensors, device, wanted)
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()

@@ -285,11 +285,12 @@ def _check_sizes(config: Mapping[str, Any], stock: Any, family: Family) -> None:
 
 def _check_weights(checkpoint: Checkpoint, model_type: str, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse missing and unknown weights, since a plan is cut from shapes before any weight is read."""
-    missing, unknown = sorted(expected.keys() - checkpoint.tensors), sorted(checkpoint.tensors.keys() - expected)
+    found = checkpoint.shapes
+    missing, unknown = sorted(expected.keys() - found), sorted(found.keys() - expected)
     reason = None
     if missing or unknown:
         layers = int(checkpoint.config["num_hidden_layers"])
-        reason = weight_names.why_unknown(expected.keys(), checkpoint.tensors.keys(), layers)
+        reason = weight_names.why_unknown(expected.keys(), found.keys(), layers)
     if reason is not None:
         raise CheckpointError(f"weights: {reason}")
     if missing:
@@ -300,13 +301,13 @@ def _check_weights(checkpoint: Checkpoint, model_type: str, expected: Mapping[st
             "model can't be compressed"
         )
     for name, shape in expected.items():
-        tensor = checkpoint.tensors[name]
-        if tensor.shape != shape:
+        if found[name] != shape:
             raise CheckpointError(
-                f"weights: {name} is {' × '.join(map(str, tensor.shape))}, but by config.json it is "
+                f"weights: {name} is {' × '.join(map(str, found[name]))}, but by config.json it is "
                 f"{' × '.join(map(str, shape))}; use config.json and weights of the same model, "
                 f"or correct compressors/model/families/{model_type}.py, if it does not describe this architecture"
             )
+    for name, tensor in checkpoint.tensors.items():
         if tensor.dtype not in FLOATS:
             raise CheckpointError(
                 f"weights: {name} is {str(tensor.dtype).removeprefix('torch.')}; start from the unquantized model"

@@ -13,7 +13,7 @@ from typing import Protocol, cast
 import torch
 
 from compressors.choices import Value
-from compressors.methods import repair
+from compressors.methods import precision, repair
 from compressors.methods.quantizers import Rounded
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family
@@ -44,6 +44,7 @@ class Build:
         basis: Basis [E, E] into which the residual stream was turned, a column a component; None: it was not.
         dimensions: Dimensions of the residual stream that stay, int64 [kept]; None: all.
         simulate: Whether quantized weights are multiplied out, for scoring in memory.
+        given: What the weights of Linears that a scheme rounds are rounded to, by module; None: the quantizer says.
         rounded: Weights that were rounded for scoring, by module, for the same plan's checkpoint; None: none are kept.
         device: Where the arithmetic is done.
         say: Told what takes long.
@@ -63,6 +64,7 @@ class Build:
     basis: torch.Tensor | None = None
     dimensions: torch.Tensor | None = None
     simulate: bool = False
+    given: precision.Given | None = None
     rounded: dict[str, Rounded] | None = None
     device: str = "cpu"
     say: Say = lambda _: None

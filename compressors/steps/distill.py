@@ -14,7 +14,7 @@ from compressors.device import release
 from compressors.distillation import repair as distillation
 from compressors.methods import repair, rotation, stream
 from compressors.methods.kept_fits import fitted
-from compressors.plan import CompressionPlan
+from compressors.plan import CompressionPlan, is_cut
 from compressors.steps import Build
 
 VERSIONS: Mapping[tuple[str, Value], str] = {
@@ -23,8 +23,8 @@ VERSIONS: Mapping[tuple[str, Value], str] = {
 
 
 def applies(plan: CompressionPlan, base: CompressionPlan) -> bool:
-    """Say whether the plan repairs by a distillation."""
-    return plan.repair == "distill"
+    """Say whether the plan repairs a cut by a distillation."""
+    return plan.repair == "distill" and is_cut(plan, base)
 
 
 def shapes(made: Build) -> Build:
@@ -39,16 +39,16 @@ def run(made: Build) -> Build:
     moments, cut, device = made.moments, made.checkpoint, made.device
 
     def fit() -> dict[str, torch.Tensor]:
-        work = moments.path / f"distilling-{_key(made)}"
+        work = moments.path / f"distilling-{key(made)}"
         weights = distillation.repaired(cut, made.base, moments.lessons(), device, work, made.say)
         release(device)
         return weights
 
-    kept = fitted(cut, distillation.names(cut), moments.path, "distill", lambda: _key(made), fit, made.say)
+    kept = fitted(cut, distillation.names(cut), moments.path, "distill", lambda: key(made), fit, made.say)
     return dataclasses.replace(made, checkpoint=kept)
 
 
-def _key(made: Build) -> str:
+def key(made: Build) -> str:
     """Return a digest of what is cut, how it is repaired, and the text that it learns from."""
     chosen = {part: [index.tolist() for index in of_layer] for part, of_layer in sorted(made.inputs.items())}
     dimensions = None if made.dimensions is None else made.dimensions.tolist()

@@ -51,12 +51,13 @@ def _in_precision(made: Build, checkpoint: Checkpoint, second: precision.Moments
         plan.precision,
         quantizer="nearest" if fitted and second is None else plan.quantizer,
         group_size=plan.group_size,
-        keep=_in_16_bits(checkpoint, family, plan, second),
+        keep=in_16_bits(checkpoint, family, plan, second) if made.given is None else _not_given(made, checkpoint),
         lm_head_8bit=plan.lm_head == "8-bit",
         kv_cache_fp8=plan.kv_cache == "fp8",
         moments=second,
         device=made.device,
         known=made.rounded,
+        given=made.given,
     )
     return dataclasses.replace(made, checkpoint=rounded)
 
@@ -85,10 +86,18 @@ def second_moments(
     return second
 
 
-def _in_16_bits(
+def _not_given(made: Build, checkpoint: Checkpoint) -> list[str]:
+    """Return the projections that stay in 16 bits where others were rounded before, from weights that changed since."""
+    return [module for module in precision.linears(checkpoint, made.family) if module not in (made.given or {})]
+
+
+def in_16_bits(
     checkpoint: Checkpoint, family: Family, plan: CompressionPlan, second: precision.Moments | None
 ) -> list[str]:
-    """The projections that stay in 16 bits; without second moments the smallest: no size is predicted too large."""
+    """Return the projections that stay in 16 bits.
+
+    Without second moments they are the smallest, so that no size is predicted too large.
+    """
     groups = precision.fused_groups(checkpoint, family)
     if plan.keep_16_bit and second is not None:
         groups = sensitivity.rank(checkpoint, family, plan.precision, second, group_size=plan.group_size)

@@ -80,8 +80,15 @@ class CompressionKeys(Section):
             return self
         if self.target_dim is not None and {"reduce_hidden", "reduce_ffn"} <= set(self.methods):
             raise ValueError("target_dim is ambiguous with both methods; set hidden_size and intermediate_size")
-        if set(self.methods) == {"drop_layers"} and getattr(self, "repair", None) == "ridge":
+        repair = getattr(self, "repair", None) or "none"
+        if set(self.methods) == {"drop_layers"} and repair == "ridge":
             raise ValueError("repair: ridge can't repair where only layers are dropped; choose stream, distill or none")
+        learns = repair == "distill" and self.scheme == "W4A16"
+        if set(self.methods) == {"quantize"} and repair != "none" and not learns:
+            raise ValueError(
+                f"repair: {repair} mends what a cut took, and quantize alone cuts nothing; the scales of W4A16 can "
+                "learn, with distill"
+            )
         given = {name for name in type(self).model_fields if getattr(self, name) is not None} - {"method", "drop_from"}
         if isinstance(self.drop_from, list):
             given.add("keep_layers")

@@ -11,7 +11,9 @@ from typing import Any
 
 from compressors import cached
 from compressors.device import compute_dtype, release
-from compressors.plan import CompressionPlan
+from compressors.methods import precision
+from compressors.model.checkpoint import Checkpoint
+from compressors.plan import CompressionPlan, is_cut
 from compressors.typed_json import typed
 from evaluator import quality, texts
 from evaluator.errors import NotFinite
@@ -217,7 +219,7 @@ def _model(setting: Setting, plan: CompressionPlan, say: Say, *, quick: bool = F
     if plan.repair == "stream":  # for a while the base model and the cut one are in memory too
         need = 2 * need + whole
     elif plan.repair == "distill":  # or the base model, and float32 weights with their gradients and AdamW's moments
-        need = max(need, whole + simulated.total_parameters * TRAINED_BYTES)
+        need = max(need, whole + _trained(setting, plan, simulated) * TRAINED_BYTES)
     require_memory(need, device, "screening this plan")
     model = simulated.to_model(device, dtype=compute_dtype(device))
     try:
@@ -225,6 +227,15 @@ def _model(setting: Setting, plan: CompressionPlan, say: Say, *, quick: bool = F
     finally:
         del model
         release(device)
+
+
+def _trained(setting: Setting, plan: CompressionPlan, simulated: Checkpoint) -> int:
+    """Return how many weights a distillation trains: all of a cut model; of one that is rounded alone what stays."""
+    total = simulated.total_parameters
+    if is_cut(plan, setting.model.identity):
+        return total
+    rounded = precision.linears(simulated, setting.model.family)
+    return total - sum(math.prod(simulated.tensors[f"{module}.weight"].shape) for module in rounded)
 
 
 def mean_known(values: tuple[float | None, ...]) -> float | None:

@@ -7,6 +7,7 @@ import torch
 
 from compressors import build
 from compressors.distillation import repair as distillation
+from compressors.methods import precision
 from compressors.model import family as families
 from compressors.model.checkpoint import Checkpoint
 from compressors.plan import CompressionPlan, canonical
@@ -32,10 +33,12 @@ def maker(tmp_path, monkeypatch):
         statistics = activations.calibrate(base, DOMAINS["low"])
         own, its_family = CompressionPlan.identity(base.config), families.family_of(base)
 
-        def make(said=None, **different):
+        def make(said=None, rounded=None, simulate=False, **different):
             plan = canonical(dataclasses.replace(own, **different), own)
             say = (lambda line: None) if said is None else said.append
-            return build.apply(plan, base, its_family, statistics, moments=moments, say=say)
+            return build.apply(
+                plan, base, its_family, statistics, moments=moments, simulate=simulate, rounded=rounded, say=say
+            )
 
         return make
 
@@ -176,9 +179,92 @@ def test_a_killed_repair_tries_no_rate_again(pico_llama, maker, monkeypatch, tmp
 
 def test_a_plan_that_cuts_nothing_is_not_distilled(base):
     own = CompressionPlan.identity(base.config)
-    for precision in (own.precision, "W8A8"):
-        plan = dataclasses.replace(own, precision=precision, repair="distill")
+    for scheme in (own.precision, "W8A8", "FP8_DYNAMIC"):
+        plan = dataclasses.replace(own, precision=scheme, repair="distill")
         assert canonical(plan, own).repair == "none"
+    for repair in ("none", "ridge", "stream", "distill"):
+        plan = canonical(dataclasses.replace(own, precision="W4A16", repair=repair), own)
+        assert plan.repair == (repair if repair == "distill" else "none")
+
+
+# -- scales --------------------------------------------------------------------------------------------------------
+
+W4A16 = {"precision": "W4A16", "quantizer": "gptq"}
+
+
+def loaded(checkpoint):
+    return {name: tensor.load() for name, tensor in checkpoint.tensors.items()}
+
+
+@pytest.fixture
+def packable(write_pico_model, tmp_path):
+    """Write models of a family whose widths are multiples of 32, the smallest group."""
+
+    def of(family):
+        sizes = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        return Checkpoint.read(write_pico_model(tmp_path / family, family, **sizes))
+
+    return of
+
+
+@pytest.mark.parametrize("family", ["llama", "exaone4", "qwen2"])
+@pytest.mark.parametrize("cut", [{}, FFN], ids=["nothing cut", "FFN"])
+def test_scales_of_integers_learn_and_the_integers_stay(packable, maker, family, cut):
+    base = packable(family)
+    make = maker(base)
+    rounded, learnt = (make(**cut, **W4A16, repair=repair, simulate=True) for repair in ("ridge", "distill"))
+    unseen = windows_of(9, 3, 320)
+    assert kl(base, learnt, unseen) < 0.985 * kl(base, rounded, unseen)
+    if cut:
+        return
+    before, after = loaded(make(**W4A16)), loaded(make(**W4A16, repair="distill"))
+    assert before.keys() == after.keys()
+    scales = {name for name in before if name.endswith("weight_scale")}
+    integers = {name for name in before if name.endswith(("weight_packed", "weight_shape"))}
+    assert all(torch.equal(before[name], after[name]) for name in integers)
+    assert all(before[name].dtype == after[name].dtype and before[name].shape == after[name].shape for name in before)
+    assert sum(not torch.equal(before[name], after[name]) for name in scales) > len(scales) / 2
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"keep_16_bit": 1}, {"lm_head": "8-bit"}], ids=["all", "one in 16 bits", "lm_head"]
+)
+def test_what_is_written_is_what_was_scored(packable, maker, tmp_path, more):
+    """In stock transformers, whether its integers come from the scored model's memory or from the kept fit."""
+    import transformers
+
+    make, known = maker(packable("llama")), {}
+    plan = {**FFN, **W4A16, **more, "repair": "distill"}
+    scored = make(simulate=True, rounded=known, **plan).to_model("cpu", torch.float32)
+    ids = torch.tensor(windows_of(9, 3, 320, count=2))
+    expected = scored(input_ids=ids).logits
+    for name, rounded in {"from memory": known, "anew": None}.items():
+        make(rounded=rounded, **plan).write(tmp_path / name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        assert torch.allclose(model(input_ids=ids).logits, expected, atol=2e-3 * float(expected.abs().max()))
+
+
+def test_a_rounded_student_computes_as_its_weights_multiplied_out_and_its_scales_have_gradients(packable, maker):
+    base = packable("llama")
+    its_family = families.family_of(base)
+    how = {"quantizer": "nearest", "group_size": 0, "keep": (), "moments": None, "device": "cpu"}
+    plain = maker(base)(precision="W4A16", simulate=True).to_model("cpu", torch.float32)
+    half = precision.in_16_bits(base)
+    tensors, values = dict(half.tensors), {}
+    for module, (its, scales) in precision.rounded(half, its_family, "W4A16", **how).items():
+        del tensors[f"{module}.weight"]
+        values[module], tensors[f"{module}.weight_scale"] = its.load(), scales
+    student = dataclasses.replace(base, tensors=tensors, values=values)
+    model = student.to_model("cpu", torch.float32)
+    ids = torch.tensor(windows_of(9, 3, 320, count=2))
+    logits = model(input_ids=ids).logits
+    assert torch.allclose(logits, plain(input_ids=ids).logits, atol=1e-4 * float(logits.abs().max()))
+    model.requires_grad_(True)
+    model(input_ids=ids).logits.square().mean().backward()
+    learning = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert {f"{module}.weight_scale" for module in values} <= learning
+    changed = dataclasses.replace(student, values={**values, module: values[module].flip(0)})
+    assert changed.digest() != student.digest()  # a state that is resumed is of the same integers
 
 
 def test_one_window_in_eight_of_each_text_judges():

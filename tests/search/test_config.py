@@ -130,6 +130,16 @@ def test_a_depth_cut_can_only_be_repaired_by_stream(tmp_path):
         compose.load("demo", [*words, "compression.repair=ridge"], tmp_path)
 
 
+def test_of_what_is_quantized_alone_the_scales_of_w4a16_can_learn(tmp_path):
+    words = ["compression.method=quantize", "compression.scheme=W4A16"]
+    assert compose.load("demo", [*words, "compression.repair=distill"], tmp_path).compression.repair == "distill"
+    for others in (["compression.repair=stream"], ["compression.scheme=W8A8", "compression.repair=distill"]):
+        with pytest.raises(ConfigError, match="mends what a cut took, and quantize alone cuts nothing"):
+            compose.load("demo", [*words, *others], tmp_path)
+    cut = ["compression.method=[quantize,reduce_ffn]", "compression.target_dim=96", "compression.repair=stream"]
+    assert compose.load("demo", [*words, *cut], tmp_path).compression.repair == "stream"
+
+
 @pytest.mark.parametrize(
     ("word", "same"),
     [
