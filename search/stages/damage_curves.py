@@ -19,6 +19,7 @@ from compressors.choices import Value
 
 EVEN = 0.005  # nats per token, added to both losses of a share: smaller ones are noise
 ASSUMED = {"stream": 0.8, "distill": 0.5}  # of the loss with ridge, what these repairs leave where none was scored
+SCALES = 0.7  # of the loss of rounded weights, what scales that learn are assumed to leave
 ASSUMED_ERROR = 0.3  # of a loss, where its share is assumed
 
 

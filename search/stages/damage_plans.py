@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from compressors import build
@@ -18,6 +18,7 @@ LEVELS = (0.0, 0.4, 0.7)  # shares of the way from a dimension's low to its high
 LEVELS_ON_A_CPU = (0.0, 0.5)  # where one takes ten seconds
 LEFT_OUT = ("distill", "kl-look-ahead")  # choices that take too long for a forecast
 LEFT_OUT_ON_A_CPU = ("stream",)  # as well: two minutes for 135M parameters and few tokens, on two cores
+BREAKS = 1.0  # nats per token with ridge, above which its curve says nothing of what a better repair leaves
 
 
 def wanted(setting: Setting) -> list[CompressionPlan]:
@@ -26,17 +27,11 @@ def wanted(setting: Setting) -> list[CompressionPlan]:
     Each searched size is cut to a few levels, and each searched precision made by each of its methods, with the first
     of each choice and ridge for any repair. Every other choice that goes with a cut is scored at the middle level.
     """
-    quick = setting.machine.device == "cuda"
-    levels, left_out = (LEVELS, LEFT_OUT) if quick else (LEVELS_ON_A_CPU, (*LEFT_OUT, *LEFT_OUT_ON_A_CPU))
     own, space = setting.model.identity, setting.file.space
-    searched = {name: getattr(space, name) for name in CHOICES if isinstance(getattr(space, name), list)}
-    repair = "ridge" if any(name != "none" for name in space.repair) else "none"
-    start = dataclasses.replace(own, **{**{name: values[0] for name, values in searched.items()}, "repair": repair})
+    searched, left_out, start = _searched(setting), _left_out(setting), _start(setting)
     plans: list[CompressionPlan] = []
     others: list[CompressionPlan] = []
-    for name in DIMENSIONS:
-        near = (_buildable_near(setting, cut) for cut in _cut(start, name, space, own, levels))
-        cuts = [plan for plan in near if plan is not None]
+    for cuts in _cuts(setting):
         plans += cuts
         for middle in cuts[len(cuts) // 2 :][:1]:
             for choice, values in searched.items():
@@ -48,6 +43,50 @@ def wanted(setting: Setting) -> list[CompressionPlan]:
             plans.append(dataclasses.replace(start, precision=precision, quantizer=quantizer, smoothing=smoothing))
     distinct = dict.fromkeys(canonical(plan, own) for plan in [*plans, *others])
     return [plan for plan in distinct if plan != own and _is_buildable(setting, plan)]
+
+
+def where_ridge_breaks(setting: Setting, lost: Mapping[CompressionPlan, float]) -> list[CompressionPlan]:
+    """Return the strongest cut along each axis with each other repair, where it loses more than BREAKS with ridge.
+
+    A share of a curve says little there: what ridge can't mend is lost, whatever the size. With 8 and 6 of 12 query
+    heads a model of 1.5B parameters loses 1.15 and 1.58 nats per token with ridge, and .14 and .45 with `stream`.
+
+    Args:
+        setting: What the study shares.
+        lost: The losses so far in nats per token, by plan.
+    """
+    own, left_out = setting.model.identity, _left_out(setting)
+    found: list[CompressionPlan] = []
+    for strongest in (canonical(cuts[0], own) for cuts in _cuts(setting) if len(cuts) > 1):
+        if strongest.repair == "ridge" and lost.get(strongest, 0.0) > BREAKS:
+            repairs = [repair for repair in setting.file.space.repair if repair not in ("none", "ridge", *left_out)]
+            found += [canonical(dataclasses.replace(strongest, repair=repair), own) for repair in repairs]
+    return [plan for plan in found if _is_buildable(setting, plan)]
+
+
+def _left_out(setting: Setting) -> Sequence[str]:
+    return LEFT_OUT if setting.machine.device == "cuda" else (*LEFT_OUT, *LEFT_OUT_ON_A_CPU)
+
+
+def _searched(setting: Setting) -> dict[str, list[Any]]:
+    """Return the values of each choice that the space has in a list."""
+    space = setting.file.space
+    return {name: getattr(space, name) for name in CHOICES if isinstance(getattr(space, name), list)}
+
+
+def _start(setting: Setting) -> CompressionPlan:
+    """Return the base model's plan with the first of each choice, and ridge for any repair."""
+    repair = "ridge" if any(name != "none" for name in setting.file.space.repair) else "none"
+    first = {name: values[0] for name, values in _searched(setting).items()}
+    return dataclasses.replace(setting.model.identity, **{**first, "repair": repair})
+
+
+def _cuts(setting: Setting) -> Iterator[list[CompressionPlan]]:
+    """Return the cuts to the levels of each searched size, the strongest first, as far as they can be built."""
+    levels = LEVELS if setting.machine.device == "cuda" else LEVELS_ON_A_CPU
+    for name in DIMENSIONS:
+        cuts = _cut(_start(setting), name, setting.file.space, setting.model.identity, levels)
+        yield [plan for plan in (_buildable_near(setting, cut) for cut in cuts) if plan is not None]
 
 
 def _cut(

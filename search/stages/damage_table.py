@@ -21,7 +21,7 @@ from compressors import build, cached
 from compressors.choices import PRECISIONS, Value
 from compressors.errors import CompressionError
 from compressors.files import digest_of_json
-from compressors.plan import CHOICES, CompressionPlan, canonical, short
+from compressors.plan import CHOICES, CompressionPlan, canonical, learns_scales, short
 from evaluator import score
 from evaluator.errors import EvaluationError, NotFinite
 from search import secrets
@@ -31,7 +31,7 @@ from search.setup import keys
 from search.setup.setting import Setting
 from search.stages import damage_plans, screen
 from search.stages.damage_axes import along, axes
-from search.stages.damage_curves import AxisLoss, AxisLosses, Loss, Scored
+from search.stages.damage_curves import ASSUMED_ERROR, SCALES, AxisLoss, AxisLosses, Loss, Scored
 from search.stages.screen import Screener
 
 VERSION = 2
@@ -151,7 +151,14 @@ class DamageTable:
         if not same:
             return UNKNOWN
         found = max(same, key=shared).loss
+        if learns_scales(plan):  # which takes too long for a table
+            return AxisLoss(SCALES * found.nll, found.nll_se, ASSUMED_ERROR * SCALES * max(found.nll, 0.0))
         return AxisLoss(found.nll, found.nll_se)
+
+    def lacks(self, plans: Sequence[CompressionPlan]) -> list[CompressionPlan]:
+        """Return the plans that were not scored."""
+        scored = {entry.plan for entry in self.entries}
+        return [plan for plan in plans if plan not in scored]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as JSON values."""
@@ -213,15 +220,29 @@ def damage_table(setting: Setting, screener: Screener, say: Say) -> DamageTable:
     Raises:
         NotFinite: The base model is broken.
     """
-    path, table = path_of(setting), known(setting) or DamageTable(setting.model.identity, ())
-    scored = {entry.plan for entry in table.entries}
-    missing = [plan for plan in damage_plans.wanted(setting) if plan not in scored]
+    table = known(setting) or DamageTable(setting.model.identity, ())
     base = screener.base_nll(say)
-    fits = any(build.needs_moments(plan) for plan in missing)  # then the base model writes anyway, if it is asked to
-    if fits and setting.machine.device == "cuda":  # on a CPU the two would only disturb each other
+    missing = table.lacks(damage_plans.wanted(setting))
+    # then the base model writes anyway, if it is asked to; on a CPU that and scoring would only disturb each other
+    if any(map(build.needs_moments, missing)) and setting.machine.device == "cuda":
         while_writing(setting, screener, missing, say)
-    for number, plan in enumerate(missing, start=1):
-        say(f"damage table: plan {number} of {len(missing)}")
+    table = _with(table, missing, setting, screener, base, say)
+    lost = {entry.plan: entry.loss.nll for entry in table.entries}
+    return _with(table, table.lacks(damage_plans.where_ridge_breaks(setting, lost)), setting, screener, base, say)
+
+
+def _with(
+    table: DamageTable,
+    plans: Sequence[CompressionPlan],
+    setting: Setting,
+    screener: Screener,
+    base: Sequence[float],
+    say: Say,
+) -> DamageTable:
+    """Return the table with the plans scored, kept after each of them."""
+    fits = any(map(build.needs_moments, plans))
+    for number, plan in enumerate(plans, start=1):
+        say(f"damage table: plan {number} of {len(plans)}")
         try:
             loss = _scored(screener, plan, base, say, on_own=fits)
         except NotFinite as error:
@@ -231,7 +252,7 @@ def damage_table(setting: Setting, screener: Screener, say: Say) -> DamageTable:
             say(f"damage table: left out: {secrets.line_of(error)}")
             continue
         table = dataclasses.replace(table, entries=(*table.entries, Entry(plan, loss)))
-        cached.keep_json(path, table.to_dict())
+        cached.keep_json(path_of(setting), table.to_dict())
     return table
 
 

@@ -315,6 +315,47 @@ def test_the_table_scores_every_choice_of_the_space_at_one_level(prepared, monke
     assert {plan.quantizer for plan in plans if plan.precision == "W8A8"} == {"nearest", "gptq"}
 
 
+def test_where_ridge_breaks_a_repair_is_scored_at_the_strongest_cut_too_and_has_a_curve_of_its_own(
+    prepared, monkeypatch
+):
+    monkeypatch.setattr(damage_plans, "LEFT_OUT_ON_A_CPU", ())
+    own, cut = prepared.model.identity, dataclasses.replace
+    searched = prepared.file.space.model_copy(
+        update={
+            "intermediate_size": Range(low=80, high=160, step=8),
+            "num_key_value_heads": None,
+            "num_attention_heads": None,
+            "importance": ["energy"],
+            "repair": ["stream"],
+            "precision": None,
+        }
+    )
+    study = dataclasses.replace(prepared, file=prepared.file.model_copy(update={"space": searched}))
+    narrow, middle = (cut(own, intermediate_size=size, importance="energy", repair="ridge") for size in (80, 120))
+    assert {narrow, middle, cut(middle, repair="stream")} <= set(damage_plans.wanted(study))
+    assert damage_plans.where_ridge_breaks(study, {narrow: 0.9, middle: 2.0}) == []
+    again = damage_plans.where_ridge_breaks(study, {narrow: 1.6})
+    assert again == [cut(narrow, repair="stream")]
+
+    scored = {narrow: 1.6, middle: 1.1, cut(middle, repair="stream"): 0.15, again[0]: 0.45}
+    monkeypatch.setattr(damage_table, "_scored", lambda screener, plan, base, say, on_own: loss(scored.get(plan, 0.0)))
+    table = damage_table.damage_table(study, Screener(study), silent)
+    assert table.parts(again[0])["intermediate_size"] == pytest.approx(0.45)  # and not .15 · 1.6 / 1.1
+    between = table.parts(cut(own, intermediate_size=104, importance="energy", repair="stream"))["intermediate_size"]
+    assert 0.15 < between < 0.45
+
+
+def test_scales_that_learn_are_forecast_to_lose_less_than_rounding_and_that_is_no_certainty(prepared):
+    own, cut = prepared.model.identity, dataclasses.replace
+    rounded = cut(own, precision="W4A16")
+    table = DamageTable(own, (Entry(rounded, loss(0.1)),))
+    (plain, its_error), (learnt, error) = (table.loss(plan) for plan in (rounded, cut(rounded, repair="distill")))
+    assert plain == pytest.approx(0.1)
+    assert learnt == pytest.approx(0.07)
+    assert error / learnt > its_error / plain
+
+
+@pytest.mark.long
 def test_stream_is_scored_with_few_tokens_and_leaves_no_file(prepared, monkeypatch):
     searched = prepared.file.space.model_copy(update={"repair": ["stream"], "precision": None})
     study = dataclasses.replace(prepared, file=prepared.file.model_copy(update={"space": searched}))
@@ -534,6 +575,7 @@ def test_probes_are_plans_that_the_engine_serves_and_leave_no_precision_out(prep
     assert any(check for _, check in plans)
 
 
+@pytest.mark.long
 def test_a_study_with_a_forecast_times_and_scores_single_cuts_and_prunes_by_them(home, cli):
     ended = cli("run", "--study", "forecast", "--config-dir", home, "--json", "sampler.name=forecast", cwd=home)
     assert ended.status == 0, ended.err
