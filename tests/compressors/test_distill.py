@@ -226,6 +226,7 @@ distill(student, teacher, text(50, 0), text(8, 1), {settings}, "cpu", pathlib.Pa
 """
 
 
+@pytest.mark.long
 def test_a_killed_and_resumed_run_ends_like_an_uninterrupted_one(pico_exaone4, tmp_path):
     settings = "dataclasses.replace(SETTINGS, weight_ce=0.1)"
     script = KILLED.format(

@@ -127,6 +127,7 @@ def test_it_is_made_once_and_for_all_precisions(pico_llama, maker, tmp_path):
     assert again
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("useless", "dtype"),
     [(1e-12, "bfloat16"), (30.0, "bfloat16"), (1e30, "bfloat16"), (30.0, "float32")],
@@ -146,6 +147,7 @@ def test_of_two_rates_the_one_that_learns_is_taken(write_pico_model, tmp_path, m
     assert all(torch.equal(alone[name].load(), values) for name, values in both.items())
 
 
+@pytest.mark.long
 def test_a_killed_repair_tries_no_rate_again(pico_llama, maker, monkeypatch, tmp_path):
     make = maker(Checkpoint.read(pico_llama))
     (useful,) = distillation.RATES
@@ -207,6 +209,7 @@ def packable(write_pico_model, tmp_path):
     return of
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "exaone4", "qwen2"])
 @pytest.mark.parametrize("cut", [{}, FFN], ids=["nothing cut", "FFN"])
 def test_scales_of_integers_learn_and_the_integers_stay(packable, maker, family, cut):
@@ -226,6 +229,7 @@ def test_scales_of_integers_learn_and_the_integers_stay(packable, maker, family,
     assert sum(not torch.equal(before[name], after[name]) for name in scales) > len(scales) / 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "more", [{}, {"keep_16_bit": 1}, {"lm_head": "8-bit"}], ids=["all", "one in 16 bits", "lm_head"]
 )

@@ -107,6 +107,7 @@ def test_the_windows_are_spread_over_the_text(model, domains, collected, tmp_pat
     )
 
 
+@pytest.mark.long
 def test_a_killed_search_resumes_where_it_was_and_a_damaged_one_begins_again(
     model, domains, collected, tmp_path, damages
 ):

@@ -155,6 +155,7 @@ def tracked(home):
     return {run.info.run_name for run in runs}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["bfloat16", "W8A8"])
 def test_a_plan_by_hand_is_measured_as_the_study_measures_it(cli, shared, precision):
     overrides = [f"space={{num_hidden_layers: 3, intermediate_size: 128, precision: [{precision}]}}", "trials=1"]
@@ -340,6 +341,7 @@ def test_weights_that_were_changed_since_are_not_taken_for_the_plans(cli, shared
     assert done.json["plan"] is None
 
 
+@pytest.mark.long
 def test_a_quantized_checkpoint_of_another_origin_has_its_plans_quality(cli, shared):
     """What compressed-tensors multiplies out is what the screen of its plan computes."""
     path = shared / "submit" / "w8a8"

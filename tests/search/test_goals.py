@@ -336,6 +336,7 @@ GOALS = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", GOALS)
 def test_the_exported_trial_is_the_feasible_one_with_the_best_value_although_another_has_a_better_one(home, cli, name):
     word, value_of, bounded, least = GOALS[name]
@@ -375,6 +376,7 @@ def test_the_exported_trial_is_the_feasible_one_with_the_best_value_although_ano
     assert f"best: trial {leader.number}, {state['best']['result']}" in shown
 
 
+@pytest.mark.long
 def test_a_study_prunes_by_size_at_once_and_by_its_bound_on_the_screen_with_numbers(home, cli):
     words = ("run", "--study", "goals", "--study-name", "pruned", SIZE_GOAL, "--trials", "14", "--json")
     ran = cli(*words, cwd=home)

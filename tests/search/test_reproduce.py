@@ -95,6 +95,7 @@ def test_there_are_forty_plans_and_more():
     assert len(PLANS) >= 40
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PLANS)
 def test_the_reports_command_makes_the_same_weights(cli, home, prepared, evaluation, name, tmp_path):
     plan = PLANS[name]

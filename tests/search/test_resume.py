@@ -245,6 +245,7 @@ def _second_trial_began(home):
         return False
 
 
+@pytest.mark.long
 def test_a_finished_study_runs_no_trial_until_more_are_asked_for(make_study, cli, tmp_path):
     home = make_study("again")
 

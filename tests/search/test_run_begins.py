@@ -130,6 +130,7 @@ def test_a_refusal_imports_no_torch_and_takes_no_time(stored):
     assert float(times) < 3  # as long as the command line itself takes to import
 
 
+@pytest.mark.long
 def test_a_run_begins_without_what_only_its_trials_need():
     program = """
         import sys

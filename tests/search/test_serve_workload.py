@@ -202,6 +202,7 @@ def test_a_study_of_servers(cli, stand_ins, tmp_path, pico_llama):
     assert not list((tmp_path / "outputs").glob("forecast/speed-*"))
 
 
+@pytest.mark.long
 def test_engines_stand_for_servers_in_a_forecast(cli, stand_ins, tmp_path, pico_llama):
     """Of each concurrency they are given as many requests at once, of mean lengths; and that is said."""
     (tmp_path / "served.yaml").write_text(STUDY.format(home=tmp_path, model=pico_llama, workload=OF_LENGTHS))

@@ -26,6 +26,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("source", ["model", "missing"])
 def test_a_worker_that_can_not_begin_says_why_in_one_line(tmp_path, pico_llama, source):
     values = {
