@@ -19,7 +19,7 @@ import torch
 from compressors.device import release
 from compressors.distillation import distill
 from compressors.distillation.settings import Distillation
-from compressors.model.checkpoint import Checkpoint, LazyTensor
+from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import FLOATS
 
 VERSION = 4  # increase it when the same cut would be repaired differently
@@ -162,9 +162,4 @@ def typical_weight(checkpoint: Checkpoint) -> float:
 
 def _in_memory(checkpoint: Checkpoint) -> Checkpoint:
     """Return the checkpoint with its tensors loaded once."""
-
-    def loaded(tensor: LazyTensor) -> LazyTensor:
-        values = tensor.load()
-        return dataclasses.replace(tensor, load=lambda: values)
-
-    return dataclasses.replace(checkpoint, tensors={name: loaded(one) for name, one in checkpoint.tensors.items()})
+    return dataclasses.replace(checkpoint, tensors={name: one.loaded() for name, one in checkpoint.tensors.items()})

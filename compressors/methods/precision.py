@@ -225,16 +225,11 @@ def rounded(
     size = _checked(checkpoint, family, scheme, quantizer, group_size, keep, False)
     by = _Rounding(quantizer, moments, device)
 
-    def of(module: str) -> tuple[LazyTensor, LazyTensor]:
-        weight = checkpoint.tensors[f"{module}.weight"]
-        rows, columns = weight.shape
-        values = LazyTensor(weight.shape, torch.int8, lambda: by.once(module, weight, scheme, size)[0].to(torch.int8))
-        scales = LazyTensor(
-            (rows, columns // (size or columns)), weight.dtype, lambda: by.once(module, weight, scheme, size)[1]
-        )
-        return values, scales
-
-    return {module: of(module) for module in linears(checkpoint, family) if module not in keep}
+    return {
+        module: _lazily(module, checkpoint.tensors[f"{module}.weight"], scheme, size, by)
+        for module in linears(checkpoint, family)
+        if module not in keep
+    }
 
 
 def head_scheme(scheme: str) -> str:
@@ -387,24 +382,30 @@ def _stored(
     module: str, weight: LazyTensor, scheme: str, size: int | None, rounded: _Rounding
 ) -> dict[str, LazyTensor]:
     rows, columns = weight.shape
-
-    def values(dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-        return lambda: rounded.once(module, weight, scheme, size)[0].to(dtype)
-
-    scale = LazyTensor(
-        (rows, columns // (size or columns)), weight.dtype, lambda: rounded.once(module, weight, scheme, size)[1]
-    )
+    values, scale = _lazily(module, weight, scheme, size, rounded)
     if scheme in BITS:
         bits = BITS[scheme]
         return {
             f"{module}.weight_packed": LazyTensor(
-                (rows, math.ceil(columns * bits / 32)), torch.int32, lambda: _packed(values(torch.int8)(), bits)
+                (rows, math.ceil(columns * bits / 32)), torch.int32, lambda: _packed(values.load(), bits)
             ),
             f"{module}.weight_scale": scale,
             f"{module}.weight_shape": LazyTensor((2,), torch.int64, lambda: torch.tensor([rows, columns])),
         }
+    return {f"{module}.weight": values, f"{module}.weight_scale": scale}
+
+
+def _lazily(
+    module: str, weight: LazyTensor, scheme: str, size: int | None, rounded: _Rounding
+) -> tuple[LazyTensor, LazyTensor]:
+    """Return the values [N, K] in the scheme's dtype of one byte, and the scales [N, K/g] in the weight's."""
+    rows, columns = weight.shape
     dtype = _grid(scheme)
-    return {f"{module}.weight": LazyTensor((rows, columns), dtype, values(dtype)), f"{module}.weight_scale": scale}
+    values = LazyTensor((rows, columns), dtype, lambda: rounded.once(module, weight, scheme, size)[0].to(dtype))
+    scales = LazyTensor(
+        (rows, columns // (size or columns)), weight.dtype, lambda: rounded.once(module, weight, scheme, size)[1]
+    )
+    return values, scales
 
 
 def _grid(scheme: str) -> torch.dtype:

@@ -64,6 +64,11 @@ class LazyTensor:
         """Return a tensor of the same shape whose values are `function` of this one's; dtype None keeps the dtype."""
         return LazyTensor(self.shape, dtype or self.dtype, lambda: function(self.load()))
 
+    def loaded(self) -> LazyTensor:
+        """Return the tensor with its values loaded now, and kept."""
+        values = self.load()
+        return LazyTensor(self.shape, self.dtype, lambda: values)
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:

@@ -102,13 +102,8 @@ def _rounded_student(cut: Checkpoint, rounded: Mapping[str, tuple[LazyTensor, La
     values: dict[str, torch.Tensor] = {}
     for number, (module, (its, scales)) in enumerate(rounded.items(), start=1):
         made.say(f"repair: rounding, projection {number} of {len(rounded)}")
-        learns = scales.load().cpu()
+        tensors[f"{module}.weight_scale"] = scales.map(torch.Tensor.cpu).loaded()
         with torch.inference_mode(False):  # what is made without gradients can't be multiplied with them
             values[module] = its.load().cpu().clone()
         del tensors[f"{module}.weight"]
-        tensors[f"{module}.weight_scale"] = dataclasses.replace(scales, load=functools.partial(_itself, learns))
     return dataclasses.replace(cut, tensors=tensors, values=values)
-
-
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

@@ -55,12 +55,18 @@ def where_ridge_breaks(setting: Setting, lost: Mapping[CompressionPlan, float]) 
         setting: What the study shares.
         lost: The losses so far in nats per token, by plan.
     """
-    own, left_out = setting.model.identity, _left_out(setting)
-    found: list[CompressionPlan] = []
-    for strongest in (canonical(cuts[0], own) for cuts in _cuts(setting) if len(cuts) > 1):
-        if strongest.repair == "ridge" and lost.get(strongest, 0.0) > BREAKS:
-            repairs = [repair for repair in setting.file.space.repair if repair not in ("none", "ridge", *left_out)]
-            found += [canonical(dataclasses.replace(strongest, repair=repair), own) for repair in repairs]
+    own, passed_over = setting.model.identity, ("none", "ridge", *_left_out(setting))
+    broken = {plan for plan, nll in lost.items() if plan.repair == "ridge" and nll > BREAKS}
+    repairs = [repair for repair in setting.file.space.repair if repair not in passed_over]
+    if not (broken and repairs):
+        return []  # before any cut is laid out
+    strongest = [canonical(cuts[0], own) for cuts in _cuts(setting) if len(cuts) > 1]
+    found = [
+        canonical(dataclasses.replace(plan, repair=repair), own)
+        for plan in strongest
+        if plan in broken
+        for repair in repairs
+    ]
     return [plan for plan in found if _is_buildable(setting, plan)]
 
 
@@ -83,9 +89,9 @@ def _start(setting: Setting) -> CompressionPlan:
 
 def _cuts(setting: Setting) -> Iterator[list[CompressionPlan]]:
     """Return the cuts to the levels of each searched size, the strongest first, as far as they can be built."""
-    levels = LEVELS if setting.machine.device == "cuda" else LEVELS_ON_A_CPU
+    levels, start = LEVELS if setting.machine.device == "cuda" else LEVELS_ON_A_CPU, _start(setting)
     for name in DIMENSIONS:
-        cuts = _cut(_start(setting), name, setting.file.space, setting.model.identity, levels)
+        cuts = _cut(start, name, setting.file.space, setting.model.identity, levels)
         yield [plan for plan in (_buildable_near(setting, cut) for cut in cuts) if plan is not None]
 
 

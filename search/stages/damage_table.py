@@ -240,7 +240,7 @@ def _with(
     say: Say,
 ) -> DamageTable:
     """Return the table with the plans scored, kept after each of them."""
-    fits = any(map(build.needs_moments, plans))
+    path, fits = path_of(setting), any(map(build.needs_moments, plans))
     for number, plan in enumerate(plans, start=1):
         say(f"damage table: plan {number} of {len(plans)}")
         try:
@@ -252,7 +252,7 @@ def _with(
             say(f"damage table: left out: {secrets.line_of(error)}")
             continue
         table = dataclasses.replace(table, entries=(*table.entries, Entry(plan, loss)))
-        cached.keep_json(path_of(setting), table.to_dict())
+        cached.keep_json(path, table.to_dict())
     return table
 
 

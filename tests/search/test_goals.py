@@ -421,24 +421,11 @@ def test_trials_are_timed_briefly_where_times_decide_nothing_and_at_length_for_a
         f"evaluation.workload={{turns: {turns}, decode_steps: {steps}, prompt_tokens: 4}}",
         "evaluation.speed=measured",
     )
-    of_plan = ("space.num_hidden_layers=4", "space.intermediate_size=null", "space.precision=null")
-    to_the_end = ("pruner.name=none", "evaluation.score_se=1e-9")
+    of_plan = ("space.num_hidden_layers=4", "space.intermediate_size=null", "space.precision=null", "trials=1")
+    words = ("--study", "goals", *timed, *of_plan, "pruner.name=none", "evaluation.score_se=1e-9")
 
     def samples(name, goal=()):
-        ran = cli(
-            "run",
-            "--study",
-            "goals",
-            "--study-name",
-            name,
-            *timed,
-            *of_plan,
-            *to_the_end,
-            *goal,
-            "--trials",
-            "1",
-            cwd=home,
-        )
+        ran = cli("run", *words, "--study-name", name, *goal, cwd=home)
         assert ran.status == 0, ran.err
         (trial,) = trials_of(home, name)
         kept = json.loads((home / "outputs" / "measurements" / f"{trial.user_attrs['measurement']}.json").read_text())
