@@ -106,15 +106,14 @@ def test_run_confirms_its_best_trials(done):
     assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
     for row in rows:
         assert row["text"] == "report text"
-        assert row["pairs"] == 2
+        assert 2 <= row["pairs"] <= row["taken"] <= 4  # a pair with a slow process is timed again, twice at most
         assert row["perf_norm"] == pytest.approx(row["base_perplexity"] / row["perplexity"])
         assert row["score"] == pytest.approx(max(0.5 * row["perf_norm"] + 0.5 * row["speed_norm"], 0))
         assert row["verdict"] in ("BETTER", "SAME", "WORSE", "UNDECIDED")
         assert row["score_half"] > 1.9 * row["score_se"]
         trial = study_in(home).trials[row["trial"]]
         assert row["perf_norm"] != trial.user_attrs["perf_norm"]  # another text
-    for pairs in pairs_in(home).values():
-        assert 2 <= len(pairs) <= 4
+    assert sorted(len(pairs) for pairs in pairs_in(home).values()) == sorted(row["taken"] for row in rows)
     assert "### Confirmed" in study_in(home).user_attrs["note"]
 
 
