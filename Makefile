@@ -10,8 +10,10 @@ comma  := ,
 STAMP  := $(VENV)/.ready-$(subst $(comma),+,$(EXTRAS))
 READY  := $(or $(firstword $(wildcard $(VENV)/.ready-*)),$(STAMP))
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
-# Modules are compiled when they are first imported; most of what is installed never is.
+# Modules are compiled when they are first imported; most of what is installed never is. Where images turn that off, each
+# process would compile torch and transformers again, which takes it seconds.
 INSTALL := $(PIP) install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 # By hand: make train RUN=drop_layers MODEL=submit/model_drop26 STUDY=exaone4-1.2b ARGS='compression.keep_layers=24'
 RUN    ?=
