@@ -70,14 +70,14 @@ def observed(
     found, shards = [], len(forecast.setting.texts.shards)
     running_mean = rungs.are_running_means(forecast.setting.file.pruner)
     for trial in trials:
-        value = learnt(quantity, trial, shards, running_mean=running_mean)
+        value = learnt(quantity, trial, forecast.setting.goal, shards, running_mean=running_mean)
         if value is not None:
             expected = getattr(forecast.expected(plan_of(trial.params)), quantity)
             found.append(Observation(trial.params, (value - expected) / UNITS[quantity], value))
     return found
 
 
-def learnt(quantity: str, trial: FrozenTrial, shards: int, *, running_mean: bool) -> float | None:
+def learnt(quantity: str, trial: FrozenTrial, goal: Goal, shards: int, *, running_mean: bool) -> float | None:
     """Return what a finished trial says about a quantity of its plan beyond the forecast; None if nothing."""
     if quantity == "score":
         return rungs.learnt(trial, shards, running_mean=running_mean)
@@ -85,9 +85,19 @@ def learnt(quantity: str, trial: FrozenTrial, shards: int, *, running_mean: bool
     if trial.state == TrialState.COMPLETE:
         value: float | None = known.get(quantity)
         return value
-    if trial.state == TrialState.PRUNED and quantity == "perf_norm" and "loss" in known:
+    if trial.state != TrialState.PRUNED or quantity != "perf_norm":
+        return None
+    if "loss" in known:
         return math.exp(-known["loss"])
-    return None
+    return _by_cheap_screen(trial, goal, shards) if "cheap_loss" in known else None
+
+
+def _by_cheap_screen(trial: FrozenTrial, goal: Goal, shards: int) -> float | None:
+    """Return the PerfNorm that was expected of a trial that ended after its cheap screen."""
+    if goal.objective == "perf_norm":
+        return trial.intermediate_values.get(rungs.cheap(shards))
+    least, missed = goal.bound("perf_norm"), trial.constraints.get("perf_norm")
+    return None if least is None or missed is None else least - missed
 
 
 @dataclasses.dataclass(frozen=True)
