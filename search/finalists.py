@@ -103,10 +103,15 @@ def wanted_of(file: StudyFile, top: int, tokens: int, count: int, say: Say) -> W
         say: Is called with the current step.
 
     Raises:
-        UsageError: The study file can't be used.
+        UsageError: The study file can't be used, or its goal is the size, which no distillation changes.
         CompressionError: Its distillation can't train with these settings.
     """
     setting = workers.shared(prepare(file, say), count)
+    if setting.goal.objective == "size":
+        raise UsageError(
+            f"--distill-top {top}: the goal is to {setting.goal}, and a distilled model has the size of its trial, so "
+            "that none could be better; search repair: distill, with which smaller plans reach the bounds"
+        )
     settings = distill.settings_of(setting, tokens)
     require_valid(settings)
     if file.export.for_transformers is not None:

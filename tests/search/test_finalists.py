@@ -302,6 +302,7 @@ def test_what_is_only_needed_on_the_way_is_deleted_however_a_call_ends(done, cli
         (["--distill-top", "1", "distillation.batch_tokens=8"], ["batch_tokens is 8", "window of 32"]),
         (["--distill-top", "1", "text.window=400", *FEW], ["windows of 400 tokens", "0 to judge on"]),
         (["--distill-top", "1", "export.for_transformers=3.0"], ["3.0"]),
+        (["--distill-top", "1", 'goal={minimize: size, perf_norm: ">= 0.9"}'], ["minimize size", "repair: distill"]),
     ],
 )
 def test_wrong_usage_is_refused_before_the_study_runs(refused, studied, tmp_path, words, parts):
