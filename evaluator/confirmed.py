@@ -157,6 +157,7 @@ class Verdict:
 UNDECIDED = "UNDECIDED"
 SCORE_WORDS = ("BETTER", "SAME", "WORSE")
 SPEED_WORDS = ("FASTER", "SAME", "SLOWER")
+BOUND_WORDS = ("HOLDS", "HOLDS", "MISSES")  # a bound that is reached exactly holds
 
 
 def verdict(

@@ -119,6 +119,7 @@ def _row(asked: Asked, number: int, result: Result) -> ConfirmedRow:
     measured, ratio = result.measurement, result.ratio
     faster = result.faster
     goal, size = asked.setting.goal, measured.model_size_mb / result.baseline.model_size_mb
+    bounds = goal_text.verdict_on_bounds(result.held) if result.held else (None, None)
     return ConfirmedRow(
         trial=number,
         plan=result.model.plan,
@@ -138,6 +139,8 @@ def _row(asked: Asked, number: int, result: Result) -> ConfirmedRow:
         says=result.better.text,
         speed_verdict=None if faster is None else faster.word,
         speed_says=None if faster is None else faster.text,
+        bounds_verdict=bounds[0],
+        bounds_says=bounds[1],
         server=asked.setting.file.confirm.server or {},
         notes=result.notes,
     )

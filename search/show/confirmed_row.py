@@ -31,6 +31,8 @@ class ConfirmedRow:
         says: The verdict with its numbers, and what would decide it.
         speed_verdict: FASTER, SAME, SLOWER or UNDECIDED; None where nothing was timed.
         speed_says: The same with its numbers.
+        bounds_verdict: HOLDS, MISSES or UNDECIDED, of the goal's bounds together; None where it has none.
+        bounds_says: The verdict on each bound with its numbers.
         server: The arguments of the engine's server that were set.
         notes: Remarks, such as which pairs were replaced.
         failure: The kind of error of a trial that could not be confirmed.
@@ -60,6 +62,8 @@ class ConfirmedRow:
     says: str | None = None
     speed_verdict: str | None = None
     speed_says: str | None = None
+    bounds_verdict: str | None = None
+    bounds_says: str | None = None
     server: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     failure: str | None = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+from evaluator.confirmed import UNDECIDED, Verdict
 from search.setup.goal import Bound, Goal, Known
 
 LABELS = {
@@ -33,6 +35,20 @@ def of_bound(bound: Bound, known: Known) -> str:
     value, _ = known.of(bound.quantity)
     misses = "misses " if value < bound.least else ""
     return f"{of_quantity(bound.quantity, known)} ({misses}>= {bound.least:g})"
+
+
+def verdict_on_bounds(held: Sequence[tuple[Bound, Verdict]]) -> tuple[str, str]:
+    """Return the verdict on all bounds together, and that on each with its numbers.
+
+    A bound that is surely missed decides, then one of which it is not known.
+
+    Args:
+        held: The verdict on each bound, of which there is at least one.
+    """
+    words = {one.word for _, one in held}
+    worst = next(word for word in ("MISSES", UNDECIDED, "HOLDS") if word in words)
+    says = [f"{LABELS[bound.quantity][0]} >= {bound.least:g} {one.text}" for bound, one in held]
+    return worst, "; ".join(says)
 
 
 def of_quantity(name: str, known: Known) -> str:

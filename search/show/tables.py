@@ -227,8 +227,9 @@ def _confirmed(state: StudyState) -> list[RenderableType]:
     rows, best = state.confirmed, state.confirmed_best
     texts = sorted({row.text for row in rows if row.text is not None})
     star = "the best trial" if any(row.of_goal is not None for row in rows) else "the best Score"
+    subject = "the goal's bounds" if any(row.bounds_says is not None for row in rows) else "the Score"
     table = Table(
-        title=f"Confirmed on the {' and '.join(texts)} (★ {star}; verdicts on the Score, with 95% intervals)",
+        title=f"Confirmed on the {' and '.join(texts)} (★ {star}; verdicts on {subject}, with 95% intervals)",
         title_justify="left",
         box=None,
         pad_edge=False,
@@ -249,7 +250,7 @@ def _confirmed(state: StudyState) -> list[RenderableType]:
             f"{row.perf_norm:.3f}±{row.perf_norm_se:.3f}",
             f"{row.speed_norm:.3f}±{row.speed_norm_se:.3f}",
             _with_se(row.score, row.score_se),
-            Text(row.says or ""),
+            Text(row.bounds_says or row.says or ""),
             Text((row.speed_says if row.speed_verdict == "UNDECIDED" else row.speed_verdict) or ""),
         )
         remarks = row.notes if row.of_goal is None else (row.of_goal, *row.notes)

@@ -48,7 +48,7 @@ def of_confirmed(row: ConfirmedRow) -> str:
     score = f"Score {row.score:.4f} ± {row.score_se:.4f}"
     how = f"confirmed on the {row.text}" + (f" by {row.pairs} fresh pairs of processes" if row.pairs else "")
     if row.of_goal is not None:
-        return f"{how}: trial {row.trial}: {row.of_goal}"
+        return f"{how}: trial {row.trial}: {row.of_goal}" + (f"; {row.bounds_says}" if row.bounds_says else "")
     if row.verdict not in than:
         return f"{how}: whether trial {row.trial} ({score}) beats the base model is UNDECIDED: {numbers}"
     return f"{how}: trial {row.trial} ({score}) {than[row.verdict]} the base model: {numbers}"
@@ -58,7 +58,7 @@ def no_confirmed(goal: Goal, row: ConfirmedRow) -> str:
     """Return the sentence for a study whose confirmed trials all miss the goal's bounds, with the best measured one."""
     return (
         f"no confirmed trial reaches the goal ({goal}): trial {row.trial}, the best as it was measured, has "
-        f"{row.of_goal} on the {row.text}"
+        f"{row.of_goal} on the {row.text}" + (f"; {row.bounds_says}" if row.bounds_says else "")
     )
 
 

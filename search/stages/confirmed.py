@@ -16,6 +16,7 @@ from evaluator.confirmed import Estimate, TimeRatio, Verdict
 from evaluator.measurement import Measurement, Timing
 from search.json_values import measurement_from
 from search.setup import keys
+from search.setup.goal import Bound
 from search.setup.setting import Setting
 from search.setup.texts import Shard, report_shards
 
@@ -152,6 +153,7 @@ class Result:
         score_half: Half of the width of the Score's 95% interval.
         better: The verdict on its Score against the base model's.
         faster: The verdict on its speed; None where nothing is timed.
+        held: The verdict on each bound of the study's goal.
         notes: Remarks, such as which pairs were replaced.
     """
 
@@ -164,6 +166,7 @@ class Result:
     score_half: float
     better: Verdict
     faster: Verdict | None
+    held: tuple[tuple[Bound, Verdict], ...]
     notes: tuple[str, ...]
 
 
@@ -217,8 +220,17 @@ def _result(
         score_half=difference.half_width,
         better=confirmed.verdict(difference, margin, pairs=paired, timed=timed),
         faster=faster,
+        held=tuple((bound, _held(bound, perf, speed, paired)) for bound in setting.goal.bounds),
         notes=tuple(_notes(record, pairs, setting.length_warning(measured, baseline))),
     )
+
+
+def _held(bound: Bound, perf: Estimate, speed: Estimate, pairs: int) -> Verdict:
+    """Return whether a bound holds: more text decides that of PerfNorm, more pairs that of SpeedNorm."""
+    is_speed = bound.quantity == "speed_norm"
+    value = speed if is_speed else perf
+    above = dataclasses.replace(value, value=value.value - bound.least)
+    return confirmed.verdict(above, 0.0, confirmed.BOUND_WORDS, pairs=pairs if is_speed else 0, timed=float(is_speed))
 
 
 def _mean(pairs: Sequence[Timing], ratio: TimeRatio) -> Timing:

@@ -163,7 +163,7 @@ def _confirmed(study: optuna.Study) -> list[str]:
     lines = ["", "### Confirmed", "", "| trial | Score | verdict | speed |", "|---|---|---|---|"]
     for row in rows:
         score = "–" if row.score is None else f"{row.score:.4f} ± {row.score_se:.4f}"
-        why = row.says or f"{row.failure}: {row.reason}"
+        why = row.bounds_says or row.says or f"{row.failure}: {row.reason}"
         lines.append(f"| {row.trial} | {score} | {why.replace('|', ' ')} | {row.speed_says or 'not timed'} |")
     return lines
 

@@ -182,9 +182,17 @@ def test_where_a_bound_is_missed_the_next_trials_are_confirmed_and_none_is_expor
     assert ended.exit_code == 0, ended.stderr
     rows, leader = status.confirmed_of(study), best_trials.ranked(study.get_trials())[0].number
     assert len(rows) == confirmed_trials
+    word = "HOLDS" if confirmed_trials == 1 else "MISSES"
+    for row in rows:
+        assert row.bounds_verdict == word
+        assert row.bounds_says.startswith(f"PerfNorm >= {least} {word}: ")
+        assert float(row.bounds_says.split()[4].replace("−", "-")) == pytest.approx(row.perf_norm - least, abs=1e-4)
     said, shown = "no confirmed trial reaches the goal (minimize size, perf_norm >= 1.9)", invoke("status")
     for printed in (ended.stdout, shown.stdout):
-        assert (said in " ".join(printed.split())) == (confirmed_trials == 3)
+        words = " ".join(printed.split())
+        assert (said in words) == (confirmed_trials == 3)
+        assert f"; {rows[0].bounds_says}" in words
+        assert "verdicts on the goal's bounds" in words
         assert "no confirmed trial stands for the best" not in printed
     if confirmed_trials == 1:
         assert export.choose(study, None)[1] == rows[0]

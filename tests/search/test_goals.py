@@ -9,7 +9,8 @@ import pytest
 from optuna.distributions import IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from evaluator import speed
+from evaluator import confirmed, speed
+from evaluator.confirmed import Estimate
 from evaluator.score import Score
 from evaluator.speed_table import Probe, SpeedTable
 from search.config import compose
@@ -23,7 +24,7 @@ from search.stages import speed_table
 from search.stages.damage_curves import Loss
 from search.stages.damage_table import DamageTable, Entry
 from search.stages.forecast import Forecast
-from search.study import best, chance, constraints, ending, space
+from search.study import best, chance, constraints, ending, rungs, space
 from search.study import storage as study_storage
 from search.study import trials as study_trials
 from search.study.forecast_sampler import NOTHING_LEFT, ForecastSampler
@@ -111,6 +112,25 @@ def test_times_are_wanted_where_they_decide_anything():
     assert Goal("size", fast).wants_time(0.0)
     assert not Goal("perf_norm").wants_time(0.5)
     assert Goal("perf_norm", fast).wants_time(0.5)
+
+
+@pytest.mark.parametrize(
+    ("perf", "speed", "word"),
+    [
+        ((0.02, 0.004), (0.1, 0.01), "HOLDS"),
+        ((0.02, 0.004), (0.01, 0.01), "UNDECIDED"),
+        ((-0.02, 0.004), (0.01, 0.01), "MISSES"),  # the one is known, whatever becomes of the other
+        ((0.0, 0.0), (0.1, 0.01), "HOLDS"),  # exactly at the bound
+    ],
+)
+def test_the_verdict_on_bounds_is_the_worst_of_them(perf, speed, word):
+    bounds, values = (Bound("perf_norm", 0.97), Bound("speed_norm", -0.05)), (perf, speed)
+    exact = [confirmed.verdict(Estimate(*value, math.inf), 0.0, confirmed.BOUND_WORDS, timed=0.0) for value in values]
+    found, says = goal_text.verdict_on_bounds(list(zip(bounds, exact, strict=True)))
+    assert found == word
+    first, second = says.split("; SpeedNorm >= -0.05 ")
+    assert first.startswith(f"PerfNorm >= 0.97 {exact[0].word}: ")
+    assert second.startswith(exact[1].word)
 
 
 def test_what_is_shown_names_the_quantity_and_its_bound():
@@ -541,6 +561,26 @@ def test_the_sampler_prefers_plans_that_reach_the_bound(home, what):
     feasible = [goal.value(plan) for plan in every if goal.reaches(plan)]
     assert best.best_trial(study).value == pytest.approx(max(feasible), abs=0.01)
     assert max(goal.value(plan) for plan in every) > max(feasible) + 0.1
+
+
+@pytest.mark.parametrize("goal", ["{minimize: size, perf_norm: '>= 0.9'}", "{maximize: perf_norm}"])
+def test_a_trial_that_ended_after_its_cheap_screen_teaches_what_was_expected_of_it(home, goal):
+    made = forecast_of(home, f"goal={goal}")
+    setting, study = made.setting, optuna.create_study(direction="maximize")
+    expected = Known(Score(0.8, 0.01, 0.1, 0.01, 0.45, 0.007), 0.9)
+    for looked_at in (False, True):
+        trial = study.ask()
+        space.suggest(trial, setting.file.space, setting.model.identity)
+        constraints.of_goal(trial, setting.goal, expected)
+        trial.report(setting.goal.value(expected), rungs.FORECAST)
+        if looked_at:  # else the forecast alone ended it, which teaches the forecast nothing
+            trial.report(setting.goal.value(expected), rungs.cheap(len(setting.texts.shards)))
+            trial.set_user_attr("cheap_loss", 0.4)
+        study.tell(trial, state=TrialState.PRUNED)
+    searched = space.distributions(setting.file.space, setting.model.identity)
+    (seen,) = ForecastSampler(made, 0).observations(study.trials[::-1], searched, "perf_norm")
+    assert seen.value == pytest.approx(0.8)
+    assert seen.params == study.trials[1].params
 
 
 def test_the_best_plans_of_a_forecast_reach_the_bounds_first(home):
