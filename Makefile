@@ -36,7 +36,7 @@ help:
 	@echo 'make report     report MODEL under the name RUN; without RUN, compare all evaluated models in a table'
 	@echo 'make submit     pack MODEL into submit.zip'
 	@echo
-	@echo 'make test       run the tests, but for those that take ten seconds and more'
+	@echo 'make test       run the tests, but for those that take five seconds and more'
 	@echo 'make test-long  run those, but for the ones of minutes'
 	@echo 'make test-slow  run all of them'
 	@echo 'make test-vllm  run the tests that need vLLM on the CPU, in a separate virtual environment'

@@ -69,6 +69,7 @@ def gains(base, make, cut):
     return kl(base, distilled, unseen) < 0.995 * kl(base, ridge, unseen)
 
 
+@pytest.mark.long
 def test_a_distilled_plan_of_each_family_loses_less_than_ridge(base, maker):
     assert gains(base, maker(base), FFN)
 
@@ -109,6 +110,7 @@ def test_where_layers_went_it_begins_from_what_stream_gives(pico_llama, maker, m
         assert same(made["distill"], made["stream"]) == (more == {})
 
 
+@pytest.mark.long
 def test_it_is_made_once_and_for_all_precisions(pico_llama, maker, tmp_path):
     make, said = maker(Checkpoint.read(pico_llama)), []
     first = {name: tensor.load() for name, tensor in make(said, **FFN, repair="distill").tensors.items()}
@@ -306,6 +308,7 @@ def test_the_learning_rate_follows_the_size_of_the_weights(base):
     )
 
 
+@pytest.mark.long
 def test_what_is_written_as_another_architecture_learns_as_that(write_pico_model, tmp_path, maker):
     base = Checkpoint.read(write_pico_model(tmp_path / "qwen2", "qwen2"))
     make = maker(base)

@@ -133,6 +133,7 @@ def test_runs_end_when_their_error_is_small_enough():
 TRIES = 4  # other tests of this machine come and go
 
 
+@pytest.mark.long
 def test_one_model_takes_the_time_of_itself_and_one_of_fewer_layers_less(tmp_path, start, shards, write_tiny_model):
     deep, shallow = (write_tiny_model(tmp_path / str(layers), layers=layers) for layers in (8, 3))
     baseline, twin, candidate = start(deep), start(deep), start(shallow)

@@ -60,6 +60,7 @@ def test_python_without_sources_has_no_report_text(monkeypatch, tmp_path):
         embedded_texts._report.__wrapped__()
 
 
+@pytest.mark.long
 def test_the_domains_share_no_passage_with_each_other_nor_with_what_judges():
     domains = embedded_texts.domains()
     assert list(domains) == ["topics", "docstrings", "code"]

@@ -136,6 +136,7 @@ def test_a_model_that_rambles_is_flagged_and_slower_where_length_counts(cli, hom
     assert slower["score"] < found["score"]
 
 
+@pytest.mark.long
 def test_a_model_that_says_nothing_does_not_win(cli, home, silent):
     for how in ("flag", "penalise"):
         found, done = evaluated(cli, home, silent, f"score.length={how}")
@@ -235,6 +236,7 @@ def test_a_bad_file_is_one_line(refused, home, tmp_path, content, says):
     assert "bad.jsonl" in line
 
 
+@pytest.mark.long
 def test_a_plan_that_can_not_answer_any_more_ends_after_sixteen_questions(cli, home):
     """A random model without one of its layers answers nothing as the base model does."""
     words = [

@@ -38,6 +38,7 @@ def home(tmp_path, pico_llama):
     return tmp_path
 
 
+@pytest.mark.long
 def test_the_base_model_is_scored_by_definition_and_a_pruned_trial_has_one_number(home, cli):
     ran = cli("run", "--study", "base", cwd=home)
     assert ran.status == 0, ran.err

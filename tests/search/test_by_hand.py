@@ -208,6 +208,7 @@ def test_the_model_that_is_compressed_is_not_replaced(cli, tmp_path, pico_llama)
     assert (home / "submit" / "model" / "config.json").read_bytes() == before
 
 
+@pytest.mark.long
 def test_jobs_of_a_multirun_are_called_by_their_experiments(tmp_path, pico_llama, monkeypatch):
     home = make_home(tmp_path / "home", pico_llama)
     (home / "studies" / "experiments").mkdir()
@@ -268,6 +269,7 @@ def test_plans_that_differ_have_names_that_differ():
     assert name_of(both, base) == "drop28-top_w8a8_stream_gptq"
 
 
+@pytest.mark.long
 def test_a_job_that_can_not_be_built_says_so_in_its_row_and_the_others_go_on(cli, shared):
     done = cli("compress", "--study", "hand", "-m", "compression.keep_heads=4,3", "--json", cwd=shared)
     assert done.status == 1
@@ -276,6 +278,7 @@ def test_a_job_that_can_not_be_built_says_so_in_its_row_and_the_others_go_on(cli
     assert good["plan"]["num_attention_heads"] == 3
 
 
+@pytest.mark.long
 def test_a_stale_baseline_is_measured_again_and_says_why(cli, home):
     first = cli("baseline", "--study", "hand", "--json", cwd=home)
     assert first.status == 0, first.err
@@ -296,6 +299,7 @@ def test_a_stale_baseline_is_measured_again_and_says_why(cli, home):
     assert changed.json["perplexity"] != first.json["perplexity"]
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_another_origin_is_measured_without_a_plan(cli, shared, pico_llama, tmp_path):
     """Fine-tuned elsewhere, saved by stock transformers in two shards: no plan is known of it."""
     model = transformers.AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.float32)
@@ -329,6 +333,7 @@ def test_a_checkpoint_of_another_origin_is_measured_without_a_plan(cli, shared, 
     assert [evaluation and evaluation.to_dict() for evaluation in known] == [found, None]  # other text: measured again
 
 
+@pytest.mark.long
 def test_weights_that_were_changed_since_are_not_taken_for_the_plans(cli, shared):
     path = shared / "submit" / "changed"
     compress = ("compress", "drop-layers", "--study", "hand", "--keep-layers", "4", "--save-path", path)
@@ -376,6 +381,7 @@ def test_a_cut_model_learns_from_the_original(cli, shared):
     assert scores["model_kd_drop4"] < scores["model_drop4"]  # on text that neither saw
 
 
+@pytest.mark.long
 def test_options_reach_the_plan(cli, shared):
     words = ("--importance", "obs", "--repair", "ridge", "text.moments_windows=2")
     done = cli("compress", "reduce-ffn", "--study", "hand", "--target-dim", "128", *words, "--json",

@@ -373,6 +373,7 @@ def failing(monkeypatch, errors):
     monkeypatch.setattr(build, "write", write_or_fail)
 
 
+@pytest.mark.long
 def test_a_failing_disk_uses_up_no_plan(home, pico_llama, monkeypatch):
     place, values = home
     remeasure(place)

@@ -111,6 +111,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_template_is_stopped(case, with_template, monkeypatch):
     monkeypatch.setattr(guarded_chat, "RENDER_S", 3.0)

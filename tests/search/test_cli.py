@@ -142,6 +142,7 @@ def test_only_the_best_checkpoints_stay_and_other_trials_can_still_be_exported(c
         assert "bit for bit" in done.out
 
 
+@pytest.mark.long
 def test_the_dashboard_serves_notes_numbers_and_measurement_files(finished):
     import socket
     import urllib.request

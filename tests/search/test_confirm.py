@@ -130,6 +130,7 @@ def test_what_is_confirmed_is_not_measured_again(done, tmp_path, monkeypatch):
     assert "Confirmed on the report text" in ended.stdout
 
 
+@pytest.mark.long
 def test_more_pairs_are_added_and_a_new_trial_is_confirmed_with_the_others(done, tmp_path, monkeypatch):
     home = Path(shutil.copytree(done[0], tmp_path / "home"))
     monkeypatch.chdir(home)
@@ -173,6 +174,7 @@ def test_the_base_model_stays_the_best_where_no_confirmed_score_is_higher(done, 
     assert export.choose(study, rows[0].trial)[1] == rows[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("least", "confirmed_trials"), [(0.1, 1), (1.9, 3)])
 def test_where_a_bound_is_missed_the_next_trials_are_confirmed_and_none_is_exported(home, least, confirmed_trials):
     study = study_in(home)
@@ -260,6 +262,7 @@ def test_a_model_that_can_not_be_served_fails_alone(home, monkeypatch):
     assert "5 query heads" in failed[0].reason
 
 
+@pytest.mark.long
 def test_the_base_model_as_its_own_candidate_is_neither_better_nor_worse(home):
     study = study_in(home)
     file = confirm.study_file(study, compose.load("sure", config_dir=home / "studies"))

@@ -44,6 +44,7 @@ def test_other_errors_are_not_taken_for_exhausted_memory():
         assert memory_line(error) is None
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 @pytest.mark.parametrize("words", [["doctor"], ["status", "--plot", "front.png"]])
 def test_a_limit_of_400_mb_ends_in_one_line(words, tmp_path):

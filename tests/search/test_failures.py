@@ -70,6 +70,7 @@ def test_a_hanging_engine_and_one_without_memory_fail_only_their_trials(file, mo
     assert "took longer" in shown[1].reason
 
 
+@pytest.mark.long
 def test_ctrl_c_during_an_import_ends_with_status_130(tmp_path):
     """CPython remembers a KeyboardInterrupt that passed through an exec() of text, and would end with the signal."""
     (tmp_path / "interrupted.py").write_text(

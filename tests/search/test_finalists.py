@@ -200,6 +200,7 @@ def test_other_tokens_are_another_distillation_and_what_is_not_ours_stays(done, 
     assert {row["name"] for row in other.json["distilled"]} >= {"model_kd_drop3_trial1"}
 
 
+@pytest.mark.long
 def test_a_size_limit_is_asked_of_what_is_made_and_not_of_what_is_distilled(done, cli, tmp_path):
     home, _ = done
     sizes = [
@@ -233,6 +234,7 @@ def test_a_size_limit_is_asked_of_what_is_made_and_not_of_what_is_distilled(done
     assert "max_size_mb" in pruned["reason"]
 
 
+@pytest.mark.long
 def test_a_distillation_that_fails_has_its_reason_in_its_row(cli, home):
     (home / "outputs" / "distillation").write_text("no directory")
     ended = cli(*DISTILL, "--json", cwd=home)
@@ -247,6 +249,7 @@ def test_a_distillation_that_fails_has_its_reason_in_its_row(cli, home):
     assert f"optuna-search export --study finals --trial {best}" in printed  # the best of all is not a distilled one
 
 
+@pytest.mark.long
 def test_a_failure_takes_nothing_from_what_an_earlier_call_made(done, cli, tmp_path):
     home, state = Path(shutil.copytree(done[0], tmp_path / "home")), done[1]
     best, other, third = state["distilled"]

@@ -514,6 +514,7 @@ def test_a_width_of_which_little_is_cut_is_timed_narrower(prepared):
     assert middle.intermediate_size == 152  # what is checked is a plan of the space
 
 
+@pytest.mark.long
 def test_no_model_is_timed_for_a_forecast_where_no_time_decides(home, prepared):
     sized = settings.prepare(compose.load("forecast", ['goal={minimize: size, perf_norm: ">= 0.9"}'], home))
     with Bench.of(sized) as bench:
@@ -750,6 +751,7 @@ def test_another_text_or_method_makes_another_damage_table(prepared, home, monke
     assert len({own, *others, path()}) == 5
 
 
+@pytest.mark.long
 def test_two_runs_share_a_speed_table(prepared):
     """What the other has timed meanwhile is neither timed again nor lost."""
     missing = [plan for plan, _ in speed_table.missing(prepared)]

@@ -457,6 +457,7 @@ def test_trials_are_timed_briefly_where_times_decide_nothing_and_at_length_for_a
     assert samples("small", ['goal={minimize: size, perf_norm: ">= 0.5"}']) == thorough  # what is there serves
 
 
+@pytest.mark.long
 def test_another_goal_is_refused_for_a_study_that_has_one(home, cli):
     words = ("--study", "goals", "--study-name", "kept")
     assert cli("run", *words, SIZE_GOAL, "--trials", "1", cwd=home).status == 0
@@ -470,6 +471,7 @@ def test_another_goal_is_refused_for_a_study_that_has_one(home, cli):
         assert f'goal is "minimize size, perf_norm >= 0.92" there and {said}' in line
 
 
+@pytest.mark.long
 def test_where_no_trial_reaches_the_goal_the_closest_is_named(home, cli):
     words = ("--study", "goals", "--study-name", "none")
     goal = 'goal={maximize: perf_norm, speed_norm: ">= 0.95"}'

@@ -41,6 +41,7 @@ BLOWING_UP = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", BLOWING_UP)
 def test_a_tokenizer_that_blows_up_on_its_first_use_is_refused(case, model, monkeypatch):
     edit(model, **BLOWING_UP[case])

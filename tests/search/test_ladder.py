@@ -315,6 +315,7 @@ def test_a_plan_waits_while_another_promises_more_and_the_reason_names_it(home, 
     assert any(trial.state == TrialState.COMPLETE and "cheap_loss" in trial.user_attrs for trial in trials_of(home))
 
 
+@pytest.mark.long
 def test_a_build_takes_the_weights_that_the_screen_rounded(home, monkeypatch):
     def bench(outputs):
         words = [f"outputs={home}/{outputs}", "space.quantizer=[gptq]"]

@@ -94,6 +94,7 @@ def test_some_of_each_kind_is_kept_from_every_fit(prepare, tmp_path):
     assert prepare(calibration=[mine]).texts.unseen() == ()
 
 
+@pytest.mark.long
 def test_a_distillation_learns_from_as_many_tokens_of_each_text_as_there_are(prepare, tmp_path, monkeypatch, written):
     mine = str(tmp_path / "mine.txt")
     monkeypatch.setattr("compressors.distillation.repair.TOKENS", 90 * 32)
@@ -177,6 +178,7 @@ def test_the_damage_table_shows_what_is_lost_on_own_text(prepare, tmp_path, monk
     assert {entry.loss.own_kl for entry in unfitted.entries if entry.plan.repair == "none"} == {None}
 
 
+@pytest.mark.long
 def test_plans_that_need_no_text_of_the_model_are_scored_while_it_writes(prepare, tmp_path, monkeypatch):
     space = Space(num_hidden_layers={"low": 2, "high": 3}, intermediate_size=128, precision=["W8A8"], repair=["ridge"])
 

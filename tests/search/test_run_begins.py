@@ -107,6 +107,7 @@ def test_what_may_change_or_is_told_better_later_is_not_refused_early(stored, ch
     early.refuse_another_definition(file_of(stored, **changes))
 
 
+@pytest.mark.long
 def test_a_refusal_imports_no_torch_and_takes_no_time(stored):
     program = f"""
         import sys, time

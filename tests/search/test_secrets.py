@@ -247,6 +247,7 @@ def test_no_file_of_a_study_holds_what_the_environment_keeps_secret(tmp_path, pi
     assert "nowhere/model: no such directory" in cli("export", "--study", "secret", "--to", "x", cwd=tmp_path).err
 
 
+@pytest.mark.long
 def test_mlflow_that_can_not_be_reached_is_told_without_user_and_token(tmp_path, monkeypatch):
     from search.config.study_file import Tracking
     from search.study import mlflow_runs

@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import pytest
+
 from evaluator import speed
 from search.config import validation
 from search.setup import setting as settings
 from search.stages.bench import Bench
 
 
+@pytest.mark.long
 def test_a_slow_base_model_gets_a_fresh_process_and_is_then_believed(tmp_path, pico_llama, monkeypatch):
     monkeypatch.setattr(speed, "SURE", 0.0)  # on a busy machine the error of so few turns may exceed any difference
     values = {

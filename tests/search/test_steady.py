@@ -144,6 +144,7 @@ def test_a_database_that_is_away_for_a_while_costs_one_warning(open_patiently, t
     assert "database is locked; trying again for 20 s" in told[0]
 
 
+@pytest.mark.long
 def test_a_database_that_stays_away_stops_the_study_in_one_line_and_for_good(open_patiently, told, tmp_path):
     study = study_storage.create_or_resume(open_patiently(3), "s", DEFINITION)
     with held_by_another(tmp_path):
@@ -207,6 +208,7 @@ def test_a_call_whose_answer_was_lost_is_not_carried_out_twice(open_patiently, c
     assert lost
 
 
+@pytest.mark.long
 def test_a_silent_worker_is_given_time_after_an_outage(url, monkeypatch):
     monkeypatch.setattr(study_storage, "GRACE_S", 1)
     monkeypatch.setattr(steady, "ASIDE_S", 1.5)

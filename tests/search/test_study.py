@@ -108,6 +108,7 @@ def start_worker(url, what):
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_killed_workers_trial_is_failed_and_queued_again_at_once(url):
     study = study_storage.create_or_resume(study_storage.open_storage(url), "s", DEFINITION)
     worker = start_worker(url, "die")
@@ -137,6 +138,7 @@ def test_a_trial_that_always_kills_its_worker_is_not_tried_for_ever(url):
     assert len({trial.params["num_hidden_layers"] for trial in study.trials}) == 1
 
 
+@pytest.mark.long
 def test_the_trial_of_a_living_worker_is_not_failed(url):
     study = study_storage.create_or_resume(study_storage.open_storage(url), "s", DEFINITION)
     worker = start_worker(url, "wait")

@@ -151,6 +151,7 @@ def study(tmp_path):
     return study
 
 
+@pytest.mark.long
 def test_the_parent_run_has_the_result_and_a_resumed_study_updates_it(store, track, study):
     add(study, 4, reason="screen: 0.2 | weak")
     assert track(study, study.study_name) == []
