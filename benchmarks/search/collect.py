@@ -83,6 +83,7 @@ def screens(arguments: argparse.Namespace, setting: settings.Setting) -> None:
     known = dict(itertools.chain.from_iterable(part.items() for part in screened))
     said(f"{len(known)} plans screened in {time.monotonic() - began:.0f} s")
     table |= {
+        "device": setting.machine.device_name,
         "damage_s": table.get("damage_s", round(damage_s, 1)),
         "base_nll": [round(value, 5) for value in base_nll],
         "damage": damage.to_dict(),
@@ -103,11 +104,13 @@ def times(arguments: argparse.Namespace, setting: settings.Setting) -> None:
     spent = time.monotonic() - began
     said(f"table of speed after {spent:.0f} s")
     forecast = Forecast.known(setting)
-    wanted = [plan for plan, row in rows.items() if row["time_ratio"] is None]
+    untimed = [plan for plan, row in rows.items() if row["time_ratio"] is None]
+    wanted = [plan for plan in untimed if setting.infeasible(plan) is None]  # the table may be another machine's
     timed = time_shapes(setting, {speed_table.shape_of(setting, plan) for plan in wanted})
     for plan in wanted:
         ratio, error = timed.get(speed_table.shape_of(setting, plan), (None, None))
         rows[plan] |= {"time_ratio": ratio, "time_ratio_se": error}
+    table["timed_on"] = setting.machine.device_name
     table["speed"] = None if forecast.speed is None else forecast.speed.to_dict()
     table["speed_s"] = table.get("speed_s", round(spent, 1))
     write(arguments.out, table, rows)
@@ -123,11 +126,7 @@ def read(
     new = {"key": None, "nll": None, "kl": None, "screen_s": None, "time_ratio": None, "time_ratio_se": None}
     rows = {plan: {"params": params, **new} for plan, params in plans.items()}
     table = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"speed": None, "damage": None}
-    table |= {
-        "study": setting.file.study_name,
-        "device": setting.machine.device_name,
-        "config": setting.model.checkpoint.config,
-    }
+    table |= {"study": setting.file.study_name, "config": setting.model.checkpoint.config}
     for row in table.pop("plans", []):
         rows[space.plan_of(row["params"], setting.file.space, setting.model.identity)] = {**new, **row}
     return table, rows
