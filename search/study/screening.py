@@ -132,11 +132,11 @@ class Screening:
     def _may_be_faster(self, trial: optuna.Trial, plan: CompressionPlan, losses: Sequence[float]) -> bool:
         """Return whether the error of the forecast time, or what no text tells, alone leaves the plan a chance.
 
-        The pruner knows none of that.
+        The pruner knows none of that, nor that the trial it compares with may hold the goal's bounds by luck.
         """
         leader = best.to_beat(trial.study)
         if leader is None:
-            return False
+            return bool(self.setting.goal.bounds)
         possible = self.forecast.possible(plan, self._expected(plan, losses), by_bytes=True)
         return self.setting.goal.can_beat(possible, leader.value or 0.0)
 

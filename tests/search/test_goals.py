@@ -24,10 +24,11 @@ from search.stages import speed_table
 from search.stages.damage_curves import Loss
 from search.stages.damage_table import DamageTable, Entry
 from search.stages.forecast import Forecast
-from search.study import best, chance, constraints, ending, rungs, space
+from search.study import best, chance, constraints, ending, rungs, samplers, space
 from search.study import storage as study_storage
 from search.study import trials as study_trials
 from search.study.forecast_sampler import NOTHING_LEFT, ForecastSampler
+from search.study.screening import Screening
 
 SMALL = Goal("size", (Bound("perf_norm", 0.97),))
 FAST = Goal("time_per_token", (Bound("perf_norm", 0.99),))
@@ -260,6 +261,31 @@ def test_a_trial_that_holds_its_bound_by_luck_rules_no_other_out():
     assert best.to_beat(study_of(lucky)) is None
     free = study_of(measured(0.3), measured(0.6))
     assert best.to_beat(free).number == best.best_trial(free).number == 1
+
+
+@pytest.mark.parametrize(("error", "ends"), [(0.01, False), (0.0005, True)])
+def test_the_pruner_compares_with_a_trial_that_holds_its_bound_by_its_error(home, error, ends):
+    """A trial with the better PerfNorm may miss its bound when it is confirmed; the plan may be what is left then."""
+    made = forecast_of(home, 'goal={maximize: perf_norm, speed_norm: ">= 0.4"}')
+    setting = made.setting
+    shards = len(setting.texts.shards)
+    study = optuna.create_study(direction="maximize")
+    study.pruner = rungs.ShardsAlone(samplers.pruner(setting.file.pruner, shards), shards)
+    other, trial = study.ask(), study.ask()
+    values = [[value + 0.001 * (index % 3) for index in range(shards)] for value in (0.98, 0.9)]
+    for step, value in enumerate(values[0], start=1):
+        other.report(value, step)
+    constraints.of_goal(other, setting.goal, known(perf=0.98, speed=0.401, speed_se=error))
+    other.set_user_attr("speed_norm_se", error)
+    study.tell(other, 0.98)
+    screening = Screening(setting, None, made, print, print)
+    plan = dataclasses.replace(setting.model.identity, num_hidden_layers=3)
+    losses = [-math.log(value) for value in values[1]]
+    why = None
+    for step, value in enumerate(values[1], start=1):
+        trial.report(value, step)
+        why = why or screening._why_end(trial, plan, values[1][:step], losses[:step])
+    assert (why is not None) == ends
 
 
 def test_a_plan_that_misses_on_all_of_its_text_is_not_measured():
