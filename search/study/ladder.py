@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from optuna.trial import FrozenTrial, TrialState
 
+from search.setup.goal import Goal
 from search.show.study_state import Rung
 from search.study import rungs
 from search.study.trials import is_base_model
@@ -13,12 +14,14 @@ from search.study.trials import is_base_model
 FEW = 3  # trials at both rungs, below which a rank correlation says nothing
 
 
-def ladder(trials: Sequence[FrozenTrial], shards: int) -> tuple[Rung, ...]:
+def ladder(trials: Sequence[FrozenTrial], shards: int, goal: Goal) -> tuple[Rung, ...]:
     """Return the rungs that trials reached, in their order.
 
     Args:
         trials: The finished trials of a study; the base model itself, which climbs no ladder, is left out.
         shards: The number of shards of the search text.
+        goal: What the study searches for. Where text does not say which of two plans is better, all rungs before the
+            measurement report the same value, and their order says nothing; a size is the same there, too.
     """
     steps = {
         "forecast": rungs.FORECAST,
@@ -35,9 +38,10 @@ def ladder(trials: Sequence[FrozenTrial], shards: int) -> tuple[Rung, ...]:
     made = []
     for place, name in enumerate(names):
         reached = [trial for trial in climbed if steps[name] in trial.intermediate_values]
-        ended = [trial for trial in reached if max(trial.intermediate_values) == steps[name]]
+        ended = [trial for trial in _decided(reached) if max(trial.intermediate_values) == steps[name]]
         following = names[place + 1] if place + 1 < len(names) else None
-        pairs = [] if following is None else _pairs(reached, steps[name], steps[following])
+        learns = goal.by_text or (following == "measure" and goal.objective != "size")
+        pairs = _pairs(reached, steps[name], steps[following]) if following is not None and learns else []
         seconds = sum(spent[name])
         kendall = _kendall(pairs)
         made.append(
@@ -46,8 +50,13 @@ def ladder(trials: Sequence[FrozenTrial], shards: int) -> tuple[Rung, ...]:
     return tuple(made)
 
 
+def _decided(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the trials that a rung ended, or that were measured: a failure is no decision."""
+    return [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+
+
 def _pairs(trials: Sequence[FrozenTrial], one: int, other: int) -> list[tuple[float, float]]:
-    values = [trial.intermediate_values for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    values = [trial.intermediate_values for trial in _decided(trials)]
     return [(each[one], each[other]) for each in values if other in each]
 
 

@@ -68,7 +68,7 @@ def of(study: optuna.Study) -> StudyState:
         stopped=sum(trial.user_attrs.get("failure") == INTERRUPTED for trial in trials),
         base_score=file.get("score", {}).get("weight_perf"),
         contenders=tuple(_contenders(complete, distilled)),
-        rungs=ladder(done, file.get("text", {}).get("shards", 0)),
+        rungs=ladder(done, file.get("text", {}).get("shards", 0), goal),
         confirmed=tuple(confirmed_of(study)),
         confirmed_best=confirmed_best(study),
         confirmed_miss=confirmed_miss(study),

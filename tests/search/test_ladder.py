@@ -17,6 +17,7 @@ from compressors.plan import canonical
 from search.config import compose
 from search.errors import ConfigError
 from search.setup import setting as settings
+from search.setup.goal import Goal
 from search.stages import damage_table
 from search.stages.bench import Bench
 from search.stages.cheap_screen import Gain, cut_alone
@@ -286,11 +287,12 @@ def test_the_ladder_tells_what_each_rung_took_and_how_well_it_foretold_the_next(
         ),
         climbed(3, {"forecast": 0.4}, pruned, {"forecast": 0.5}),
         climbed(4, {"forecast": 0.5, "screen": 0.4}, pruned, {"forecast": 0.5, "screen": 3}),
+        climbed(5, {"forecast": 0.6}, TrialState.FAIL, {}),  # no rung decided that
     ]
-    forecast, screen, measured = ladder(trials, 2)
+    forecast, screen, measured = ladder(trials, 2, Goal())
     assert (forecast.name, forecast.trials, forecast.ended, forecast.kendall, forecast.both) == (
         "forecast",
-        5,
+        6,
         1,
         1.0,
         4,
@@ -299,7 +301,10 @@ def test_the_ladder_tells_what_each_rung_took_and_how_well_it_foretold_the_next(
     assert (measured.name, measured.trials, measured.ended, measured.kendall) == ("measure", 3, 3, None)
     assert [rung.seconds for rung in (forecast, screen, measured)] == [1.0, 9.0, 14.0]
     assert sum(rung.share for rung in (forecast, screen, measured)) == pytest.approx(1.0)
-    assert ladder([], 2) == ()
+    assert ladder([], 2, Goal()) == ()
+    faster, smaller = (ladder(trials, 2, Goal(objective)) for objective in ("time_per_token", "size"))
+    assert [rung.kendall for rung in faster] == [None, -1.0, None]  # the screen repeats the forecast time
+    assert [rung.kendall for rung in smaller] == [None, None, None]  # a size is what it is from the first rung on
 
 
 @pytest.mark.slow
