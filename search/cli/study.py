@@ -252,9 +252,8 @@ def status_command(plot: Path | None, everything: bool, as_json: bool, **where: 
         plots.require_suffix(plot)
     state = status.of(storage.load(_existing(file.storage), file.study_name))
     if plot is not None:
-        best = None if state.best is None else state.best.row().name
         rows = [trial.row() for trial in state.pareto]
-        plots.plot_scores(rows, plot, file.score.weight_perf, file.score.weight_speed, best)
+        plots.plot_scores(rows, plot, file.score.weight_perf, file.score.weight_speed, state.stands_out)
     _print_status(state, as_json, everything=everything)
 
 

@@ -315,6 +315,11 @@ class StudyState:
     goal: Goal = dataclasses.field(default_factory=Goal)
     closest: TrialSummary | None = None
 
+    @property
+    def stands_out(self) -> str:
+        """The name of the model that stands out in a plot: the best trial's; empty where none reaches the goal."""
+        return "" if self.best is None else self.best.row().name
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

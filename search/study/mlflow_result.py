@@ -139,7 +139,7 @@ class Result:
         console.save_html(str(directory / "status.html"), inline_styles=True)
         measured = [one.row() for one in self.trials if one.score is not None and one.perf_norm is not None]
         if measured:
-            plots.plot_scores(measured, directory / "scores.png", *self.weights)
+            plots.plot_scores(measured, directory / "scores.png", *self.weights, self.state.stands_out)
 
 
 def _csv(trials: Sequence[TrialSummary]) -> str:

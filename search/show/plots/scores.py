@@ -39,7 +39,7 @@ def plot_scores(
         path: The .png or .html file to write.
         weight_perf: The weight of PerfNorm in the Score.
         weight_speed: The weight of SpeedNorm in the Score.
-        best: The name of the model that stands out; None: the one with the best Score.
+        best: The name of the model that stands out, empty: none does; None: the one with the best Score.
 
     Returns:
         The path of the file.
