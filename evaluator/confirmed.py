@@ -31,7 +31,7 @@ LEVEL = 0.95
 TAU = 0.005  # expected standard deviation of the time ratio between pairs of processes, on a GPU
 TAU_CPU = 0.015  # the same on a CPU: five pairs of a 135M model on two cores, in two runs, scattered by 0.015
 PRIOR = 4.0  # degrees of freedom that the expectation is worth
-MOST_PAIRS = 1000  # no verdict asks for more
+MOST_PAIRS, MOST_TEXT = 1000, 128  # pairs, and times the text: no verdict asks for more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,10 +209,12 @@ def _what_decides(difference: Estimate, margin: float, pairs: int, timed: float)
         for number in range(pairs + 1, MOST_PAIRS):
             if enough(number, 1.0):
                 return f"about {number - pairs} more pairs would decide it"
-    for times in (2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128):
+    for times in (2, 3, 4, 6, 8, 12, 16, 24, 32, 64, MOST_TEXT):
         if enough(pairs, times):
             return f"about {times} times the report text would decide it"
-    for times in (2, 4, 8, 16, 32, 64, 128):
+    for times in (2, 4, 8, 16, 32, 64, MOST_TEXT):
         if pairs and enough(times * pairs, times):
             return f"about {(times - 1) * pairs} more pairs and {times} times the report text would decide it"
+    if not pairs:
+        return f"more than {MOST_TEXT} times the report text would be needed to decide it"
     return f"more than {MOST_PAIRS} pairs would be needed to decide it: for what people notice it is the same"

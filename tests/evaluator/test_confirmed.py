@@ -143,6 +143,12 @@ def test_what_would_decide_it_does():
     assert after(3 + more // 3) == "UNDECIDED"
 
 
+def test_no_number_of_pairs_decides_what_was_not_timed():
+    text = confirmed.verdict(Estimate(0.0003, 0.002, 15.0), 0.0, confirmed.BOUND_WORDS, timed=0.0).text
+    assert text.startswith("UNDECIDED: ")
+    assert text.endswith("more than 128 times the report text would be needed to decide it")
+
+
 def test_where_the_text_is_too_short_more_pairs_are_not_asked_for():
     text = confirmed.verdict(Estimate(0.01, 0.006, 20.0), 0.006, pairs=3, timed=0.02).text
     assert "times the report text" in text
