@@ -163,7 +163,7 @@ def confirm_command(as_json: bool, confirm__top: int | None, confirm__pairs: int
     from search import confirm, errors, processes
     from search.setup import setting
     from search.show import progress
-    from search.study import status, storage
+    from search.study import status, storage, workers
 
     the_study = storage.load(_existing(file.storage), file.study_name)
     study_file = confirm.study_file(the_study, file)
@@ -176,7 +176,8 @@ def confirm_command(as_json: bool, confirm__top: int | None, confirm__pairs: int
             stop.check()
             live.say(text)
 
-        rows = confirm.confirm_study(setting.prepare(study_file, say, search=False), the_study, say, live.warn)
+        prepared = workers.as_studied(setting.prepare(study_file, say, search=False), the_study)
+        rows = confirm.confirm_study(prepared, the_study, say, live.warn)
     if as_json:
         click.echo(json.dumps([row.to_dict() for row in rows]))
     else:
@@ -345,7 +346,7 @@ def export_command(number: int | None, to: Path, for_transformers: str | None, a
     from search.config import compose
     from search.setup import setting
     from search.show import progress, verdict
-    from search.study import status, storage
+    from search.study import status, storage, workers
 
     file = load_file(**where, export__for_transformers=for_transformers)
     the_study = storage.load(_existing(file.storage), file.study_name)
@@ -355,6 +356,7 @@ def export_command(number: int | None, to: Path, for_transformers: str | None, a
         prepared = setting.prepare(
             study_file.model_copy(update={"storage": file.storage, "outputs": file.outputs}), live.say
         )
+        prepared = workers.as_studied(prepared, the_study)
         target = file.export.for_transformers or study_file.export.for_transformers
         exported = export.export(prepared, trial, to, live.say, target, confirmed)
     state = status.of(the_study)

@@ -35,6 +35,7 @@ warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to b
 READING = Patience()  # of commands that only read: none
 BUSY_S = 10  # for which SQLite itself waits for another process that writes
 CREATIONS = 10
+OTHER_NAMES = {"evaluation.threads": "the threads of an engine, the cores over --workers,"}  # where no key sets it
 
 
 def open_storage(url: str, patience: Patience = READING) -> SteadyStorage:
@@ -144,7 +145,8 @@ def _write_ahead(url: str) -> None:
 
 def exists(url: str) -> bool:
     """Return whether the database exists, so that opening it would not create one."""
-    return not url.startswith("sqlite:///") or Path(url.removeprefix("sqlite:///")).is_file()
+    parsed = make_url(url)
+    return not (parsed.drivername.startswith("sqlite") and parsed.database) or Path(parsed.database).is_file()
 
 
 def find(storage: BaseStorage, name: str, definition: Mapping[str, Any]) -> optuna.Study | None:
@@ -240,4 +242,5 @@ def _differences(known: Any, asked: Any, where: str = "") -> list[str]:
             if known.get(key) != asked.get(key):
                 differences += _differences(known.get(key), asked.get(key), f"{where}.{key}" if where else key)
         return differences
-    return [f"{where} is {json.dumps(known)} there and {json.dumps(asked)} here"]
+    name = OTHER_NAMES.get(where, where)
+    return [f"{name} is {json.dumps(known)} there and {json.dumps(asked)} here"]

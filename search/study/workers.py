@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
-import os
 import shutil
 import sys
 import time
@@ -20,6 +19,7 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
+from evaluator import hardware
 from evaluator.measurement import Measurement
 from evaluator.score import score_of
 from search import processes
@@ -267,7 +267,13 @@ def shared(setting: Setting, workers: int) -> Setting:
             f"--workers {workers}: there are {torch.cuda.device_count()} GPUs, and engines that share one disturb each "
             "other's timings; give each worker a GPU of its own"
         )
-    threads = max(1, (os.cpu_count() or 1) // workers) if device == "cpu" else None
+    threads = max(1, hardware.physical_cores() // workers) if device == "cpu" else None
+    return dataclasses.replace(setting, machine=dataclasses.replace(setting.machine, threads=threads))
+
+
+def as_studied(setting: Setting, study: optuna.Study) -> Setting:
+    """Return the setting with the threads that the engines of the study's own workers had: its numbers rest on them."""
+    threads = study.user_attrs.get("definition", {}).get("evaluation", {}).get("threads")
     return dataclasses.replace(setting, machine=dataclasses.replace(setting.machine, threads=threads))
 
 

@@ -59,6 +59,20 @@ def test_a_file_that_is_no_database_is_refused_and_not_changed(tmp_path):
     assert path.read_text().startswith("these are notes")
 
 
+@pytest.mark.parametrize("options", ["", "?timeout=30"])
+def test_a_database_exists_whatever_options_its_url_has(url, options):
+    assert not study_storage.exists(url + options)
+    study_storage.open_storage(url)
+    assert study_storage.exists(url + options)
+
+
+def test_another_number_of_workers_on_a_cpu_is_told_by_the_option_that_sets_it(url):
+    storage, threads = study_storage.open_storage(url), {"evaluation": {"threads": 1}}
+    study_storage.create_or_resume(storage, "s", {**DEFINITION, **threads})
+    with pytest.raises(StudyMismatch, match="cores over --workers, is 1 there and null here"):
+        study_storage.create_or_resume(storage, "s", {**DEFINITION, "evaluation": {"threads": None}})
+
+
 def test_another_definition_is_refused_with_the_differences(url):
     storage = study_storage.open_storage(url)
     study_storage.create_or_resume(storage, "s", DEFINITION)
