@@ -117,7 +117,8 @@ class Forecast:
         speed_norm_se = text.speed_norm_se if by_bytes else score.speed_norm_se
         formula = self.setting.formula
         value = formula.weight_perf * perf_norm + formula.weight_speed * score.speed_norm
-        error = math.hypot(formula.weight_perf * perf_norm_se, formula.weight_speed * speed_norm_se)
+        of_perf = formula.weight_perf and formula.weight_perf * perf_norm_se  # what counts for nothing may be unknown
+        error = math.hypot(of_perf, formula.weight_speed and formula.weight_speed * speed_norm_se)
         best = Score(perf_norm, perf_norm_se, score.speed_norm, speed_norm_se, max(value, 0.0), error)
         return dataclasses.replace(known, score=best)
 

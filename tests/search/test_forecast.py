@@ -800,6 +800,17 @@ def test_without_a_table_the_error_of_predicted_times_leaves_a_plan_its_chance(p
     assert math.isinf(made.possible(plan, expected).score.score_se)
 
 
+def test_where_speed_counts_for_nothing_its_unknown_error_does_not_either(home):
+    words = ("score.weight_perf=1", "score.weight_speed=0")
+    prepared = settings.prepare(compose.load("forecast", list(words), home))
+    made = Forecast(prepared, None, damages(prepared.model.identity))
+    plan = dataclasses.replace(prepared.model.identity, num_hidden_layers=4)
+    possible, known = made.possible(plan), made.known_of(plan)
+    assert possible.score.score_se == pytest.approx(known.score.score_se)
+    assert not prepared.goal.can_beat(possible, 1.5)
+    assert prepared.goal.can_beat(possible, 0.8)
+
+
 @pytest.mark.parametrize("tasks", [(), (object(),)])
 def test_text_rules_no_plan_out_where_tasks_count(prepared, tasks):
     prepared = dataclasses.replace(prepared, tasks=tasks)
