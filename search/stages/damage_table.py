@@ -20,7 +20,7 @@ from typing import Any
 from compressors import build, cached
 from compressors.choices import PRECISIONS, Value
 from compressors.errors import CompressionError
-from compressors.files import digest_of_json
+from compressors.files import alone, digest_of_json
 from compressors.plan import CHOICES, CompressionPlan, canonical, learns_scales, short
 from evaluator import score
 from evaluator.errors import EvaluationError, NotFinite
@@ -203,9 +203,14 @@ def path_of(setting: Setting) -> Path:
     return setting.outputs / "forecast" / f"damage-{digest_of_json(key, 16)}.json"
 
 
-def known(setting: Setting) -> DamageTable | None:
-    """Return the table if it holds anything."""
-    table = cached.known(path_of(setting), lambda path: DamageTable.from_dict(cached.read_json(path)))
+def known(setting: Setting, *, held: bool = False) -> DamageTable | None:
+    """Return the table if it holds anything.
+
+    Args:
+        setting: What the study shares.
+        held: Whether the caller holds `alone(path_of(setting))`.
+    """
+    table = cached.known(path_of(setting), lambda path: DamageTable.from_dict(cached.read_json(path)), held=held)
     return table if table is not None and table.entries else None
 
 
@@ -240,8 +245,10 @@ def _with(
     say: Say,
 ) -> DamageTable:
     """Return the table with the plans scored, kept after each of them."""
-    path, fits = path_of(setting), any(map(build.needs_moments, plans))
+    fits = any(map(build.needs_moments, plans))
     for number, plan in enumerate(plans, start=1):
+        if not table.lacks([plan]):  # another run has scored it meanwhile
+            continue
         say(f"damage table: plan {number} of {len(plans)}")
         try:
             loss = _scored(screener, plan, base, say, on_own=fits)
@@ -251,7 +258,17 @@ def _with(
         except (CompressionError, EvaluationError, *OUT_OF_MEMORY) as error:
             say(f"damage table: left out: {secrets.line_of(error)}")
             continue
-        table = dataclasses.replace(table, entries=(*table.entries, Entry(plan, loss)))
+        table = _keep(setting, dataclasses.replace(table, entries=(*table.entries, Entry(plan, loss))))
+    return table
+
+
+def _keep(setting: Setting, made: DamageTable) -> DamageTable:
+    """Keep a table together with what another run has added meanwhile, and return both."""
+    path = path_of(setting)
+    with alone(path):
+        before = known(setting, held=True)
+        added = [] if before is None else [entry for entry in before.entries if made.lacks([entry.plan])]
+        table = dataclasses.replace(made, entries=(*made.entries, *added))
         cached.keep_json(path, table.to_dict())
     return table
 

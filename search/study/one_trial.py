@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from search import processes
 from search.setup.setting import Setting
 from search.stages.bench import Bench
 from search.stages.forecast import Forecast
-from search.study import rungs, samplers, trials
+from search.study import rungs, samplers, space, trials
 from search.study.exclusive import Held
 from search.study.heartbeat import beating
 from search.study.objective import Objective, TrialFailed
@@ -93,8 +94,9 @@ def run_one(
 def take(study: optuna.Study, setting: Setting, worker: int, forecast: Forecast) -> optuna.Trial | None:
     """Take the next trial, or None where all of the study's trials are finished or in hand.
 
-    The trials are counted and the next is begun under a lock, so that several runs together finish exactly N. Sampler
-    and pruner are not in the storage, so they are made for each trial.
+    The trials are counted and the next is begun under a lock, so that several runs together finish exactly N, and no
+    two of them propose the same plan: a sampler knows what the others have in hand. Sampler and pruner are not in the
+    storage, so they are made for each trial.
     """
     file, storage = setting.file, trials.storage_of(study)
 
@@ -108,6 +110,9 @@ def take(study: optuna.Study, setting: Setting, worker: int, forecast: Forecast)
         study.pruner = rungs.ShardsAlone(samplers.pruner(file.pruner, shards), shards)
         trial = study.ask()
         trial.set_user_attr("worker", processes.identify_worker())
+        with contextlib.suppress(Exception):  # the trial asks for its plan again, and tells what fails
+            plan = space.suggest(trial, file.space, setting.model.identity)
+            trial.set_user_attr("plan", plan.to_dict())
         return trial, held.kept()
 
     while True:

@@ -21,6 +21,7 @@ from evaluator.speed_table import Probe, SpeedTable
 from search.config import compose
 from search.config.space_section import Range
 from search.say import silent
+from search.setup import keys
 from search.setup import setting as settings
 from search.show import forecast_view
 from search.stages import damage_plans, damage_table, speed_table, step_times
@@ -32,7 +33,7 @@ from search.stages.forecast import Forecast
 from search.stages.screen import Screener
 from search.stages.side_by_side import SideBySide
 from search.stages.step_times import StepTimes
-from search.study import forecast_sampler, outlook, rungs, space, workers
+from search.study import forecast_sampler, one_trial, outlook, rungs, space, storage, workers
 from search.study.forecast_sampler import NOTHING_LEFT, WAIT_IN_A_ROW, WAITS, ForecastSampler
 from search.study.objective import Objective
 from tests.measurements import measurement
@@ -716,6 +717,25 @@ def test_a_plan_whose_loss_is_nan_is_kept_as_one_that_knows_nothing_and_ends_no_
     assert damage_table.known(prepared).entries == table.entries
 
 
+def test_two_runs_add_to_one_damage_table(prepared, monkeypatch):
+    wanted, asked = damage_plans.wanted(prepared), []
+    other = dataclasses.replace(prepared.model.identity, num_hidden_layers=1)
+    assert other not in wanted
+
+    def scored(screener, plan, base, say, on_own):
+        asked.append(plan)
+        if len(asked) == 1:  # meanwhile, another run keeps what it has scored
+            theirs = (Entry(other, loss(0.7)), Entry(wanted[-1], loss(0.2)))
+            damage_table._keep(prepared, DamageTable(prepared.model.identity, theirs))
+        return loss(0.1)
+
+    monkeypatch.setattr(damage_table, "_scored", scored)
+    table = damage_table.damage_table(prepared, Screener(prepared), silent)
+    assert asked == wanted[:-1]
+    assert {entry.plan for entry in damage_table.known(prepared).entries} == {*wanted, other}
+    assert damage_table.known(prepared).entries == table.entries
+
+
 def test_what_could_not_be_scored_is_not_forecast_to_lose_nothing(prepared, monkeypatch):
     """Memory ran out for W8A8 and for one depth."""
     own, cheap = prepared.model.identity, Screener.cheap
@@ -809,6 +829,22 @@ def test_where_speed_counts_for_nothing_its_unknown_error_does_not_either(home):
     assert possible.score.score_se == pytest.approx(known.score.score_se)
     assert not prepared.goal.can_beat(possible, 1.5)
     assert prepared.goal.can_beat(possible, 0.8)
+
+
+def test_workers_that_begin_together_do_not_propose_the_same_plan(home):
+    file = compose.load("forecast", ["sampler.name=forecast", "trials=20"], home)
+    prepared = settings.prepare(file)
+    study = storage.create_or_resume(storage.open_storage(file.storage), "forecast", keys.definition(prepared))
+    made = Forecast(prepared, speeds(prepared), damages(prepared.model.identity))
+    for number, params in enumerate(space.uncut(file.space, prepared.model.identity)):
+        study.add_trial(optuna.trial.create_trial(
+            value=0.5 - 0.1 * number, params=params,
+            distributions=space.distributions(file.space, prepared.model.identity),
+        ))  # fmt: skip
+    running = [one_trial.take(study, prepared, worker, made) for worker in range(3)]
+    plans = [trial.user_attrs["plan"] for trial in running]  # known to the others before anything is run
+    assert len({CompressionPlan.from_dict(plan) for plan in plans}) == 3
+    assert [space.suggest(trial, file.space, prepared.model.identity).to_dict() for trial in running] == plans
 
 
 @pytest.mark.parametrize("tasks", [(), (object(),)])
