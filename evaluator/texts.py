@@ -244,12 +244,15 @@ def split(documents: Sequence[Document], calibration_share: float = 0.6) -> tupl
 def windows(
     tokenizer: Any, documents: Sequence[Document], length: int, count: int, *, or_fewer: bool = False
 ) -> list[list[int]]:
-    """Return windows of token ids, without overlap or BOS, spread evenly over the text.
+    """Return windows of token ids without overlap, spread evenly over the text.
+
+    Each begins with BOS where the tokenizer puts it before a text: models that were always given it, such as Gemma 3,
+    are lost without.
 
     Args:
         tokenizer: A transformers tokenizer.
         documents: The text.
-        length: The token ids of a window.
+        length: The token ids of a window, BOS among them.
         count: The number of windows.
         or_fewer: Whether a shorter text gives what it has, at least one window.
 
@@ -285,8 +288,10 @@ def mixed_windows(
     """
     if length < 2 or count < 1:
         raise TextError(f"text: {count} windows of {length} tokens: at least 1 of 2 tokens are needed")
-    streams = {name: _stream(tokenizer, documents, length * count) for name, documents in domains.items()}
-    possible = {name: len(stream) // length for name, stream in streams.items()}
+    first = lead(tokenizer)
+    each = length - len(first)  # tokens of the text
+    streams = {name: _stream(tokenizer, documents, each * count) for name, documents in domains.items()}
+    possible = {name: len(stream) // each for name, stream in streams.items()}
     if or_fewer:
         count = min(count, sum(possible.values())) or count  # without one window the error names what was asked for
     shares = {name: 1.0 if weights is None else weights[name] for name in domains}
@@ -303,14 +308,21 @@ def mixed_windows(
     order = [(name, index) for name in streams for index in range(taken[name])]
     if in_turn:
         order.sort(key=lambda one: (one[1] + 0.5) / taken[one[0]])
-    starts = [(name, (index * possible[name] // taken[name]) * length) for name, index in order]
-    return [streams[name][start : start + length] for name, start in starts]
+    starts = [(name, (index * possible[name] // taken[name]) * each) for name, index in order]
+    return [first + streams[name][start : start + each] for name, start in starts]
 
 
 def all_windows(tokenizer: Any, documents: Sequence[Document], length: int) -> list[list[int]]:
-    """Return every window of `length` token ids of the text, without overlap or BOS; a shorter rest is dropped."""
-    stream = _stream(tokenizer, documents)
-    return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
+    """Return every one of the `windows` of a text; a shorter rest is dropped."""
+    first, stream = lead(tokenizer), _stream(tokenizer, documents)
+    each = length - len(first)
+    return [first + stream[start : start + each] for start in range(0, len(stream) - each + 1, each)]
+
+
+def lead(tokenizer: Any) -> list[int]:
+    """Return [BOS] if the tokenizer begins a text with it, else []."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and list(tokenizer.encode("a", verbose=False))[:1] == [bos] else []
 
 
 def _stream(tokenizer: Any, documents: Sequence[Document], tokens: float = math.inf) -> list[int]:

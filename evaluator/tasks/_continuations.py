@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from evaluator import texts
 from evaluator.errors import NotFinite, TextError
 from evaluator.tasks import NllEngine, Progress
 
@@ -52,7 +53,7 @@ def encode(tokenizer: Any, context: str, text: str, max_tokens: int | None = Non
         shared += 1
     if shared == len(whole):
         raise TextError(f"{text!r:.60} adds no token to what stands before it; give it a text")
-    lead = _lead(tokenizer)
+    lead = texts.lead(tokenizer)
     if not lead and not shared:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if first is None:
@@ -107,9 +108,3 @@ def log_likelihoods(
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
-
-
-def _lead(tokenizer: Any) -> list[int]:
-    """Return [BOS] if the tokenizer begins a text with it, else []."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and list(tokenizer.encode("a", verbose=False))[:1] == [bos] else []

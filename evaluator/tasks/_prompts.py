@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from evaluator import texts
 from evaluator.errors import TextError
 from evaluator.generation import Answer, Limits
 from evaluator.tasks import GeneratingEngine, Progress
@@ -29,7 +30,7 @@ def encode(tokenizer: Any, requests: Sequence[Any], max_tokens: int | None) -> l
     Args:
         tokenizer: A transformers tokenizer.
         requests: The harness's requests.
-        max_tokens: The most tokens of a prompt with its answer; a longer prompt loses its beginning.
+        max_tokens: The most tokens of a prompt with its answer; a longer prompt loses its beginning, but for BOS.
 
     Raises:
         TextError: An answer leaves no room for its prompt, or the arguments make no sense.
@@ -43,9 +44,10 @@ def encode(tokenizer: Any, requests: Sequence[Any], max_tokens: int | None) -> l
         ids = list(tokenizer.encode(context, verbose=False))
         if max_tokens is not None:
             room = max_tokens - limits.max_tokens
-            if room < 1:
+            first = texts.lead(tokenizer)
+            if room <= len(first):
                 raise TextError(f"its answers of {limits.max_tokens} tokens leave no room for a prompt in {max_tokens}")
-            ids = ids[-room:]
+            ids = ids if len(ids) <= room else [*first, *ids[len(first) - room :]]
         if not ids:
             raise TextError("a prompt has no token; put a question there")
         found.append(Prompt(tuple(ids), limits))

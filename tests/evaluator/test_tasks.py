@@ -3,6 +3,7 @@ import json
 import math
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -313,6 +314,18 @@ def test_a_long_question_loses_its_beginning():
     assert spelled(_continuations.encode(Letters(), "ab", " xy", max_tokens=4).ids) == "b xy"
     with pytest.raises(TextError, match="has 3 tokens, which max_tokens 3 leaves no room for"):
         _continuations.encode(Letters(), "ab", " xy", max_tokens=3)
+
+
+def test_a_long_prompt_of_the_harness_loses_its_beginning_but_for_bos():
+    def prompt(tokenizer, room):
+        request = types.SimpleNamespace(args=("abcdefgh", {"max_gen_toks": 2}))
+        return spelled(_prompts.encode(tokenizer, [request], room + 2)[0].ids)
+
+    assert prompt(Letters(), 4) == "efgh"
+    assert prompt(Letters(leads=True), 4) == "\x01fgh"
+    assert prompt(Letters(leads=True), 9) == "\x01abcdefgh"
+    with pytest.raises(TextError, match="leave no room for a prompt"):
+        prompt(Letters(leads=True), 1)
 
 
 def test_only_the_choices_tokens_count(tmp_path):

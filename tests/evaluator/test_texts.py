@@ -4,6 +4,8 @@ import sys
 import time
 
 import pytest
+import transformers
+from tokenizers import processors
 
 from evaluator import texts
 from evaluator.errors import TextError
@@ -12,6 +14,8 @@ from evaluator.texts import Document
 
 class Words:
     """A tokenizer whose tokens are words."""
+
+    bos_token_id = None
 
     def encode(self, text, add_special_tokens, verbose):
         assert not add_special_tokens
@@ -268,8 +272,30 @@ def test_a_paragraph_of_many_megabytes_becomes_documents_that_end_with_a_line(tm
 class Letters:
     """A token a letter."""
 
+    bos_token_id = None
+
     def encode(self, text, **options):
         return [ord(letter) for letter in text]
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_each_window_begins_as_the_tokenizer_begins_a_text(pico_llama, adds):
+    """Gemma 3 and Llama 3 were never given a text without BOS; what has no such tokenizer is read as before."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(pico_llama)
+    bos, documents = (
+        tokenizer.bos_token_id,
+        [Document("a", "The statement is executed in the current namespace. " * 20)],
+    )
+    every = texts.all_windows(tokenizer, documents, 12)
+    if adds:
+        template = processors.TemplateProcessing(
+            single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, bos)]
+        )
+        tokenizer.backend_tokenizer.post_processor = template
+        plain, every = every, texts.all_windows(tokenizer, documents, 13)
+        assert every == [[bos, *window] for window in plain]
+    assert texts.windows(tokenizer, documents, len(every[0]), len(every)) == every
+    assert [window[0] for window in every].count(bos) == (len(every) if adds else 0)
 
 
 def test_several_texts_give_the_same_number_of_windows_except_where_one_is_short():
