@@ -24,7 +24,7 @@ from search.stages import speed_table
 from search.stages.damage_curves import Loss
 from search.stages.damage_table import DamageTable, Entry
 from search.stages.forecast import Forecast
-from search.study import best, chance, constraints, ending, rungs, samplers, space
+from search.study import best, chance, constraints, ending, rungs, samplers, space, status
 from search.study import storage as study_storage
 from search.study import trials as study_trials
 from search.study.forecast_sampler import NOTHING_LEFT, ForecastSampler
@@ -511,6 +511,8 @@ def test_where_no_trial_reaches_the_goal_the_closest_is_named(home, cli):
     state = cli("status", *words, "--json", cwd=home).json
     assert state["best"] is None
     assert state["closest"]["trial"] == closest.number
+    study = study_storage.load(study_storage.open_storage(f"sqlite:///{home}/outputs/studies.db"), "none")
+    assert status.of(study).stands_out == ""  # in a plot: the best Score misses the goal
     exported = cli("export", *words, cwd=home)
     assert exported.status == 2
     assert exported.out == ""
