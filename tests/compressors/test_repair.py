@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -344,6 +345,37 @@ def test_every_group_keeps_the_same_number_of_heads(base, its_family, collected,
             assert len(members) == keep // keep_groups
             assert list(members) == sorted(members)
             assert all(member // (count // groups) == group for member in members)
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched(second_moments.Moments):
+    """Watched notes how many of the moments that it gave out are alive when the next one is asked for."""
+
+    given: list = dataclasses.field(default_factory=list, compare=False)
+    alive: list = dataclasses.field(default_factory=list, compare=False)
+
+    def mixed(self, layer, part, device="cpu"):
+        self.alive.append(sum(one() is not None for one in self.given))
+        moment = super().mixed(layer, part, device)
+        self.given.append(weakref.ref(moment.second))
+        return moment
+
+
+@pytest.mark.parametrize("how", ["energy", "flap", "obs"])
+def test_one_layers_moments_are_in_memory_at_a_time(base, its_family, collected, how):
+    config = base.config
+    groups, each = config["num_key_value_heads"], config["num_attention_heads"] // config["num_key_value_heads"]
+    choices = {
+        "channels": lambda moments: importance.choose_channels(base, its_family, 158, how, moments=moments),
+        "heads": lambda moments: importance.choose_heads(
+            base, its_family, (groups - 1) * each, groups - 1, how, moments=moments
+        ),
+        "energies": lambda moments: importance.group_energies(base, its_family, moments),
+    }
+    for name, choose in choices.items():
+        watched = Watched(**{field.name: getattr(collected, field.name) for field in dataclasses.fields(collected)})
+        choose(watched)
+        assert watched.alive == [0] * config["num_hidden_layers"], name
 
 
 # -- in a plan -----------------------------------------------------------------------------------------------

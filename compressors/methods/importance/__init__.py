@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -145,7 +145,9 @@ def _readers(
     activity: torch.Tensor | None,
     moments: Moments | None,
     device: str,
-) -> list[Reader]:
+) -> Iterator[Reader]:
+    """Yield each layer's reader, which is to be dropped before the next one reads: at 8B its H is a gigabyte."""
+
     def weight(layer: int) -> torch.Tensor:
         return checkpoint.tensors[f"{family.in_layer(layer, part)}.weight"].load().to(device)
 
@@ -153,14 +155,12 @@ def _readers(
         assert moments is not None
         return moments.mixed(layer, part, device)
 
-    return [
-        Reader(
+    for layer in range(int(checkpoint.config["num_hidden_layers"])):
+        yield Reader(
             functools.partial(weight, layer),
             functools.partial(moment, layer),
             None if activity is None else activity[layer],
         )
-        for layer in range(int(checkpoint.config["num_hidden_layers"]))
-    ]
 
 
 def group_energies(checkpoint: Checkpoint, family: Family, moments: Moments, device: str = "cpu") -> list[list[float]]:

@@ -15,8 +15,8 @@ def energy(weight: torch.Tensor, moment: Moment, size: int = 1) -> torch.Tensor:
     """Return the energy of each block of `size` inputs of `weight` [N, K]: float64 [K / size]."""
     rows, width = weight.shape
     blocks = weight.double().reshape(rows, -1, size)  # (N, K / size, size)
-    second = moment.second.double().reshape(width // size, size, width // size, size)
-    own = second.diagonal(dim1=0, dim2=2)  # (size, size, K / size)
+    second = moment.second.reshape(width // size, size, width // size, size)
+    own = second.diagonal(dim1=0, dim2=2).double()  # (size, size, K / size); doubled, all of H is large
     return torch.einsum("nki,ijk,nkj->k", blocks, own, blocks).clamp_min(0.0)
 
 
