@@ -13,9 +13,12 @@ exact and contains: text in Unicode's NFKC form and without differences of case,
 white space at the ends. `exact` also leaves out `.`, `!`, `?` and `。` at the end.
 
 numeric: numbers are compared as decimals, so that 2.50 is 2.5. A comma followed by three digits is a thousands
-separator, and a full stop at a number's end ends the sentence. A hyphen or a minus sign before the first digit belongs
-to the number, except after a digit or a letter: 3-5 ends with 5. Digits directly after a Latin letter are a name, as in
-GPT4. Units, currencies and percent signs are left out. An answer without a number is wrong.
+separator. A full stop at a number's end ends the sentence, and so does one after a letter or another full stop: …42. A
+hyphen or a minus sign directly before the first digit belongs to the number, except after a digit, a letter of any
+script, a closing bracket, a percent or degree sign, or another hyphen: 3-5 ends with 5. With a space behind it, it is a
+bullet, a dash or a difference, and belongs to the number only after an opening bracket or a sign such as = or <:
+x = − 5. Digits directly after a Latin letter are a name, as in GPT4. Units, currencies and percent signs are left out.
+An answer without a number is wrong.
 
 choice: only capital letters count, except where the letter is the whole answer. I and A before a word in lower case are
 the English words, except before `is`: "I think that A is right" chooses A.
@@ -39,8 +42,9 @@ from decimal import Decimal
 MATCHES = ("exact", "contains", "numeric", "choice", "f1", "rouge_l")
 GRADED = ("f1", "rouge_l")  # scores between 0 and 1; the others are 0 or 1
 
+_SIGN = r"(?<![\w)\]%°-])[-−]|(?:(?<=[=<>≤≥≈(\[])|(?<=[=<>≤≥≈(\[] ))[-−] "
 _NUMBER = re.compile(
-    r"(?<![A-Za-z0-9_])(?:(?<!\d)[-−]\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:(?<=\d)(?:\.\d+)?|\.\d+)"
+    rf"(?<![A-Za-z0-9_])(?:{_SIGN})?(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)?(?:(?<=\d)(?:\.\d+)?|(?<![\w.])\.\d+)"
 )
 _CHOICE = re.compile(r"(?<![A-Za-z0-9'’])([A-J])(?![A-Za-z0-9'’])")
 _ENGLISH = re.compile(r"\s+(?!is\b)[a-z]")  # what follows the words I and A
