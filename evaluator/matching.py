@@ -10,7 +10,8 @@
 Of several right answers the one that fits best counts. What each match compares:
 
 exact and contains: text in Unicode's NFKC form and without differences of case, white space as single spaces, without
-white space at the ends. `exact` also leaves out `.`, `!`, `?` and `。` at the end.
+white space at the ends. `exact` also leaves out `.`, `!`, `?` and `。` at the end. For `contains` a number is what
+`numeric` reads: 7 occurs in "3-7" and "7, 8", but not in "7.5", "1,007" or "-7".
 
 numeric: numbers are compared as decimals, so that 2.50 is 2.5. A comma followed by three digits is a thousands
 separator. A full stop at a number's end ends the sentence, and so does one after a letter or another full stop: …42. A
@@ -42,7 +43,8 @@ from decimal import Decimal
 MATCHES = ("exact", "contains", "numeric", "choice", "f1", "rouge_l")
 GRADED = ("f1", "rouge_l")  # scores between 0 and 1; the others are 0 or 1
 
-_SIGN = r"(?<![\w)\]%°-])[-−]|(?:(?<=[=<>≤≥≈(\[])|(?<=[=<>≤≥≈(\[] ))[-−] "
+_UNSIGNED = r"(?<![\w)\]%°-])"  # a hyphen behind one of these is no sign
+_SIGN = rf"{_UNSIGNED}[-−]|(?:(?<=[=<>≤≥≈(\[])|(?<=[=<>≤≥≈(\[] ))[-−] "
 _NUMBER = re.compile(
     rf"(?<![A-Za-z0-9_])(?:{_SIGN})?(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)?(?:(?<=\d)(?:\.\d+)?|(?<![\w.])\.\d+)"
 )
@@ -102,10 +104,13 @@ def _exact(answer: str, right: str) -> float:
 
 
 def _contains(answer: str, right: str) -> float:
-    inner = _plain(right)
-    before = r"(?<![a-z0-9])" if re.match("[a-z0-9]", inner) else ""
+    inner, text = _plain(right), _plain(answer)
+    before = r"(?<![a-z0-9])" if re.match("[a-z0-9]", inner) else _UNSIGNED if re.match(r"[-−]\.?\d", inner) else ""
     after = r"(?![a-z0-9])" if re.search("[a-z0-9]$", inner) else ""
-    return float(re.search(f"{before}{re.escape(inner)}{after}", _plain(answer)) is not None)
+    after += r"(?!\.\d)" if re.search(r"\d$", inner) else ""  # GPT4 and 1.2 are not GPT4.5 and 1.2.3
+    inside = {place for number in _NUMBER.finditer(text) for place in range(number.start() + 1, number.end())}
+    starts = [found.start() for found in re.finditer(f"{before}(?={re.escape(inner)}{after})", text)]
+    return float(any(start not in inside and start + len(inner) not in inside for start in starts))
 
 
 def _numeric(answer: str, right: str) -> float:
