@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from evaluator.errors import EvaluationError
-from readers import json_reader, safetensors_header
+from readers import json_reader, safetensors_files, safetensors_header
+from readers.errors import ReadError
 from readers.regular import open_regular
+
+BESIDE = re.compile(r"weight_shape|(weight|input|output|q|k|v)_(scale|global_scale|zero_point|g_idx)")  # no parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +53,7 @@ def describe(path: Path) -> Described:
             heads=int(config["num_attention_heads"]),
             hidden=int(config["hidden_size"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, re.error) as error:
         raise EvaluationError(f"{path}: is not a readable checkpoint: {type(error).__name__}: {error}") from None
 
 
@@ -56,12 +61,12 @@ def weight_files(path: Path) -> list[Path]:
     """Return model.safetensors, or the files that it is split into, sorted by name.
 
     Raises:
-        EvaluationError: The directory holds none.
+        EvaluationError: The directory holds none, or not all of them.
     """
-    files = sorted(path.glob("model*.safetensors"))
-    if not files:
-        raise EvaluationError(f"{path}: holds no model.safetensors; name a checkpoint directory")
-    return files
+    try:
+        return safetensors_files.find(path)
+    except (OSError, ReadError) as error:
+        raise EvaluationError(f"{path}: {error}") from None
 
 
 def weights_sha256_of(path: Path) -> str:
@@ -76,22 +81,27 @@ def weights_sha256_of(path: Path) -> str:
 
 def _parameters(file: Path, config: dict[str, Any]) -> int:
     """Count the parameters of a safetensors file as if compressed-tensors had packed and scaled none."""
-    header = safetensors_header.read(file)
-    per_word = 32 // _bits(config)
     total = 0
-    for name, tensor in header.items():
-        part = name.rpartition(".")[2]
-        if part in ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale"):
-            continue
-        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+    for name, tensor in safetensors_header.read(file).items():
+        module, _, part = name.rpartition(".")
+        if BESIDE.fullmatch(part) or (name == "lm_head.weight" and config.get("tie_word_embeddings")):
             continue
         size = math.prod(tensor["shape"])
-        total += size * per_word if part == "weight_packed" else size
+        total += size * (32 // _bits(module, config)) if part == "weight_packed" else size
     return total
 
 
-def _bits(config: dict[str, Any]) -> int:
-    groups = (config.get("quantization_config") or {}).get("config_groups") or {}
-    for group in groups.values():
-        return int((group.get("weights") or {}).get("num_bits") or 32)
-    return 32
+def _bits(module: str, config: dict[str, Any]) -> int:
+    """Return the bits of a packed module's weights: those of the group that names it, else of the group of Linears."""
+
+    def distance(group: Mapping[str, Any]) -> int:
+        targets = group.get("targets") or ()
+        patterns = [target[3:] for target in targets if target.startswith("re:")]
+        nearest = (module in targets, any(re.match(pattern, module) for pattern in patterns), "Linear" in targets, True)
+        return nearest.index(True)
+
+    groups: Iterable[Mapping[str, Any]] = (
+        (config.get("quantization_config") or {}).get("config_groups") or {}
+    ).values()
+    weights = min(groups, key=distance, default={}).get("weights") or {}
+    return int(weights.get("num_bits") or 32)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from compressors.errors import CheckpointError
-from readers import json_reader
+from readers import json_reader, safetensors_files
 from readers.errors import ReadError
 from readers.regular import in_words, kind_of
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX = safetensors_files.WEIGHTS, safetensors_files.INDEX
 MOST_CARRIED = 1_000_000_000  # bytes of a file that is copied along
 CARRIED = (
     "tokenizer*",
@@ -138,32 +138,10 @@ def weight_files(path: Path) -> list[Path]:
     Raises:
         CheckpointError: When there are none, a shard is missing, or only pickled weights are there.
     """
-    if (path / WEIGHTS).is_file():
-        return [path / WEIGHTS]
-    if (path / INDEX).is_file():
-        named = require_json(path / INDEX, "").get("weight_map")
-        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
-            raise CheckpointError(f"model {path}: {INDEX} has no weight_map of names to files; copy it again")
-        foreign_names = sorted(name for name in named.values() if Path(name) != Path(Path(name).name))
-        if foreign_names:
-            raise CheckpointError(
-                f"model {path}: {INDEX} names {ascii(foreign_names[0])[1:-1][:100]}, which is not directly in the "
-                "model's directory; put the shards there, and correct the index"
-            )
-        files = sorted({path / Path(name).name for name in named.values()})
-        missing = [file.name for file in files if not file.is_file()]
-        if missing or not files:
-            raise CheckpointError(
-                f"model {path}: shards named in {INDEX} are missing: {', '.join(missing) or 'all'}; copy them there"
-            )
-        return files
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            f"model {path}: has only pickled weights ({pickles[0]}), which can run code when they are read; convert "
-            "them to safetensors"
-        )
-    raise CheckpointError(f"model {path}: has no weights; put {WEIGHTS} there, or its shards with {INDEX}")
+    try:
+        return safetensors_files.find(path, lambda index: require_json(index, ""))
+    except ReadError as error:
+        raise CheckpointError(f"model {path}: {error}") from None
 
 
 def _entries(directory: Path, top: Path) -> Iterator[os.DirEntry[str]]:

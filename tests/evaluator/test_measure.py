@@ -174,11 +174,11 @@ def test_tasks_have_names_of_their_own(shards, names):
         Request(shards, QUICK, [Asked(name, shards[0]) for name in names])
 
 
-def write_safetensors(path, shapes):
+def write_safetensors(path, shapes, name="model.safetensors"):
     path.mkdir(exist_ok=True)
     header = {name: {"dtype": "I32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
     data = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-    (path / "model.safetensors").write_bytes(len(data).to_bytes(8, "little") + data)
+    (path / name).write_bytes(len(data).to_bytes(8, "little") + data)
 
 
 def test_parameters_are_those_of_the_dequantized_model(tmp_path):
@@ -197,6 +197,55 @@ def test_parameters_are_those_of_the_dequantized_model(tmp_path):
     )
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
     assert checkpoint_files.describe(tmp_path / "m").parameters == 10 * 64 + 32 * 64 + 64
+
+
+@pytest.mark.parametrize("targets", ["lm_head", r"re:lm_.*"])
+def test_a_head_in_8_bits_counts_once_beside_layers_in_4_and_scales_of_the_cache_not_at_all(tmp_path, targets):
+    config = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 64, "tie_word_embeddings": False}
+    groups = {
+        "group_0": {"targets": ["Linear"], "weights": {"num_bits": 4}},
+        "group_1": {"targets": [targets], "weights": {"num_bits": 8}},
+    }
+    shapes = {
+        "model.embed_tokens.weight": [10, 64],
+        "lm_head.weight_packed": [10, 16],
+        "lm_head.weight_scale": [10, 1],
+        "lm_head.weight_shape": [2],
+        "model.layers.0.self_attn.q_proj.weight_packed": [32, 8],
+        "model.layers.0.self_attn.q_proj.weight_scale": [32, 2],
+        "model.layers.0.self_attn.q_proj.weight_shape": [2],
+        "model.layers.0.self_attn.k_scale": [1],
+        "model.layers.0.self_attn.v_scale": [1],
+    }
+    write_safetensors(tmp_path, shapes)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"config_groups": groups}}))
+    assert checkpoint_files.describe(tmp_path).parameters == 10 * 64 + 10 * 64 + 32 * 64
+
+
+def test_a_checkpoints_weights_are_one_file_or_what_its_index_names(tmp_path):
+    config = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 4}
+    model = tmp_path / "model"
+    write_safetensors(model, {"b": [3]}, "b.safetensors")
+    write_safetensors(model, {"a": [2]}, "a.safetensors")
+    write_safetensors(model, {"stray": [100]}, "model-00001-of-00001.safetensors")
+    write_safetensors(tmp_path, {"outside": [50]}, "outside.safetensors")
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EvaluationError, match="has no weights"):
+        checkpoint_files.describe(model)
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"b": "b.safetensors", "a": "a.safetensors"}}))
+    shards = [model / "a.safetensors", model / "b.safetensors"]
+    assert checkpoint_files.weight_files(model) == shards
+    assert checkpoint_files.describe(model).parameters == 5
+    assert checkpoint_files.describe(model).bytes == sum(shard.stat().st_size for shard in shards)
+    joined = b"".join(shard.read_bytes() for shard in shards)
+    assert checkpoint_files.weights_sha256_of(model) == hashlib.sha256(joined).hexdigest()
+    for name, says in (("../outside.safetensors", "not directly in the model's directory"), ("c", "missing: c")):
+        index.write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(EvaluationError, match=says):
+            checkpoint_files.weights_sha256_of(model)
+    write_safetensors(model, {"whole": [7]})
+    assert checkpoint_files.describe(model).parameters == 7
 
 
 @pytest.mark.parametrize("damage", ["config.json", "model.safetensors"])
