@@ -353,7 +353,7 @@ def estimate(candidate: Mapping[int, Turns], baseline: Mapping[int, Turns], shar
         n = pairs.shape[1]
         weight = 1.0 / batch_size / len(candidate)
         point += weight * _fastest(pairs[:, None], share)
-        resampled += weight * _fastest(pairs[:, _halves(random, n)], share)
+        resampled += weight * _as_of_halves(_fastest(pairs[:, _halves(random, n)], share), n)
         count += pairs[0].size
     (time,), (base_time,) = point.tolist()
     errors = resampled.std(axis=1, ddof=1)
@@ -369,12 +369,22 @@ def estimate(candidate: Mapping[int, Turns], baseline: Mapping[int, Turns], shar
 
 
 def _halves(random: np.random.Generator, n: int) -> NDArray[np.int64]:
-    """Return RESAMPLES random halves of n turns, without replacement: (sample, n / 2).
+    """Return RESAMPLES random halves of n turns, without replacement: (sample, n / 2), of an odd n the smaller half.
 
     An estimate scatters over halves drawn from the data as it does over whole new data.
     """
     halves: NDArray[np.int64] = random.random((RESAMPLES, n)).argsort(axis=1)[:, : max(n // 2, 1)]
     return halves
+
+
+def _as_of_halves(estimates: NDArray[np.float64], n: int) -> NDArray[np.float64]:
+    """Return estimates over m = n // 2 of n turns, (engine, sample), with the scatter of those over n / 2.
+
+    A mean's variance over m of n is (n − m) / m times that over whole new data.
+    """
+    excess = np.sqrt((n // 2) / (n - n // 2)) - 1.0 if n > 1 else 0.0
+    scattered: NDArray[np.float64] = estimates + excess * (estimates - estimates.mean(axis=1, keepdims=True))
+    return scattered
 
 
 def _fastest(seconds: NDArray[np.float64], share: float) -> NDArray[np.float64]:
