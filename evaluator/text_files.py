@@ -13,13 +13,14 @@ MOST_BYTES = 500_000_000  # of a file
 MOST_LINE = 10_000_000  # characters of a line, and of a document: a tokenizer takes a document at once
 
 
-def content_of(path: Path, what: str, kinds: str) -> str:
+def content_of(path: Path, what: str, kinds: str, *, plain: bool = False) -> str:
     """Return the text of a UTF-8 file, which must be of a size that can be tokenized, as must its lines.
 
     Args:
         path: The file.
         what: What it is, for messages.
         kinds: The kinds of file to name instead, for messages.
+        plain: Whether it is plain text, whose lines may also end with CR or CR LF; they are returned with LF.
 
     Raises:
         TextError: It is no regular file of UTF-8, or is too large.
@@ -29,6 +30,8 @@ def content_of(path: Path, what: str, kinds: str) -> str:
     except (OSError, ReadError) as error:
         reason = getattr(error, "strerror", None) or error
         raise TextError(f"{what} {path}: can't be read: {reason}; name {kinds} files in UTF-8") from None
+    if plain:
+        content = content.replace("\r\n", "\n").replace("\r", "\n")
     begin = 0
     while len(content) - begin > MOST_LINE:
         end = content.rfind("\n", begin, begin + MOST_LINE + 1)  # past many lines at once

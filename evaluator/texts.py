@@ -68,7 +68,7 @@ def read_documents(paths: Iterable[str | Path]) -> list[Document]:
         if str(path).startswith(HUB):
             found += _from_hub(str(path))
             continue
-        content = text_files.content_of(path, "text", ".txt or .jsonl")
+        content = text_files.content_of(path, "text", ".txt or .jsonl", plain=path.suffix == ".txt")
         if path.suffix == ".jsonl":
             found += _from_jsonl(path, content)
         elif path.suffix == ".txt":

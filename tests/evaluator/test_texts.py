@@ -71,6 +71,32 @@ def test_a_line_of_a_document_is_named_by_the_line_of_its_file(tmp_path):
     assert texts.read_documents([file])[0].place(1) == "a.jsonl:2"
 
 
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_a_txt_file_gives_the_same_documents_whatever_ends_its_lines(tmp_path, end):
+    file = tmp_path / "a.txt"
+    text = "\n\n".join(f"paragraph {i}\n" + "x" * 900 for i in range(5)) + "\n\n\nthe end\n"
+    file.write_text(text, encoding="utf-8", newline="")
+    expected = texts.read_documents([file])
+    assert len(expected) == 2
+    file.write_text(text.replace("\n", end), encoding="utf-8", newline="")
+    found = texts.read_documents([file])
+    assert found == expected
+    assert [document.lines for document in found] == [document.lines for document in expected]
+
+
+def test_a_txt_file_of_many_megabytes_has_lines_whatever_ends_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluator.text_files.MOST_LINE", 100)
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"\r".join([b"x" * 60] * 5))
+    assert "".join(document.text for document in texts.read_documents([file])).count("x") == 300
+
+
+def test_line_ends_in_a_jsonl_file_stay_what_they_were(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"text":\r"one\\r\\n\\r\\ntwo"}\r\n\r\n{"text": "three"}\r\n')
+    assert [d.text for d in texts.read_documents([file])] == ["one\r\n\r\ntwo", "three"]
+
+
 def test_each_line_of_a_jsonl_file_is_a_document(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"text": "one"}) + "\n\n" + json.dumps({"text": "two", "more": 1}) + "\n")
