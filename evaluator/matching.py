@@ -40,6 +40,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 
+VERSION = 2  # raised when the same answer would be judged otherwise
 MATCHES = ("exact", "contains", "numeric", "choice", "f1", "rouge_l")
 GRADED = ("f1", "rouge_l")  # scores between 0 and 1; the others are 0 or 1
 

@@ -155,7 +155,7 @@ def load(section: Section, tokenizer: Any, *, max_tokens: int | None = None) -> 
         name=title,
         questions=tuple(questions),
         limits=limits,
-        digest=digest_of(["generation", limits.max_tokens, limits.stop, read]),
+        digest=digest_of(["generation", matching.VERSION, limits.max_tokens, limits.stop, read]),
         longest=max(len(question.ids) for question in questions) + section.max_tokens,
     )
 
