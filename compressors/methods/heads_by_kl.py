@@ -17,7 +17,7 @@ import torch
 
 from compressors import cached
 from compressors.device import release
-from compressors.files import alone
+from compressors.files import alone, digest_of_json
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family, head_dim
 from compressors.statistics.predictions import Predictions, spread
@@ -47,7 +47,8 @@ def choose(
 ) -> Gone:
     """Return the groups to remove by layer of `base`, ascending; `keep` of each layer's stay.
 
-    The choice is kept in a file of `directory` after each layer, and a later call resumes it.
+    The choice is kept in a file of `directory` after each layer, and a later call resumes it, unless its energies lead
+    to another search.
 
     Args:
         base: The model.
@@ -64,7 +65,8 @@ def choose(
         MachineError: When the file can't be written.
     """
     path = directory / f"groups-{keep}.json"
-    read = functools.partial(_read, energy=energy, keep=keep)
+    rules = _rules(energy, keep)
+    read = functools.partial(_read, energy=energy, keep=keep, rules=rules)
     gone, done = cached.known(path, read) or _begin(energy, keep)
     if done < SWEEPS * len(energy):
         with alone(path, lambda: say("leaving out heads: waiting for another process that does so")):
@@ -72,24 +74,42 @@ def choose(
             if done < SWEEPS * len(energy):
                 say("leaving out heads: reading the model")
                 windows = [window for some in domains.values() for window in spread(some, WINDOWS)]
-                _descend(_Search(base, family, windows, device, batch), gone, done, energy, path, say)
+                _descend(_Search(base, family, windows, device, batch), gone, done, energy, path, rules, say)
         release(device)
     return gone
 
 
-def _descend(search: _Search, gone: Gone, done: int, energy: Sequence[Sequence[float]], path: Path, say: Say) -> None:
+def _descend(
+    search: _Search,
+    gone: Gone,
+    done: int,
+    energy: Sequence[Sequence[float]],
+    path: Path,
+    rules: list[Any],
+    say: Say,
+) -> None:
     """Improve `gone` in place, layer after layer; `done` counts the layers of all sweeps that are finished."""
     for step in range(done, SWEEPS * len(energy)):
         sweep, layer = divmod(step, len(energy))
         say(f"leaving out heads, sweep {sweep + 1} of {SWEEPS}: layer {layer + 1} of {len(energy)}")
-        gone[layer] = search.cheapest(layer, _least(energy[layer], len(gone[layer]) + CANDIDATES - 1), gone)
-        cached.keep_json(path, {"rules": VERSION, "gone": gone, "done": step + 1})
+        gone[layer] = search.cheapest(layer, _tried(energy[layer], len(gone[layer])), gone)
+        cached.keep_json(path, {"rules": rules, "gone": gone, "done": step + 1})
 
 
-def _read(path: Path, energy: Sequence[Sequence[float]], keep: int) -> tuple[Gone, int]:
+def _rules(energy: Sequence[Sequence[float]], keep: int) -> list[Any]:
+    """Return what leads to a choice, beside the windows that a directory is for: the rules, and where they start.
+
+    The energies depend on how much each text counts, which a directory of moments is not named by.
+    """
+    begun, _ = _begin(energy, keep)
+    tried = [sorted(_tried(of_layer, len(of_layer) - keep)) for of_layer in energy]
+    return [*VERSION, digest_of_json([begun, tried], 16)]
+
+
+def _read(path: Path, energy: Sequence[Sequence[float]], keep: int, rules: list[Any]) -> tuple[Gone, int]:
     """Return (the choice so far, the number of layers of all sweeps that are finished)."""
     stored = cached.read_json(path)
-    if stored["rules"] != VERSION:
+    if stored["rules"] != rules:
         return _begin(energy, keep)
     gone, done = typed(list[tuple[int, ...]], stored["gone"], "gone"), typed(int, stored["done"], "done")
     if len(gone) != len(energy) or not 0 <= done <= SWEEPS * len(energy):
@@ -102,6 +122,11 @@ def _read(path: Path, energy: Sequence[Sequence[float]], keep: int) -> tuple[Gon
 
 def _begin(energy: Sequence[Sequence[float]], keep: int) -> tuple[Gone, int]:
     return [tuple(sorted(_least(of_layer, len(of_layer) - keep))) for of_layer in energy], 0
+
+
+def _tried(energy: Sequence[float], going: int) -> list[int]:
+    """Return the groups of a layer that are tried where `going` of them go."""
+    return _least(energy, going + CANDIDATES - 1)
 
 
 def _least(energy: Sequence[float], count: int) -> list[int]:

@@ -107,6 +107,35 @@ def test_the_windows_are_spread_over_the_text(model, domains, collected, tmp_pat
     )
 
 
+def test_a_choice_that_other_energies_led_to_is_not_taken(model, domains, tmp_path, monkeypatch):
+    """As those of the same texts by other weights, whose moments lie in the same directory."""
+    monkeypatch.setattr(heads_by_kl, "SWEEPS", 1)
+    its = family.family_of(model)
+    few = {name: windows[:2] for name, windows in domains.items()}
+    one = [[float(group) for group in range(GROUPS)]] * 3
+    other = [[float(-group) for group in range(GROUPS)]] * 3
+    said = []
+
+    def chosen(energy, directory):
+        said.clear()
+        directory.mkdir(exist_ok=True)
+        return heads_by_kl.choose(model, its, few, energy, 7, directory, say=said.append)
+
+    first = chosen(one, tmp_path / "shared")
+    assert set().union(*first) <= {0, 1, 2, 3}
+    assert chosen([[2 * of_group for of_group in of_layer] for of_layer in one], tmp_path / "shared") == first
+    assert said == [], "energies of the same order lead to the same choice"
+    second = chosen(other, tmp_path / "shared")
+    assert said
+    assert set().union(*second) <= {4, 5, 6, 7}
+    assert second == chosen(other, tmp_path / "alone")
+    file = tmp_path / "shared" / "groups-7.json"
+    stored = json.loads(file.read_text())
+    del stored["sha256"]  # as earlier versions wrote it, which said nothing of the energies
+    file.write_text(json.dumps({**stored, "rules": heads_by_kl.VERSION}))
+    assert chosen(one, tmp_path / "shared") == first
+
+
 @pytest.mark.long
 def test_a_killed_search_resumes_where_it_was_and_a_damaged_one_begins_again(
     model, domains, collected, tmp_path, damages
