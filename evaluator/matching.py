@@ -42,7 +42,6 @@ from decimal import Decimal
 
 VERSION = 2  # raised when the same answer would be judged otherwise
 MATCHES = ("exact", "contains", "numeric", "choice", "f1", "rouge_l")
-GRADED = ("f1", "rouge_l")  # scores between 0 and 1; the others are 0 or 1
 
 _UNSIGNED = r"(?<![\w)\]%°-])"  # a hyphen behind one of these is no sign
 _SIGN = rf"{_UNSIGNED}[-−]|(?:(?<=[=<>≤≥≈(\[])|(?<=[=<>≤≥≈(\[] ))[-−] "

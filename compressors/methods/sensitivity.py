@@ -17,7 +17,8 @@ from collections.abc import Iterator
 
 import torch
 
-from compressors.methods import precision, quantizers, rounding
+from compressors.methods import precision, rounding
+from compressors.methods.quantizers import nearest
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.family import Family
 from compressors.statistics.second_moments import InputMoment
@@ -32,19 +33,17 @@ def rank(
     scheme: str,
     moments: InputMoment,
     *,
-    quantizer: str = "nearest",
     group_size: int = 0,
 ) -> list[tuple[str, ...]]:
     """Return the fused projections of every layer, those first whose quantization does the most damage per byte saved.
 
-    One weight at a time is in memory.
+    The damage is that of rounding to nearest, whichever quantizer rounds the others. One weight at a time is in memory.
 
     Args:
         checkpoint: The model.
         family: Its family.
         scheme: The quantization scheme.
         moments: A function from a module's name to the second moment [K, K] of its input.
-        quantizer: The quantizer, as in `precision.quantize`.
         group_size: The group size, as in `precision.quantize`.
 
     Raises:
@@ -61,26 +60,25 @@ def rank(
         lost = saved = 0.0
         for module in parts:
             weight = checkpoint.tensors[f"{module}.weight"].load()
-            lost += share * damage(weight, moments(module), scheme, size, quantizer)
+            lost += share * damage(weight, moments(module), scheme, size)
             saved += weight.numel() * (16 - WEIGHT_BITS[scheme] - 16 / (size or weight.shape[1])) / 8
         ranked.append((lost / saved, parts))
     return [parts for _, parts in sorted(ranked, key=lambda pair: -pair[0])]
 
 
-def damage(
-    weight: torch.Tensor, moment: torch.Tensor, scheme: str, size: int | None, quantizer: str = "nearest"
-) -> float:
+def damage(weight: torch.Tensor, moment: torch.Tensor, scheme: str, size: int | None) -> float:
     """Return the output's relative squared error, tr(ΔW H ΔWᵀ) / tr(W H Wᵀ), plus that of rounded inputs.
+
+    The weight is rounded to nearest.
 
     Args:
         weight: [N, K], in 16 bits.
         moment: H [K, K].
         scheme: The quantization scheme.
         size: The group size; None: K.
-        quantizer: The quantizer, as in `precision.quantize`.
     """
     weight = weight.to(moment.device)
-    values, scales = quantizers.quantizer(quantizer).round_weight(weight, lambda: moment, scheme, size)
+    values, scales = nearest.round_weight(weight, None, scheme, size)
     exact = weight.float()
     error = rounding.multiplied_out(values, scales) - exact
     lost = _square(error, moment) + _lost_to_inputs(exact, moment.diagonal().float(), scheme)

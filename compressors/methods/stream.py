@@ -352,11 +352,6 @@ class Strength:
     left: float
 
 
-def change(fits: Sequence[Sequence[Fit]]) -> tuple[torch.Tensor, Strength]:
-    """Return (W' − W [N, K] float64, its strength) of one projection, see `changes`."""
-    return changes(fits, [len(next(half for half in fits[0] if half.tokens).cross)])[0]
-
-
 def changes(
     fits: Sequence[Sequence[Fit]], rows: Sequence[int], taken: Sequence[float | None] | None = None
 ) -> list[tuple[torch.Tensor, Strength]]:

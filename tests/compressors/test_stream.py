@@ -241,10 +241,10 @@ def test_domains_that_contradict_each_other_change_nothing():
     yes, no = stream.Fit(), stream.Fit()
     yes.add(x, x @ change.T, torch.ones(1, 400, 1))
     no.add(x, -x @ change.T, torch.ones(1, 400, 1))
-    delta, strength = stream.change([[yes], [no]])
+    ((delta, strength),) = stream.changes([[yes], [no]], [4])
     assert strength == stream.Strength(float("inf"), 1.0)
     assert not delta.any()
-    delta, strength = stream.change([[yes], [yes]])
+    ((delta, strength),) = stream.changes([[yes], [yes]], [4])
     assert strength.factor == min(stream.STRENGTHS)
     assert strength.left < 0.01
     torch.testing.assert_close(delta.float(), change, rtol=0.01, atol=0.01)
@@ -255,7 +255,7 @@ def test_a_single_window_is_not_judged_on_itself():
     draw = torch.Generator().manual_seed(0)
     fit = stream.Fit()
     fit.add(torch.randn(1, 8, 6, generator=draw), torch.randn(1, 8, 4, generator=draw), torch.ones(1, 8, 1))
-    strength = stream.change([[fit, stream.Fit()]])[1]
+    ((_, strength),) = stream.changes([[fit, stream.Fit()]], [4])
     assert strength == stream.Strength(0.3, 1.0)
 
 
@@ -266,8 +266,8 @@ def test_the_strength_balances_more_of_the_same_text_and_text_of_another_kind():
     yes, no = stream.Fit(), stream.Fit()
     yes.add(x, x @ change.T, torch.ones(1, 400, 1))
     no.add(x, 0.3 * x @ change.T, torch.ones(1, 400, 1))
-    alone = stream.change([[yes, yes]])[1]
-    both = stream.change([[yes, yes], [no, no]])[1]
+    ((_, alone),) = stream.changes([[yes, yes]], [4])
+    ((_, both),) = stream.changes([[yes, yes], [no, no]], [4])
     assert alone.factor < both.factor
     assert alone.left < 0.01 < both.left < 1.0
 
@@ -308,7 +308,7 @@ def test_no_text_that_is_left_out_is_worse_off_than_without_a_repair():
         return 1 - float(gained / means.square.sum())
 
     assert share(no, change) > 1.0 > (share(yes, change) + share(no, change)) / 2
-    delta, strength = stream.change([[yes], [yes], [no]])
+    ((delta, strength),) = stream.changes([[yes], [yes], [no]], [4])
     assert strength.factor == 3.0  # 1 / (1 + 3) of the change is less than twice what that text wants
     assert share(no, delta) <= 1.0
     assert 0.4 < share(yes, delta) < 0.7
