@@ -103,12 +103,11 @@ def is_quantized(module: str, quantization: Mapping[str, Any]) -> bool:
 
 
 def _group(module: str, quantization: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    groups: Iterable[Mapping[str, Any]] = (quantization.get("config_groups") or {}).values()
-    for group in groups:
-        aims = group.get("targets") or ()
-        if "Linear" in aims or _named(module, aims):
-            return group
-    return None
+    """Return the group that names the module, as one does `lm_head`, else the group of all Linears, else None."""
+    groups: Sequence[Mapping[str, Any]] = list((quantization.get("config_groups") or {}).values())
+    named = (group for group in groups if _named(module, group.get("targets") or ()))
+    linears = (group for group in groups if "Linear" in (group.get("targets") or ()))
+    return next(named, None) or next(linears, None)
 
 
 def _bits(module: str, quantization: Mapping[str, Any]) -> int | None:

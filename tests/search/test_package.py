@@ -129,6 +129,18 @@ def test_the_same_files_give_the_same_bytes(made, model, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC", "W4A16"])
+def test_an_8_bit_head_beside_any_scheme_is_no_fault(pico_llama, tmp_path, scheme):
+    """A group of its own names it, after the group of all Linears, whose bits may be others."""
+    base = Checkpoint.read(pico_llama)
+    heads = {"num_key_value_heads": 2, "num_attention_heads": 4}
+    plan = dataclasses.replace(CompressionPlan.identity(base.config), precision=scheme, lm_head="8-bit", **heads)
+    build.apply(plan, base, family.family_of(base), None).write(tmp_path / "model")
+    (found,) = (rule for rule in submission_rules.check(tmp_path / "model", target=None) if rule.name == "weights")
+    assert found.ok
+    assert "36 of them quantized" in found.found
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC", "W4A16"])
 def test_tensors_of_a_quantized_model_must_fit_its_config(pico_llama, tmp_path, scheme):
     base = Checkpoint.read(pico_llama)
     plan = CompressionPlan.identity(base.config)
