@@ -19,19 +19,25 @@ MOST_JSON = 500_000_000  # bytes; the embedded texts are the largest
 CACHE = Path(os.environ.get("OPTUNA_SEARCH_CACHE", "~/.cache/optuna-search")).expanduser()
 
 
-def refuse_foreign(to: Path, what: str, *sources: Path) -> None:
+def refuse_foreign(to: Path, what: str, *sources: Path, option: str = "--save-path") -> None:
     """Refuse to write a model to a directory whose contents must not be replaced.
 
     Args:
         to: The directory to write.
         what: The command, for messages.
         sources: The models that are read.
+        option: The option that chooses `to`, for messages.
 
     Raises:
-        UsageError: `to` is a file, is one of the sources, or holds files and no model.
+        UsageError: `to` is a file, is or holds one of the sources, or holds files and no model.
     """
-    if any(to.resolve() == source.resolve() for source in sources):
-        raise UsageError(f"{what} to {to}: is the model that is read, and would be lost; choose another --save-path")
+    place = to.resolve()
+    for source in (source.resolve() for source in sources):
+        if source.is_relative_to(place):
+            how = "is" if source == place else "holds"
+            raise UsageError(
+                f"{what} to {to}: {how} the model that is read, and would be lost; choose another {option}"
+            )
     for place in (to, *to.parents):
         if place.exists() and not place.is_dir():
             raise UsageError(f"{what} to {to}: {'is' if place == to else f'{place} is'} a file; name a directory")
@@ -49,7 +55,7 @@ def atomic_directory(to: Path, what: str) -> Iterator[Path]:
         UsageError: The file system refuses, or `to` must not be replaced (`refuse_foreign`).
     """
     refuse_foreign(to, what)
-    to = Path(os.path.abspath(to))  # noqa: PTH100 keeps a symbolic link
+    to = to.resolve()  # what a symbolic link leads to is replaced, on its own disk, and the link stays
     prefix = f".{to.name}.{what}-"
     scratch, old = to.with_name(f"{prefix}{mark()}"), to.with_name(f"{prefix}{mark()}-old")
     try:

@@ -344,8 +344,9 @@ def commands(winner: BestOfAll, words: Sequence[str], study_words: Sequence[str]
         words: The words of the command line that chose the study file.
         study_words: The words that chose the study in the storage.
     """
+    package = ["optuna-search", "package", *words]
     if winner.path is not None:
-        return [shlex.join(["optuna-search", "package", *words, "--model", winner.path])]
-    exported = ["optuna-search", "export", *words, *study_words, "--trial", str(winner.trial)]
-    exported = secrets.masked_words(exported)
-    return [shlex.join(exported), shlex.join(["optuna-search", "package", *words])]
+        lines = [[*package, "--model", winner.path]]
+    else:
+        lines = [["optuna-search", "export", *words, *study_words, "--trial", str(winner.trial)], package]
+    return [shlex.join(secrets.masked_words(line)) for line in lines]

@@ -182,7 +182,7 @@ def compress(outcome: Outcome, setting: Setting, to: Path, target: str | None, s
     known = written_before(to, described)
     if known is not None:
         return Compressed(to, outcome, known, reused=True)
-    files.refuse_foreign(to, "compress", setting.model.path)
+    files.refuse_foreign(to, "compress", *setting.sources)
     require_disk(outcome.bytes, to.parent, "the compressed model")
     with broken_named(**{"base model": setting.model.checkpoint}):
         return _write(outcome, setting, to, target, described, say)

@@ -94,7 +94,7 @@ def distill_model(
         UsageError: `to` can't be written, or there is too little text.
         CompressionError: The checkpoint can't be read or trained.
     """
-    files.refuse_foreign(to, "distill", setting.model.path, student_path)
+    files.refuse_foreign(to, "distill", *setting.sources, student_path)
     student = checkpoint.Checkpoint.read(student_path)
     settings = settings_of(setting, tokens)
     text = text or text_of(setting, settings)

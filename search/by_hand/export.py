@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from compressors.files import write_json
 from compressors.model import model_directory
-from compressors.model.transformers_version import retarget
+from compressors.model.transformers_version import in_old_form, retarget
 from compressors.plan import DESCRIPTION, CompressionPlan
 from evaluator.measurement import Measurement
 from search import files
@@ -141,7 +141,9 @@ def export(
         UsageError: `to` holds something that is not a model, or the trial's measurement is gone.
         SearchError: The rebuilt checkpoint is not the one that was measured.
     """
-    files.refuse_foreign(to, "export")
+    files.refuse_foreign(to, "export", *setting.sources, option="--to")
+    if target is not None:
+        in_old_form(target)  # before anything is built
     plan = CompressionPlan.from_dict(trial.user_attrs["plan"])
     is_base = plan == setting.model.identity
     if not is_base:

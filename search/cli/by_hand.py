@@ -14,6 +14,7 @@ from search.cli.options import (
     PATH,
     TEXT,
     StudyCommand,
+    is_asked,
     json_option,
     load_file,
     print_table,
@@ -235,7 +236,7 @@ def package_command(
     from search.by_hand import package, submission_rules
     from search.show import progress
 
-    asked = any(word.lstrip("+").startswith("export.for_transformers=") for word in where["overrides"])
+    asked = is_asked("export.for_transformers", where["overrides"])
     version = for_transformers or (file.export.for_transformers if asked else None)
     target = submission_rules.target_of(path, version, file.export.for_transformers)
     with progress.Live(1) as live:

@@ -136,6 +136,11 @@ def load_file(study: str, config_dir: Path | None, overrides: tuple[str, ...], *
     return compose.load(study, overrides, config_dir, values_of(**options))
 
 
+def is_asked(key: str, overrides: tuple[str, ...]) -> bool:
+    """Return whether a word of the command line sets a key of the study file, to null too."""
+    return any(word.lstrip("+").startswith(f"{key}=") for word in overrides)
+
+
 def values_of(**options: Any) -> dict[str, Any]:
     """Return the options that have a value by the dotted keys that they set."""
     given = {key.replace("__", "."): value for key, value in options.items() if value is not None}

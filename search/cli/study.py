@@ -16,6 +16,7 @@ from search.cli.options import (
     PATH,
     TEXT,
     StudyCommand,
+    is_asked,
     json_option,
     load_file,
     print_table,
@@ -251,10 +252,12 @@ def status_command(plot: Path | None, everything: bool, as_json: bool, **where: 
         from search.show import plots
 
         plots.require_suffix(plot)
-    state = status.of(storage.load(_existing(file.storage), file.study_name))
+    the_study = storage.load(_existing(file.storage), file.study_name)
+    state = status.of(the_study)
     if plot is not None:
-        rows = [trial.row() for trial in state.pareto]
-        plots.plot_scores(rows, plot, file.score.weight_perf, file.score.weight_speed, state.stands_out)
+        rows, own = [trial.row() for trial in state.pareto], the_study.user_attrs.get("file", {}).get("score", {})
+        perf, speed = (own.get(name, getattr(file.score, name)) for name in ("weight_perf", "weight_speed"))
+        plots.plot_scores(rows, plot, perf, speed, state.stands_out)
     _print_status(state, as_json, everything=everything)
 
 
@@ -357,7 +360,8 @@ def export_command(number: int | None, to: Path, for_transformers: str | None, a
             study_file.model_copy(update={"storage": file.storage, "outputs": file.outputs}), live.say
         )
         prepared = workers.as_studied(prepared, the_study)
-        target = file.export.for_transformers or study_file.export.for_transformers
+        asked = for_transformers is not None or is_asked("export.for_transformers", where["overrides"])
+        target = (file if asked else study_file).export.for_transformers
         exported = export.export(prepared, trial, to, live.say, target, confirmed)
     state = status.of(the_study)
     summary = status.summary(trial, state.goal)

@@ -19,7 +19,7 @@ from compressors.choices import DTYPES
 from compressors.distillation import repair as distillation
 from compressors.errors import CheckpointError, CompressionError
 from compressors.model import checkpoint, family
-from compressors.model.transformers_version import config_for
+from compressors.model.transformers_version import config_for, in_old_form
 from compressors.plan import DIMENSIONS, CompressionPlan
 from compressors.statistics import second_moments
 from evaluator import backends, batch, checkpoint_files, gpus, lengths, speed, tasks, texts
@@ -105,6 +105,12 @@ class Setting:
     def outputs(self) -> Path:
         """The directory of checkpoints, measurements and caches."""
         return self.file.outputs
+
+    @property
+    def sources(self) -> list[Path]:
+        """The base model's directory, and the one that the study file names, from which it may have been converted."""
+        named = sources.named(self.file.model.source)
+        return [self.model.path, *([named] if named.is_dir() else [])]
 
     @property
     def wants_time(self) -> bool:
@@ -289,8 +295,10 @@ def prepare(
     misfit = out_of_range(file.space, identity)
     if search and misfit:
         raise UsageError(misfit)
-    if search and file.export.for_transformers is not None:
-        config_for(base.config, file.export.for_transformers)  # or no trial could be exported
+    if file.export.for_transformers is not None:  # or nothing could be written after all that work
+        in_old_form(file.export.for_transformers)
+        if search:
+            config_for(base.config, file.export.for_transformers)
     if identity.precision not in DTYPES:
         raise UsageError(
             f"model {path}: its dtype is {identity.precision}; optuna-search starts from {', '.join(DTYPES)}"

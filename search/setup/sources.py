@@ -52,10 +52,7 @@ def resolve(source: str, cache: Path, revision: str | None = None, say: Callable
     """
     if source == EMBEDDED:
         return embedded(cache)
-    try:
-        path = Path(source) if Path(source).is_dir() else Path(source).expanduser()
-    except RuntimeError as error:  # ~nobody
-        raise CheckpointError(f"model {source}: {error}; name the directory in full") from None
+    path = named(source)
     if path.is_dir():
         return _served(path.resolve(), cache, say)
     if path.exists():
@@ -65,6 +62,14 @@ def resolve(source: str, cache: Path, revision: str | None = None, say: Callable
     raise CheckpointError(
         f"model {source}: no such directory; name a directory, a hub id (organisation/name), or {EMBEDDED}"
     )
+
+
+def named(source: str) -> Path:
+    """Return the directory that `source` would be, whether there is one or not. Raises CheckpointError for ~nobody."""
+    try:
+        return Path(source) if Path(source).is_dir() else Path(source).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"model {source}: {error}; name the directory in full") from None
 
 
 def _served(path: Path, cache: Path, say: Callable[[str], None]) -> Path:

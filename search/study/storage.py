@@ -144,7 +144,8 @@ def _write_ahead(url: str) -> None:
 
 
 def exists(url: str) -> bool:
-    """Return whether the database exists, so that opening it would not create one."""
+    """Return whether the database exists, so that opening it would not create one. Raises StorageError for no URL."""
+    _safe(url)
     parsed = make_url(url)
     return not (parsed.drivername.startswith("sqlite") and parsed.database) or Path(parsed.database).is_file()
 

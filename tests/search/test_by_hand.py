@@ -198,6 +198,34 @@ def test_a_multirun_compares_and_a_second_call_skips_what_is_done(cli, shared):
     assert len(scores) >= 3
 
 
+def test_a_model_that_is_converted_first_is_not_replaced_either(cli, tmp_path, pico_llama):
+    """Its directory is not the one that is read, which lies in the cache."""
+    home = make_home(tmp_path / "home", pico_llama)
+    shutil.copytree(pico_llama, home / "odd")
+    config = json.loads((home / "odd" / "config.json").read_text())
+    config = {**{key: value for key, value in config.items() if key != "dtype"}, "torch_dtype": "torch.bfloat16"}
+    (home / "odd" / "config.json").write_text(json.dumps(config))
+    words = ("compress", "cast", "--dtype", "float16", "--study", "hand", "--model", "odd", "--save-path")
+    found = cli(*words, "odd", cwd=home)
+    assert found.status == 2
+    assert "is the model that is read, and would be lost" in found.err
+    assert json.loads((home / "odd" / "config.json").read_text()) == config
+    assert cli(*words, "smollm2-135m", cwd=home).status == 0  # the name of a model elsewhere is a directory like others
+
+
+def test_what_a_link_leads_to_is_replaced_and_the_link_stays(cli, tmp_path, pico_llama):
+    home = make_home(tmp_path / "home", pico_llama)
+    shutil.copytree(pico_llama, tmp_path / "disk" / "model")
+    (home / "submit").mkdir()
+    (home / "submit" / "model").symlink_to(tmp_path / "disk" / "model")
+    done = cli("compress", "cast", "--dtype", "float16", "--study", "hand", "--save-path", "submit/model", cwd=home)
+    assert done.status == 0, done.err
+    assert (home / "submit" / "model").is_symlink()
+    assert json.loads((tmp_path / "disk" / "model" / "config.json").read_text())["torch_dtype"] == "float16"
+    assert [path.name for path in (home / "submit").iterdir()] == ["model"]
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
+
+
 def test_the_model_that_is_compressed_is_not_replaced(cli, tmp_path, pico_llama):
     home = make_home(tmp_path / "home", pico_llama)
     shutil.copytree(pico_llama, home / "submit" / "model")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -93,6 +94,9 @@ def test_status_draws_the_pareto_front(cli, finished, tmp_path):
     text = page.read_text()
     for trial in state["pareto"]:
         assert f"trial {trial['trial']}" in text
+    cli("status", "--study", "small", "score.weight_perf=0.9", "score.weight_speed=0.1", "--plot", page, cwd=home)
+    own_ids = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+    assert own_ids.sub("", page.read_text()) == own_ids.sub("", text)  # the study's weights, whatever the file says now
     refused = cli("status", "--study", "small", "--plot", tmp_path / "front.gif", cwd=home)
     assert refused.status == 2
     assert ".png or .html" in refused.err
@@ -196,6 +200,27 @@ def test_export_of_a_trial_that_was_not_measured_is_refused(cli, finished, tmp_p
         assert not (tmp_path / "m").exists()
 
 
+def test_export_does_not_replace_the_base_model_nor_what_holds_it(cli, finished, pico_llama):
+    (home, _), base = finished, Path(pico_llama)
+    before = (base / "model.safetensors").read_bytes()
+    (base.parent / "config.json").touch()  # the directory around it looks like a model
+    for to, said in ((base, "is the model that is read"), (base.parent, "holds the model that is read")):
+        result = cli("export", "--study", "small", "--to", to, cwd=home)
+        assert result.status == 2
+        assert f"{said}, and would be lost; choose another --to" in result.err
+    (base.parent / "config.json").unlink()
+    assert (base / "model.safetensors").read_bytes() == before
+
+
+def test_export_knows_for_whom_it_writes_before_it_builds(cli, finished, tmp_path):
+    home, _ = finished
+    for words in (["--for-transformers", "4.51"], ["export.for_transformers=bogus"]):
+        result = cli("export", "--study", "small", *words, "--to", tmp_path / "m", cwd=home)
+        assert result.status == 2
+        assert "known are 4.55" in result.err
+        assert "building" not in result.err
+
+
 def test_export_refuses_to_replace_files_that_are_no_model(cli, finished, tmp_path):
     home, _ = finished
     (tmp_path / "notes.txt").write_text("mine")
@@ -221,6 +246,15 @@ def test_doctor_names_the_backends(cli):
     found = cli("doctor", "--json", cwd=Path.cwd()).json
     assert found["backends"]["transformers"] == "ready"
     assert set(found["backends"]) == {"transformers", "vllm"}
+
+
+@pytest.mark.parametrize(("url", "said"), [("fake.db", "not a database URL"), ("postgresql://h:abc/x", "is no number")])
+@pytest.mark.parametrize("command", ["status", "export", "confirm"])
+def test_what_is_no_database_is_one_line_for_every_command(cli, tmp_path, command, url, said):
+    result = cli(command, "--study", "demo", "--storage", url, cwd=tmp_path)
+    assert result.status == 2
+    assert said in result.err
+    assert len(result.err.strip().splitlines()) == 1
 
 
 def test_status_without_a_study_creates_no_database(cli, tmp_path):

@@ -19,9 +19,11 @@ from click.testing import CliRunner
 from compressors.distillation import state as distill_state
 from evaluator import checkpoint_files
 from search import cli as commands
+from search import finalists
 from search.by_hand import distill, evaluate
 from search.config import compose
 from search.setup import keys, setting
+from search.show.study_state import BestOfAll
 from search.study import storage, workers
 
 STUDY = """
@@ -166,6 +168,14 @@ def test_the_best_of_all_is_named_with_the_command_that_packs_it(done, cli):
         ended = cli(*command[1:], cwd=home)
         assert ended.status == 0, ended.out + ended.err
     assert (home / "submit.zip").is_file()
+
+
+def test_the_commands_that_pack_a_model_hide_a_password():
+    words = ["--study", "finals", "storage=postgresql://bob:hunter2pw@db/x"]
+    for winner in (BestOfAll(3, None, 0.6, 0.01), BestOfAll(3, "submit/model_kd_x", 0.6, 0.01)):
+        lines = finalists.commands(winner, words, ["--storage", "postgresql://bob:hunter2pw@db/x"])
+        assert len(lines) == (2 if winner.path is None else 1)
+        assert all("storage=postgresql://" in line and "hunter2pw" not in line for line in lines)
 
 
 @pytest.mark.long
