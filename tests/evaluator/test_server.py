@@ -125,9 +125,11 @@ def test_what_a_keeper_runs_ends_with_its_caller(tmp_path, who):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or "." for entry in sys.path)}
     caller = subprocess.Popen([sys.executable, "-c", start], env=environment)
     try:
+        keeper_pid = tmp_path / "keeper"
         assert until((tmp_path / "pids").exists)
+        assert until(lambda: keeper_pid.exists() and keeper_pid.read_text())  # written after the keeper has begun
         command, child = map(int, (tmp_path / "pids").read_text().split())
-        pid = caller.pid if who == "caller" else int((tmp_path / "keeper").read_text())
+        pid = caller.pid if who == "caller" else int(keeper_pid.read_text())
         assert not gone(command, 0.2)
         os.kill(pid, signal.SIGKILL)
         assert gone(command)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -21,7 +22,7 @@ from search.errors import StorageError, StudyMismatch, StudyStopped, no_space
 from search.study import faults, steady
 from search.study import storage as study_storage
 from search.study import trials as study_trials
-from tests.waiting import until
+from tests.waiting import AT_ONCE_S, until
 
 DEFINITION = {"model": {"digest": "a"}}
 
@@ -123,20 +124,30 @@ def test_a_trial_that_ended_before_it_had_a_plan_is_not_queued_again(url):
 
 
 @contextlib.contextmanager
-def held_by_another(tmp_path, seconds=None):
+def held_by_another(tmp_path, until_told=None):
+    """Hold the database; where a list of warnings is given, until half a second after the first."""
     other = sqlite3.connect(tmp_path / "deep/studies.db", check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
-    if seconds is not None:
-        threading.Timer(seconds, other.rollback).start()
+
+    def release():
+        until(lambda: until_told, AT_ONCE_S)
+        time.sleep(0.5)  # other attempts fail meanwhile
+        other.rollback()
+
+    releasing = threading.Thread(target=release)
+    if until_told is not None:
+        releasing.start()
     try:
         yield
     finally:
+        if until_told is not None:
+            releasing.join()
         other.rollback()
 
 
 def test_a_database_that_is_away_for_a_while_costs_one_warning(open_patiently, told, tmp_path):
     study = study_storage.create_or_resume(open_patiently(20), "s", DEFINITION)
-    with held_by_another(tmp_path, seconds=1.5):
+    with held_by_another(tmp_path, until_told=told):
         study.set_user_attr("a", 1)
         study.set_user_attr("b", 2)
     assert {"a", "b"} <= set(study.user_attrs)
@@ -145,15 +156,17 @@ def test_a_database_that_is_away_for_a_while_costs_one_warning(open_patiently, t
 
 
 @pytest.mark.long
-def test_a_database_that_stays_away_stops_the_study_in_one_line_and_for_good(open_patiently, told, tmp_path):
+def test_a_database_that_stays_away_stops_the_study_in_one_line_and_for_good(
+    open_patiently, told, tmp_path, monkeypatch
+):
     study = study_storage.create_or_resume(open_patiently(3), "s", DEFINITION)
     with held_by_another(tmp_path):
         with pytest.raises(StudyStopped) as caught:
             study.set_user_attr("a", 1)
-        began = time.monotonic()
+        without_waiting = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: pytest.fail("it waits again"))
+        monkeypatch.setattr(steady, "time", without_waiting)
         with pytest.raises(StudyStopped):
             study.set_user_attr("a", 1)
-        assert time.monotonic() - began < 2.5  # it waited three seconds the first time
     assert "\n" not in str(caught.value)
     assert "studies.db" in str(caught.value)
     assert "nothing is lost" in str(caught.value)
@@ -167,13 +180,28 @@ def test_a_command_that_only_reads_does_not_wait(open_patiently, told, tmp_path)
     assert told == []
 
 
+@contextlib.contextmanager
+def sigterm_after(seconds):
+    timer = threading.Timer(seconds, os.kill, [os.getpid(), signal.SIGTERM])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def test_a_signal_ends_the_waiting_for_a_database(open_patiently, told, tmp_path):
     study = study_storage.create_or_resume(open_patiently(60), "s", DEFINITION)
     before = {number: signal.getsignal(number) for number in processes.SIGNALS}
     began = time.monotonic()
-    threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGTERM]).start()
     try:
-        with held_by_another(tmp_path), pytest.raises(KeyboardInterrupt), processes.Stop() as stop, stop.held():
+        with (
+            held_by_another(tmp_path),
+            pytest.raises(KeyboardInterrupt),
+            processes.Stop() as stop,
+            stop.held(),
+            sigterm_after(1.0),  # only now: without the handlers it would end the tests
+        ):
             study.set_user_attr("a", 1)
     finally:
         for number, handler in before.items():
@@ -208,21 +236,32 @@ def test_a_call_whose_answer_was_lost_is_not_carried_out_twice(open_patiently, c
     assert lost
 
 
-@pytest.mark.long
 def test_a_silent_worker_is_given_time_after_an_outage(url, monkeypatch):
-    monkeypatch.setattr(study_storage, "GRACE_S", 1)
-    monkeypatch.setattr(steady, "ASIDE_S", 1.5)
+    """By a clock and heartbeats that are set: waiting for real, a busy machine is taken for a silent worker."""
+    now = 1000.0
+    monkeypatch.setattr(steady, "time", SimpleNamespace(monotonic=lambda: now, sleep=time.sleep))
     study = study_storage.create_or_resume(study_storage.open_storage(url), "s", DEFINITION)
     trial = study.ask()
     trial.set_user_attr("worker", {**processes.identify_worker(), "namespace": "pid:[1]"})
+
+    def silent_for(seconds):
+        """Set the last heartbeat this far back."""
+        with trial.storage.plain.engine.begin() as connection:
+            back = f"UPDATE trial_heartbeats SET heartbeat = datetime(heartbeat, '-{seconds} seconds')"
+            assert connection.exec_driver_sql(back).rowcount == 1
+
     trial.storage.record_heartbeat(trial._trial_id)
-    time.sleep(2.2)
+    silent_for(study_trials.GRACE_S + 10)
     assert study_trials.retry_dead(study) == []  # the machine may have slept: it is looked at again
+    now += 0.9 * steady.ASIDE_S
+    assert study_trials.retry_dead(study) == []
     trial.storage.record_heartbeat(trial._trial_id)
-    assert study_trials.retry_dead(study) == []
-    time.sleep(2.2)
-    assert study_trials.retry_dead(study) == []
-    time.sleep(1.6)
+    silent_for(study_trials.GRACE_S // 2)
+    assert study_trials.retry_dead(study) == []  # not for long
+    silent_for(study_trials.GRACE_S // 2 + 10)
+    now += 0.9 * steady.ASIDE_S
+    assert study_trials.retry_dead(study) == []  # silent anew
+    now += 1.1 * steady.ASIDE_S
     assert study_trials.retry_dead(study) == [0]
 
 

@@ -134,6 +134,9 @@ SLOW_TO_STOP = """
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
     with processes.Stop() as stop, stop.held():
         print("ready", flush=True)
+        while not stop.asked:
+            time.sleep(0.01)
+        print("asked", flush=True)
         time.sleep(600)
 """
 
@@ -150,12 +153,16 @@ def test_a_second_ctrl_c_ends_the_process_at_once_in_one_line(signals, status):
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(SLOW_TO_STOP)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    process.stdout.readline()
-    process.send_signal(signals[0])
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(processes.IMPATIENT_S + 0.2)
-    process.send_signal(signals[1])
-    _, err = process.communicate(timeout=AT_ONCE_S)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signals[0])
+        assert process.stdout.readline() == "asked\n"  # its clock runs from when it has handled the first
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(processes.IMPATIENT_S + 0.2)
+        process.send_signal(signals[1])
+        _, err = process.communicate(timeout=AT_ONCE_S)
+    finally:
+        process.kill()
     assert process.returncode == status
     assert err == "stopped at once; run the same command again to resume\n"
 
