@@ -143,9 +143,10 @@ def test_one_model_takes_the_time_of_itself_and_one_of_fewer_layers_less(tmp_pat
     request = measure.Request(shards, workload)
     measured = measure.measure_candidate(shallow, candidate, request, baseline)
     assert measured.time_ratio < 0.8
+    assert measured.base_time_per_token_ms > measured.time_per_token_ms
     assert measured.timing_samples == 12
     assert measured.workload.asked == ()
     assert Measurement.from_dict(json.loads(json.dumps(measured.to_dict()))) == measured
     base = measure.measure_base(deep, baseline, request)
     assert base.time_ratio == 1.0
-    assert base.time_per_token_ms > measured.time_per_token_ms
+    assert base.base_time_per_token_ms == base.time_per_token_ms > 0

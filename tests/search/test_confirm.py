@@ -161,7 +161,8 @@ def test_export_takes_the_best_confirmed_trial_and_carries_its_numbers(done, tmp
     report = CliRunner().invoke(commands.main, ["report", "-e", "sure", "-m", "submit/model"], catch_exceptions=False)
     assert report.exit_code == 0, report.stderr
     (written,) = (home / "outputs").rglob("*_report.md")
-    assert "confirmed on the report text by 2 fresh pairs of processes" in written.read_text()
+    said = f"confirmed on the report text by {turned[1].pairs} fresh pairs of processes"  # 2 to 4, as they are noisy
+    assert said in written.read_text()
 
 
 def test_the_base_model_stays_the_best_where_no_confirmed_score_is_higher(done, tmp_path):

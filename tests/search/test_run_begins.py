@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import optuna
@@ -128,7 +127,7 @@ def test_a_refusal_imports_no_torch_and_takes_no_time(stored):
     )
     imported, times = ended.stdout.split()
     assert imported == "set()", ended.stderr
-    assert float(times) < 3  # as long as the command line itself takes to import
+    assert float(times) < 6  # about as long as the command line itself takes to import
 
 
 @pytest.mark.long
@@ -213,13 +212,19 @@ def test_another_process_that_loads_the_machine_is_named_and_a_child_is_not_anot
     start = f"subprocess.Popen([sys.executable, '-c', {SPIN!r}], stdout=subprocess.DEVNULL)"
     program = f"import subprocess, sys\nprint({start}.pid, flush=True)"
     orphan = int(subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True).stdout.split()[0])
+    seen, ticks = {os.getpid(), child.pid}, load._ticks
+    monkeypatch.setattr(load, "_ticks", lambda: {pid: found for pid, found in ticks().items() if pid in seen})
     try:
         child.stdout.readline()
-        time.sleep(0.5)
-        used, most = load._cores_used()
-        assert used > 0.1
+        assert load._cores_used()[1] is None  # the child alone
+        seen.add(orphan)
+        for _ in range(5):  # where all cores are taken, a process may get no tenth of one for half a second
+            used, most = load._cores_used()
+            if most is not None:
+                break
         assert most is not None
-        assert f"pid {child.pid}" not in most
+        assert most.endswith(f", pid {orphan}")
+        assert used > 0.1
         assert orphan not in load._descendants(os.getpid(), load._ticks())
         assert child.pid in load._descendants(os.getpid(), load._ticks())
     finally:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import optuna
@@ -265,10 +264,10 @@ def test_trials_of_a_process_that_is_still_there_are_left_to_it(store, track, st
 
 
 @pytest.mark.long
-def test_an_unreachable_server_costs_a_few_seconds_and_no_trial(home):
-    began = time.monotonic()
+def test_an_unreachable_server_is_given_up_and_costs_no_trial(home):
     done = run(home, "http://127.0.0.1:9")
     assert "3 of 3 trials finished" in done.stdout
     assert done.stderr.count("MLflow") == 1
     assert "Traceback" not in done.stderr
-    assert time.monotonic() - began < 120  # MLflow would retry for four minutes
+    # MLflow would retry for four minutes: then the run's end would say that some runs were not written in time
+    assert "MLflow: not tracked from here on" in done.stderr
