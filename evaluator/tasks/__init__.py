@@ -57,7 +57,7 @@ class Section(BaseModel):
         limit: The number of items to ask, from the first; None means all.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     weight: Annotated[float, Field(gt=0)] = 1.0
     name: str | None = None

@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """Section is the base of all sections: frozen, and without unknown keys."""
+    """Section is the base of all sections: frozen, without unknown keys, and without inf and nan."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def list_of_one(value: Any) -> Any:

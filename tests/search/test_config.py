@@ -91,6 +91,10 @@ def test_another_file_of_the_model_group_can_be_chosen():
         ("model=nope", ["model=nope", "smollm2-135m"]),
         ("trials", ["KEY=VALUE"]),
         ("score={weight_perf: 0, weight_speed: 0}", ["weight_perf and weight_speed are both 0"]),
+        ("evaluation.call_timeout_s=inf", ["evaluation.call_timeout_s: Input should be a finite number (found inf)"]),
+        ("score.weight_perf=inf", ["score.weight_perf: Input should be a finite number (found inf)"]),
+        ("evaluation.perf=[{weight: inf}]", ["weight: Input should be a finite number (found inf)"]),
+        ("limits.time=inf", ["limits.time: Input should be a finite number (found inf)"]),
     ],
 )
 def test_wrong_overrides_are_refused_with_the_key_and_a_hint(override, parts):
