@@ -163,18 +163,24 @@ class Job:
 
 
 def plan_jobs(
-    files: Sequence[tuple[StudyFile, Sequence[str]]], save_path: Path | None, say: Say, *, engine: bool = True
+    files: Sequence[tuple[StudyFile, Sequence[str]]],
+    save_path: Path | None,
+    say: Say,
+    *,
+    engine: bool = True,
+    multirun: bool = False,
 ) -> list[Job]:
     """Return a job for each study file, checked before the first one begins.
 
-    A single job writes to `save_path`. Several write to directories model_NAME next to it: NAME is a job's
-    experiment_name if no other job has the same, else the plan's name.
+    A job writes to `save_path`. Those of a multirun, be they one or several, write to directories model_NAME next to
+    it: NAME is a job's experiment_name if no other job has the same, else the plan's name.
 
     Args:
         files: The study files, each with the words of the command line that chose it.
         save_path: The directory to write; None for submit/model.
         say: Is called with the current step.
         engine: Whether the models are to be evaluated too.
+        multirun: Whether the study files are those of a multirun.
 
     Raises:
         UsageError: A study file can't be used, or two jobs would write the same directory.
@@ -190,12 +196,11 @@ def plan_jobs(
         name = name_of(plan, setting.model.identity)
         if file.experiment_name is not None and given[file.experiment_name] == 1:
             name = file.experiment_name
-        if len(files) == 1:
-            path = save_path or Path("submit/model")
-        else:
+        path = save_path or Path("submit/model")
+        if multirun:
             others = [word for word in words if word in swept and not word.startswith(NAMED)]
             name = "_".join([name, *(_slug(word) for word in others)])
-            path = (save_path or Path("submit/model")).parent / f"model_{name}"
+            path = path.parent / f"model_{name}"
         if any(job.path == path for job in jobs):
             raise UsageError(f"multirun: two jobs would both write {path}; sweep what makes models differ")
         jobs.append(Job(file, tuple(words), name, path, plan))

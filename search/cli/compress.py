@@ -315,7 +315,7 @@ def _compress(
             file = compose.load(study, overrides, config_dir, {**own, **options})
         files.append((file, study_words(study, config_dir, (*words, *again))))
     with progress.Live(len(files)) as live:
-        planned = plan_jobs(files, save_path, live.say, engine=multirun or evaluated)
+        planned = plan_jobs(files, save_path, live.say, engine=multirun or evaluated, multirun=multirun)
         if multirun or evaluated:
             rows = run_jobs(planned, live.say, live.warn, live.job_ended)
         else:

@@ -246,15 +246,15 @@ def test_jobs_of_a_multirun_are_called_by_their_experiments(tmp_path, pico_llama
     monkeypatch.chdir(home)
 
     def names(*words):
-        each = compose.sweep(list(words), None)
-        planned = multirun.plan_jobs(
-            [(compose.load("hand", one, None), one) for one in each], None, print, engine=False
-        )
-        assert all(job.path == Path("submit", f"model_{job.name}") for job in planned)
+        each = [(compose.load("hand", one, None), one) for one in compose.sweep(list(words), None)]
+        for save_path, place in ((None, "submit"), (Path("m/foo"), "m")):
+            planned = multirun.plan_jobs(each, save_path, print, engine=False, multirun=True)
+            assert [job.path for job in planned] == [Path(place, f"model_{job.name}") for job in planned]
         return [job.name for job in planned]
 
     assert names("experiments=one,two") == ["my_one", "my_two"]
     assert names("experiments=one,two", "compression.drop_from=top") == ["my_one", "my_two"]
+    assert names("compression.keep_layers=3") == ["drop3"]
     # one experiment of several jobs names none of them
     assert names("experiments=one", "compression.keep_layers=3,4") == ["drop3", "drop4"]
     assert names("experiments=one,two", "text.window=32,64") == [

@@ -132,10 +132,11 @@ def test_a_word_is_read_without_quotes_where_that_has_one_meaning(word, value):
 def test_a_method_takes_its_options_as_they_are_and_words_still_win(cli, tmp_path, monkeypatch):
     from search.by_hand import multirun
 
-    seen = []
+    seen, multiruns = [], []
 
     def planned(files, *rest, **options):
         seen.append(files)
+        multiruns.append(options["multirun"])
         raise compose.ConfigError("seen")
 
     monkeypatch.setattr(multirun, "plan_jobs", planned)
@@ -147,3 +148,4 @@ def test_a_method_takes_its_options_as_they_are_and_words_still_win(cli, tmp_pat
     assert compose.load("demo", again[2:]) == first  # the words of the report make the same model
     assert cast.compression.dtype == "float32"
     assert [file.compression.keep_layers for file, _ in both] == [22, 24]
+    assert multiruns == [False, False, True]
