@@ -84,6 +84,7 @@ def evaluate_command(
     optuna-search evaluate --model submit/model_drop28 model.source=/models/my-llama
     """
     if only_baseline:
+        _refuse_candidate(context)
         context.invoke(baseline_command, model=None, again=False, as_json=as_json, **where)
         return
     file = load_file(**where)
@@ -104,6 +105,18 @@ def evaluate_command(
     if result.measurement.served:
         print_table(served_table.render(result.measurement, result.baseline))
     click.echo(f"→ {path}/eval_result.json")
+
+
+def _refuse_candidate(context: click.Context) -> None:
+    """Refuse options of `evaluate` that are a candidate's, as none is measured."""
+    from search.errors import UsageError
+
+    for name, option in (("path", "--model"), ("run_name", "--run-name")):
+        if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            raise UsageError(
+                f"evaluate --baseline {option} {context.params[name]}: --baseline measures the base model alone, and "
+                f"{option} is of a candidate; leave out one of them (model.source=PATH sets another base model)"
+            )
 
 
 @main.command("analyze", cls=StudyCommand, groups=("model",))
@@ -186,6 +199,21 @@ def report_command(
     from search.by_hand import report
     from search.show import plots, tables
 
+    if experiment is None and (print_only or description is not None):
+        option = "--print-only" if print_only else "--description"
+        raise errors.UsageError(
+            f"report {option}: is of one model's report, and without --experiment all models are compared in a table; "
+            f"add -e NAME, or leave out {option}"
+        )
+    if experiment is not None and plot is not None:
+        raise errors.UsageError(
+            f"report -e {experiment} --plot {plot}: --plot compares models, and a report has its own plots; leave out "
+            "-e or --plot"
+        )
+    if print_only and as_json:
+        raise errors.UsageError(
+            f"report -e {experiment}: --print-only prints Markdown and --json prints JSON; leave out one of them"
+        )
     if experiment is None:
         if plot is not None:
             plots.require_suffix(plot)

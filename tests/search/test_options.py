@@ -106,6 +106,21 @@ def test_an_empty_or_impossible_value_is_refused_in_one_line(refused, tmp_path, 
 
 
 @pytest.mark.parametrize(
+    ("words_given", "said"),
+    [
+        (["report", "-e", "x", "--plot", "p.png"], "leave out -e or --plot"),
+        (["report", "-e", "x", "--print-only", "--json"], "leave out one of them"),
+        (["report", "--print-only"], "add -e NAME, or leave out --print-only"),
+        (["report", "-d", "two layers removed"], "add -e NAME, or leave out --description"),
+        (["evaluate", "--baseline", "--model", "elsewhere"], "--baseline --model elsewhere: --baseline measures"),
+        (["evaluate", "--baseline", "--run-name", "x"], "--baseline --run-name x: --baseline measures"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused_in_one_line(refused, tmp_path, words_given, said):
+    assert said in refused(*words_given, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
     ("word", "value"),
     [
         ("model.source=/모델/x", "/모델/x"),
