@@ -261,7 +261,8 @@ def distill_command(
     from search.setup import setting
     from search.show import progress
 
-    to = save_path or student.with_name(f"model_kd_{student.name.removeprefix('model').strip('_') or 'model'}")
+    named = student.resolve() if student.name in ("", "..") else student  # . has no name
+    to = save_path or named.parent / f"model_kd_{named.name.removeprefix('model').strip('_') or 'model'}"
     with progress.Live(1) as live:
         prepared = setting.prepare(file, live.say, search=False, engine=False, warn=live.warn)
         wanted = tokens or file.distillation.tokens

@@ -164,3 +164,27 @@ def test_a_method_takes_its_options_as_they_are_and_words_still_win(cli, tmp_pat
     assert cast.compression.dtype == "float32"
     assert [file.compression.keep_layers for file, _ in both] == [22, 24]
     assert multiruns == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("student", "to"),
+    [
+        ("submit/model_drop28", "submit/model_kd_drop28"),
+        ("submit/model", "submit/model_kd_model"),
+        (".", "{above}/model_kd_drop4"),
+        ("submit/..", "{above}/model_kd_drop4"),
+        ("/", "/model_kd_model"),
+    ],
+)
+def test_a_distilled_model_lies_beside_its_student(cli, tmp_path, monkeypatch, student, to):
+    from search.by_hand import distill
+    from search.setup import setting
+
+    def made(prepared, student, tokens, to, *rest):
+        raise compose.ConfigError(f"to {to}.")
+
+    monkeypatch.setattr(setting, "prepare", lambda *_, **__: None)
+    monkeypatch.setattr(distill, "distill_model", made)
+    (tmp_path / "model_drop4" / "submit").mkdir(parents=True)
+    ended = cli("compress", "distill", "--student", student, "--study=demo", cwd=tmp_path / "model_drop4")
+    assert f"to {to.format(above=tmp_path)}." in ended.err
