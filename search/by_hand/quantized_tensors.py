@@ -67,6 +67,11 @@ def unpacked(
         for part in wanted:
             if part not in parts:
                 raise CheckpointError(f"{module}.{part} is missing; quantize the model again")
+        if packed and parts["weight_shape"].shape != (2,):
+            raise CheckpointError(
+                f"{module}.weight_shape is {_times(parts['weight_shape'].shape) or 'a scalar'}, and not two numbers; "
+                "quantize the model again"
+            )
         shape = tuple(parts["weight_shape"].load().tolist()) if packed else parts["weight"].shape
         if len(shape) != 2:
             raise CheckpointError(f"{module} is quantized and not a matrix ({_times(shape)}); quantize the model again")
@@ -86,7 +91,7 @@ def _require_fitting(module: str, rows: int, columns: int, parts: Mapping[str, L
             f"want {rows} × {math.ceil(columns * bits / 32)}; quantize the model again"
         )
     scale = parts["weight_scale"].shape
-    if scale and scale[0] not in (1, rows) and rows % scale[0]:
+    if 0 in scale or (scale and scale[0] not in (1, rows) and rows % scale[0]):
         raise CheckpointError(
             f"{module}.weight_scale is {_times(scale)}, which doesn't fit {rows} × {columns}; quantize the model again"
         )

@@ -174,6 +174,14 @@ def test_tensors_of_a_quantized_model_must_fit_its_config(pico_llama, tmp_path, 
 
     rewrite(model, narrow)
     assert f"{module}.{part} is 160 × " in failed(model)["weights"]
+    save_file(whole, model / "model.safetensors", {"format": "pt"})
+    none = whole[f"{module}.weight_scale"][:0].clone()
+    rewrite(model, lambda tensors: tensors.update({f"{module}.weight_scale": none}))
+    assert f"{module}.weight_scale is 0 × " in failed(model)["weights"]
+    if scheme == "W4A16":
+        for shape, said in ((torch.tensor(160), "a scalar"), (torch.tensor([[160, 96]]), "1 × 2")):
+            save_file(whole | {f"{module}.weight_shape": shape}, model / "model.safetensors", {"format": "pt"})
+            assert f"{module}.weight_shape is {said}, and not two numbers" in failed(model)["weights"]
 
 
 def test_shards_must_be_those_of_the_index(model):
