@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from compressors import cached
 from compressors.plan import CompressionPlan
 from compressors.typed_json import typed
@@ -24,6 +26,7 @@ from search.setup import keys
 from search.setup.goal import Goal, Known
 from search.setup.setting import Setting
 from search.show import goal_text
+from search.show.confirmed_row import ConfirmedRow
 from search.show.rows import COMPARED, Result, Row
 
 RESULT = "eval_result.json"
@@ -207,12 +210,15 @@ class Evaluation:
         """Return the evaluation in `values`, which another version may have written.
 
         Raises:
-            ValueError: Something that every evaluation has is missing.
+            ValueError: Something that every evaluation has is missing, or what a report reads can't be read.
         """
         try:
             for name in ("measurement", "baseline"):
                 measurement_from(values[name])
-            return typed(cls, {**values, "score": values, "description": values.get("description")}, "evaluation")
+            whole = {**values, "score": values, "description": values.get("description")}
+            evaluation = typed(cls, whole, "evaluation")
+            _require_readable(evaluation)
+            return evaluation
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a whole evaluation: {cached.reason_of(error)}") from None
 
@@ -247,6 +253,28 @@ class Evaluation:
         known = {name: None if name in absent else METRICS[name].base for name in COMPARED}
         metrics = {name: getattr(self.baseline, name) if base is None else base for name, base in known.items()}
         return Row("baseline", self.model.source, Result(self.base_plan, metrics, score, self.baseline.timed))
+
+
+def _require_readable(evaluation: Evaluation) -> None:
+    """Require what a report reads of the parts that are plain JSON. Raises ValueError."""
+    own, base = evaluation.measurement.shard_nll, evaluation.baseline.shard_nll
+    if len(own) != len(base):
+        raise ValueError(f"measurement.shard_nll has {len(own)} shards, and baseline.shard_nll has {len(base)}")
+    if evaluation.confirmed is not None:
+        row = typed(ConfirmedRow, evaluation.confirmed, "confirmed")
+        if row.score is None or row.score_se is None:
+            raise ValueError("confirmed has no score, or no score_se")
+    sections = {
+        name: typed(dict[str, Any], evaluation.settings.get(name, {}), f"settings.{name}")
+        for name in ("text", "score", "evaluation")
+    }
+    typed(float, sections["evaluation"].get("length_tolerance", TOLERANCE), "settings.evaluation.length_tolerance")
+    try:
+        Goal.stored(evaluation.settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(["settings.goal", *map(str, first["loc"])])
+        raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def evaluation_of(

@@ -18,6 +18,7 @@ from evaluator.task_result import TaskResult
 from evaluator.workload import Workload
 from search.by_hand import report
 from search.by_hand.evaluation import RESULT, BaseModel, Confirmed, Evaluation
+from search.errors import UsageError
 from search.show import tables
 from search.show.rows import Row, by_score
 from search.show.study_state import FinalistResult, FinalistRow, FinalistScore, TrialSummary
@@ -171,6 +172,34 @@ def test_a_file_without_what_every_evaluation_has_is_none(tmp_path, key):
         Evaluation.from_dict(values)
     (tmp_path / RESULT).write_text(json.dumps(values))
     assert Evaluation.read(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "says"),
+    [
+        (("baseline", "shard_nll"), [0.9, 1.0, 1.1], "has 2 shards, and baseline.shard_nll has 3"),
+        (("settings", "text"), "embedded", "settings.text is 'embedded', and not an object"),
+        (("settings", "score"), [], "settings.score is [], and not an object"),
+        (("settings", "evaluation"), {"length_tolerance": "0.1"}, "length_tolerance is '0.1', and not a number"),
+        (("settings", "goal"), {"minimize": "score"}, "settings.goal.minimize: score is better when it is larger"),
+        (("settings", "goal"), None, "settings.goal: "),
+        (("confirmed",), {"score": 0.52}, "confirmed has no trial"),
+        (("confirmed",), {"score": 0.52, "trial": 3, "key": "x"}, "confirmed has no plan"),
+        (("confirmed",), {"trial": 3, "key": "x", "plan": PLAN.to_dict()}, "confirmed has no score"),
+    ],
+)
+def test_what_a_report_can_not_read_is_damaged(tmp_path, keys, value, says):
+    values = evaluation().to_dict()
+    place = values
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    (tmp_path / RESULT).write_text(json.dumps(values))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError) as caught:
+        report.evaluated(tmp_path)
+    assert f"{RESULT} is damaged (not a whole evaluation: " in str(caught.value)
+    assert says in str(caught.value)
 
 
 def test_a_file_that_was_cut_off_is_none(tmp_path):
