@@ -18,9 +18,11 @@ unexport PYTHONDONTWRITEBYTECODE
 # By hand: make train RUN=drop_layers MODEL=submit/model_drop26 STUDY=exaone4-1.2b ARGS='compression.keep_layers=24'
 RUN    ?=
 MODEL  ?= submit/model
-STUDY  ?= demo
+STUDY  ?=
 ARGS   ?=
 SEARCH := $(BIN)/optuna-search
+# Without STUDY, optuna-search chooses: OPTUNA_SEARCH_STUDY, the only study in ./studies, or demo.
+study   = $(if $(STUDY),--study $(STUDY))
 
 .PHONY: help setup demo analyze train eval eval-model report submit test test-long test-slow test-vllm lint format docs pictures clean
 
@@ -28,7 +30,7 @@ help:
 	@echo 'make setup      install optuna-search in a virtual environment, $(VENV) (EXTRAS=demo,dev,vllm on a GPU machine)'
 	@echo 'make demo       run a study of the embedded model: forecast, trials, export to submit/model'
 	@echo
-	@echo 'By hand, with STUDY=$(STUDY) (or exaone4-1.2b, or your own) and KEY=VALUE words in ARGS:'
+	@echo 'By hand, with KEY=VALUE words in ARGS and STUDY=exaone4-1.2b or another (else your only one in ./studies, or demo):'
 	@echo "make analyze    show the model's structure"
 	@echo 'make train      compress by an experiment: RUN=drop_layers MODEL=submit/model_drop26'
 	@echo 'make eval       measure the baseline'
@@ -43,7 +45,7 @@ help:
 	@echo 'make lint       run ruff, codespell, mypy --strict and import-linter'
 	@echo 'make docs       build the documentation in site/'
 	@echo 'make pictures   draw the pictures in docs/pictures with Graphviz'
-	@echo 'make clean      delete what these commands have created, except outputs/ and submit/'
+	@echo 'make clean      delete the virtual environments, the caches, site/ and *.egg-info; models and results stay'
 
 setup: $(STAMP)
 
@@ -62,23 +64,23 @@ demo: $(READY)
 	$(BIN)/optuna-search export --study demo
 
 analyze: $(READY)
-	$(SEARCH) analyze --study $(STUDY) $(ARGS)
+	$(SEARCH) analyze $(study) $(ARGS)
 
 train: $(READY)
 	$(if $(RUN),,$(error make train needs an experiment: RUN=drop_layers, or another file of studies/experiments))
-	$(SEARCH) compress --study $(STUDY) experiments=$(RUN) --save-path $(MODEL) $(ARGS)
+	$(SEARCH) compress $(study) experiments=$(RUN) --save-path $(MODEL) $(ARGS)
 
 eval: $(READY)
-	$(SEARCH) baseline --study $(STUDY) $(ARGS)
+	$(SEARCH) baseline $(study) $(ARGS)
 
 eval-model: $(READY)
-	$(SEARCH) evaluate --study $(STUDY) --model $(MODEL) $(if $(RUN),--run-name $(RUN)) $(ARGS)
+	$(SEARCH) evaluate $(study) --model $(MODEL) $(if $(RUN),--run-name $(RUN)) $(ARGS)
 
 report: $(READY)
 	$(SEARCH) report $(if $(RUN),-e $(RUN) -m $(MODEL)) $(ARGS)
 
 submit: $(READY)
-	./create_submit.sh $(MODEL)
+	$(SEARCH) package --model $(MODEL) $(study) $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

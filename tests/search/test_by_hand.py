@@ -108,9 +108,7 @@ def test_every_command_line_of_the_workflow_works(cli, tmp_path, deep_model, mon
         elif words[0] == "make":
             for command in make(home, *words[1:]):
                 if command[0].endswith("optuna-search"):
-                    ended = cli(*command[1:], "--study", "hand", cwd=home) if "--study" in command else cli(
-                        *command[1:], cwd=home
-                    )  # fmt: skip
+                    ended = cli(*command[1:], cwd=home)
                     assert ended.status == 0, (line, ended.err)
         elif words[0] == "./create_submit.sh":
             done = subprocess.run(words, cwd=home, capture_output=True, text=True)
