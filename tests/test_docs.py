@@ -14,6 +14,7 @@ import yaml
 from compressors.model import family
 from search.cli import main as optuna_search
 from search.cli.main import ENVIRONMENT
+from search.cli.options import ALL_GROUPS
 from search.config import compose
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +76,12 @@ def test_every_key_of_the_study_file_is_explained(generated):
     keys = [row for row in rows if row.count(" | ") == 3]
     assert len(keys) > 80
     assert not [row for row in keys if row.endswith("|  |")]
+
+
+def test_the_page_of_the_work_by_hand_names_all_config_groups():
+    text = (DOCS / "by-hand.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"The config groups are (.*?), as in", text, re.DOTALL)
+    assert re.findall(r"`(\w+)`", listed) == list(ALL_GROUPS)
 
 
 @pytest.mark.parametrize("words", commands())

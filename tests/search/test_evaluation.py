@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import io
 import json
+import re
 from pathlib import Path
 
 import optuna
@@ -338,6 +339,16 @@ def test_a_report_has_the_base_models_value_where_it_is_known(tmp_path):
         "| accuracy, quiz | 0.5000 ± 0.1000 | 0.5000 ± 0.1000 |",
     ]
     assert in_order(lines, rows) == rows
+
+
+def test_the_documentation_shows_the_line_of_the_report_text_as_it_is_written(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "read-a-report.md").read_text()
+    written = report.text(evaluation(), tmp_path, "one", None, datetime.date(2026, 1, 3))
+    shown, said = (
+        [re.sub(r"[-+]?\d+\.\d+", "N", line) for line in text.splitlines() if line.startswith("On text that neither")]
+        for text in (page, written)
+    )
+    assert shown == said
 
 
 @pytest.mark.parametrize("kl", [None, 0.125])
