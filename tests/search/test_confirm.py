@@ -120,11 +120,11 @@ def test_run_confirms_its_best_trials(done):
 def test_what_is_confirmed_is_not_measured_again(done, tmp_path, monkeypatch):
     home = Path(shutil.copytree(done[0], tmp_path / "home"))
     monkeypatch.chdir(home)
-    before, attribute = pairs_in(home), study_in(home).user_attrs[status.CONFIRMED]
+    before, known = pairs_in(home), [row.to_dict() for row in status.confirmed_of(study_in(home))]
     monkeypatch.setattr(stage, "EngineProcess", None)  # nothing may be started
     ended = invoke("confirm", "--json")
     assert ended.exit_code == 0, ended.stderr
-    assert json.loads(ended.stdout) == attribute
+    assert json.loads(ended.stdout) == json.loads(json.dumps(known))
     assert pairs_in(home) == before
     ended = invoke("confirm", "--top", "1")
     assert "Confirmed on the report text" in ended.stdout
