@@ -19,6 +19,7 @@ from evaluator.lengths import TOLERANCE
 from evaluator.measurement import METRICS, OF_ANSWERS, Measurement
 from evaluator.score import Formula, Score, score_of
 from evaluator.served import Served
+from evaluator.task_result import TaskResult
 from evaluator.workload import Workload
 from search import secrets
 from search.json_values import measurement_from
@@ -260,6 +261,10 @@ def _require_readable(evaluation: Evaluation) -> None:
     own, base = evaluation.measurement.shard_nll, evaluation.baseline.shard_nll
     if len(own) != len(base):
         raise ValueError(f"measurement.shard_nll has {len(own)} shards, and baseline.shard_nll has {len(base)}")
+    tasks, of_base = evaluation.measurement.tasks, evaluation.baseline.tasks
+    for name in tasks.keys() & of_base.keys():
+        if len(_items(tasks[name]) | _items(of_base[name])) > 1:
+            raise ValueError(f"the task {name} has another number of items for the model than for the baseline")
     if evaluation.confirmed is not None:
         row = typed(ConfirmedRow, evaluation.confirmed, "confirmed")
         if row.score is None or row.score_se is None:
@@ -275,6 +280,11 @@ def _require_readable(evaluation: Evaluation) -> None:
         first = error.errors()[0]
         where = ".".join(["settings.goal", *map(str, first["loc"])])
         raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _items(result: TaskResult) -> set[int]:
+    """Return the number of items of a task, by its results and by its answers: one number where nothing is damaged."""
+    return {len(result.correct), *([] if result.answers is None else [len(result.answers.tokens)])}
 
 
 def evaluation_of(

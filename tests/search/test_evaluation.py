@@ -179,6 +179,7 @@ def test_a_file_without_what_every_evaluation_has_is_none(tmp_path, key):
     ("keys", "value", "says"),
     [
         (("baseline", "shard_nll"), [0.9, 1.0, 1.1], "has 2 shards, and baseline.shard_nll has 3"),
+        (("baseline", "tasks", "quiz", "correct"), [1.0], "the task quiz has another number of items for the"),
         (("settings", "text"), "embedded", "settings.text is 'embedded', and not an object"),
         (("settings", "score"), [], "settings.score is [], and not an object"),
         (("settings", "evaluation"), {"length_tolerance": "0.1"}, "length_tolerance is '0.1', and not a number"),
