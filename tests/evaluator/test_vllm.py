@@ -45,8 +45,7 @@ def test_vllm_agrees_with_transformers(checkpoint, windows, start):
     settings = {"device": DEVICE, "backend": "vllm", "batch_sizes": (1, 3), "threads": None}
     first = start(checkpoint, **settings)
     second = start(checkpoint, **settings)
-    assert second.seconds["warm"] == 0.0
-    assert second.seconds["start"] < first.seconds["start"] / 2
+    assert second.seconds["warm"] == 0.0  # and so was the first's, where another test has begun vLLM before
 
     exact = start(checkpoint)
     ours, theirs = first.nll(windows), exact.nll(windows)
