@@ -6,13 +6,13 @@ import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from evaluator.errors import EvaluationError
 from readers import json_reader, safetensors_files, safetensors_header
 from readers.errors import ReadError
+from readers.quantization_groups import group_of
 from readers.regular import open_regular
 
 BESIDE = re.compile(r"weight_shape|(weight|input|output|q|k|v)_(scale|global_scale|zero_point|g_idx)")  # no parameters
@@ -53,7 +53,7 @@ def describe(path: Path) -> Described:
             heads=int(config["num_attention_heads"]),
             hidden=int(config["hidden_size"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, re.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(f"{path}: is not a readable checkpoint: {type(error).__name__}: {error}") from None
 
 
@@ -92,16 +92,8 @@ def _parameters(file: Path, config: dict[str, Any]) -> int:
 
 
 def _bits(module: str, config: dict[str, Any]) -> int:
-    """Return the bits of a packed module's weights: those of the group that names it, else of the group of Linears."""
-
-    def distance(group: Mapping[str, Any]) -> int:
-        targets = group.get("targets") or ()
-        patterns = [target[3:] for target in targets if target.startswith("re:")]
-        nearest = (module in targets, any(re.match(pattern, module) for pattern in patterns), "Linear" in targets, True)
-        return nearest.index(True)
-
-    groups: Iterable[Mapping[str, Any]] = (
-        (config.get("quantization_config") or {}).get("config_groups") or {}
-    ).values()
-    weights = min(groups, key=distance, default={}).get("weights") or {}
+    """Return the bits of a packed module's weights, by the group that it belongs to, else by the first group."""
+    quantization = config.get("quantization_config") or {}
+    first: dict[str, Any] = next(iter((quantization.get("config_groups") or {}).values()), {})
+    weights = (group_of(module, quantization) or first).get("weights") or {}
     return int(weights.get("num_bits") or 32)

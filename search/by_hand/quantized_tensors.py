@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,8 @@ import torch
 from compressors.errors import CheckpointError
 from compressors.model import family
 from compressors.model.checkpoint import LazyTensor
+from readers.errors import ReadError
+from readers.quantization_groups import group_of, is_among
 
 UNPACKED = ("int-quantized", "float-quantized", "naive-quantized")  # a weight in its own shape, and its scale
 PACKED = "pack-quantized"  # several numbers in an int32
@@ -102,31 +103,23 @@ def is_quantized(module: str, quantization: Mapping[str, Any]) -> bool:
 
     Names in its `ignore` and `targets` are a module's, a class's, or `re:` and a pattern.
     """
-    if _named(module, quantization.get("ignore") or ()):
-        return False
-    return _group(module, quantization) is not None
+    try:
+        ignored = is_among(module, quantization.get("ignore") or ())
+    except ReadError as error:
+        raise CheckpointError(str(error)) from None
+    return not ignored and _group(module, quantization) is not None
 
 
 def _group(module: str, quantization: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the group that names the module, as one does `lm_head`, else the group of all Linears, else None."""
-    groups: Sequence[Mapping[str, Any]] = list((quantization.get("config_groups") or {}).values())
-    named = (group for group in groups if _named(module, group.get("targets") or ()))
-    linears = (group for group in groups if "Linear" in (group.get("targets") or ()))
-    return next(named, None) or next(linears, None)
+    try:
+        return group_of(module, quantization)
+    except ReadError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _bits(module: str, quantization: Mapping[str, Any]) -> int | None:
     bits = ((_group(module, quantization) or {}).get("weights") or {}).get("num_bits")
     return bits if isinstance(bits, int) else None
-
-
-def _named(module: str, names: Iterable[str]) -> bool:
-    try:
-        return any(re.match(name[3:], module) if name.startswith("re:") else name == module for name in names)
-    except re.error as error:
-        raise CheckpointError(
-            f"quantization_config holds a pattern that is not a regular expression ({error}); correct it"
-        ) from None
 
 
 def _times(shape: Sequence[int]) -> str:
