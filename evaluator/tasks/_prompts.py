@@ -35,7 +35,7 @@ def encode(tokenizer: Any, requests: Sequence[Any], max_tokens: int | None) -> l
     Raises:
         TextError: An answer leaves no room for its prompt, or the arguments make no sense.
     """
-    found = []
+    found, first = [], texts.lead(tokenizer)
     for request in requests:
         context, arguments = request.args[0], request.args[1]
         limits = limits_of(arguments)
@@ -44,7 +44,6 @@ def encode(tokenizer: Any, requests: Sequence[Any], max_tokens: int | None) -> l
         ids = list(tokenizer.encode(context, verbose=False))
         if max_tokens is not None:
             room = max_tokens - limits.max_tokens
-            first = texts.lead(tokenizer)
             if room <= len(first):
                 raise TextError(f"its answers of {limits.max_tokens} tokens leave no room for a prompt in {max_tokens}")
             ids = ids if len(ids) <= room else [*first, *ids[len(first) - room :]]
