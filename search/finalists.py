@@ -22,7 +22,6 @@ from compressors.device import release
 from compressors.distillation.settings import Distillation, require_valid
 from compressors.model import checkpoint, family
 from compressors.model.model_directory import WEIGHTS
-from compressors.model.transformers_version import in_old_form
 from compressors.plan import DESCRIPTION, CompressionPlan, canonical, name_of
 from evaluator import checkpoint_files
 from search import secrets
@@ -114,8 +113,6 @@ def wanted_of(file: StudyFile, top: int, tokens: int, count: int, say: Say) -> W
         )
     settings = distill.settings_of(setting, tokens)
     require_valid(settings)
-    if file.export.for_transformers is not None:
-        in_old_form(file.export.for_transformers)
     return Wanted(top, setting, settings, distill.text_of(setting, settings))
 
 
