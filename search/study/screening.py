@@ -121,7 +121,7 @@ class Screening:
                 missed = chance.misses_as_screened(goal, known)
             if missed is not None:
                 return f"{missed} ({len(losses)} of {self._shards} shards)"
-        if goal.by_text and trial.should_prune() and not self._may_be_faster(trial, plan, losses):
+        if goal.by_text and trial.should_prune() and not self._may_still_win(trial, plan, losses):
             named = "" if goal.is_score else "PerfNorm "
             return (
                 f"{named}{sum(values) / len(values):.3f}{self._best_of(trial, len(values))} "
@@ -129,10 +129,11 @@ class Screening:
             )
         return None
 
-    def _may_be_faster(self, trial: optuna.Trial, plan: CompressionPlan, losses: Sequence[float]) -> bool:
-        """Return whether the error of the forecast time, or what no text tells, alone leaves the plan a chance.
+    def _may_still_win(self, trial: optuna.Trial, plan: CompressionPlan, losses: Sequence[float]) -> bool:
+        """Return whether what the pruner does not know leaves the plan a chance.
 
-        The pruner knows none of that, nor that the trial it compares with may hold the goal's bounds by luck.
+        That is the error of the forecast time, what no text tells, and that the trial it compares with may hold the
+        goal's bounds by luck.
         """
         leader = best.to_beat(trial.study)
         if leader is None:
